@@ -1,0 +1,1 @@
+"""Grids, range search and the two values every room exchanges: `QuantizedWeight` and `Statistics`."""

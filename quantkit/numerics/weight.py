@@ -1,0 +1,38 @@
+"""`QuantizedWeight`, the narrow waist: algorithms make it, formats pack it, the reference dequantizes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer codes of one linear weight [N, K] with K/G groups per row.
+
+    codes: uint8 [N, K], 0..2^bits-1.
+    scale: stored dtype (the checkpoint's float dtype) [N, K/G]; the codes were computed from this rounded scale.
+    zero:  uint8 [N, K/G] for asymmetric schemes, None for symmetric ones (zero = 2^(bits-1)).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(q - z) * s as [N, K]; computed in fp32 (fp64 if asked), then cast."""
+        n, k = self.codes.shape
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        groups = self.scale.shape[1]
+        q = self.codes.view(n, groups, k // groups).to(work)  # (N, K/G, G)
+        q -= self.scheme.midpoint if self.zero is None else self.zero.to(work)[:, :, None]
+        q *= self.scale.to(work)[:, :, None]
+        return q.view(n, k).to(dtype)
