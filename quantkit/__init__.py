@@ -1,0 +1,34 @@
+"""Post-training quantization of Hugging Face causal LMs: recipe -> measured, verified checkpoint -> load and run.
+
+Everything is imported on first use, so that `import quantkit` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "quantize": ("quantkit.pipeline", "quantize"),
+    "load": ("quantkit.checkpoint.load", "load"),
+    "evaluate": ("quantkit_eval", "evaluate"),
+    "inspect": ("quantkit.checkpoint.inspect", "inspect_checkpoint"),
+    "validate": ("quantkit.plan", "validate"),
+    "load_recipe": ("quantkit.recipe", "load_recipe"),
+    "Recipe": ("quantkit.recipe", "Recipe"),
+}
+
+__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
