@@ -14,6 +14,7 @@ class Statistics:
     hessian: H = 2/tokens * sum x xT, fp32 [K, K] (of the quantized prefix when that stream exists).
     drift:   D = 2/tokens * sum (x_full - x) xT, fp32 [K, K], for re-targeting.
     amax, mean_abs, mean_square: fp32 [K].
+    sample: fp32 [rows, K], some of the inputs themselves.
     tokens: number of (unmasked) tokens seen.
     """
 
@@ -23,3 +24,4 @@ class Statistics:
     amax: torch.Tensor | None = None
     mean_abs: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
+    sample: torch.Tensor | None = None

@@ -1,0 +1,257 @@
+"""GPTQ (Frantar et al. 2022) with what measures better on top of it.
+
+Minimise tr((W - W_hat) H (W - W_hat)^T) per linear. Columns are quantized in a fixed order; the error of each is
+spread over the columns still open with the optimal update, which needs only U, the upper Cholesky factor of H^-1.
+Around that core, each an option:
+- re-target (`retarget`): aim at W* = W + a W D (H + lI)^-1 so that the layer, fed by the quantized prefix, gives what
+  the original gave on the original's inputs (D = 2/N sum (x_full - x) x^T);
+- sweeps (`refine`): cyclic coordinate descent on the same objective afterwards (QuantEase); monotone.
+
+Inside this file matrices are transposed, [K, N]: a column of W is then a contiguous row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.algorithms.config import GptqConfig
+from quantkit.algorithms.registry import Outcome, register, relative_error
+from quantkit.algorithms.rtn import rtn
+from quantkit.numerics.grid import codes, scale_and_zero
+from quantkit.numerics.range_search import search_grid
+from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme
+
+DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
+
+
+@dataclass
+class _Grid:
+    """Per column of the permuted order: its scale and zero rows [G, N], and which row to use."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group_of: list[int]
+
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """H + damping * mean(diag H) * I, as a new matrix."""
+    h = hessian.clone()
+    diagonal = h.diagonal()
+    diagonal += damping * diagonal.mean()
+    return h
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with H^-1 = U^T U, computed in one buffer besides `hessian`; None if H is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        return None
+    torch.cholesky_inverse(factor, out=factor)
+    torch.linalg.cholesky_ex(factor, upper=True, out=(factor, info))
+    if int(info) or not bool(torch.isfinite(factor.diagonal()).all()):
+        return None
+    return factor
+
+
+def column_order(diagonal: torch.Tensor, group: int, order: str) -> torch.Tensor:
+    """The order in which columns are quantized: by falling diag(H), as stored, or falling inside ordered groups."""
+    if order == "none":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if order == "activation":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    by_group = diagonal.view(-1, group)
+    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
+    inside = torch.argsort(by_group, dim=1, descending=True, stable=True)[groups]  # (K/G, G)
+    return (inside + groups[:, None] * group).flatten()
+
+
+def solve(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    grid: _Grid,
+    scheme: Scheme,
+    block: int,
+    dynamic: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column loop. weight: [K, N] in quantization order, overwritten. factor: U of the same order.
+
+    Returns codes (float, [K, N]) and the scaled errors Err [K, N], for which
+    tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
+    dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
+    """
+    k, n = weight.shape
+    group = scheme.group(k)
+    if dynamic is not None:
+        block = group  # a group then never straddles a pending update
+    out = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
+    for start in range(0, k, block):
+        end = min(start + block, k)
+        if dynamic is not None:
+            lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
+            grid.scale[start // group], grid.zero[start // group] = scale_and_zero(lo, hi, scheme, dynamic)
+        u = factor[start:end, start:end]
+        for i in range(start, end):
+            g = grid.group_of[i]
+            scale, zero = grid.scale[g], grid.zero[g]
+            w = weight[i]
+            q = codes(w, scale, zero, scheme.qmax)
+            out[i] = q
+            e = torch.sub(q, zero, out=errors[i]).mul_(scale).sub_(w).neg_().div_(u[i - start, i - start])
+            if i + 1 < end:
+                weight[i + 1 : end].addr_(u[i - start, i - start + 1 :], e, alpha=-1)
+        if end < k:
+            weight[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
+    return out, errors
+
+
+def sweep(
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    q: torch.Tensor,
+    grid: _Grid,
+    scheme: Scheme,
+    rounds: int,
+    block: int = 128,
+) -> int:
+    """Coordinate descent on tr(E H E^T), E = target - W_hat, over the codes `q` [K, N], changed in place.
+
+    With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
+    raise the objective. Returns the number of codes changed.
+    """
+    k, n = q.shape
+    scale = grid.scale[grid.group_of]  # (K, N)
+    zero = grid.zero[grid.group_of]
+    value = (q - zero).mul_(scale)
+    gradient = hessian @ (target - value)
+    diagonal = hessian.diagonal().tolist()
+    changed = 0
+    for _ in range(rounds):
+        before = q.clone()
+        for start in range(0, k, block):
+            end = min(start + block, k)
+            old = value[start:end].clone()
+            h = hessian[start:end, start:end]
+            inside = gradient[start:end].clone()
+            for i in range(start, end):
+                best = torch.add(value[i], inside[i - start], alpha=1 / diagonal[i])
+                new = codes(best, scale[i], zero[i], scheme.qmax)
+                q[i] = new
+                new = new.sub_(zero[i]).mul_(scale[i])
+                inside.addr_(h[i - start], value[i] - new)
+                value[i] = new
+            gradient.addmm_(hessian[:, start:end], old.sub_(value[start:end]))
+        moved = int((q != before).sum())
+        changed += moved
+        if not moved:
+            break
+    return changed
+
+
+def retarget_shift(pull: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """W D H^-1 from pull = W D [N, K] and U of the damped H, both in the same column order: H^-1 = U^T U."""
+    return pull @ factor.T @ factor
+
+
+def permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """matrix[order][:, order] without a second temporary of its size."""
+    out = torch.empty_like(matrix)
+    for rows, into in zip(order.split(256), out.split(256), strict=True):
+        into.copy_(matrix[rows][:, order])
+    return out
+
+
+def _positive_definite(
+    hessian: torch.Tensor, damping: float, fallbacks: list[str]
+) -> tuple[torch.Tensor, float] | None:
+    """Damp `hessian` in place, step by step, until Cholesky succeeds: (U, damping used), or None."""
+    mean = hessian.diagonal().mean()
+    added = 0.0
+    for times in DAMPING_LADDER:
+        hessian.diagonal().add_((damping * times - added) * mean)
+        added = damping * times
+        factor = inverse_factor(hessian)
+        if factor is not None:
+            if times > 1:
+                fallbacks.append(f"damping raised to {added:g}: the Hessian was not positive definite")
+            return factor, added
+    return None
+
+
+def _needs(config: GptqConfig) -> frozenset[str]:
+    needs = {"hessian"}
+    if config.retarget:
+        needs.add("drift")
+    if config.range == "weighted":
+        needs.add("mean_square")
+    return frozenset(needs)
+
+
+@register("gptq", _needs)
+def quantize(
+    weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, config: GptqConfig
+) -> Outcome:
+    """Quantize `weight` [N, K] (fp32; fp64 in tests) with statistics.hessian [K, K].
+
+    The matrices of `statistics` are consumed (set to None), so that only what is still needed stays in memory.
+    """
+    fallbacks: list[str] = []
+    hessian, statistics.hessian = statistics.hessian.to(weight.dtype), None
+    drift, statistics.drift = statistics.drift, None
+    dead = hessian.diagonal() == 0
+    details: dict[str, float | int | str] = {"dead_columns": int(dead.sum())}
+    n, k = weight.shape
+    group = scheme.group(k)
+    order = column_order(hessian.diagonal(), group, config.order)
+    if bool(dead.any()):
+        weight = weight.masked_fill(dead, 0)
+    pull = None
+    if config.retarget:
+        pull = (weight @ drift.to(weight.dtype)).masked_fill_(dead, 0)[:, order]
+        del drift
+    h = permuted(hessian, order)
+    del hessian
+    h.diagonal()[dead[order]] = h.diagonal().mean().clamp(min=1e-8)
+    found = _positive_definite(h, config.damping, fallbacks)
+    if found is None:
+        fallbacks.append("rounded to nearest: no damping made the Hessian positive definite")
+        quantized = rtn(weight, scheme, dtype, config.range, 0, statistics.mean_square)
+        return Outcome(
+            quantized, details | {"relative_error": relative_error(weight, quantized, None)}, fallbacks
+        )
+    factor, details["damping"] = found
+
+    target = weight.T[order].contiguous()  # (K, N)
+    if pull is not None:
+        target.add_(retarget_shift(pull, factor).T, alpha=config.retarget)
+        weight = torch.empty_like(weight)
+        weight[:, order] = target.T
+    scale, zero = search_grid(weight, scheme, dtype, config.range, statistics.mean_square)  # (N, K/G)
+    grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), (order // group).tolist())
+    dynamic = dtype if config.groups == "dynamic" else None
+    q, _ = solve(target.clone(), factor, grid, scheme, config.block, dynamic)
+    del factor
+    if config.refine:
+        details["codes_changed_by_sweeps"] = sweep(target, h, q, grid, scheme, config.refine)
+    off = (q - grid.zero[grid.group_of]).mul_(grid.scale[grid.group_of]).sub_(target)
+    details["relative_error"] = _ratio((off * (h @ off)).sum(), (target * (h @ target)).sum())
+    codes_out = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    codes_out[:, order] = q.T.to(torch.uint8)
+    return Outcome(
+        QuantizedWeight(
+            codes=codes_out,
+            scale=grid.scale.T.contiguous().to(dtype),
+            zero=None if scheme.symmetric else grid.zero.T.contiguous().to(torch.uint8),
+            scheme=scheme,
+        ),
+        details,
+        fallbacks,
+    )
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
+    return float(part / whole) if float(whole) > 0 else 0.0

@@ -1,0 +1,62 @@
+"""Algorithms by name. One `quantize(weight, statistics, scheme, scale_dtype, config)` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.weight import QuantizedWeight
+
+
+@dataclass
+class Outcome:
+    """What an algorithm returns: the weight, how far it is from the target, and every fallback it took."""
+
+    weight: QuantizedWeight
+    details: dict[str, float | int | str] = field(default_factory=dict)
+    fallbacks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """`quantize(weight [N, K] fp32, Statistics, Scheme, scale dtype, config) -> Outcome` and what it must be fed.
+
+    needs(config): the Statistics fields to collect, none for a data-free algorithm.
+    """
+
+    quantize: Callable[..., Outcome]
+    needs: Callable[[object], frozenset[str]]
+
+
+_ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable:
+    """Decorator: makes `quantize` available as `algorithm: name`."""
+
+    def add(quantize: Callable[..., Outcome]) -> Callable[..., Outcome]:
+        _ALGORITHMS[name] = Algorithm(quantize, needs)
+        return quantize
+
+    return add
+
+
+def algorithm(name: str) -> Algorithm:
+    """The registered algorithm; an unknown name lists the known ones."""
+    from quantkit.algorithms import gptq, rtn  # noqa: F401  (registration)
+
+    if name not in _ALGORITHMS:
+        raise KeyError(f"unknown algorithm {name!r}; known: {', '.join(sorted(_ALGORITHMS))}")
+    return _ALGORITHMS[name]
+
+
+def relative_error(weight, quantized, hessian) -> float:  # noqa: ANN001  (three matrices)
+    """tr(E H E^T) / tr(W H W^T) with E = W - W_hat; with hessian None the plain squared error."""
+    off = weight - quantized.dequantize(weight.dtype)
+    if hessian is None:
+        num, den = off.square().sum(), weight.square().sum()
+    else:
+        h = hessian.to(weight.dtype)
+        num, den = ((off @ h) * off).sum(), ((weight @ h) * weight).sum()
+    return float(num / den) if float(den) > 0 else 0.0

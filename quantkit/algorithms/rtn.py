@@ -1,0 +1,54 @@
+"""Round to nearest: no data needed, the baseline and the oracle of every other method's degenerate case."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.algorithms.config import RtnConfig
+from quantkit.algorithms.registry import Outcome, register, relative_error
+from quantkit.numerics.grid import codes, grouped
+from quantkit.numerics.range_search import refit_scale, search_grid
+from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme
+
+
+def on_grid(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+) -> QuantizedWeight:
+    """Round `weight` [N, K] to the grids (scale, zero) [N, K/G]."""
+    w = grouped(weight, scheme.group(weight.shape[1]))
+    q = codes(w, scale[:, :, None], zero[:, :, None], scheme.qmax)
+    return QuantizedWeight(
+        codes=q.to(torch.uint8).view(weight.shape),
+        scale=scale.to(dtype),
+        zero=None if scheme.symmetric else zero.to(torch.uint8),
+        scheme=scheme,
+    )
+
+
+def rtn(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    method: str = "minmax",
+    refit: int = 0,
+    importance: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Quantize `weight` [N, K]; `dtype` is the stored dtype of the scale, importance the mean square input [K]."""
+    scale, zero = search_grid(weight, scheme, dtype, method, importance)
+    if refit:
+        scale = refit_scale(weight, scale, zero, scheme, dtype, refit, importance)
+    return on_grid(weight, scale, zero, scheme, dtype)
+
+
+def _needs(config: RtnConfig) -> frozenset[str]:
+    return frozenset({"mean_square"}) if config.range == "weighted" else frozenset()
+
+
+@register("rtn", _needs)
+def quantize(
+    weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, config: RtnConfig
+) -> Outcome:
+    quantized = rtn(weight, scheme, dtype, config.range, config.refit, statistics.mean_square)
+    return Outcome(quantized, {"relative_error": relative_error(weight, quantized, None)})

@@ -1,0 +1,46 @@
+"""Integer grids: from a range to (scale, zero), from a value to a code.
+
+Symmetric ("7.5" convention of GPTQ and compressed-tensors): s = 2 max|w| / (2^b - 1), z = 2^(b-1).
+Asymmetric, zero included: s = (max(hi, 0) - min(lo, 0)) / (2^b - 1), z = round(-lo / s).
+The scale is rounded to its stored dtype *before* any code is computed from it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit.scheme import Scheme
+
+
+def scale_and_zero(
+    lo: torch.Tensor, hi: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (rounded to `dtype`, returned as fp32 or fp64) and zero point (as a float) for ranges of any shape.
+
+    An empty range (lo = hi = 0) gets scale 1, so that zero is represented exactly.
+    """
+    if scheme.symmetric:
+        span = torch.maximum(lo.abs(), hi.abs()) * 2
+    else:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        span = hi - lo
+    scale = torch.where(span > 0, span / scheme.qmax, torch.ones_like(span))
+    scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(lo.dtype)
+    if scheme.symmetric:
+        return scale, torch.full_like(scale, scheme.midpoint)
+    return scale, (-lo / scale).round_().clamp_(0, scheme.qmax)
+
+
+def codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int) -> torch.Tensor:
+    """clamp(round(w / s) + z, 0, qmax) as a float; ties to even."""
+    return (w / scale).round_().add_(zero).clamp_(0, qmax)
+
+
+def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int) -> torch.Tensor:
+    """The value on the grid nearest to `w`: (code - z) * s."""
+    return codes(w, scale, zero, qmax).sub_(zero).mul_(scale)
+
+
+def grouped(w: torch.Tensor, group: int) -> torch.Tensor:
+    """[N, K] seen as (N, K/G, G)."""
+    return w.view(w.shape[0], -1, group)
