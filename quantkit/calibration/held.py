@@ -1,0 +1,40 @@
+"""`HeldLinear`: a planned linear while its block is being calibrated.
+
+It keeps the weight in the checkpoint's dtype (the cast to the compute dtype happens per call, so a block costs its
+stored size, not its fp32 size) and, once quantized, the codes. `active` chooses which of the two runs, so that the
+full-precision and the quantized stream share one block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from quantkit.numerics.weight import QuantizedWeight
+
+
+class HeldLinear(nn.Module):
+    """weight: [out, in] in any float dtype (Conv1D weights are held transposed); bias [out] or None."""
+
+    is_linear = True
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.quantized: QuantizedWeight | None = None
+        self.override: torch.Tensor | None = None
+        self.active = True
+
+    def effective(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight this call uses, [out, in] in `dtype`."""
+        if self.override is not None:
+            return self.override.to(dtype)
+        if self.active and self.quantized is not None:
+            return self.quantized.dequantize(dtype)
+        return self.weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.effective(x.dtype), bias)

@@ -1,0 +1,277 @@
+"""The block walk: calibration inputs go through the model one decoder block at a time.
+
+The model's own forward computes everything before the blocks (embeddings, masks, rotary tables) and after them (final
+norm, head): the blocks' `forward` is patched to record its call and pass the hidden states through. So the walk knows
+no architecture, and without quantization it gives the whole model's logits.
+
+Two streams of hidden states may be carried, each only if something needs it: `full` (the original model) and
+`quantized` (the prefix already quantized). Memory is one block, the streams [windows, length, hidden], and one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.held import HeldLinear
+from quantkit.models.discover import Trace, trace
+from quantkit.numerics.statistics import Statistics
+
+CHUNK_ELEMENTS = 4 << 20  # tokens per chunk x widest layer
+KEPT_BYTES = 384 << 20  # inputs kept so that a finished attention or MLP need not run again
+
+
+class _Stop(Exception):
+    """Raised inside a forward that has shown what it was run for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called a block: everything but the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+    def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run `module` on `hidden`; the hidden states it returns."""
+        out = module(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def _patched(modules: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Replace `forward` of modules on the instance."""
+    done = []
+    try:
+        for module, forward in modules:
+            module.forward = forward
+            done.append(module)
+        yield
+    finally:
+        for module in done:
+            del module.forward
+
+
+def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), Call((), rest)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape."""
+    hidden: list[torch.Tensor] = []
+    calls: list[Call] = []
+
+    def record(*args: object, **kwargs: object) -> torch.Tensor:
+        h, call = _split(args, kwargs)
+        hidden.append(h)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise _Stop
+        return h
+
+    with _patched((b, record) for b in blocks):
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Stop:
+            return hidden[0], calls
+    raise RuntimeError("the model's forward did not reach its last decoder block")
+
+
+@torch.no_grad()
+def finish(
+    model: nn.Module, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
+) -> torch.Tensor:
+    """Logits from the hidden states after the last block: final norm and head by the model's own forward."""
+
+    def give(*args: object, **kwargs: object) -> object:
+        return (hidden,) if as_tuple else hidden
+
+    with _patched((b, give) for b in blocks):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@dataclass
+class Streams:
+    """Hidden states [windows, length, hidden], fp32, on the CPU; None where nothing needs that stream."""
+
+    full: torch.Tensor | None
+    quantized: torch.Tensor | None
+
+    @property
+    def leading(self) -> torch.Tensor:
+        return self.quantized if self.quantized is not None else self.full
+
+
+@dataclass
+class BlockRun:
+    """One block with real weights, its planned linears held as `HeldLinear`, and the streams at its input."""
+
+    index: int
+    module: nn.Module
+    streams: Streams
+    calls: dict[int, Call]  # by batch size
+    batch: int
+    device: torch.device
+    as_tuple: bool = False
+    kept_bytes: int = KEPT_BYTES
+    _kept: dict[tuple[bool, str], dict[int, torch.Tensor]] = field(default_factory=dict)
+    _arity: dict[str, int] = field(default_factory=dict)
+    _done: set[str] = field(default_factory=set)
+    _full_advanced: bool = False
+
+    def __post_init__(self) -> None:
+        x = self.streams.leading[:1].to(self.device)
+        call = self.calls[1]
+        self.trace: Trace = trace(self.module, x, call.args, call.kwargs)
+        self._terminal = {linear: name for name, linear in self.trace.output_of.items()}
+        for name in self.trace.output_of:
+            self.module.get_submodule(name).register_forward_hook(self._note_arity(name))
+
+    def _note_arity(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: object, out: object) -> None:
+            self._arity.setdefault(name, len(out) if isinstance(out, tuple) else 0)
+
+        return hook
+
+    @property
+    def held(self) -> dict[str, HeldLinear]:
+        return {n: m for n, m in self.module.named_modules() if isinstance(m, HeldLinear)}
+
+    def chunks(self) -> list[slice]:
+        count = self.streams.leading.shape[0]
+        return [slice(a, min(a + self.batch, count)) for a in range(0, count, self.batch)]
+
+    def select(self, full: bool) -> None:
+        """Choose which weights run: the original ones or the quantized ones (where they exist)."""
+        for module in self.held.values():
+            module.active = not full
+
+    @torch.no_grad()
+    def forward(self, chunk: slice, full: bool) -> torch.Tensor:
+        """The block's output for the windows of `chunk`; finished submodules are replayed from their kept input."""
+        self.select(full)
+        hidden = (self.streams.full if full else self.streams.quantized)[chunk].to(self.device)
+        call = self.calls[hidden.shape[0]]
+        with _patched(self._replays(chunk, full)):
+            out = self.module(hidden, *call.args, **call.kwargs)
+        self.as_tuple = isinstance(out, tuple)
+        return out[0] if self.as_tuple else out
+
+    def _replays(self, chunk: slice, full: bool) -> list[tuple[nn.Module, Callable]]:
+        replays = []
+        for linear, name in self._terminal.items():
+            kept = self._kept.get((full, linear), {})
+            if chunk.start not in kept or linear not in self._done or name not in self._arity:
+                continue
+
+            def replay(
+                *args: object, at: str = linear, to: str = name, x: torch.Tensor = kept[chunk.start], **kw
+            ):
+                out = self.module.get_submodule(at)(x)
+                arity = self._arity[to]
+                return (out, *([None] * (arity - 1))) if arity else out
+
+            replays.append((self.module.get_submodule(name), replay))
+        return replays
+
+    @torch.no_grad()
+    def collect(self, stages: list[tuple[str, ...]], needs: dict[tuple[str, ...], frozenset[str]]) -> dict:
+        """Statistics of each stage's shared input, in one pass over the chunks: {stage: Statistics}.
+
+        The forward stops at the last stage's input; the full stream runs on when that was the block's last stage, as
+        its weights will not change, and so advances in the same pass.
+        """
+        stages = [s for s in stages if needs[s]]
+        if not stages:
+            return {}
+        gatherers: dict[tuple[str, ...], Gatherer] = {}
+        final = stages[-1] == self.trace.stages[-1]
+        for chunk in self.chunks():
+            seen: dict[bool, dict] = {}
+            for full in (False, True):
+                if (self.streams.full if full else self.streams.quantized) is None:
+                    continue
+                seen[full] = {}
+                out = self._forward_to(stages, chunk, full, seen[full], stop=not (full and final))
+                if out is not None:
+                    self.streams.full[chunk] = out.to(self.streams.full.device)
+                    self._full_advanced = True
+            for stage in stages:
+                x = seen[False][stage] if False in seen else seen[True][stage]
+                if stage not in gatherers:
+                    gatherers[stage] = Gatherer(needs[stage], x.shape[-1], self.device)
+                gatherers[stage].update(x, seen.get(True, {}).get(stage))
+                for full, inputs in seen.items():
+                    self._keep(stage, chunk, full, inputs[stage])
+        return {stage: gatherers[stage].finish() for stage in stages}
+
+    def _forward_to(
+        self, stages: list[tuple[str, ...]], chunk: slice, full: bool, seen: dict, stop: bool
+    ) -> torch.Tensor | None:
+        def grab(stage: tuple[str, ...]) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                seen[stage] = args[0]
+                if stop and len(seen) == len(stages):
+                    raise _Stop
+
+            return hook
+
+        handles = [self.module.get_submodule(s[0]).register_forward_pre_hook(grab(s)) for s in stages]
+        try:
+            return self.forward(chunk, full)
+        except _Stop:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, stage: tuple[str, ...], chunk: slice, full: bool, x: torch.Tensor) -> None:
+        """Keep the input of a linear whose output is its parent's, while the budget lasts."""
+        linear = stage[0]
+        if len(stage) != 1 or linear not in self._terminal or (full and self._full_advanced):
+            return
+        used = sum(t.nbytes for kept in self._kept.values() for t in kept.values())
+        if used + x.nbytes <= self.kept_bytes:
+            self._kept.setdefault((full, linear), {})[chunk.start] = x
+
+    def finished(self, names: Iterable[str]) -> None:
+        """These linears have their final weights: their parents may be replayed."""
+        self._done.update(names)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Bring both streams to the output of this block."""
+        for chunk in self.chunks():
+            if self.streams.full is not None and not self._full_advanced:
+                self.streams.full[chunk] = self.forward(chunk, full=True).to(self.streams.full.device)
+            if self.streams.quantized is not None:
+                out = self.forward(chunk, full=False)
+                self.streams.quantized[chunk] = out.to(self.streams.quantized.device)
+        self._kept.clear()
+
+    @torch.no_grad()
+    def inputs_of(self, name: str, windows: int) -> list[tuple[tuple, dict, torch.Tensor]]:
+        """(args, kwargs, output) of a submodule on the first `windows` windows of the full stream (or the only one)."""
+        calls: list[tuple[tuple, dict, torch.Tensor]] = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+            calls.append((args, kwargs, out[0] if isinstance(out, tuple) else out))
+
+        handle = self.module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        try:
+            for chunk in self.chunks():
+                if chunk.start >= windows:
+                    break
+                self.forward(chunk, full=self.streams.full is not None)
+        finally:
+            handle.remove()
+        return calls
