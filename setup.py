@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: packages in three source roots, and recipes/ packaged as quantkit._recipes."""
+"""What pyproject.toml cannot say: packages in three source roots, and recipes/ as quantkit._recipes."""
 
 from setuptools import find_packages, setup
 

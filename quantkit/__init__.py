@@ -1,4 +1,4 @@
-"""Post-training quantization of Hugging Face causal LMs: recipe -> measured, verified checkpoint -> load and run.
+"""Post-training quantization of Hugging Face causal LMs: a recipe gives a measured, verified checkpoint.
 
 Everything is imported on first use, so that `import quantkit` loads neither torch nor transformers.
 """
@@ -20,7 +20,7 @@ _LAZY = {
     "Recipe": ("quantkit.recipe", "Recipe"),
 }
 
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

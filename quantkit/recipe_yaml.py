@@ -17,6 +17,7 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 20_000
 MAX_ALIASES = 100
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path = tuple[str | int, ...]
 
@@ -102,6 +103,10 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, found: Located, count: 
     if count[0] > MAX_VALUES or len(path) > MAX_DEPTH:
         raise ValueError(f"line {node.start_mark.line + 1}: aliases expand to more than {MAX_VALUES} values")
     found.origins[path] = f"{found.name}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+        raise yaml.constructor.ConstructorError(
+            problem=f"tag {node.tag!r} is refused", problem_mark=node.start_mark
+        )
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, i), found, count) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):

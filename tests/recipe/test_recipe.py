@@ -1,0 +1,188 @@
+import json
+
+import pytest
+
+from quantkit import assets
+from quantkit.errors import RecipeError
+from quantkit.recipe import load_recipe, parse_recipe
+from quantkit.scheme import PRESETS, Scheme
+
+LEAST = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
+
+
+def problems(tmp_path, text, *overrides):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file, overrides)
+    return [line.replace(f"{file}:", "") for line in str(error.value).splitlines()]
+
+
+def with_weights(**keys):
+    return parse_recipe({"weights": {"algorithm": "rtn"} | keys}).weights
+
+
+@pytest.mark.parametrize("name", assets.recipe_names())
+def test_shipped_recipe_loads_and_says_its_command(name):
+    recipe = load_recipe(name)
+    lines = assets.recipe_path(name).read_text().splitlines()
+    assert lines[0] == f"# quantkit quantize recipes/{name}.yaml"
+    assert lines[1].startswith("# ")
+    assert recipe.model is None
+    assert recipe.calibration.data == ()
+    assert (recipe.calibration.samples, recipe.calibration.sequence_length) == (128, 512)
+    assert recipe.weights.bits == int(name[1])
+    assert recipe.weights.algorithm.name == ("gptq" if "gptq" in name else "rtn")
+    assert [t.name for t in recipe.transforms] == (["awq"] if "awq" in name else [])
+
+
+def test_all_widths_and_methods_are_shipped():
+    methods = ("rtn", "gptq", "awq", "awq-gptq")
+    assert set(assets.recipe_names()) >= {f"w{b}a16-{m}" for b in (2, 3, 4, 8) for m in methods}
+
+
+def test_all_errors_come_at_once_with_path_and_line(tmp_path):
+    found = problems(
+        tmp_path,
+        "weights:\n"
+        "  algorithm: {name: gptq, dampng: 0.1}\n"
+        "  bits: 9\n"
+        "activations: {dtype: int8}\n"
+        "rules:\n"
+        "  - {match: a, skip: true, bits: 3}\n"
+        '  - {bits: "4"}\n'
+        "transforms: [awk]\n"
+        "kv_cache: {dtype: int8}\n"
+        "speed: 1\n",
+    )
+    where = [": ".join(line.split(": ")[:2]) for line in found]
+    assert where == [
+        "2: weights.algorithm.dampng",
+        "3: weights.bits",
+        "8: transforms.0",
+        "6: rules.0",
+        "7: rules.1.match",
+        "7: rules.1.bits",
+        "4: activations",
+        "9: kv_cache",
+        "10: speed",
+    ]
+    assert "known here: name, order, groups" in found[0]
+    assert "not available yet" in found[6]
+    assert "not available yet" in found[7]
+    assert "known here: model, weights" in found[8]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: {algorithm: {name: gptq, groups: dynamic}}", "order: none"),
+        ("weights: {algorithm: gptw}", "'rtn', 'gptq'"),
+        ("weights: {bits: 4}", "weights.algorithm: missing"),
+        ("weights: {algorithm: rtn, preset: W5A16}", "'W4A16'"),
+        ("weights: {algorithm: rtn, preset: [1]}", "weights.preset"),
+        ("weights: {algorithm: rtn, group_size: 8}", "16"),
+        ("weights: {algorithm: rtn, symmetric: 1}", "weights.symmetric"),
+        ("weights: {algorithm: {name: gptq, damping: .inf}}", "weights.algorithm.damping"),
+        ("weights: 3", "expected a mapping"),
+        ("weights: {algorithm: rtn}\nrules: {match: a}", "rules: expected a list"),
+        ("weights: {algorithm: rtn}\nrules: [{match: a, bits: null}]", "need a value"),
+        (
+            "weights: {algorithm: rtn}\ncalibration: {data: [a:1, b:2], samples: 4}",
+            "sum to 3, not to samples: 4",
+        ),
+        ("weights: {algorithm: rtn}\ncalibration: {data: [a:4, b], samples: 4}", "leaves less than"),
+        ("weights: {algorithm: rtn}\ncalibration: {samples: 0}", "calibration.samples"),
+        ("weights: {algorithm: rtn}\noutput: {format: gguf}", "compressed-tensors"),
+        ("- weights", "expected a mapping"),
+        ("", "empty"),
+    ],
+)
+def test_wrong_value_is_named(tmp_path, text, message):
+    assert message in "\n".join(problems(tmp_path, text))
+
+
+def test_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(RecipeError, match="w4a16-gptq"):
+        load_recipe("w4a16-gptk")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_fills_the_scheme(name):
+    assert with_weights(preset=name).scheme == PRESETS[name]
+
+
+def test_other_keys_override_the_preset():
+    assert with_weights(preset="W3A16", group_size=64).scheme == Scheme(3, 64, True)
+
+
+@pytest.mark.parametrize("channel", [None, -1, "channel"])
+def test_group_size_spells_channel(channel):
+    assert with_weights(group_size=channel).scheme.group_size is None
+
+
+def test_rule_replaces_only_written_keys():
+    rule = {"match": "*.down_proj", "group_size": "channel", "algorithm": "rtn"}
+    recipe = parse_recipe(LEAST | {"rules": [rule]})
+    scheme, algorithm = recipe.rules[0].apply(recipe.weights)
+    assert scheme == Scheme(4, None, True)
+    assert algorithm.name == "rtn"
+    assert recipe.rules[0].fits("model.layers.3.mlp.down_proj")
+    assert not recipe.rules[0].fits("model.layers.3.mlp.Down_proj")
+
+
+def test_data_short_forms():
+    data = ["a.txt", "b.txt:100", {"source": "c", "split": "train"}]
+    sources = parse_recipe(LEAST | {"calibration": {"data": data}}).calibration.data
+    assert [(s.source, s.samples) for s in sources] == [("a.txt", None), ("b.txt", 100), ("c", None)]
+
+
+def test_resolved_is_plain_and_parses_to_the_same_recipe():
+    recipe = parse_recipe(
+        LEAST
+        | {
+            "model": "m",
+            "transforms": ["awq"],
+            "rules": [{"match": "a", "preset": "W8A16", "algorithm": "rtn"}, {"match": "b", "skip": True}],
+            "calibration": {"data": ["x:128"]},
+        }
+    )
+    plain = recipe.resolved()
+    assert parse_recipe(json.loads(json.dumps(plain))) == recipe
+    assert plain["weights"]["algorithm"]["damping"] == 0.01
+    assert plain["rules"][0]["group_size"] is None
+    assert "preset" not in json.dumps(plain)
+
+
+def test_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_recipe(LEAST).model = "x"
+
+
+def test_overrides_reach_every_depth(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("weights: {algorithm: gptq}\nrules: [{match: a, bits: 4}]\n")
+    recipe = load_recipe(
+        file,
+        ["weights.bits=3", "weights.algorithm.damping=1e-2", "rules.0.bits=8", "rules.1.match=b",
+         "rules.1.skip=true", "transforms=[awq]", "calibration.samples=7"],
+    )  # fmt: skip
+    assert recipe.weights.bits == 3
+    assert (recipe.weights.algorithm.name, recipe.weights.algorithm.damping) == ("gptq", 0.01)
+    assert [(r.match, r.bits, r.skip) for r in recipe.rules] == [("a", 8, False), ("b", None, True)]
+    assert (recipe.transforms[0].name, recipe.calibration.samples) == ("awq", 7)
+
+
+def test_override_is_named_in_its_error(tmp_path):
+    found = problems(
+        tmp_path, "weights: {algorithm: rtn}", "weights.bits=11", "x", "weights.algorithm.name.a=1"
+    )
+    assert "--set x: expected key=value" in found[0]
+    assert "--set weights.algorithm.name.a=1: weights.algorithm.name is a single value" in found[1]
+    assert found[2].startswith("--set weights.bits=11: weights.bits: ")
+
+
+def test_override_leaves_the_callers_mapping_alone():
+    given = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
+    assert parse_recipe(given, ["weights.bits=3"]).weights.bits == 3
+    assert given == LEAST
