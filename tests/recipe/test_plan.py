@@ -1,0 +1,160 @@
+import json
+import struct
+
+import pytest
+
+from quantkit import assets
+from quantkit.errors import ModelError, RecipeError
+from quantkit.models.headers import read_checkpoint
+from quantkit.plan import build_plan, validate
+from quantkit.recipe import parse_recipe
+from quantkit.scheme import Scheme
+
+
+def checkpoint(folder, shapes, **config):
+    """A folder whose safetensors header names zero weights of these shapes, and a config."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(end))
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_checkpoint(folder)
+
+
+def plan(headers, rules=(), output=None, **weights):
+    weights = {"algorithm": "rtn", "group_size": 64} | weights
+    return build_plan(parse_recipe({"weights": weights, "rules": rules, "output": output or {}}), headers)
+
+
+@pytest.fixture(scope="module")
+def bookworm():
+    return read_checkpoint(assets.default_model())
+
+
+@pytest.fixture
+def untied(tmp_path):
+    shapes = {"model.embed_tokens.weight": (32, 64), "lm_head.weight": (32, 64)}
+    for block in range(2):
+        for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"):
+            shapes[f"model.layers.{block}.{leaf}.weight"] = (64, 64)
+        shapes[f"model.layers.{block}.input_layernorm.weight"] = (64,)
+    return checkpoint(tmp_path / "untied", shapes, model_type="llama", tie_word_embeddings=False)
+
+
+def test_default_scope_is_every_linear_of_the_blocks(bookworm):
+    found = plan(bookworm)
+    assert (found.blocks_prefix, found.n_blocks, len(found.layers)) == ("model.layers", 8, 56)
+    assert found.skipped == ()
+    down = next(layer for layer in found.layers if layer.name == "model.layers.3.mlp.down_proj")
+    assert (down.shape, down.block, down.transposed) == ((256, 768), 3, False)
+    assert down.scheme == Scheme(4, 64, True)
+
+
+def test_untied_head_stays_unless_a_rule_names_it(untied):
+    assert ("lm_head", "outside the decoder blocks") in plan(untied).skipped
+    head = plan(untied, [{"match": "lm_head", "bits": 8}]).layers[-1]
+    assert (head.name, head.block, head.scheme.bits) == ("lm_head", None, 8)
+    everything = plan(untied, [{"match": "*", "bits": 8}])
+    assert ("lm_head", "outside the decoder blocks") in everything.skipped
+    assert {layer.scheme.bits for layer in everything.layers} == {8}
+    assert ("lm_head", "rule 'lm_head'") in plan(untied, [{"match": "lm_head", "skip": True}]).skipped
+
+
+def test_last_matching_rule_wins(bookworm):
+    rules = [{"match": "*.down_proj", "bits": 8}, {"match": "model.layers.0.*", "skip": True}]
+    found = plan(bookworm, [*rules, {"match": "model.layers.0.mlp.down_proj", "algorithm": "gptq"}])
+    down = {layer.block: layer for layer in found.layers if layer.name.endswith("down_proj")}
+    assert (down[0].scheme.bits, down[0].algorithm.name) == (4, "gptq")
+    assert (down[1].scheme.bits, down[1].algorithm.name) == (8, "rtn")
+    assert len(found.skipped) == 6
+
+
+def test_every_rule_that_matches_nothing_is_named(bookworm):
+    with pytest.raises(RecipeError) as error:
+        plan(bookworm, [{"match": "*.fc1", "bits": 8}, {"match": "*.norm", "skip": True}])
+    text = str(error.value)
+    assert "rules.0: '*.fc1' fits no linear" in text
+    assert "rules.1: '*.norm' fits no linear" in text
+    assert "model.layers.*.mlp.down_proj" in text
+
+
+def test_embedding_is_no_linear(untied):
+    with pytest.raises(RecipeError, match="fits no linear"):
+        plan(untied, [{"match": "*embed_tokens", "bits": 8}])
+
+
+def test_rule_on_a_tied_head_is_refused(bookworm):
+    with pytest.raises(RecipeError, match="shares its weight"):
+        plan(bookworm, [{"match": "lm_head", "bits": 8}])
+    assert len(plan(bookworm, [{"match": "lm_head", "skip": True}]).layers) == 56
+
+
+@pytest.mark.parametrize(
+    ("rule", "parent"),
+    [
+        ({"match": "*.v_proj", "bits": 8}, "model.layers.*.self_attn: k_proj W4A16 g64 sym"),
+        ({"match": "*.k_proj", "skip": True}, "k_proj skipped"),
+        ({"match": "*.up_proj", "group_size": 32}, "up_proj W4A16 g32 sym"),
+    ],
+)
+def test_split_fusion_is_refused_unless_allowed(bookworm, rule, parent):
+    with pytest.raises(RecipeError) as error:
+        plan(bookworm, [rule])
+    assert parent in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert plan(bookworm, [rule], {"allow_split_fusion": True}).n_blocks == 8
+
+
+def test_different_algorithms_within_a_fusion_are_fine(bookworm):
+    assert plan(bookworm, [{"match": "*.v_proj", "algorithm": "gptq"}]).n_blocks == 8
+
+
+def test_group_that_does_not_divide_names_layers_and_remedies(bookworm):
+    with pytest.raises(ModelError) as error:
+        plan(bookworm, [{"match": "*.down_proj", "group_size": 100}])
+    text = str(error.value)
+    assert (
+        "in_features=768 is not divisible by group_size=100 in model.layers.*.mlp.down_proj (8 of them)"
+        in text
+    )
+    assert "group_size 16, 32, 48, 64, 96, 128, 192, 256, channel" in text
+    assert "{match: 'model.layers.*.mlp.down_proj', skip: true}" in text
+
+
+def test_skipping_everything_is_an_error(bookworm):
+    with pytest.raises(RecipeError, match="skip every linear"):
+        plan(bookworm, [{"match": "*", "skip": True}])
+
+
+def test_conv1d_shape_is_turned_and_base_prefix_added(tmp_path):
+    shapes = {
+        "wte.weight": (32, 64),
+        "wpe.weight": (16, 64),
+        "h.0.attn.c_attn.weight": (64, 192),
+        "h.0.ln_1.weight": (64,),
+    }
+    found = plan(checkpoint(tmp_path / "m", shapes, model_type="gpt2"))
+    assert found.blocks_prefix == "transformer.h"
+    assert [(la.name, la.shape, la.transposed) for la in found.layers] == [
+        ("transformer.h.0.attn.c_attn", (192, 64), True)
+    ]
+
+
+def test_a_model_without_blocks_or_with_a_gap_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no numbered decoder blocks"):
+        plan(checkpoint(tmp_path / "a", {"lm_head.weight": (64, 64)}, model_type="llama"))
+    gap = {f"model.layers.{i}.mlp.up_proj.weight": (64, 64) for i in (0, 2)}
+    with pytest.raises(ModelError, match=r"none numbered \[1\]"):
+        plan(checkpoint(tmp_path / "b", gap, model_type="llama"))
+
+
+def test_validate_with_and_without_a_model():
+    recipe, nothing = validate("w4a16-gptq", overrides=["weights.bits=3"])
+    assert (recipe.weights.bits, nothing) == (3, None)
+    assert validate("w4a16-gptq", str(assets.default_model()))[1].n_blocks == 8
