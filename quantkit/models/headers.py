@@ -115,6 +115,14 @@ def read_checkpoint(path: str | Path) -> Headers:
     if not path.is_dir():
         raise ModelError(f"no model folder {path}")
     config = _config(path)
+    files, tensors = read_tensors(path)
+    headers = Headers(path, config, tensors, files)
+    _check_tensors(headers)
+    return headers
+
+
+def read_tensors(path: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
+    """The weight files of a folder, quantized or not, and what their headers name; ModelError for corrupt ones."""
     tensors: dict[str, TensorInfo] = {}
     files = _weight_files(path)
     for file in files:
@@ -123,9 +131,7 @@ def read_checkpoint(path: str | Path) -> Headers:
                 raise ModelError(f"tensor {name} is both in {tensors[name].file.name} and in {file.name}")
             tensors[name] = info
     _check_index(path, files, tensors)
-    headers = Headers(path, config, tensors, files)
-    _check_tensors(headers)
-    return headers
+    return files, tensors
 
 
 def named(names: Iterable[str]) -> str:
