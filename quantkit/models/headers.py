@@ -1,8 +1,8 @@
 """What a checkpoint folder holds, from `config.json` and the safetensors headers; without torch.
 
 A safetensors file is an 8-byte little-endian length, that many bytes of JSON {name: {dtype, shape,
-data_offsets}}, and the data, without holes. Offsets count from the end of the JSON. The parser trusts nothing:
-sizes are bounded and every range is checked against the file, so that readers of weights need not check again.
+data_offsets}}, and the data, without holes. Offsets count from the end of the JSON. Nothing is trusted: sizes
+are bounded, every range is checked against the file, and readers of weights need not check again.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> Headers:
 
 
 def read_tensors(path: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
-    """The weight files of a folder, quantized or not, and what their headers name; ModelError for corrupt ones."""
+    """The weight files of a folder, quantized or not, and what their headers name; ModelError if corrupt."""
     tensors: dict[str, TensorInfo] = {}
     files = _weight_files(path)
     for file in files:

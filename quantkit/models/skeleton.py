@@ -1,0 +1,214 @@
+"""A transformers causal LM without memory: parameters on meta, filled one decoder block at a time.
+
+Buffers are made for real (`include_buffers=False`): rotary tables and masks are not stored in checkpoints. A
+loaded block is a copy of its meta block; freeing puts the meta block back, whatever was swapped inside the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Container, Iterable
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from quantkit.errors import ModelError
+from quantkit.models.headers import named
+from quantkit.models.source import Source
+
+
+def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model on meta, in eval mode, with parameters of type `dtype`, checked against the checkpoint.
+
+    ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(source.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{source.path}: transformers cannot build this model: {reason}") from error
+    model.requires_grad_(False)
+    model.eval()
+    _check(model, source)
+    return model
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Name of a tied parameter -> name of the one it is (transformers' own list)."""
+    return model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def dropped(model: nn.Module, source: Source) -> dict[str, str]:
+    """Disk name -> reason, for every stored tensor that the model does not use."""
+    reasons = dict(source.headers.dropped)
+    wanted, ties = _wanted(model), tied(model)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for name in source.names():
+        if name in ties and ties[name] in source:
+            reasons[source.disk_name(name)] = f"tied to {ties[name]}"
+        elif name not in wanted and any(re.search(pattern, name) for pattern in ignored):
+            reasons[source.disk_name(name)] = "not used by this version of transformers"
+    return reasons
+
+
+def find_blocks(model: nn.Module, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
+    """(module name, list) of the decoder blocks: at `prefix`, or the longest list of modules of one class."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if prefix is not None:
+        if prefix not in lists:
+            raise ModelError(f"the model has no list of blocks {prefix!r}; it has {named(lists) or 'none'}")
+        return prefix, lists[prefix]
+    lists = {n: m for n, m in lists.items() if len({type(block) for block in m}) == 1}
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of equal decoder blocks; it is not supported")
+    best = max(lists, key=lambda name: (len(lists[name]), -name.count(".")))
+    return best, lists[best]
+
+
+def load_outside(
+    model: nn.Module,
+    source: Source,
+    blocks_prefix: str,
+    skip: Container[str] = (),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Load everything outside the blocks: embeddings, final norm, head; tied ones are one Parameter.
+
+    skip: tensor names left on meta. dtype None: what the skeleton was built with.
+    """
+    ties = tied(model)
+    inside = f"{blocks_prefix}."
+    names = [n for n in _wanted(model) if not n.startswith(inside) and n not in skip and n not in ties]
+    for name in names:
+        _load(model, name, source, _stored_as(name, source, ties), dtype, device)
+    for name, target in ties.items():
+        if name not in skip:
+            _assign(model, name, model.get_parameter(target))
+    for name, buffer in list(model.named_buffers()):
+        if not name.startswith(inside) and buffer.device.type != "meta":
+            _assign(model, name, buffer.to(device))
+    _no_meta(model, (n for n in [*names, *ties] if n not in skip))
+
+
+def load_block(
+    model: nn.Module,
+    source: Source,
+    index: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    stored: Container[str] = (),
+    blocks_prefix: str | None = None,
+) -> nn.Module:
+    """Load decoder block `index` and return it, in place in `model`.
+
+    dtype None: what the skeleton was built with. stored: full names of tensors left as stored.
+    """
+    prefix, blocks = find_blocks(model, blocks_prefix)
+    meta = blocks[index]
+    config = model.config
+    block = copy.deepcopy(meta, {id(config): config})
+    for name in [n for n, _ in _persistent(block)]:
+        full = f"{prefix}.{index}.{name}"
+        kept = full in stored
+        _load(block, name, source, full, None if kept else dtype, device, as_stored=kept)
+    for name, buffer in list(block.named_buffers()):
+        _assign(block, name, buffer.to(device))
+    _no_meta(block, (n for n, _ in block.named_parameters()))
+    block.__dict__["_meta_block"] = meta  # past nn.Module's bookkeeping: it is no submodule
+    blocks[index] = block
+    return block
+
+
+def free_block(model: nn.Module, index: int, blocks_prefix: str | None = None) -> None:
+    """Put the meta block back; the loaded one goes with its last reference."""
+    _, blocks = find_blocks(model, blocks_prefix)
+    blocks[index] = blocks[index].__dict__.get("_meta_block", blocks[index])
+
+
+def _persistent(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers a checkpoint holds, tied ones under each of their names."""
+    return list(module.state_dict(keep_vars=True).items())
+
+
+def _wanted(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(_persistent(model))
+
+
+def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
+    """A checkpoint may hold a tied pair under either name."""
+    if name in source:
+        return name
+    return next((other for other, target in ties.items() if target == name and other in source), name)
+
+
+def _check(model: nn.Module, source: Source) -> None:
+    wanted, ties = _wanted(model), tied(model)
+    gone = dropped(model, source)
+    problems = []
+    unknown = [
+        source.disk_name(n) for n in source.names() if n not in wanted and source.disk_name(n) not in gone
+    ]
+    if unknown:
+        problems.append(f"tensors {type(model).__name__} has no place for: {named(unknown)}")
+    missing = [n for n in wanted if n not in ties and _stored_as(n, source, ties) not in source]
+    if missing:
+        problems.append(f"tensors that are missing: {named(missing)}")
+    for name, parameter in wanted.items():
+        if name in source and source.raw(name).shape != tuple(parameter.shape):
+            problems.append(
+                f"{source.disk_name(name)} has the shape {list(source.raw(name).shape)}, config.json "
+                f"asks for {list(parameter.shape)}"
+            )
+    for name, target in ties.items():
+        if name in source and target in source and not source.same(name, target):
+            problems.append(
+                f"{source.disk_name(name)} differs from {source.disk_name(target)}, to which config.json "
+                "ties it; set tie_word_embeddings: false there"
+            )
+    if problems:
+        raise ModelError(f"{source.path} does not fit its config.json: " + "; ".join(problems))
+
+
+def _load(
+    module: nn.Module,
+    name: str,
+    source: Source,
+    stored_name: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    as_stored: bool = False,
+) -> None:
+    parent, _, leaf = name.rpartition(".")
+    old = getattr(module.get_submodule(parent), leaf)
+    wanted = None if as_stored else (dtype or old.dtype)
+    _assign(module, name, source.tensor(stored_name, wanted).to(device))
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if leaf in owner._parameters:
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _no_meta(module: nn.Module, names: Iterable[str]) -> None:
+    left = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if getattr(module.get_submodule(parent), leaf).device.type == "meta":
+            left.append(name)
+    if left:
+        raise ModelError(f"not loaded from the checkpoint: {named(left)}")

@@ -1,0 +1,176 @@
+"""The tensors of a checkpoint, read one at a time into memory of their own.
+
+`pread` instead of a memory map: mapped pages count as resident for as long as any tensor lives, and a process
+that streams a model should show no more memory than it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from quantkit.errors import ModelError
+from quantkit.models.headers import Headers, TensorInfo
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK_BYTES = 16 << 20
+# What decides, beside the weights, how text becomes logits.
+HASHED = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+class Source:
+    """Weights of one checkpoint by module name (transformers' causal LM) or disk name; no tensor is kept."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self._disk: dict[str, str] = {}
+        for disk, module in headers.module_names.items():
+            if disk in headers.dropped:
+                continue
+            if module in self._disk:
+                raise ModelError(
+                    f"{headers.path}: {self._disk[module]} and {disk} are both {module}; remove one"
+                )
+            self._disk[module] = disk
+
+    @property
+    def path(self) -> Path:
+        return self.headers.path
+
+    @cached_property
+    def config(self):
+        """transformers' config object; remote code never runs."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever a validator of transformers raises, the file is at fault
+            reason = " ".join(str(error).split())[:400]
+            raise ModelError(f"{self.path / 'config.json'} is refused by transformers: {reason}") from error
+
+    def names(self) -> list[str]:
+        """Module names of all tensors, those dropped left out."""
+        return list(self._disk)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._disk
+
+    def module_name(self, disk_name: str) -> str:
+        return self.headers.module_names[disk_name]
+
+    def disk_name(self, module_name: str) -> str:
+        return self.raw(module_name).name
+
+    def raw(self, name: str) -> TensorInfo:
+        """Where the tensor lies, for byte copies."""
+        disk = self._disk.get(name, name)
+        if disk not in self.headers.tensors:
+            raise ModelError(f"{self.path} has no tensor {name}")
+        return self.headers.tensors[disk]
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in `dtype` (None: as stored), on the CPU; ModelError if a value is not finite.
+
+        A cast is done by chunks, so that no second whole copy exists.
+        """
+        info = self.raw(name)
+        stored = DTYPES[info.dtype]
+        out = torch.empty(info.shape, dtype=dtype or stored)
+        flat = out.view(-1)
+        step = max(1, CHUNK_BYTES // stored.itemsize)
+        with self._open(info) as file:
+            for start in range(0, flat.numel(), step):
+                part = flat[start : start + step]
+                raw = part if part.dtype == stored else torch.empty(part.numel(), dtype=stored)
+                self._read(file.fileno(), raw, info, start * stored.itemsize)
+                if raw is not part:
+                    part.copy_(raw)
+                if not _finite(part):
+                    self._refuse(info, raw, out.dtype)
+        return out
+
+    def same(self, a: str, b: str) -> bool:
+        """Whether two tensors have equal dtype, shape and bytes."""
+        x, y = self.raw(a), self.raw(b)
+        if (x.dtype, x.shape) != (y.dtype, y.shape):
+            return False
+        one = torch.empty(min(CHUNK_BYTES, x.nbytes), dtype=torch.uint8)
+        other = torch.empty_like(one)
+        with self._open(x) as first, self._open(y) as second:
+            for start in range(0, x.nbytes, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, x.nbytes - start)
+                self._read(first.fileno(), one[:size], x, start)
+                self._read(second.fileno(), other[:size], y, start)
+                if not torch.equal(one[:size], other[:size]):
+                    return False
+        return True
+
+    def digest(self) -> str:
+        """sha256 (hex) over config.json, the tokenizer's files and the weight files: names and contents."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        total = hashlib.sha256()
+        present = [self.path / name for name in HASHED if (self.path / name).is_file()]
+        for path in present + self.headers.files:
+            try:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+            total.update(f"{path.name} {content}\n".encode())
+        return total.hexdigest()
+
+    def _open(self, info: TensorInfo):
+        try:
+            return info.file.open("rb", buffering=0)
+        except OSError as error:
+            raise ModelError(f"{info.file} cannot be read: {error.strerror or error}") from error
+
+    def _read(self, fd: int, into: torch.Tensor, info: TensorInfo, start: int) -> None:
+        """Fill the flat tensor `into` with the bytes of `info` from byte `start` of the tensor on."""
+        view = memoryview(into.view(torch.uint8).numpy())
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(fd, [view[done:]], info.offset + start + done)
+            except OSError as error:
+                raise ModelError(
+                    f"{info.file}: tensor {info.name} cannot be read: {error.strerror or error}"
+                ) from error
+            if not got:
+                raise ModelError(f"{info.file} ends inside tensor {info.name}; it changed while it was read")
+            done += got
+
+    def _refuse(self, info: TensorInfo, raw: torch.Tensor, dtype: torch.dtype) -> None:
+        if _finite(raw):
+            raise ModelError(f"tensor {info.name} overflows in {dtype}; use float32 or bfloat16")
+        bad = int((~torch.isfinite(raw)).sum())
+        raise ModelError(
+            f"{info.file.name}: tensor {info.name} holds NaN or infinite values ({bad} in one chunk); "
+            "the checkpoint is damaged, fetch it again"
+        )
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Whether every value is finite; NaN and infinities show in the extremes, without a mask."""
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
