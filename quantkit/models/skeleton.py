@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import init_empty_weights
@@ -77,26 +77,47 @@ def load_outside(
     model: nn.Module,
     source: Source,
     blocks_prefix: str,
-    skip: Container[str] = (),
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> None:
-    """Load everything outside the blocks: embeddings, final norm, head; tied ones are one Parameter.
+    head: bool = True,
+) -> list[str]:
+    """Load what lies outside the blocks (embeddings, final norm, head; tied ones as one Parameter).
 
-    skip: tensor names left on meta. dtype None: what the skeleton was built with.
+    dtype None: what the skeleton was built with. head False: the output head stays on meta.
+    Returns the names of the loaded tensors, for `free`.
     """
-    ties = tied(model)
+    ties, wanted = tied(model), _wanted(model)
     inside = f"{blocks_prefix}."
-    names = [n for n in _wanted(model) if not n.startswith(inside) and n not in skip and n not in ties]
+    skip = set() if head else _under(model, model.get_output_embeddings())
+    names = [n for n in wanted if not n.startswith(inside) and n not in skip]
     for name in names:
-        _load(model, name, source, _stored_as(name, source, ties), dtype, device)
-    for name, target in ties.items():
-        if name not in skip:
-            _assign(model, name, model.get_parameter(target))
-    for name, buffer in list(model.named_buffers()):
-        if not name.startswith(inside) and buffer.device.type != "meta":
-            _assign(model, name, buffer.to(device))
-    _no_meta(model, (n for n in [*names, *ties] if n not in skip))
+        if name not in ties:
+            _load(model, name, source, _stored_as(name, source, ties), dtype or wanted[name].dtype, device)
+    for name in names:
+        if name in ties:
+            _assign(model, name, model.get_parameter(ties[name]))
+    _move_buffers(model, device, lambda name: not name.startswith(inside))
+    return names
+
+
+def head_tensors(model: nn.Module) -> set[str]:
+    """Names of the output head's own parameters (none of them when it is tied to the embedding)."""
+    head = model.get_output_embeddings()
+    ties = tied(model)
+    return {
+        n for n, _ in _persistent(model) if head is not None and n not in ties and _inside(model, n, head)
+    }
+
+
+def _inside(model: nn.Module, name: str, module: nn.Module) -> bool:
+    return model.get_submodule(name.rpartition(".")[0]) is module
+
+
+def free_outside(model: nn.Module, blocks_prefix: str) -> None:
+    """Put every parameter outside the blocks back on meta."""
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not name.startswith(f"{blocks_prefix}."):
+            _assign(model, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
 
 
 def load_block(
@@ -105,24 +126,15 @@ def load_block(
     index: int,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    stored: Container[str] = (),
     blocks_prefix: str | None = None,
 ) -> nn.Module:
-    """Load decoder block `index` and return it, in place in `model`.
-
-    dtype None: what the skeleton was built with. stored: full names of tensors left as stored.
-    """
+    """Load decoder block `index` in place in `model` and return it. dtype None: every tensor as stored."""
     prefix, blocks = find_blocks(model, blocks_prefix)
     meta = blocks[index]
-    config = model.config
-    block = copy.deepcopy(meta, {id(config): config})
-    for name in [n for n, _ in _persistent(block)]:
-        full = f"{prefix}.{index}.{name}"
-        kept = full in stored
-        _load(block, name, source, full, None if kept else dtype, device, as_stored=kept)
-    for name, buffer in list(block.named_buffers()):
-        _assign(block, name, buffer.to(device))
-    _no_meta(block, (n for n, _ in block.named_parameters()))
+    block = copy.deepcopy(meta, {id(model.config): model.config})
+    for name in _wanted(block):
+        _load(block, name, source, f"{prefix}.{index}.{name}", dtype, device)
+    _move_buffers(block, device, lambda name: True)
     block.__dict__["_meta_block"] = meta  # past nn.Module's bookkeeping: it is no submodule
     blocks[index] = block
     return block
@@ -134,13 +146,22 @@ def free_block(model: nn.Module, index: int, blocks_prefix: str | None = None) -
     blocks[index] = blocks[index].__dict__.get("_meta_block", blocks[index])
 
 
-def _persistent(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def free(model: nn.Module, names: Iterable[str]) -> None:
+    """Put tensors back on meta, in the dtype they have."""
+    loaded = _wanted(model)
+    for name in names:
+        _assign(model, name, torch.empty_like(loaded[name], device="meta"))
+
+
+def _wanted(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers a checkpoint holds, tied ones under each of their names."""
-    return list(module.state_dict(keep_vars=True).items())
+    return dict(module.state_dict(keep_vars=True))
 
 
-def _wanted(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(_persistent(model))
+def _under(model: nn.Module, module: nn.Module | None) -> set[str]:
+    """Full names of the tensors of one submodule."""
+    prefix = next((n for n, m in model.named_modules() if m is module), None)
+    return set() if prefix is None else {f"{prefix}.{n}" for n in _wanted(module)}
 
 
 def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
@@ -185,12 +206,8 @@ def _load(
     stored_name: str,
     dtype: torch.dtype | None,
     device: torch.device | str,
-    as_stored: bool = False,
 ) -> None:
-    parent, _, leaf = name.rpartition(".")
-    old = getattr(module.get_submodule(parent), leaf)
-    wanted = None if as_stored else (dtype or old.dtype)
-    _assign(module, name, source.tensor(stored_name, wanted).to(device))
+    _assign(module, name, source.tensor(stored_name, dtype).to(device))
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -204,11 +221,7 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _no_meta(module: nn.Module, names: Iterable[str]) -> None:
-    left = []
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        if getattr(module.get_submodule(parent), leaf).device.type == "meta":
-            left.append(name)
-    if left:
-        raise ModelError(f"not loaded from the checkpoint: {named(left)}")
+def _move_buffers(module: nn.Module, device: torch.device | str, chosen: Callable[[str], bool]) -> None:
+    for name, buffer in list(module.named_buffers()):
+        if chosen(name) and buffer.device.type != "meta":
+            _assign(module, name, buffer.to(device))
