@@ -19,6 +19,7 @@ from torch import nn
 
 from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.held import HeldLinear
+from quantkit.errors import ModelError
 from quantkit.models.discover import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
@@ -109,6 +110,45 @@ class Streams:
     @property
     def leading(self) -> torch.Tensor:
         return self.quantized if self.quantized is not None else self.full
+
+
+@torch.no_grad()
+def inputs_after_blocks(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    streams: Streams,
+    ids: torch.Tensor,
+    batch: int,
+    name: str,
+    fields: frozenset[str],
+    device: torch.device,
+) -> Statistics:
+    """Statistics of the input of a linear that runs after the blocks (the head)."""
+    gatherer: Gatherer | None = None
+    for start in range(0, len(ids), batch):
+        chunk = slice(start, start + batch)
+        seen: dict[bool, torch.Tensor] = {}
+        for full, stream in ((False, streams.quantized), (True, streams.full)):
+            if stream is None:
+                continue
+
+            def hook(module: nn.Module, args: tuple, which: bool = full) -> None:
+                seen[which] = args[0]
+                raise _Stop
+
+            handle = model.get_submodule(name).register_forward_pre_hook(hook)
+            try:
+                finish(model, blocks, stream[chunk].to(device), ids[chunk].to(device), as_tuple=False)
+            except _Stop:
+                pass
+            finally:
+                handle.remove()
+            if full not in seen:
+                raise ModelError(f"{name} does not run after the decoder blocks; give it `algorithm: rtn` or a skip rule")
+        x = seen.get(False, seen.get(True))
+        gatherer = gatherer or Gatherer(fields, x.shape[-1], device)
+        gatherer.update(x, seen.get(True))
+    return gatherer.finish()
 
 
 @dataclass

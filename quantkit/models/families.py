@@ -132,3 +132,6 @@ def module_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
             module = prefix + module
         found[name] = module
     return found
+
+# Parts of the names of linears whose output goes into attention logits, where a weight's own output error misleads.
+ATTENTION_LOGIT_NAMES = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn")

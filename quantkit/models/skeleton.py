@@ -1,7 +1,7 @@
 """A transformers causal LM without memory: parameters on meta, filled one decoder block at a time.
 
 Buffers are made for real (`include_buffers=False`): rotary tables and masks are not stored in checkpoints. A
-loaded block is a copy of its meta block; freeing puts the meta block back, whatever was swapped inside the copy.
+loaded block is a copy of its meta block; freeing puts the meta block back, whatever was swapped inside.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""Writing safetensors files so that a killed run leaves either the whole file or none.
+
+The `safetensors` library wants every tensor in memory at once; a 70B embedding need not be: tensors that are copied
+unchanged are streamed from the source file in pieces. Layout: u64 header length, JSON header padded with spaces to 8
+bytes, buffers in header order without gaps.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.errors import ModelError, OutputError
+from quantkit.models.headers import TensorInfo
+
+_PIECE = 4 << 20
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file: its size and digest, and the bytes of each tensor."""
+
+    file: str
+    nbytes: int
+    sha256: str
+    tensors: dict[str, int]
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) -> Written:
+    """Write `tensors` to `path` atomically: temporary file, fsync, rename, fsync of the folder.
+
+    A `TensorInfo` is copied byte by byte from its source file and checked for NaN and infinity on the way.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset, sizes = 0, {}
+    for name in sorted(tensors):
+        t = tensors[name]
+        dtype, shape = (t.dtype, list(t.shape)) if isinstance(t, TensorInfo) else (_NAMES[t.dtype], list(t.shape))
+        sizes[name] = t.nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterator[memoryview | bytes]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for name in sorted(tensors):
+            t = tensors[name]
+            yield from _copied(t) if isinstance(t, TensorInfo) else _own(t)
+
+    digest = write_atomically(path, pieces())
+    return Written(path.name, 8 + len(text) + offset, digest, sizes)
+
+
+def _own(tensor: torch.Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    if flat.numel():
+        yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def _copied(info: TensorInfo) -> Iterator[bytes]:
+    with open(info.file, "rb", buffering=0) as source:
+        source.seek(info.offset)
+        left = info.nbytes
+        while left:
+            piece = source.read(min(_PIECE, left))
+            if not piece:
+                raise ModelError(f"{info.file} ended inside tensor {info.name}: the file changed during the run")
+            if info.dtype in _FLOATS:
+                check_finite(info.name, torch.frombuffer(bytearray(piece), dtype=_FLOATS[info.dtype]))
+            left -= len(piece)
+            yield piece
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """ModelError naming the tensor if it holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, get a sound copy")
+
+
+def write_atomically(path: Path, pieces: Iterator[bytes | memoryview]) -> str:
+    """Write the pieces to `path` through a temporary file; returns the sha256. OutputError when the disk refuses."""
+    temporary = path.with_name(path.name + ".tmp")
+    digest = hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise output_error(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: object) -> str:
+    """A JSON file with sorted keys, atomically; returns the sha256."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_atomically(path, iter([text.encode()]))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """What went wrong with the output folder, in words, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "the disk is full; free space and run the same command again, it continues where it stopped"
+    else:
+        remedy = f"{error.strerror or error}; choose another --output or make the folder writable"
+    return OutputError(f"cannot write {path}: {remedy}")

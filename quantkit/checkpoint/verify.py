@@ -1,0 +1,87 @@
+"""Is the checkpoint on disk the one that was computed?
+
+`verify_shard` runs while the quantized weights are still in memory: the file is opened again with the safetensors
+library (not with our own reader), unpacked, compared code by code, and the packed forward is compared with the
+dequantized one. `verify_checkpoint` needs only the folder: digests, names, shapes and the account of every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quantkit.errors import VerificationError
+from quantkit.formats.compressed_tensors import unpack
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.numerics.weight import QuantizedWeight
+
+MANIFEST = "quantkit.json"
+INDEX = "model.safetensors.index.json"
+_PROBE = 4  # tokens of the packed-forward check
+
+
+def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
+    """Re-open a written shard and compare every quantized linear with `weights` (by module name)."""
+    with safe_open(path, "pt") as file:
+        for name, wanted in weights.items():
+            prefix = f"{name}."
+            stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+            stored.pop("bias", None)
+            found = unpack(stored, wanted.scheme)
+            same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(found.scale, wanted.scale.cpu())
+            if wanted.zero is not None:
+                same = same and torch.equal(found.zero, wanted.zero.cpu())
+            if not same:
+                raise VerificationError(f"{path.name}: what was read back for {name} is not what was written")
+            _verify_forward(name, found, wanted)
+
+
+@torch.no_grad()
+def _verify_forward(name: str, found: QuantizedWeight, wanted: QuantizedWeight) -> None:
+    x = torch.linspace(-1, 1, _PROBE * found.shape[1]).view(_PROBE, -1)
+    dense = torch.nn.functional.linear(x, wanted.dequantize().cpu())
+    off = (QuantLinear.from_quantized(found, None)(x) - dense).abs().max()
+    if not float(off) <= 1e-5 * float(dense.abs().max()) + 1e-12:
+        raise VerificationError(f"{name}: the packed forward differs from the dequantized one by {float(off):.3g}")
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, dict]) -> None:
+    """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say.
+
+    files: {name: {sha256, bytes}}. account: {source tensor: {became: [names] | copied | dropped: reason}}.
+    """
+    for name, entry in files.items():
+        path = output / name
+        if not path.is_file():
+            raise VerificationError(f"{output}: {name} is missing; quantize again with --no-resume")
+        if path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
+            raise VerificationError(f"{output}: {name} is not the file that was written; quantize again with --no-resume")
+    try:
+        weight_map = json.loads((output / INDEX).read_text())["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise VerificationError(f"{output}: the index cannot be read: {error}") from error
+    held: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        try:
+            with safe_open(output / name, "pt") as file:
+                held |= dict.fromkeys(file.keys(), name)
+        except (OSError, SafetensorError) as error:
+            raise VerificationError(f"{output}: {name} cannot be opened: {error}") from error
+    if held != weight_map:
+        wrong = sorted(held.items() ^ weight_map.items())[:4]
+        raise VerificationError(f"{output}: the index and the shards disagree: {wrong}")
+    promised = {name for entry in account.values() for name in entry.get("became", ())}
+    if promised != held.keys():
+        raise VerificationError(
+            f"{output}: tensors without an account: {sorted(promised ^ held.keys())[:4]} of {len(held)}"
+        )

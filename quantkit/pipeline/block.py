@@ -1,0 +1,117 @@
+"""One block: statistics in, quantized weights out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from quantkit.algorithms.registry import Outcome, algorithm
+from quantkit.calibration.walk import BlockRun
+from quantkit.errors import NumericalError
+from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.pipeline.clock import Clock
+from quantkit.plan import LayerPlan
+
+
+@dataclass
+class BlockResult:
+    """What one block became. Keys are full module or parameter names.
+
+    weights: the quantized linears. changed: other parameters a transform has changed, in their stored dtype.
+    layers: one report per quantized linear. scaling: one per scaling group a transform has looked at.
+    """
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: list[dict] = field(default_factory=list)
+    scaling: list[dict] = field(default_factory=list)
+
+    def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
+        """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
+        error = check_sound(plan.name, weight, outcome.weight)
+        self.weights[plan.name] = outcome.weight
+        self.layers.append(
+            {"name": plan.name, "scheme": str(plan.scheme), "algorithm": plan.algorithm.name, "weight_error": error}
+            | outcome.details
+            | ({"fallbacks": outcome.fallbacks} if outcome.fallbacks else {})
+        )
+
+
+def check_sound(name: str, weight: torch.Tensor, quantized: QuantizedWeight) -> float:
+    """Relative squared weight error; NumericalError naming the layer if it is non-finite or collapsed."""
+    if not bool(torch.isfinite(quantized.scale).all()):
+        raise NumericalError(f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer")
+    norm = float(weight.square().sum())
+    if norm == 0:
+        return 0.0
+    kept = quantized.dequantize()
+    error = float((kept - weight).square().sum()) / norm
+    if not error < 1.0 or not bool(kept.any()):
+        raise NumericalError(
+            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (relative error {error:.3g}); "
+            "use more bits or a smaller group for this layer, or skip it with a rule"
+        )
+    return error
+
+
+def quantize_block(run: BlockRun, plans: dict[str, LayerPlan], scale_dtype: dict[str, torch.dtype], clock: Clock) -> BlockResult:
+    """Quantize the planned linears of one block, stage by stage (a stage: linears that share one input).
+
+    plans, scale_dtype: by module name inside the block. The block keeps the quantized weights, so each stage's
+    statistics see the stages before it already quantized ("true sequential"), unless every algorithm declines that.
+    """
+    result = BlockResult()
+    stages = [s for s in run.trace.stages if any(n in plans for n in s)]
+    missing = plans.keys() - {n for s in stages for n in s}
+    if missing:
+        raise NumericalError(f"{sorted(missing)} never ran in the block's forward; skip them with a rule")
+    run.finished({n for s in run.trace.stages for n in s} - plans.keys())
+    needs = {s: frozenset().union(*(_needs(plans[n]) for n in s if n in plans)) for s in stages}
+    if any(getattr(p.algorithm, "true_sequential", False) for p in plans.values()):
+        passes = [[s] for s in stages]
+    else:
+        passes = [stages]
+    for group in passes:
+        with clock("calibrate"):
+            statistics = run.collect(group, needs)
+        with clock("quantize"):
+            for stage in group:
+                _quantize_stage(run, stage, plans, scale_dtype, statistics.pop(stage, Statistics()), result)
+    return result
+
+
+def _needs(plan: LayerPlan) -> frozenset[str]:
+    return algorithm(plan.algorithm.name).needs(plan.algorithm)
+
+
+def _quantize_stage(
+    run: BlockRun,
+    stage: tuple[str, ...],
+    plans: dict[str, LayerPlan],
+    scale_dtype: dict[str, torch.dtype],
+    statistics: Statistics,
+    result: BlockResult,
+) -> None:
+    """Linears of a stage with one scheme and algorithm are quantized as one matrix: they share the Hessian."""
+    held = run.held
+    alike: dict[tuple, list[str]] = {}
+    for name in stage:
+        if name in plans:
+            alike.setdefault((plans[name].scheme, plans[name].algorithm, scale_dtype[name]), []).append(name)
+    for (scheme, config, dtype), names in alike.items():
+        weights = [held[n].weight.float() for n in names]
+        together = weights[0] if len(names) == 1 else torch.cat(weights)
+        outcome = algorithm(config.name).quantize(together, replace(statistics), scheme, dtype, config)
+        del together
+        rows = [w.shape[0] for w in weights]
+        q = outcome.weight
+        zeros = [None] * len(names) if q.zero is None else q.zero.split(rows)
+        for name, weight, codes, scale, zero in zip(
+            names, weights, q.codes.split(rows), q.scale.split(rows), zeros, strict=True
+        ):
+            part = QuantizedWeight(codes, scale, zero, scheme)
+            held[name].quantized = part
+            result.add(plans[name], weight, replace(outcome, weight=part))
+    run.finished(stage)

@@ -1,0 +1,142 @@
+"""`quantize`: one call from recipe to a checkpoint that is written, verified and evaluated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from quantkit import assets
+from quantkit.calibration.text import token_windows
+from quantkit.checkpoint.journal import FOLDER, Journal, differences, refuse_other
+from quantkit.checkpoint.verify import MANIFEST, verify_checkpoint
+from quantkit.errors import ModelError, OutputError
+from quantkit.models.headers import read_checkpoint, resolve_model
+from quantkit.models.source import Source
+from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.produce import Producer
+from quantkit.pipeline.publish import publish, report_of
+from quantkit.plan import build_plan
+from quantkit.recipe import Recipe, load_recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. output: the checkpoint folder. report: see docs/checkpoint.md ("quantkit-run/1")."""
+
+    output: Path
+    report: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+class Silent:
+    """The progress protocol, without a display."""
+
+    def start(self, total_blocks: int, title: str) -> None: ...
+
+    def block(self, index: int, name: str, note: str = "") -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def quantize(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    resume: bool = True,
+    evaluate: bool = True,
+    progress: Any = None,
+) -> Result:
+    """Quantize a causal LM by a recipe and verify what was written.
+
+    recipe: a shipped recipe's name, a YAML file, a mapping, or a `Recipe`. model: folder or hub id; default the
+    recipe's, else the embedded model. output: default ./out/<model>-<recipe>. overrides: `key=value` as --set takes.
+    device: auto | cpu | cuda[:n], where blocks are calibrated. resume: continue an interrupted run of the same
+    inputs (a finished one is verified and its stored result returned). evaluate: also measure original and quantized
+    model on the embedded evaluation text. progress: an object with start/block/message/finish.
+
+    Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished.
+    """
+    progress = progress or Silent()
+    clock = Clock()
+    with clock("load"):
+        name, checked = _recipe(recipe, overrides)
+        embedded = assets.default_model()
+        path = resolve_model(str(model) if model is not None else checked.model, embedded)
+        headers = read_checkpoint(path)
+        plan = build_plan(checked, headers)
+        folder = Path(output) if output is not None else Path("out") / f"{path.resolve().name}-{name}"
+        where = _device(device)
+        source = Source(headers)
+        transformers_logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        windows = None
+        if Producer.needs_calibration(checked, plan):
+            windows = token_windows(checked.calibration, tokenizer, assets.calibration_text())
+        identity = {
+            "recipe": checked.resolved() | {"model": None},
+            "model": source.digest(),
+            "data": windows.digest if windows else None,
+            "code": _version(),
+            "device": where.type,
+        }
+    if (folder / MANIFEST).exists() and not (folder / FOLDER).exists():
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if resume:
+            refuse_other(folder, manifest["identity"], identity, resume)
+            with clock("verify"):
+                verify_checkpoint(folder, manifest["files"], manifest["tensors"])
+            progress.message(f"{folder} is finished; its files were verified again")
+            return Result(folder, report_of(folder, manifest), manifest)
+    journal = Journal(folder, identity, resume)
+    try:
+        producer = Producer(checked, plan, source, windows, where, journal, clock, progress)
+        resumed = producer.run()
+        manifest, report = publish(
+            producer, tokenizer, identity, evaluate=evaluate, resumed=resumed, path=path, name=name
+        )
+        journal.remove()
+    finally:
+        journal.close()
+    return Result(folder, report, manifest)
+
+
+def _recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Recipe]:
+    """(a name for the output folder, the recipe)."""
+    if isinstance(recipe, Mapping):
+        return "recipe", parse_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe):
+        return "recipe", parse_recipe(recipe.resolved(), overrides) if overrides else recipe
+    return Path(recipe).stem, load_recipe(recipe, overrides)
+
+
+def _device(device: str) -> torch.device:
+    """auto | cpu | cuda[:n] -> a device that exists."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"device {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    return wanted
+
+
+def _version() -> str:
+    from quantkit import __version__
+
+    return __version__
+
+
+__all__ = ["Result", "quantize"]

@@ -1,0 +1,148 @@
+"""Transforms on one block: which groups exist, what scale each gets, and the proof that the block still computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.walk import BlockRun
+from quantkit.errors import NumericalError
+from quantkit.models.discover import ScalingGroup, discover, fold
+from quantkit.models.families import ATTENTION_LOGIT_NAMES
+from quantkit.plan import LayerPlan
+from quantkit.transforms.awq import clip, search_scale
+from quantkit.transforms.config import AwqConfig
+
+PROOF_TOLERANCE = 2e-3  # change of the block's output after a real fold, relative to its RMS, in fp32
+
+
+@dataclass
+class Smoother:
+    """Applies the recipe's transforms to each block. Groups are discovered and proved once per block structure."""
+
+    configs: tuple[AwqConfig, ...]
+    known: dict[tuple, list[ScalingGroup]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def groups(self, run: BlockRun) -> list[ScalingGroup]:
+        shape = tuple((n, tuple(p.shape)) for n, p in run.module.named_parameters())
+        if shape not in self.known:
+            hidden = run.streams.leading[:1].to(run.device)
+            call = run.calls[1]
+            run.select(full=True)
+            self.known[shape], refused = discover(run.module, hidden, call.args, call.kwargs)
+            del refused
+        return self.known[shape]
+
+    @torch.no_grad()
+    def apply(
+        self, run: BlockRun, plans: dict[str, LayerPlan], stored: dict[str, torch.dtype]
+    ) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        """Transform the block's weights in place.
+
+        plans: planned linears by module name inside the block. stored: the dtype of every parameter on disk.
+        Returns the unplanned parameters that changed (by name inside the block, in stored dtype) and a report.
+        """
+        changed: dict[str, torch.Tensor] = {}
+        report: list[dict] = []
+        for config in self.configs:
+            for held in run.held.values():
+                held.weight.data = held.weight.data.float()
+            if config.scale:
+                for group in self.groups(run):
+                    if all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans):
+                        report.append(self._scale(run, group, plans, stored, config, changed))
+            if config.clip is True or (
+                config.clip == "auto" and all(p.algorithm.name == "rtn" for p in plans.values())
+            ):
+                self._clip(run, plans, stored, config)
+        return changed, report
+
+    def _scale(
+        self,
+        run: BlockRun,
+        group: ScalingGroup,
+        plans: dict[str, LayerPlan],
+        stored: dict[str, torch.dtype],
+        config: AwqConfig,
+        changed: dict[str, torch.Tensor],
+    ) -> dict:
+        held = [run.held[n] for n in group.consumers]
+        schemes = [plans[n].scheme for n in group.consumers]
+        dtype = stored[f"{group.consumers[0]}.weight"]
+        mean_abs = _mean_abs(run, group.consumers[0], config.windows)
+        if group.expand is not None:
+            mean_abs = _by_channel(mean_abs, group.expand)
+        calls = run.inputs_of(group.inspect, config.windows)
+        inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
+
+        def loss(weights: list[torch.Tensor]) -> float:
+            for module, weight in zip(held, weights, strict=True):
+                module.override = weight
+            total, count = 0.0, 0
+            for args, kwargs, wanted in calls:
+                out = inspected(*args, **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                total += float((out - wanted).square().sum())
+                count += wanted.numel()
+            for module in held:
+                module.override = None
+            return total / count
+
+        run.select(full=True)
+        found = search_scale(mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid)
+        report = {
+            "producer": group.producer,
+            "consumers": list(group.consumers),
+            "exponent": found.exponent,
+            "loss": found.loss,
+            "identity_loss": found.identity_loss,
+        }
+        if found.exponent is None:
+            return report
+        chunk = run.chunks()[0]
+        full = run.streams.full is not None
+        before = run.forward(chunk, full)
+        producer = run.module.get_submodule(group.producer)
+        fold(run.module, group, found.scale, stored.get(f"{group.producer}.weight"))
+        moved = float((run.forward(chunk, full) - before).square().mean().sqrt() / before.square().mean().sqrt())
+        if not moved < PROOF_TOLERANCE:
+            raise NumericalError(
+                f"folding scales from {group.producer} into {', '.join(group.consumers)} in block {run.index} changed "
+                f"its output by {moved:.2g} of its RMS (limit {PROOF_TOLERANCE:g}); leave out the awq transform"
+            )
+        for leaf, parameter in producer.named_parameters(recurse=False):
+            name = f"{group.producer}.{leaf}"
+            if group.form != "rows" or leaf == "bias":
+                changed[name] = parameter.data.to(stored[name])
+        return report | {"output_change": moved}
+
+    def _clip(
+        self, run: BlockRun, plans: dict[str, LayerPlan], stored: dict[str, torch.dtype], config: AwqConfig
+    ) -> None:
+        for name, plan in plans.items():
+            if any(part in name for part in ATTENTION_LOGIT_NAMES):
+                continue  # their error is seen through the attention logits, not through their own output
+            gatherer = Gatherer(frozenset({"sample"}), plan.shape[1], run.device)
+            inputs = [args[0] for args, _, _ in run.inputs_of(name, config.windows)]
+            gatherer.update(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]))
+            module = run.held[name]
+            sample = gatherer.finish().sample
+            module.weight.data = clip(module.weight.data, sample, plan.scheme, stored[f"{name}.weight"])
+
+
+def _mean_abs(run: BlockRun, name: str, windows: int) -> torch.Tensor:
+    gatherer = None
+    for args, _, _ in run.inputs_of(name, windows):
+        gatherer = gatherer or Gatherer(frozenset({"mean_abs"}), args[0].shape[-1], run.device)
+        gatherer.update(args[0])
+    return gatherer.finish().mean_abs
+
+
+def _by_channel(values: torch.Tensor, expand: torch.Tensor) -> torch.Tensor:
+    """Mean of the columns that share a channel: [K] -> [channels]."""
+    channels = int(expand.max()) + 1
+    total = torch.zeros(channels, device=values.device).index_add_(0, expand, values)
+    return total / torch.bincount(expand, minlength=channels)
