@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 
 import torch
 from accelerate import init_empty_weights
@@ -77,18 +77,16 @@ def load_outside(
     model: nn.Module,
     source: Source,
     blocks_prefix: str,
+    skip: Container[str] = (),
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    head: bool = True,
-) -> list[str]:
-    """Load what lies outside the blocks (embeddings, final norm, head; tied ones as one Parameter).
+) -> None:
+    """Load what lies outside the blocks: embeddings, final norm, head; tied ones as one Parameter.
 
-    dtype None: what the skeleton was built with. head False: the output head stays on meta.
-    Returns the names of the loaded tensors, for `free`.
+    skip: tensor names left on meta. dtype None: what the skeleton was built with.
     """
     ties, wanted = tied(model), _wanted(model)
     inside = f"{blocks_prefix}."
-    skip = set() if head else _under(model, model.get_output_embeddings())
     names = [n for n in wanted if not n.startswith(inside) and n not in skip]
     for name in names:
         if name not in ties:
@@ -97,27 +95,21 @@ def load_outside(
         if name in ties:
             _assign(model, name, model.get_parameter(ties[name]))
     _move_buffers(model, device, lambda name: not name.startswith(inside))
-    return names
 
 
 def head_tensors(model: nn.Module) -> set[str]:
-    """Names of the output head's own parameters (none of them when it is tied to the embedding)."""
-    head = model.get_output_embeddings()
-    ties = tied(model)
-    return {
-        n for n, _ in _persistent(model) if head is not None and n not in ties and _inside(model, n, head)
-    }
-
-
-def _inside(model: nn.Module, name: str, module: nn.Module) -> bool:
-    return model.get_submodule(name.rpartition(".")[0]) is module
+    """Names of the output head's own tensors; empty when it is tied to the embedding."""
+    head, ties = model.get_output_embeddings(), tied(model)
+    prefix = next((n for n, m in model.named_modules() if m is head), None)
+    names = set() if prefix is None else {f"{prefix}.{n}" for n in _wanted(head)}
+    return set() if names & ties.keys() else names
 
 
 def free_outside(model: nn.Module, blocks_prefix: str) -> None:
     """Put every parameter outside the blocks back on meta."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not name.startswith(f"{blocks_prefix}."):
-            _assign(model, name, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
+            _assign(model, name, torch.empty_like(parameter, device="meta"))
 
 
 def load_block(
@@ -126,14 +118,19 @@ def load_block(
     index: int,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    stored: Container[str] = (),
     blocks_prefix: str | None = None,
 ) -> nn.Module:
-    """Load decoder block `index` in place in `model` and return it. dtype None: every tensor as stored."""
+    """Load decoder block `index` in place in `model` and return it.
+
+    dtype None: what the skeleton was built with. stored: full names of tensors read as stored.
+    """
     prefix, blocks = find_blocks(model, blocks_prefix)
     meta = blocks[index]
     block = copy.deepcopy(meta, {id(model.config): model.config})
-    for name in _wanted(block):
-        _load(block, name, source, f"{prefix}.{index}.{name}", dtype, device)
+    for name, place in _wanted(block).items():
+        full = f"{prefix}.{index}.{name}"
+        _load(block, name, source, full, None if full in stored else dtype or place.dtype, device)
     _move_buffers(block, device, lambda name: True)
     block.__dict__["_meta_block"] = meta  # past nn.Module's bookkeeping: it is no submodule
     blocks[index] = block
@@ -146,22 +143,9 @@ def free_block(model: nn.Module, index: int, blocks_prefix: str | None = None) -
     blocks[index] = blocks[index].__dict__.get("_meta_block", blocks[index])
 
 
-def free(model: nn.Module, names: Iterable[str]) -> None:
-    """Put tensors back on meta, in the dtype they have."""
-    loaded = _wanted(model)
-    for name in names:
-        _assign(model, name, torch.empty_like(loaded[name], device="meta"))
-
-
 def _wanted(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers a checkpoint holds, tied ones under each of their names."""
     return dict(module.state_dict(keep_vars=True))
-
-
-def _under(model: nn.Module, module: nn.Module | None) -> set[str]:
-    """Full names of the tensors of one submodule."""
-    prefix = next((n for n, m in model.named_modules() if m is module), None)
-    return set() if prefix is None else {f"{prefix}.{n}" for n in _wanted(module)}
 
 
 def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
