@@ -1,0 +1,54 @@
+"""Dense bit packing, least significant bit first, rows independent.
+
+A row of b-bit codes is one bit string: code i occupies bits [b i, b i + b). Eight codes fill exactly b bytes, so
+everything below works on bytes; the int32 words of the file are the same bytes, little-endian. 3 bits:
+
+    byte 0: c2c2 c1c1c1 c0c0c0   byte 1: c5 c4c4c4 c3c3c3 c2   byte 2: c7c7c7 c6c6c6 c5c5
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def words(columns: int, bits: int) -> int:
+    """int32 words of a row of `columns` codes."""
+    return -(-columns * bits // 32)
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [R, C], each below 2^bits, to int32 [R, ceil(C * bits / 32)]; padding bits are 0."""
+    rows, columns = codes.shape
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.uint8, device=codes.device)
+    padded[:, :columns] = codes
+    eights = padded.view(rows, -1, 8)  # (R, C/8, 8)
+    out = torch.zeros(rows, eights.shape[1], bits, dtype=torch.uint8, device=codes.device)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        out[:, :, byte] |= eights[:, :, i] << shift
+        if shift + bits > 8:
+            out[:, :, byte + 1] |= eights[:, :, i] >> (8 - shift)
+    return out.view(rows, -1).view(torch.int32)[:, : words(columns, bits)].contiguous()
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse: int32 [R, ceil(columns * bits / 32)] to uint8 codes [R, columns]."""
+    rows, have = packed.shape
+    if have != words(columns, bits):
+        raise ValueError(f"{columns} codes of {bits} bits need {words(columns, bits)} words per row, got {have}")
+    stream = packed.contiguous().view(torch.uint8)  # (R, 4 * words)
+    short = -stream.shape[1] % bits
+    if short:
+        stream = torch.nn.functional.pad(stream, (0, short))
+    stream = stream.view(rows, -1, bits)
+    mask = 2**bits - 1
+    out = torch.empty(rows, stream.shape[1], 8, dtype=torch.uint8, device=packed.device)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        value = stream[:, :, byte] >> shift
+        if shift + bits > 8:
+            value = value | (stream[:, :, byte + 1] << (8 - shift))
+        torch.bitwise_and(value, mask, out=out[:, :, i])
+    return out.view(rows, -1)[:, :columns]

@@ -1,0 +1,1 @@
+"""Native CPU kernels (C++ behind a C ABI) live here; none is built yet, the reference runs."""

@@ -1,0 +1,1 @@
+"""Triton kernels live here; none is built yet, the reference runs."""
