@@ -1,7 +1,8 @@
 """Calibration text -> token windows: seeded, disjoint, the same on every machine.
 
-Each source becomes one long text (documents joined by a blank line, chats rendered by the tokenizer's template),
-then one token stream. Its windows are disjoint pieces at random places: a book gives more than its first chapter.
+Each source becomes one long text (documents joined by a blank line, chats rendered by the tokenizer's
+template), then one token stream. Its windows are disjoint pieces at random places: a book gives more than its
+first chapter.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,7 +75,6 @@ class _Reading:
     empty: int = 0
     documents: int = 0
     cut: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def token_windows(
@@ -101,7 +101,7 @@ def token_windows(
     ids = ids[torch.randperm(len(ids), generator=generator)]  # the first windows are a sample of all of them
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise DataError(
-            f"the tokenizer gives token {int(ids.max())}, the model has {vocabulary}; they do not belong together"
+            f"the tokenizer gives token {int(ids.max())}, the model has {vocabulary}; they do not match"
         )
     return Windows(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(), notes)
 
@@ -147,8 +147,8 @@ def _cut(
     if len(tokens) < count * body:
         raise DataError(
             f"{name}: {count} windows of {length} tokens need {count * body} tokens of text, there are "
-            f"{len(tokens)}; give more text, or lower calibration.samples (to {len(tokens) // body} at most) or "
-            "sequence_length"
+            f"{len(tokens)}; give more text, or lower calibration.samples (to {len(tokens) // body} at "
+            "most) or sequence_length"
         )
     slack = len(tokens) - count * body
     gaps = torch.randint(slack + 1, (count,), generator=generator).sort().values
@@ -200,14 +200,20 @@ def _file_text(path: Path, reading: _Reading) -> str:
             text = file.read(reading.limit)
             reading.cut = bool(file.read(1))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"calibration data {path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
-        ) from None
+        raise _not_utf8(path, error) from None
     except OSError as error:
-        raise DataError(f"calibration data {path} cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     if "\0" in text:
         raise DataError(f"calibration data {path} is not text (it holds NUL bytes)")
     return text
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"calibration data {path} is not UTF-8 text ({error.reason}); convert it to UTF-8")
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"calibration data {path} cannot be read: {error.strerror or error}")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -232,15 +238,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     raise DataError(f"{where}: a {type(record).__name__}, one object per line is expected")
                 yield where, record
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"calibration data {path} is not UTF-8 text ({error.reason}); convert it to UTF-8"
-        ) from None
+        raise _not_utf8(path, error) from None
     except OSError as error:
-        raise DataError(f"calibration data {path} cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
 
 
 def _dataset(source: DataSource, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, record) of a dataset folder or hub dataset, streamed, neither fetched whole nor cached again."""
+    """(where, record) of a dataset folder or hub dataset, streamed, not fetched or cached whole."""
     try:
         import datasets
     except ImportError:
@@ -262,8 +266,8 @@ def _dataset(source: DataSource, path: Path) -> Iterator[tuple[str, Mapping[str,
     except Exception as error:  # readers of many formats and the network, each with errors of its own
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"dataset {source.source} (split {split}) cannot be read: {type(error).__name__}: {reason}; check "
-            "name, config, split and network, or give a text or JSONL file"
+            f"dataset {source.source} (split {split}) cannot be read: {type(error).__name__}: {reason}; "
+            "check name, config, split and network, or give a text or JSONL file"
         ) from error
 
 
