@@ -1,0 +1,176 @@
+"""What a checkpoint holds, layer by layer, and who can load it; only headers and scales are read.
+
+The report, schema `quantkit-inspect/1`:
+    path, model_type, format ("pack-quantized" or None)
+    layers: [{name, scheme, bits, group_size, symmetric, dtype, shape [N, K], bytes, bits_per_weight,
+              scale_range [min, max] or None, error}]; scheme .. symmetric are None for a layer that is not
+              quantized, error is the relative squared weight error that quantkit.json holds, or None
+    totals: {bytes, quantized_bytes, weights, quantized_weights, quantized_layers,
+             linear_bits_per_weight or None, model_bits_per_weight}
+    loaders: [{name, loads, how}]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from quantkit.errors import ModelError
+from quantkit.formats.compressed_tensors import parse_config
+from quantkit.models import families
+from quantkit.models.headers import TensorInfo, read_tensors
+from quantkit.scheme import Scheme
+
+SCHEMA = "quantkit-inspect/1"
+_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The report on the folder `path`; ModelError if it is corrupt or packed in a way we do not read."""
+    path = Path(path)
+    config = _json(path / "config.json")
+    _, tensors = read_tensors(path)
+    quantization = config.get("quantization_config")
+    if quantization and quantization.get("quant_method") != "compressed-tensors":
+        method = quantization.get("quant_method")
+        raise ModelError(f"{path} is quantized by {method!r}; only compressed-tensors can be inspected")
+    errors = _stored_errors(path)
+    scheme_of = parse_config(quantization) if quantization else lambda name: None
+    layers = []
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            layers.append(_packed(module, scheme_of(module), tensors, errors.get(module)))
+        elif leaf == "weight" and len(tensor.shape) == 2:
+            layers.append(_plain(module, tensor))
+    layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
+    return {
+        "schema": SCHEMA,
+        "path": str(path),
+        "model_type": config.get("model_type"),
+        "format": quantization.get("format") if quantization else None,
+        "layers": layers,
+        "totals": _totals(layers, tensors),
+        "loaders": _loaders(config.get("model_type", ""), [layer for layer in layers if layer["scheme"]]),
+    }
+
+
+def _packed(
+    module: str, scheme: Scheme | None, tensors: dict[str, TensorInfo], error: float | None
+) -> dict[str, Any]:
+    parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in _PACKED if f"{module}.{leaf}" in tensors}
+    if scheme is None or not {"weight_scale", "weight_shape"} <= parts.keys():
+        raise ModelError(
+            f"{module} is packed, but config.json gives no scheme for it, or its weight_scale or weight_shape "
+            "is missing; fetch the checkpoint again"
+        )
+    n, k = _read(parts["weight_shape"]).tolist()
+    scale = _read(parts["weight_scale"]).float()
+    nbytes = sum(part.nbytes for part in parts.values())
+    return {
+        "name": module,
+        "scheme": str(scheme),
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+        "dtype": parts["weight_scale"].dtype,
+        "shape": [n, k],
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / (n * k),
+        "scale_range": [float(scale.min()), float(scale.max())],
+        "error": error,
+    }
+
+
+def _plain(module: str, tensor: TensorInfo) -> dict[str, Any]:
+    return {
+        "name": module,
+        "scheme": None,
+        "bits": None,
+        "group_size": None,
+        "symmetric": None,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "bytes": tensor.nbytes,
+        "bits_per_weight": 8 * tensor.nbytes / math.prod(tensor.shape),
+        "scale_range": None,
+        "error": None,
+    }
+
+
+def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    quantized = [layer for layer in layers if layer["scheme"]]
+    linear_weights = sum(math.prod(layer["shape"]) for layer in quantized)
+    others = sum(math.prod(t.shape) for n, t in tensors.items() if n.rpartition(".")[2] not in _PACKED)
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    linear_bytes = sum(layer["bytes"] for layer in quantized)
+    return {
+        "bytes": total_bytes,
+        "quantized_bytes": linear_bytes,
+        "weights": linear_weights + others,
+        "quantized_weights": linear_weights,
+        "quantized_layers": len(quantized),
+        "linear_bits_per_weight": 8 * linear_bytes / linear_weights if linear_weights else None,
+        "model_bits_per_weight": 8 * total_bytes / (linear_weights + others),
+    }
+
+
+def _loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Who loads these layers: (name, whether, how or why not)."""
+    ours = {"name": "quantkit", "loads": True, "how": "quantkit.load(path)"}
+    if not quantized:
+        plain = {"name": "transformers", "loads": True, "how": "AutoModelForCausalLM.from_pretrained(path)"}
+        return [ours, plain]
+    if any(families.is_conv1d(model_type, layer["name"]) for layer in quantized):
+        why = "linears of this family are Conv1D, which only quantkit.load runs packed"
+        names = ("transformers + compressed-tensors", "vLLM")
+        return [ours, *({"name": name, "loads": False, "how": why} for name in names)]
+    symmetric = all(layer["symmetric"] for layer in quantized)
+    plain = "AutoModelForCausalLM.from_pretrained(path)"
+    dequantized = f"{plain[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
+    odd = sorted({layer["bits"] for layer in quantized} - {4, 8})
+    return [
+        ours,
+        {
+            "name": "transformers + compressed-tensors",
+            "loads": True,
+            "how": plain
+            if symmetric
+            else f"{dequantized}; a plain load stumbles over the packed zero points (docs/checkpoint.md)",
+        },
+        {
+            "name": "vLLM",
+            "loads": not odd,
+            "how": f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
+            if odd
+            else "vllm serve path",
+        },
+    ]
+
+
+def _stored_errors(path: Path) -> dict[str, float]:
+    """Layer -> relative squared weight error, from quantkit.json if quantkit wrote this checkpoint."""
+    manifest = path / "quantkit.json"
+    if not manifest.is_file():
+        return {}
+    return {layer["name"]: layer.get("weight_error") for layer in _json(manifest).get("layers", ())}
+
+
+def _read(info: TensorInfo) -> torch.Tensor:
+    with safe_open(info.file, framework="pt") as file:
+        return file.get_tensor(info.name)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} holds no JSON object; the file is corrupt, fetch it again")
+    return data

@@ -1,0 +1,71 @@
+"""`quantkit eval`: perplexity of any causal LM, and how far it is from a baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from quantkit import assets
+from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
+from quantkit.cli.opening import device_option, dtype_option, open_model
+from quantkit.cli.output import json_option, write_report
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--baseline", metavar="MODEL", help="Compare with this model on the same tokens.")
+@click.option(
+    "--text",
+    "texts",
+    metavar="FILE",
+    multiple=True,
+    help="A file, a dataset folder or hf:name[:config[:split]]; repeatable; default: the embedded text.",
+)
+@click.option("--context", type=click.IntRange(2), help="Tokens per window; default: min(2048, the model's).")
+@click.option("--stride", type=click.IntRange(1), help="Default: the context.")
+@click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
+@device_option
+@dtype_option
+@json_option
+def command(
+    model: str,
+    baseline: str | None,
+    texts: tuple[str, ...],
+    context: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    device: str,
+    dtype: str,
+    json_file: str | None,
+) -> None:
+    """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement."""
+    from quantkit_eval import evaluate
+
+    candidate, tokenizer = open_model(model, device, dtype)
+    reference = open_model(baseline, device, dtype)[0] if baseline else None
+    report = evaluate(
+        candidate,
+        tokenizer,
+        text=list(texts) or [str(assets.evaluation_text())],
+        baseline=reference,
+        context=context,
+        stride=stride,
+        max_tokens=max_tokens,
+    ).to_json()
+    print_evaluation(report, Console())
+    write_report(json_file, report)
+
+
+def print_evaluation(report: dict[str, Any], console: Console) -> None:
+    table = Table("", "baseline", "model")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in evaluation_rows(report):
+        table.add_row(*row)
+    console.print(table)
+    console.print(evaluation_footer(report), highlight=False)

@@ -1,0 +1,43 @@
+"""`quantkit generate`: stream a continuation, then say how fast it was."""
+
+from __future__ import annotations
+
+import click
+
+from quantkit.cli.opening import device_option, dtype_option, open_model
+
+
+@click.command("generate")
+@click.argument("model")
+@click.option("--prompt", required=True, metavar="TEXT")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@device_option
+@dtype_option
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Continue a prompt with MODEL (a folder or hub id), token by token."""
+    from quantkit_eval import generate_stream
+
+    opened, tokenizer = open_model(model, device, dtype)
+    generate_stream(
+        opened,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        write=lambda text: click.echo(text, nl=False),
+    )
+    click.echo()

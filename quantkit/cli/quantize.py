@@ -1,0 +1,97 @@
+"""`quantkit quantize`: the main job, and its table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
+from quantkit.cli.output import json_option, size, write_report
+from quantkit.cli.progress import make_progress
+
+
+@click.command("quantize")
+@click.argument("recipe")
+@click.option("--model", metavar="PATH_OR_ID", help="Folder or hub id[@revision]; default: the recipe's.")
+@click.option("--output", metavar="DIR", help="Default: ./out/<model>-<recipe>.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key: weights.bits=3.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Continue an interrupted run.")
+@click.option("--no-eval", is_flag=True, help="Do not measure perplexity and KL at the end.")
+@json_option
+def command(
+    recipe: str,
+    model: str | None,
+    output: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    resume: bool,
+    no_eval: bool,
+    json_file: str | None,
+) -> None:
+    """Quantize a model as RECIPE (a file or a shipped name) says, verify it, measure it."""
+    progress = make_progress()
+    from quantkit.pipeline import quantize
+
+    try:
+        result = quantize(
+            recipe,
+            model=model,
+            output=output,
+            overrides=overrides,
+            device=device,
+            resume=resume,
+            evaluate=not no_eval,
+            progress=progress,
+        )
+    finally:
+        progress.finish()
+    print_report(result.report, Console())
+    write_report(json_file, result.report)
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The table of a `quantkit-run/1` report, then its notes and where the files are."""
+    table = Table("", "original", "quantized", title=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    evaluation = report["evaluation"]
+    rows = evaluation_rows(evaluation) if evaluation else [("perplexity", "not evaluated", "not evaluated")]
+    for row in (*_size_rows(report["size"]), *rows):
+        table.add_row(*row)
+    console.print(table)
+    if evaluation:
+        console.print(evaluation_footer(evaluation), highlight=False)
+    console.print(_cost(report), highlight=False)
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}", markup=False, highlight=False)
+    console.print(f"files: {report['output']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _size_rows(sizes: dict[str, Any]) -> list[tuple[str, str, str]]:
+    before, after = sizes["original_bytes"], sizes["quantized_bytes"]
+    linear, whole = sizes.get("original_linear_bits_per_weight"), sizes["model_bits_per_weight"]
+    return [
+        ("size", size(before), f"{size(after)} ({after / before:.1%})"),
+        (
+            "bits per weight, quantized linears",
+            f"{linear:.2f}" if linear else "",
+            f"{sizes['linear_bits_per_weight']:.3f}",
+        ),
+        ("bits per weight, whole model", f"{whole * before / after:.2f}", f"{whole:.3f}"),
+    ]
+
+
+def _cost(report: dict[str, Any]) -> str:
+    """Time and memory of the run that made the files; a copied folder may have lost them."""
+    seconds = report["seconds"]
+    if "total" not in seconds:
+        return "time and memory of the run are not recorded here"
+    names = {"calibrate_quantize": "calibrate and quantize", "verify": "verify", "evaluate": "evaluate"}
+    steps = ", ".join(f"{text} {seconds[key]:.1f} s" for key, text in names.items() if key in seconds)
+    resumed = f"; {report['resumed_blocks']} blocks were already done" if report["resumed_blocks"] else ""
+    memory = f"; peak memory: {size(report['peak_rss_bytes'])}"
+    return f"time: {seconds['total']:.1f} s ({steps}){resumed}{memory}"

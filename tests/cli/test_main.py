@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from quantkit import assets, errors
+from quantkit.cli import quantize as quantize_verb
+from quantkit.cli.main import cli, run
+
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["recipes"],
+        ["validate", "w4a16-gptq"],
+        ["validate", "w4a16-gptq", "--model", str(assets.default_model())],
+        *([verb, "--help"] for verb in ("quantize", "eval", "generate", "inspect", "validate")),
+    ],
+    ids=" ".join,
+)
+def test_answers_at_once_without_torch(arguments):
+    code = (
+        "import sys; from quantkit.cli.main import run; code = run(sys.argv[1:]); "
+        f"loaded = [m for m in {HEAVY} if m in sys.modules]; print(loaded, file=sys.stderr); "
+        "sys.exit(code or bool(loaded))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_importing_quantkit_is_inert():
+    code = f"import sys, quantkit; sys.exit(any(m in sys.modules for m in {HEAVY}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_verbs_are_those_of_the_readme():
+    assert set(cli.commands) == {"quantize", "eval", "generate", "inspect", "validate", "recipes"}
+
+
+def test_recipes_lists_every_recipe_with_its_line(capsys):
+    assert run(["recipes"]) == 0
+    lines = capsys.readouterr().out
+    assert all(name in lines for name in assets.recipe_names())
+    assert "GPTQ: 4-bit weights, groups of 128" in lines
+
+
+def test_validate_shows_defaults_and_plan(capsys):
+    assert (
+        run(
+            [
+                "validate",
+                "w3a16-rtn",
+                "--set",
+                "weights.group_size=64",
+                "--model",
+                str(assets.default_model()),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "group_size: 64" in shown
+    assert "model.layers.7.mlp.down_proj" in shown
+    assert "W3A16 g64 sym" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["validate", "w4a16-gptq", "--set", "weights.bits=9"], "--set weights.bits=9: weights.bits"),
+        (["validate", "nope"], "w4a16-gptq"),
+        (["validate", "w4a16-gptq", "--model", "/nonexistent/model"], "/nonexistent/model"),
+        (["validate"], "RECIPE"),
+        (["quantise"], "quantize"),
+        (["quantize", "w4a16-gptq", "--json", "/nonexistent/folder/x.json"], "existing folder"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_no_traceback(arguments, message, capsys):
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+class EvalError(ValueError):
+    """Stands for the error class of the evaluation package."""
+
+
+EvalError.__module__ = "quantkit_eval.errors"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NumericalError("layer x"), 1),
+        (errors.VerificationError("shard x"), 1),
+        (errors.OutputError("disk full"), 2),
+        (EvalError("too little text"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_code_of_a_failed_run(monkeypatch, capsys, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(quantize_verb, "make_progress", fail)
+    assert run(["quantize", "w4a16-gptq"]) == code
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert (str(error) or "interrupted") in told
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def fail():
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(quantize_verb, "make_progress", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        run(["quantize", "w4a16-gptq"])
+
+
+def test_inspect_of_a_plain_checkpoint(capsys, tmp_path):
+    file = tmp_path / "report.json"
+    assert run(["inspect", str(assets.default_model()), "--json", str(file), "--device", "cpu"]) == 0
+    report = json.loads(file.read_text())
+    assert report["schema"] == "quantkit-inspect/1"
+    assert report["totals"]["quantized_layers"] == 0
+    assert report["totals"]["model_bits_per_weight"] == 16
+    assert "float32 on cpu: 33.57 MB" in capsys.readouterr().out

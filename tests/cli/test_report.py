@@ -1,0 +1,97 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from quantkit.cli.output import size
+from quantkit.cli.progress import PlainProgress, TerminalProgress, make_progress
+from quantkit.cli.quantize import print_report
+
+REPORT = {
+    "schema": "quantkit-run/1",
+    "output": "out/m-r",
+    "size": {
+        "original_bytes": 16_000_000,
+        "quantized_bytes": 8_000_000,
+        "linear_bits_per_weight": 4.125,
+        "model_bits_per_weight": 8.0,
+    },
+    "evaluation": {
+        "original": {"perplexity": 30.5, "perplexity_se": 0.25},
+        "quantized": {"perplexity": 31.0, "perplexity_se": 0.26},
+        "delta_nll": 0.0163,
+        "delta_nll_se": 0.0021,
+        "kl_mean": 0.0051,
+        "kl_mean_se": 0.0002,
+        "kl_median": 0.003,
+        "kl_p99": 0.04,
+        "kl_max": 0.9,
+        "top1_agreement": 0.955,
+        "tokens": 20_480,
+        "context": 512,
+    },
+    "seconds": {"calibrate_quantize": 20.0, "verify": 1.0, "evaluate": 9.0, "total": 33.0},
+    "cpu_seconds": 21.0,
+    "peak_rss_bytes": 900_000_000,
+    "notes": ["one [fallback] in layer x"],
+    "resumed_blocks": 0,
+}
+
+
+def shown(report):
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=110))
+    return text.getvalue()
+
+
+def test_table_tells_everything():
+    text = shown(REPORT)
+    for part in (
+        "16.00 MB", "8.00 MB (50.0%)", "4.125", "16.00", "30.5000 ± 0.2500", "31.0000 ± 0.2600", "0.0163 ± 0.0021",
+        "0.00510 ± 0.00020",
+        "0.003 / 0.04 / 0.9", "95.50%", "20,480 tokens in windows of 512", "33.0 s",
+        "900.00 MB", "note: one [fallback] in layer x", "files: out/m-r",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "already done" not in text
+
+
+def test_table_without_evaluation():
+    text = shown(REPORT | {"evaluation": None, "resumed_blocks": 3})
+    assert "not evaluated" in text
+    assert "3 blocks were already done" in text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (999, "999 B"), (16_793_976, "16.79 MB"), (3e13, "30.00 TB")]
+)
+def test_size(n, text):
+    assert size(n) == text
+
+
+def test_plain_progress_writes_a_line_per_block(capsys):
+    progress = make_progress()
+    assert isinstance(progress, PlainProgress)
+    progress.start(3, "quantize")
+    progress.block(1, "model.layers.1", "note")
+    progress.block(2, "model.layers.2", "")
+    progress.message("done")
+    progress.finish()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "quantize: 3 blocks"
+    assert lines[1].startswith("quantize 2/3 model.layers.1, note, eta ")
+    assert "MiB" in lines[1]
+    assert ", eta 0 s" in lines[2]
+    assert lines[3] == "done"
+
+
+def test_terminal_progress_can_be_finished_at_any_time(capsys):
+    progress = TerminalProgress()
+    progress.finish()
+    for title in ("quantize", "evaluate"):
+        progress.start(2, title)
+        progress.block(0, "model.layers.0", "")
+    progress.finish()
+    progress.finish()
+    progress.message("[done]")
+    assert "[done]" in capsys.readouterr().err
