@@ -15,14 +15,14 @@ DOORS: dict[str, set[str] | None] = {
     "scheme": set(),
     "assets": set(),
     "numerics": set(),
-    "formats": {"numerics"},
+    "formats": {"numerics", "quantkit_kernels"},  # the bit packing is defined once, beside the ops
     "algorithms": {"numerics"},
     "transforms": {"numerics"},
     "models": {"layers"},
-    "recipe": {"algorithms", "transforms", "assets"},
+    "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
     "plan": {"recipe", "models"},
     "calibration": {"models", "numerics"},
-    "layers": {"formats", "quantkit_kernels"},
+    "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
     "checkpoint": {"layers", "models", "formats", "numerics"},
     "pipeline": ANY,
     "bench": ANY,

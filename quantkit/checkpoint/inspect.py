@@ -66,8 +66,8 @@ def _packed(
     parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in _PACKED if f"{module}.{leaf}" in tensors}
     if scheme is None or not {"weight_scale", "weight_shape"} <= parts.keys():
         raise ModelError(
-            f"{module} is packed, but config.json gives no scheme for it, or its weight_scale or weight_shape "
-            "is missing; fetch the checkpoint again"
+            f"{module} is packed, but config.json gives no scheme for it, or its weight_scale or "
+            "weight_shape is missing; fetch the checkpoint again"
         )
     n, k = _read(parts["weight_shape"]).tolist()
     scale = _read(parts["weight_scale"]).float()
