@@ -8,8 +8,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from quantkit.cli.opening import device_option, dtype_option, pick_device, pick_dtype, resolve
+from quantkit.cli.opening import device_option, dtype_option, resolve
 from quantkit.cli.output import json_option, size, write_report
+from quantkit.errors import UserError
 
 
 @click.command("inspect")
@@ -26,12 +27,7 @@ def command(model: str, device: str, dtype: str, json_file: str | None) -> None:
 
     report = inspect_checkpoint(resolve(model))
     print_inspection(report, Console())
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where, resolve(model))
-    totals = report["totals"]
-    others = totals["weights"] - totals["quantized_weights"]
-    held = totals["quantized_bytes"] + others * kind.itemsize
-    click.echo(f"weights in memory as {kind} on {where}: {size(held)}")
+    click.echo(_memory(report, device, dtype))
     write_report(json_file, report)
 
 
@@ -65,3 +61,22 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def _memory(report: dict[str, Any], device: str, dtype: str) -> str:
+    """What the weights take once loaded: the packed ones as stored, the others in the dtype they run in."""
+    import torch
+
+    try:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        where = torch.device(found if device == "auto" else device)
+    except RuntimeError:
+        raise UserError(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    totals = report["totals"]
+    held = totals["bytes"] - totals["quantized_bytes"]
+    if dtype == "auto" and where.type == "cpu":
+        dtype = "float32"
+    if dtype != "auto":
+        held = (totals["weights"] - totals["quantized_weights"]) * getattr(torch, dtype).itemsize
+    kind = "stored" if dtype == "auto" else dtype
+    return f"weights in memory, {kind} on {where}: {size(totals['quantized_bytes'] + held)}"
