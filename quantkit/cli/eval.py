@@ -11,7 +11,7 @@ from rich.table import Table
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.opening import device_option, dtype_option, open_model
-from quantkit.cli.output import json_option, write_report
+from quantkit.cli.output import json_option, make_console, write_report
 
 
 @click.command("eval")
@@ -55,7 +55,7 @@ def command(
         stride=stride,
         max_tokens=max_tokens,
     ).to_json()
-    print_evaluation(report, Console())
+    print_evaluation(report, make_console())
     write_report(json_file, report)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantkit.cli.opening import device_option, dtype_option, resolve
-from quantkit.cli.output import json_option, size, write_report
+from quantkit.cli.output import json_option, make_console, size, write_report
 from quantkit.errors import UserError
 
 
@@ -26,14 +26,23 @@ def command(model: str, device: str, dtype: str, json_file: str | None) -> None:
     from quantkit.checkpoint.inspect import inspect_checkpoint
 
     report = inspect_checkpoint(resolve(model))
-    print_inspection(report, Console())
+    print_inspection(report, make_console())
     click.echo(_memory(report, device, dtype))
     write_report(json_file, report)
 
 
 def print_inspection(report: dict[str, Any], console: Console) -> None:
     """The table of a `quantkit-inspect/1` report."""
-    table = Table("layer", "shape", "scheme", "bits/weight", "size", "scales", "error", title=report["path"])
+    table = Table(
+        Column("layer", overflow="fold"),
+        "shape",
+        "scheme",
+        "bits/weight",
+        "size",
+        "scales",
+        "error",
+        title=report["path"],
+    )
     for column in table.columns[3:]:
         column.justify = "right"
     for layer in report["layers"]:

@@ -1,11 +1,13 @@
-"""What the verbs share on their way out: the --json option and sizes people can read."""
+"""What the verbs share on their way out: a console, the --json option, sizes people can read."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 
 def _folder_exists(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
@@ -26,6 +28,11 @@ def write_report(path: str | None, report: dict[str, Any]) -> None:
         from quantkit.checkpoint.shards import write_json
 
         write_json(Path(path), report)
+
+
+def make_console() -> Console:
+    """On stdout; piped output is wide, so that no name is cut."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def size(n_bytes: float) -> str:

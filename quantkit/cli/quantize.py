@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.output import json_option, size, write_report
+from quantkit.cli.output import json_option, make_console, size, write_report
 from quantkit.cli.progress import make_progress
 
 
@@ -49,7 +49,7 @@ def command(
         )
     finally:
         progress.finish()
-    print_report(result.report, Console())
+    print_report(result.report, make_console())
     write_report(json_file, result.report)
 
 

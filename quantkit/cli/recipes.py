@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from quantkit import assets
+from quantkit.cli.output import make_console
 
 
 @click.command("recipes")
@@ -16,4 +16,4 @@ def command() -> None:
     for name in assets.recipe_names():
         lines = assets.recipe_path(name).read_text(encoding="utf-8").splitlines()
         table.add_row(name, lines[1].removeprefix("#").strip())
-    Console().print(table)
+    make_console().print(table)

@@ -7,6 +7,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from quantkit.cli.output import make_console
 from quantkit.plan import Plan, validate
 
 
@@ -19,7 +20,7 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     checked, plan = validate(recipe, model, overrides)
     click.echo(yaml.safe_dump(checked.resolved(), sort_keys=False), nl=False)
     if plan is not None:
-        print_plan(plan, Console())
+        print_plan(plan, make_console())
     click.echo(f"{recipe}: valid")
 
 

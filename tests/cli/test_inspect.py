@@ -1,0 +1,106 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quantkit.checkpoint.inspect import inspect_checkpoint
+from quantkit.cli.main import run
+from quantkit.errors import ModelError
+from quantkit.formats.compressed_tensors import pack, quantization_config
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme
+
+
+def packed_folder(folder, schemes, model_type="llama"):
+    """One packed [64, 64] linear per scheme, a 2-D head and a norm."""
+    tensors = {
+        "lm_head.weight": torch.zeros(8, 64, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(64),
+    }
+    layers = {f"model.layers.{i}.mlp.c_fc": scheme for i, scheme in enumerate(schemes)}
+    for name, scheme in layers.items():
+        groups = 64 // scheme.group(64)
+        weight = QuantizedWeight(
+            torch.randint(0, scheme.qmax + 1, (64, 64), dtype=torch.uint8),
+            torch.linspace(0.5, 2.0, 64 * groups).view(64, groups).bfloat16(),
+            None if scheme.symmetric else torch.ones(64, groups, dtype=torch.uint8),
+            scheme,
+        )
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(weight).items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": model_type, "quantization_config": quantization_config(layers, ["lm_head"])}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def loads(report):
+    return {loader["name"]: loader["loads"] for loader in report["loaders"]}
+
+
+def test_layers_and_totals_count_stored_bytes(tmp_path):
+    folder = packed_folder(tmp_path / "m", [Scheme(4, 32, True), Scheme(3, 32, False)])
+    (folder / "quantkit.json").write_text(
+        json.dumps({"layers": [{"name": "model.layers.1.mlp.c_fc", "weight_error": 0.01}]})
+    )
+    report = inspect_checkpoint(folder)
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    first, second = layers["model.layers.0.mlp.c_fc"], layers["model.layers.1.mlp.c_fc"]
+    assert (first["scheme"], first["bits"], first["group_size"], first["error"]) == (
+        "W4A16 g32 sym",
+        4,
+        32,
+        None,
+    )
+    assert first["bytes"] == 64 * 64 // 2 + 64 * 2 * 2 + 16
+    assert second["bytes"] == 64 * 24 + 64 * 2 * 2 + 16 + 6 * 2 * 4
+    assert first["scale_range"] == [0.5, 2.0]
+    assert second["error"] == 0.01
+    assert layers["lm_head"]["scheme"] is None
+    totals = report["totals"]
+    assert totals["quantized_bytes"] == first["bytes"] + second["bytes"]
+    assert totals["bytes"] == totals["quantized_bytes"] + 8 * 64 * 2 + 64 * 4
+    assert totals["linear_bits_per_weight"] == 8 * totals["quantized_bytes"] / (2 * 64 * 64)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "model_type", "plain", "vllm"),
+    [
+        (Scheme(4, 32, True), "llama", True, True),
+        (Scheme(3, 32, True), "llama", True, False),
+        (Scheme(4, 32, True), "gpt2", False, False),
+    ],
+)
+def test_who_can_load(tmp_path, scheme, model_type, plain, vllm):
+    report = inspect_checkpoint(packed_folder(tmp_path / "m", [scheme], model_type))
+    assert loads(report) == {"quantkit": True, "transformers + compressed-tensors": plain, "vLLM": vllm}
+
+
+def test_asymmetric_needs_dequantize(tmp_path):
+    report = inspect_checkpoint(packed_folder(tmp_path / "m", [Scheme(4, 32, False)]))
+    assert "dequantize=True" in report["loaders"][1]["how"]
+
+
+def test_verb_prints_the_layers(tmp_path, capsys):
+    folder = packed_folder(tmp_path / "m", [Scheme(8, None, True)])
+    assert run(["inspect", str(folder), "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    told = capsys.readouterr().out
+    assert "W8A16 channel sym" in told
+    assert "yes  vLLM" in told
+    assert "bfloat16 on cpu" in told
+
+
+def test_other_methods_and_lost_tensors_are_refused(tmp_path):
+    folder = packed_folder(tmp_path / "m", [Scheme(4, 32, True)])
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["model.layers.0.mlp.c_fc"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="model.layers.0.mlp.c_fc is packed"):
+        inspect_checkpoint(folder)
+    config["quantization_config"]["quant_method"] = "gptq"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run(["inspect", str(folder)]) == 2
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        inspect_checkpoint(folder)
