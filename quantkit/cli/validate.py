@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from quantkit.cli.output import make_console
 from quantkit.plan import Plan, validate
@@ -26,7 +26,11 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
 
 def print_plan(plan: Plan, console: Console) -> None:
     table = Table(
-        "linear", "shape", "scheme", "algorithm", title=f"{plan.n_blocks} blocks in {plan.blocks_prefix}"
+        Column("linear", overflow="fold"),
+        "shape",
+        "scheme",
+        "algorithm",
+        title=f"{plan.n_blocks} blocks in {plan.blocks_prefix}",
     )
     for layer in plan.layers:
         n, k = layer.shape

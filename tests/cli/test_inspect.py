@@ -96,7 +96,7 @@ def test_other_methods_and_lost_tensors_are_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["ignore"] = ["model.layers.0.mlp.c_fc"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="model.layers.0.mlp.c_fc is packed"):
+    with pytest.raises(ModelError, match="c_fc is packed"):
         inspect_checkpoint(folder)
     config["quantization_config"]["quant_method"] = "gptq"
     (folder / "config.json").write_text(json.dumps(config))
