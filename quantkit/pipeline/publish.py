@@ -19,10 +19,12 @@ from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
+from quantkit.models.families import HEAD
 from quantkit.pipeline.produce import Producer
 
 RUN = "quantkit.run.json"
 EVALUATION_TOKENS = 65536
+
 _CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
             "chat_template*", "*.model", "LICENSE*")  # fmt: skip
 
@@ -81,7 +83,7 @@ def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = dict(source.headers.config)
     schemes = {layer.name: layer.scheme for layer in producer.plan.layers}
-    left = sorted({n for n, _ in producer.plan.skipped})
+    left = sorted({n for n, _ in producer.plan.skipped} | ({HEAD} - schemes.keys()))
     config["quantization_config"] = quantization_config(schemes, left)
     write_json(output / "config.json", config)
     names += [INDEX, "config.json"]
