@@ -288,12 +288,13 @@ def _joined(records: Iterable[tuple[str, Mapping[str, Any]]], reading: _Reading,
 
 
 def _document(where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: Any) -> str:
-    name = wanted or next((key for key in FIELDS if record.get(key) is not None), None)
-    if name is None or name not in record:
+    present = [key for key in (FIELDS if wanted is None else (wanted,)) if key in record]
+    if not present:
         raise DataError(
             f"{where}: no field {wanted or ' or '.join(FIELDS)}; it has {', '.join(map(str, record))}; "
             "name the one to use with `field`"
         )
+    name = next((key for key in present if record[key] is not None), present[0])
     value = record[name]
     if value is None:
         return ""
