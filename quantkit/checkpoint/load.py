@@ -24,6 +24,7 @@ from quantkit.models.source import DTYPES
 from quantkit.scheme import Scheme
 
 OURS = "quantkit"
+SCALE = ".weight_scale"
 
 
 def load(
@@ -62,8 +63,11 @@ def load(
     if ours:
         _, tensors = read_tensors(path)
         config = copy.deepcopy(config)
-        config.quantization_config = _plugin().config(stored=_as_dict(stored), tensors=tensors)
-        _check(path, config, tensors)
+        scales = {n.removesuffix(SCALE): i.dtype for n, i in tensors.items() if n.endswith(SCALE)}
+        stored = _as_dict(stored)
+        _check(path, config, stored, tensors, scales)
+        _register()
+        config.quantization_config = {"quant_method": OURS, "stored": stored, "scales": scales}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placed
@@ -74,6 +78,7 @@ def load(
     if any(wrong.values()):
         raise ModelError(f"{path}: " + "; ".join(f"{k.replace('_', ' ')}: {named(v)}" for k, v in wrong.items() if v))
     if ours:
+        model.config.quantization_config = stored
         for module in model.modules():
             if isinstance(module, QuantLinear) and module.weight_packed.device.type != "meta":
                 module.prepare(backend, model.dtype)
@@ -104,10 +109,14 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_dict()
 
 
-def _swap(model: nn.Module, scheme_of: Any, tensors: Mapping[str, TensorInfo]) -> None:
-    """Replace the linears the config names by `QuantLinear` (on the device the skeleton is made on)."""
+def _swap(model: nn.Module, stored: Mapping[str, Any], scales: Mapping[str, str]) -> None:
+    """Replace the linears the config names by `QuantLinear` (on the device the skeleton is made on).
+
+    scales: the stored dtype of each linear's scale, as safetensors spells it.
+    """
     from transformers.pytorch_utils import Conv1D
 
+    scheme_of = parse_config(stored)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
@@ -115,31 +124,31 @@ def _swap(model: nn.Module, scheme_of: Any, tensors: Mapping[str, TensorInfo]) -
         if scheme is None:
             continue
         n, k = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
-        scale = tensors.get(f"{name}.weight_scale")
         parent, _, leaf = name.rpartition(".")
         replacement = QuantLinear(
             k,
             n,
             scheme,
             module.bias is not None,
-            DTYPES[scale.dtype] if scale else torch.bfloat16,
+            DTYPES[scales.get(name, "BF16")],
             module.weight.dtype,
             module.weight.device,
         )
         setattr(model.get_submodule(parent), leaf, replacement)
 
 
-def _check(path: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> None:
+def _check(
+    path: Path, config: Any, stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo], scales: Mapping[str, str]
+) -> None:
     """Every tensor the model needs is there in its shape, and no other; else ModelError with the names."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     plain = copy.deepcopy(config)
-    plugin = plain.quantization_config
     del plain.quantization_config
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-        _swap(model, parse_config(plugin.stored), tensors)
+        _swap(model, stored, scales)
     wanted = dict(model.state_dict())
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
     missing = sorted(wanted.keys() - tensors.keys() - tied)
@@ -156,53 +165,41 @@ def _check(path: Path, config: Any, tensors: Mapping[str, TensorInfo]) -> None:
         raise ModelError(f"{path} is not the checkpoint its config.json describes; tensors " + "; ".join(problems))
 
 
-class _Plugin:
-    """transformers' quantizer interface, registered on first use."""
-
-    def __init__(self) -> None:
-        from transformers.quantizers.auto import register_quantization_config, register_quantizer
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.utils.quantization_config import QuantizationConfigMixin
-
-        @register_quantization_config(OURS)
-        class QuantkitConfig(QuantizationConfigMixin):
-            """Carries the stored compressed-tensors config through `from_pretrained`; never saved."""
-
-            def __init__(self, stored: dict, tensors: Mapping[str, TensorInfo], **_: Any) -> None:
-                self.quant_method = OURS
-                self.stored = stored
-                self.tensors = tensors
-
-            def to_dict(self) -> dict[str, Any]:
-                return dict(self.stored)
-
-        @register_quantizer(OURS)
-        class QuantkitQuantizer(HfQuantizer):
-            """Puts `QuantLinear` in place before the weights are read."""
-
-            requires_calibration = True
-
-            def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-                config = self.quantization_config
-                _swap(model, parse_config(config.stored), config.tensors)
-
-            def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-                return model
-
-            def is_serializable(self, *_: Any, **__: Any) -> bool:
-                return True
-
-            @property
-            def is_trainable(self) -> bool:
-                return False
-
-            @property
-            def is_compileable(self) -> bool:
-                return True
-
-        self.config = QuantkitConfig
-
-
 @cache
-def _plugin() -> _Plugin:
-    return _Plugin()
+def _register() -> None:
+    """Register our side of transformers' quantizer interface, once, on first use."""
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(OURS)
+    class QuantkitConfig(QuantizationConfigMixin):
+        """Carries the stored compressed-tensors config through `from_pretrained`; never saved."""
+
+        def __init__(self, stored: dict, scales: Mapping[str, str], **_: Any) -> None:
+            self.quant_method = OURS
+            self.stored = stored
+            self.scales = scales
+
+    @register_quantizer(OURS)
+    class QuantkitQuantizer(HfQuantizer):
+        """Puts `QuantLinear` in place before the weights are read."""
+
+        requires_calibration = True
+
+        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+            _swap(model, self.quantization_config.stored, self.quantization_config.scales)
+
+        def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+            return model
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        @property
+        def is_compileable(self) -> bool:
+            return True

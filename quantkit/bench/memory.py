@@ -1,0 +1,99 @@
+"""Peak anonymous memory of the whole `quantize` process against the size of the checkpoint.
+
+    python -m quantkit.bench.memory --work DIR --json docs/benchmarks/memory.json
+
+Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) at two depths, each in a
+process of its own, and polls RssAnon every 10 ms. Limits: 28 %, 45 % and 60 % of the checkpoint at the full depth,
+and at most 1.05 times the peak at half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quantkit.bench.machine import machine
+from quantkit.bench.synthetic import make
+from quantkit.checkpoint.shards import write_json
+
+CALIBRATION = ["calibration.samples=16", "calibration.sequence_length=512"]
+RUNS: dict[str, tuple[str, list[str], float]] = {
+    "rtn": ("w4a16-rtn", [], 0.28),
+    "gptq": ("w4a16-gptq", [*CALIBRATION, "weights.algorithm.retarget=0.0"], 0.45),
+    "gptq-retarget": ("w4a16-gptq", [*CALIBRATION, "weights.algorithm.retarget=1.0"], 0.60),
+}
+
+
+def peak_anonymous(command: list[str]) -> tuple[int, float]:
+    """(peak RssAnon in bytes, seconds) of a command; RuntimeError if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    peak = 0
+    while process.poll() is None:
+        try:
+            found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        except OSError:
+            break
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{command} failed: {errors[-2000:]}")
+    return peak, time.perf_counter() - start
+
+
+def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
+    """One row per run and depth."""
+    rows = []
+    for layers in depths:
+        model = make(work / f"llama-{layers}", layers)
+        size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+        for name, (recipe, overrides, limit) in RUNS.items():
+            out = work / f"out-{name}-{layers}"
+            command = [sys.executable, "-m", "quantkit.cli.main", "quantize", recipe, "--model", str(model)]
+            command += ["--output", str(out), "--no-eval", *(f"--set={o}" for o in overrides)]
+            peak, seconds = peak_anonymous(command)
+            shutil.rmtree(out)
+            rows.append(
+                {
+                    "run": name,
+                    "layers": layers,
+                    "checkpoint_bytes": size,
+                    "peak_anonymous_bytes": peak,
+                    "share": peak / size,
+                    "limit": limit if layers == max(depths) else None,
+                    "seconds": seconds,
+                }
+            )
+            print(f"{name:14} {layers} layers: {peak / 2**20:.0f} MiB, {peak / size:.1%} of the checkpoint", flush=True)
+        shutil.rmtree(model)
+    deep = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == max(depths)}
+    flat = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == min(depths)}
+    return {
+        "schema": "quantkit-memory/1",
+        "machine": machine(),
+        "rows": rows,
+        "deep_over_shallow": {name: deep[name] / flat[name] for name in deep},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder with 6 GB free")
+    parser.add_argument("--layers", type=int, nargs=2, default=(12, 24))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    result = measure(arguments.work, tuple(arguments.layers))
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()
