@@ -13,6 +13,10 @@ from dataclasses import dataclass
 # Linears of one block that inference engines fuse into one and that therefore share a scheme.
 FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
+# Parts of the names of linears whose output goes into attention logits, where a weight's own output error
+# misleads.
+ATTENTION_LOGIT_NAMES = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn")
+
 HEAD = "lm_head"
 
 # Tensors older checkpoints carry and today's models compute: (pattern of the disk name, reason).
@@ -132,6 +136,3 @@ def module_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
             module = prefix + module
         found[name] = module
     return found
-
-# Parts of the names of linears whose output goes into attention logits, where a weight's own output error misleads.
-ATTENTION_LOGIT_NAMES = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn")
