@@ -3,18 +3,20 @@
 Knows tensors and numbers of bits, nothing of models, recipes or files.
 """
 
-from quantkit_kernels.backends import BACKENDS, BackendMissing, Choice, available, prepare, select
-from quantkit_kernels.bits import pack_bits, unpack_bits
+from quantkit_kernels.backends import BackendMissing, Choice, available, backends, prepare, run, select
+from quantkit_kernels.bits import pack_bits, unpack_bits, words
 from quantkit_kernels.ops import wna16_linear
 
 __all__ = [
-    "BACKENDS",
     "BackendMissing",
     "Choice",
     "available",
+    "backends",
     "pack_bits",
     "prepare",
+    "run",
     "select",
     "unpack_bits",
     "wna16_linear",
+    "words",
 ]

@@ -1,7 +1,7 @@
 """Dense bit packing, least significant bit first, rows independent.
 
-A row of b-bit codes is one bit string: code i occupies bits [b i, b i + b). Eight codes fill exactly b bytes, so
-everything below works on bytes; the int32 words of the file are the same bytes, little-endian. 3 bits:
+A row of b-bit codes is one bit string: code i occupies bits [b i, b i + b). Eight codes fill exactly b bytes,
+so everything below works on bytes; the int32 words of the file are the same bytes, little-endian. 3 bits:
 
     byte 0: c2c2 c1c1c1 c0c0c0   byte 1: c5 c4c4c4 c3c3c3 c2   byte 2: c7c7c7 c6c6c6 c5c5
 """
@@ -21,6 +21,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.uint8, device=codes.device)
     padded[:, :columns] = codes
     eights = padded.view(rows, -1, 8)  # (R, C/8, 8)
@@ -37,7 +39,9 @@ def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse: int32 [R, ceil(columns * bits / 32)] to uint8 codes [R, columns]."""
     rows, have = packed.shape
     if have != words(columns, bits):
-        raise ValueError(f"{columns} codes of {bits} bits need {words(columns, bits)} words per row, got {have}")
+        raise ValueError(
+            f"{columns} codes of {bits} bits need {words(columns, bits)} words per row, got {have}"
+        )
     stream = packed.contiguous().view(torch.uint8)  # (R, 4 * words)
     short = -stream.shape[1] % bits
     if short:

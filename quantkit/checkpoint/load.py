@@ -1,205 +1,191 @@
-"""Load a packed checkpoint, or any other causal LM folder, as a transformers model.
+"""A model folder -> a transformers causal LM that runs; packed linears stay packed.
 
-Loading goes through transformers' own `from_pretrained` with a quantizer of ours that puts `QuantLinear` where the
-config says, so dtype, device maps, disk offload and tied weights behave as for every other model. What transformers
-only warns about (missing, extra, mis-shaped tensors) is checked here against the headers first and raises.
+Everything is transformers' own loading: on CPU the weights are views of the file, on devices they are copied
+tensor by tensor, and `device_map` spreads them. What it only warns about (missing and foreign tensors) is an
+error here.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from functools import cache
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import quantkit_kernels
 import torch
 from torch import nn
 
-from quantkit.errors import ModelError
+from quantkit.errors import BackendError, ModelError
 from quantkit.formats.compressed_tensors import METHOD, parse_config
-from quantkit.layers.quant_linear import QuantLinear
-from quantkit.models.headers import TensorInfo, named, read_tensors
-from quantkit.models.source import DTYPES
-from quantkit.scheme import Scheme
-
-OURS = "quantkit"
-SCALE = ".weight_scale"
+from quantkit.models import families
+from quantkit.models.headers import TensorInfo, named, read_tensors, resolve_model
 
 
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     backend: str | None = None,
-    max_memory: Mapping | None = None,
+    max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
-) -> Any:
-    """A transformers causal LM from a local folder, in eval mode.
+) -> nn.Module:
+    """Load the causal LM in folder `path` (or of a hub id), in eval mode; a packed one gets `QuantLinear` layers.
 
-    Packed linears become `QuantLinear` on their stored buffers; there is never a dense copy of the model.
-    device: cpu, cuda[:n] or auto (default: CUDA if present). dtype of everything not packed: default the checkpoint's
-    on CUDA, float32 on CPU. device_map, max_memory, offload_folder: as in transformers, instead of `device`.
-    backend: a kernel backend by name for every packed linear (BackendError if one cannot run it).
+    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". device_map, max_memory,
+    offload_folder: as in `from_pretrained`, instead of `device`. dtype: of everything that is not packed, and
+    so of the activations; left out, the checkpoint's on CUDA and float32 on the CPU. backend: a kernel
+    backend by name, for every packed linear.
 
-    Raises ModelError naming tensors that are missing, extra or mis-shaped. Remote code never runs.
+    ModelError: a folder that is corrupt, or tensors that are missing, foreign or of the wrong shape (named);
+    a device that is not there. BackendError: a backend that cannot run this model here. Remote code never
+    runs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
+    from quantkit.checkpoint import plugin
+
+    path = resolve_model(path, Path(path))
+    _check_backend(backend)
+    place = _placement(device, device_map, max_memory, offload_folder)
+    if dtype in (None, "auto"):
+        dtype = torch.float32 if dtype is None and _on_cpu(place["device_map"]) else "auto"
+    stored = _quantization_config(path)
+    _, tensors = read_tensors(path)
+    with _as_model_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    placed = _placement(device, device_map, max_memory, offload_folder)
-    if dtype is None:
-        on_cpu = device_map is None and torch.device(placed["device_map"][""]).type == "cpu"
-        dtype = torch.float32 if on_cpu else "auto"
-    stored = getattr(config, "quantization_config", None)
-    ours = stored is not None and _get(stored, "quant_method") == METHOD
-    if ours:
-        _, tensors = read_tensors(path)
-        config = copy.deepcopy(config)
-        scales = {n.removesuffix(SCALE): i.dtype for n, i in tensors.items() if n.endswith(SCALE)}
-        stored = _as_dict(stored)
-        _check(path, config, stored, tensors, scales)
-        _register()
-        config.quantization_config = {"quant_method": OURS, "stored": stored, "scales": scales}
-    try:
+        packed = _is_packed(stored)
+        if packed:
+            parse_config(stored)
+            plugin.register()
+            config.quantization_config = {
+                "quant_method": plugin.METHOD,
+                "stored": stored,
+                "tensors": _by_module(config.model_type, tensors),
+            }
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **placed
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **place,
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
-    wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ModelError(f"{path}: " + "; ".join(f"{k.replace('_', ' ')}: {named(v)}" for k, v in wrong.items() if v))
-    if ours:
-        model.config.quantization_config = stored
-        for module in model.modules():
-            if isinstance(module, QuantLinear) and module.weight_packed.device.type != "meta":
-                module.prepare(backend, model.dtype)
+    _refuse_incomplete(path, info)
+    if packed:
+        _finish(path, model, backend, tensors)
+    elif backend not in (None, "auto"):
+        raise BackendError(f"{path} has no packed linears that backend {backend!r} could run")
     return model.eval()
 
 
 def _placement(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:
+    """from_pretrained's arguments that say where the weights go."""
+    if device_map is None and (max_memory or offload_folder):
+        device_map = "auto"
     if device_map is not None:
-        extra = {"max_memory": max_memory, "offload_folder": offload_folder, "offload_buffers": True}
-        return {"device_map": device_map} | {k: v for k, v in extra.items() if v is not None}
-    if device in (None, "auto"):
+        if device is not None:
+            raise ModelError(f"give device={str(device)!r} or a device_map, not both")
+        # Packed weights are buffers; without offload_buffers they would stay in memory whatever the map says.
+        place = {"device_map": device_map, "offload_buffers": True}
+        if max_memory:
+            place["max_memory"] = max_memory
+        return place | ({"offload_folder": str(offload_folder)} if offload_folder else {})
+    if device is None or str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        raise ModelError(f"{device!r} is no device; use auto, cpu, cuda or cuda:0") from None
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {where} is not there ({torch.cuda.device_count()} CUDA devices); use device='cpu'")
-    return {"device_map": {"": str(where)}}
-
-
-def _get(config: Any, key: str) -> Any:
-    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-    return getattr(value, "value", value)
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    return dict(config) if isinstance(config, Mapping) else config.to_dict()
-
-
-def _swap(model: nn.Module, stored: Mapping[str, Any], scales: Mapping[str, str]) -> None:
-    """Replace the linears the config names by `QuantLinear` (on the device the skeleton is made on).
-
-    scales: the stored dtype of each linear's scale, as safetensors spells it.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    scheme_of = parse_config(stored)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        scheme: Scheme | None = scheme_of(name)
-        if scheme is None:
-            continue
-        n, k = module.weight.shape if isinstance(module, nn.Linear) else reversed(module.weight.shape)
-        parent, _, leaf = name.rpartition(".")
-        replacement = QuantLinear(
-            k,
-            n,
-            scheme,
-            module.bias is not None,
-            DTYPES[scales.get(name, "BF16")],
-            module.weight.dtype,
-            module.weight.device,
+        raise ModelError(
+            f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
         )
-        setattr(model.get_submodule(parent), leaf, replacement)
+    return {"device_map": None if where.type == "cpu" else {"": where}}
 
 
-def _check(
-    path: Path, config: Any, stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo], scales: Mapping[str, str]
-) -> None:
-    """Every tensor the model needs is there in its shape, and no other; else ModelError with the names."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+def _on_cpu(device_map: Any) -> bool:
+    if isinstance(device_map, dict):
+        return all(str(where) in ("cpu", "disk") for where in device_map.values())
+    return device_map is None or not torch.cuda.is_available()
 
-    plain = copy.deepcopy(config)
-    del plain.quantization_config
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-        _swap(model, stored, scales)
-    wanted = dict(model.state_dict())
-    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
-    missing = sorted(wanted.keys() - tensors.keys() - tied)
-    extra = sorted(tensors.keys() - wanted.keys())
-    shapes = [
-        f"{n} {list(tensors[n].shape)} instead of {list(t.shape)}"
-        for n, t in wanted.items()
-        if n in tensors and tuple(tensors[n].shape) != tuple(t.shape)
-    ]
+
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, "auto") and not quantkit_kernels.available(backend):
+        known = ", ".join(("auto", *quantkit_kernels.backends()))
+        raise BackendError(f"unknown backend {backend!r}; known: {known}")
+
+
+def _quantization_config(path: Path) -> dict[str, Any] | None:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} has no config.json; a model is a folder with config.json and safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; fetch it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds no JSON object; the file is corrupt, fetch it again")
+    return config.get("quantization_config")
+
+
+def _is_packed(stored: dict[str, Any] | None) -> bool:
+    """Whether the weights are ours to run; other kinds of quantization are left to transformers."""
+    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
+        return False
+    try:
+        parse_config(stored)
+    except ModelError:
+        return "pack" in str(stored.get("format"))
+    return True
+
+
+def _by_module(model_type: str, tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    names = families.module_names(model_type, tensors)
+    return {names[disk]: (info.dtype, info.shape) for disk, info in tensors.items()}
+
+
+@contextlib.contextmanager
+def _as_model_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{path} cannot be loaded: {reason}") from error
+
+
+def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
     problems = [
-        f"{what}: {named(names)}" for what, names in (("missing", missing), ("extra", extra), ("mis-shaped", shapes)) if names
+        f"{what}: {named(str(name) for name in info[key])}"
+        for what, key in (
+            ("missing tensors", "missing_keys"),
+            ("tensors the model has no place for", "unexpected_keys"),
+            ("tensors of another shape", "mismatched_keys"),
+        )
+        if info.get(key)
     ]
+    problems += [str(message) for message in info.get("error_msgs") or ()]
     if problems:
-        raise ModelError(f"{path} is not the checkpoint its config.json describes; tensors " + "; ".join(problems))
+        raise ModelError(f"{path} does not fit its config.json: {'; '.join(problems)}")
 
 
-@cache
-def _register() -> None:
-    """Register our side of transformers' quantizer interface, once, on first use."""
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+def _finish(path: Path, model: nn.Module, backend: str | None, tensors: dict[str, TensorInfo]) -> None:
+    """Check what only the values show and build the layouts of the backend, layer by layer."""
+    from quantkit.checkpoint.plugin import packed_linears
 
-    @register_quantization_config(OURS)
-    class QuantkitConfig(QuantizationConfigMixin):
-        """Carries the stored compressed-tensors config through `from_pretrained`; never saved."""
-
-        def __init__(self, stored: dict, scales: Mapping[str, str], **_: Any) -> None:
-            self.quant_method = OURS
-            self.stored = stored
-            self.scales = scales
-
-    @register_quantizer(OURS)
-    class QuantkitQuantizer(HfQuantizer):
-        """Puts `QuantLinear` in place before the weights are read."""
-
-        requires_calibration = True
-
-        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-            _swap(model, self.quantization_config.stored, self.quantization_config.scales)
-
-        def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-            return model
-
-        def is_serializable(self, *_: Any, **__: Any) -> bool:
-            return True
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-        @property
-        def is_compileable(self) -> bool:
-            return True
+    for name, module in packed_linears(model):
+        offloaded = module.weight_packed.is_meta
+        if not offloaded and module.weight_shape.tolist() != [module.out_features, module.in_features]:
+            raise ModelError(
+                f"{path}: {name}.weight_shape says {module.weight_shape.tolist()}, the model has "
+                f"{[module.out_features, module.in_features]}"
+            )
+        if offloaded and backend not in (None, "auto", "reference"):
+            raise BackendError(f"backend {backend!r} needs every layer in memory; {name} is offloaded")
+        if not offloaded:
+            module.prepare(backend, model.dtype)

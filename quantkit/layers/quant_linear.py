@@ -9,17 +9,19 @@ import torch
 from torch import nn
 
 from quantkit.errors import BackendError
-from quantkit.formats.compressed_tensors import pack, stored_shapes
+from quantkit.formats.compressed_tensors import DTYPES, pack, stored_shapes
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-_DTYPES = {"weight_packed": torch.int32, "weight_shape": torch.int64, "weight_zero_point": torch.int32}
+_LAYOUT = "layout_"
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias with W [N, K] in the format of `quantkit.formats.compressed_tensors`.
+    """y = x W^T + bias with W [N, K] packed as `quantkit.formats.compressed_tensors` describes.
 
-    Not an nn.Linear: there is no `weight`. Buffers: see that module's docstring; bias [N] or None.
+    Not an nn.Linear: there is no `weight`. Buffers: weight_packed, weight_scale, weight_shape,
+    weight_zero_point (None
+    if symmetric); bias: Parameter [N] or None. x [..., K] of any float dtype; y has x's dtype.
     """
 
     def __init__(
@@ -35,20 +37,22 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         for name, shape in stored_shapes(out_features, in_features, scheme).items():
-            kind = _DTYPES.get(name, scale_dtype)
+            kind = DTYPES.get(name, scale_dtype)
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         if scheme.symmetric:
-            self.weight_zero_point = None
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
-        self._runner: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._dtype: torch.dtype | None = None
+            self.register_buffer("weight_zero_point", None)
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        )
         self.backend = "reference"
+        self.prepared: tuple[str, ...] = ()  # parts of the layout a backend built; then nothing stored is left
+        self._dtype: torch.dtype | None = None  # of the activations the layout was built for
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None) -> QuantLinear:
         """From codes in memory."""
         n, k = weight.shape
-        module = cls(k, n, weight.scheme, bias is not None, weight.scale.dtype, None if bias is None else bias.dtype)
+        module = cls(k, n, weight.scheme, False, weight.scale.dtype, device="meta")
         for name, tensor in pack(weight).items():
             setattr(module, name, tensor)
         if bias is not None:
@@ -56,31 +60,39 @@ class QuantLinear(nn.Module):
         return module
 
     def prepare(self, backend: str | None, dtype: torch.dtype) -> None:
-        """Choose the backend (BackendError if a named one cannot run) and build its layout, once.
+        """Choose the backend for activations of type `dtype` and build its layout, once.
 
-        A backend with a layout of its own frees the stored tensors: there is no second copy.
+        backend: a name, "auto" or None (see `quantkit_kernels.select`). BackendError if a named one cannot
+        run. A backend with a layout of its own frees the stored tensors: there is no second copy, and nothing
+        to save.
         """
-        k, n = self.in_features, self.out_features
+        k, n, bits = self.in_features, self.out_features, self.scheme.bits
         group = self.scheme.group(k)
-        device = self.weight_packed.device.type
+        device = self.weight_shape.device.type
         try:
-            choice = quantkit_kernels.select(
-                device, self.scheme.bits, group, self.scheme.symmetric, 1, n, k, backend
+            name, _ = quantkit_kernels.select(device, bits, group, self.scheme.symmetric, 1, n, k, backend)
+            if name == self.backend:
+                return
+            if self.prepared:
+                raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
+            layout = quantkit_kernels.prepare(
+                name, self.weight_packed, self.weight_scale, self.weight_zero_point, bits, n, k, dtype
             )
         except quantkit_kernels.BackendMissing as error:
             raise BackendError(str(error)) from error
-        self.backend = choice.name
-        if choice.name != "reference":
-            self._runner = quantkit_kernels.prepare(
-                choice.name, self.weight_packed, self.weight_scale, self.weight_zero_point, self.scheme.bits, group, n, k, dtype
-            )
-            self._dtype = dtype
-            for name in ("weight_packed", "weight_scale", "weight_zero_point"):
-                setattr(self, name, None)
+        self.backend, self._dtype = name, dtype
+        if layout is not None:
+            self.prepared = tuple(layout)
+            for part, tensor in layout.items():
+                self.register_buffer(_LAYOUT + part, tensor, persistent=False)
+            self.weight_packed = self.weight_scale = self.weight_zero_point = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._runner is not None:
-            y = self._runner(x.reshape(-1, self.in_features).to(self._dtype))
+        group = self.scheme.group(self.in_features)
+        if self.prepared:
+            layout = {part: getattr(self, _LAYOUT + part) for part in self.prepared}
+            rows = x.reshape(-1, self.in_features).to(self._dtype)
+            y = quantkit_kernels.run(self.backend, rows, layout, group)
             y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
             return y if self.bias is None else y + self.bias.to(x.dtype)
         return quantkit_kernels.wna16_linear(
@@ -90,10 +102,22 @@ class QuantLinear(nn.Module):
             self.weight_zero_point,
             self.bias,
             self.scheme.bits,
-            self.scheme.group(self.in_features),
+            group,
             self.out_features,
             self.in_features,
         )
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        """Moves go through; casts stop at scales and layouts, for which the codes were computed."""
+        kept = {name: b.dtype for name, b in self.named_buffers() if b.dtype.is_floating_point}
+        before = {name: getattr(self, name) for name in kept}
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            if getattr(self, name).dtype != dtype:
+                setattr(self, name, before[name].to(getattr(self, name).device))
+        return self
+
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.backend}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.backend}"
+        )

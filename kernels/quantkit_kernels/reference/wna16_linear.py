@@ -6,7 +6,7 @@ import torch
 
 from quantkit_kernels.bits import unpack_bits
 
-_ROWS = 1024  # rows dequantized at a time, so that the fp32 temporaries stay small
+_ELEMENTS = 1 << 20  # weights dequantized at a time, so that the fp32 temporaries stay in cache
 
 
 def dequantize(
@@ -18,13 +18,14 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(q - z) * s in fp32 (fp64 for fp64 inputs), cast to `dtype`: [N, K]. Without zeros z = 2^(bits-1)."""
+    """(q - z) * s in fp32 (fp64 for fp64), cast to `dtype`: [N, K]. Without zeros z = 2^(bits-1)."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     groups = scale.shape[1]
     zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T  # (N, K/G)
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
-    for start in range(0, n, _ROWS):
-        rows = slice(start, min(start + _ROWS, n))
+    step = max(1, _ELEMENTS // k)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
         q = unpack_bits(packed[rows], bits, k).view(-1, groups, k // groups).to(work)  # (rows, K/G, G)
         q -= 2 ** (bits - 1) if zero is None else zero[rows].to(work)[:, :, None]
         q *= scale[rows].to(work)[:, :, None]
@@ -39,7 +40,6 @@ def wna16_linear(
     zero_packed: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
-    group_size: int,
     n: int,
     k: int,
 ) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""How transformers builds our layers: a quantization config and a quantizer, registered by `register()` only.
+
+`quantkit.load` hands the `quantization_config` of config.json to transformers under the name "quantkit",
+together with what the safetensors headers say; on the meta skeleton the quantizer swaps linears for
+`QuantLinear` and checks every stored tensor before a byte of it is read. Saving writes the original config
+back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers import auto as registry
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.errors import BackendError, ModelError
+from quantkit.formats.compressed_tensors import parse_config
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.scheme import Scheme
+
+METHOD = "quantkit"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS = {"weight_packed": "I32", "weight_shape": "I64", "weight_zero_point": "I32"}
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """stored: `quantization_config` of config.json. tensors: {name in the model: (dtype on disk, shape)}."""
+
+    def __init__(
+        self, stored: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], **_: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.stored, self.tensors = stored, tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.stored)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Swaps and checks; reading is transformers' own."""
+
+    requires_calibration = True  # reads what is quantized, quantizes nothing
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        tensors = self.quantization_config.tensors
+        swap(model, parse_config(self.quantization_config.stored), tensors)
+        check_shapes(model, tensors)
+        self.quantization_config.tensors = {}  # done with; the config lives as long as the model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
+        for name, module in packed_linears(model):
+            if module.prepared:
+                raise BackendError(
+                    f"{name} holds the layout of backend {module.backend!r}, not what a checkpoint stores; "
+                    "copy the folder it was loaded from, or load it with backend='reference'"
+                )
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make the two classes known to transformers; again is harmless."""
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PackedConfig)
+    registry.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PackedQuantizer)
+
+
+def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
+    """The packed linears of a model by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def swap(model: nn.Module, scheme_of: Any, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme."""
+    for name, module in list(model.named_modules()):
+        scheme = scheme_of(name) if isinstance(module, nn.Linear | Conv1D) else None
+        if scheme is None:
+            continue
+        n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        packed = _packed(name, n, k, scheme, module, tensors)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, packed)
+
+
+def _packed(name: str, n: int, k: int, scheme: Scheme, module: nn.Module, tensors: dict) -> QuantLinear:
+    if not scheme.divides(k):
+        raise ModelError(f"{name} has {k} columns, which its groups of {scheme.group_size} do not divide")
+    stored, _ = tensors.get(f"{name}.weight_scale", ("BF16", ()))
+    if stored not in _DTYPES:
+        raise ModelError(f"{name}.weight_scale has the dtype {stored}; a scale is F32, F16 or BF16")
+    bias = module.bias
+    dtype = None if bias is None else bias.dtype
+    return QuantLinear(k, n, scheme, bias is not None, _DTYPES[stored], dtype, device="meta")
+
+
+def check_shapes(model: nn.Module, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """ModelError naming every stored tensor that does not fit its place in the model.
+
+    transformers casts, broadcasts or keeps what does not fit without a word, depending on the version.
+    """
+    problems = []
+    for name, place in model.state_dict().items():
+        if name not in tensors:
+            continue  # missing ones are what loading reports
+        dtype, shape = tensors[name]
+        kinds = _KINDS.get(name.rpartition(".")[2], dtype)
+        if tuple(shape) != tuple(place.shape):
+            problems.append(f"{name} is {list(shape)}, the model has {list(place.shape)}")
+        elif dtype != kinds:
+            problems.append(f"{name} is {dtype}, not {kinds}")
+    if problems:
+        hint = ""
+        if any(
+            _padded(module, tensors.get(f"{name}.weight_packed")) for name, module in packed_linears(model)
+        ):
+            hint = "; words that hold whole codes only (compressed-tensors of before May 2026) are not read"
+        raise ModelError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}{hint}")
+
+
+def _padded(module: QuantLinear, packed: tuple[str, tuple[int, ...]] | None) -> bool:
+    """Whether a stored tensor has the row length of the older packing, floor(32 / bits) codes per word."""
+    words = -(-module.in_features // (32 // module.scheme.bits))
+    return packed is not None and packed[1][-1] == words != module.weight_packed.shape[1]
