@@ -1,0 +1,144 @@
+"""Tiny random models of every supported family: hidden 64, 4 heads of 16, 3 layers, 128 tokens of vocabulary.
+
+`FAMILIES[name](**overrides)` builds one: fp32, eval mode, the same weights every time, norm weights away from 1 and
+biases away from 0. Overrides are config keys. `save` writes a checkpoint folder with a tokenizer of single characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_GATED = {"intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
+_GROUPED = _GATED | {"num_key_value_heads": 2}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_GEMMA = _GROUPED | {"query_pre_attn_scalar": 16, "sliding_window": 8, "layer_types": _MIXED}
+_NEOX = {"intermediate_size": 128, "rotary_pct": 0.25}
+
+# name -> (model_type, what its config says beyond _COMMON)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GATED),
+    "llama-gqa": ("llama", _GROUPED),
+    "llama-bias": ("llama", _GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("llama", _GROUPED | {"rope_parameters": _LLAMA3_ROPE}),
+    "mistral": ("mistral", _GROUPED | {"sliding_window": 8}),
+    "qwen2": ("qwen2", _GROUPED | {"use_sliding_window": True, "sliding_window": 8, "layer_types": _MIXED}),
+    "qwen2-mha": ("qwen2", _GATED),
+    "qwen3": ("qwen3", _GROUPED),
+    "qwen3-mha": ("qwen3", _GATED),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma2-mha": ("gemma2", _GEMMA | {"num_key_value_heads": 4}),
+    "gemma3": ("gemma3_text", _GEMMA),
+    "gemma3-mha": ("gemma3_text", _GEMMA | {"num_key_value_heads": 4}),
+    "phi3": ("phi3", _GATED),
+    "phi3-gqa": ("phi3", _GROUPED),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "opt-post-norm": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64, "do_layer_norm_before": False}),
+    "gpt2": ("gpt2", {}),
+    "gpt-neox": ("gpt_neox", _NEOX | {"use_parallel_residual": True}),
+    "gpt-neox-sequential": ("gpt_neox", _NEOX | {"use_parallel_residual": False}),
+    "falcon": ("falcon", {}),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-alibi": ("falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
+}
+
+
+def build(name: str, **overrides: Any) -> nn.Module:
+    """A tiny model of `CONFIGS[name]`; overrides: config keys. The global random state is left alone."""
+    model_type, settings = CONFIGS[name]
+    config = AutoConfig.for_model(model_type, **(_COMMON | settings | overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _randomise(model)
+    return model.eval().requires_grad_(False)
+
+
+FAMILIES: dict[str, Callable[..., nn.Module]] = {name: partial(build, name) for name in CONFIGS}
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    """Matrices N(0, 1/64); norm weights in their default +- 0.5; biases N(0, 0.01)."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            p.normal_(0, 0.125, generator=generator)
+        elif name.endswith("bias"):
+            p.normal_(0, 0.1, generator=generator)
+        else:
+            p.add_(torch.rand(p.shape, generator=generator) - 0.5)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder blocks."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
+@torch.no_grad()
+def captured_calls(model: nn.Module, ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict[str, Any]]]:
+    """(hidden, args, kwargs) of every block's call for `ids` [1, length]."""
+    calls = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append((args[0], args[1:], kwargs))
+
+    handles = [b.register_forward_pre_hook(hook, with_kwargs=True) for b in blocks(model)]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def ids(length: int, batch: int = 1, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length] without the special ones."""
+    return torch.randint(4, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character: 4 special ones, newline, printable ASCII; 100 in all."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save(
+    model: nn.Module, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+) -> Path:
+    """Write the model (cast to `dtype`, in place, if given) and a tokenizer as a checkpoint; returns `folder`."""
+    if dtype is not None:
+        model.to(dtype)
+        model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer().save_pretrained(folder)
+    return folder
