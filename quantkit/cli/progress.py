@@ -76,8 +76,9 @@ class PlainProgress:
         if self._first is None:
             self._first = index
         rate = (time.monotonic() - self._began) / (index - self._first + 1)
-        left = rate * (self._total - index - 1)
-        parts = [f"{self._title} {index + 1}/{self._total} {name}", note, f"eta {left:.0f} s", _memory()]
+        left = rate * max(0, self._total - index - 1)
+        done = min(index + 1, self._total)
+        parts = [f"{self._title} {done}/{self._total} {name}", note, f"eta {left:.0f} s", _memory()]
         self.message(", ".join(part for part in parts if part))
 
     def message(self, text: str) -> None:
