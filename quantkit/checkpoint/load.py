@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import quantkit_kernels
 import torch
 from torch import nn
 
@@ -32,23 +31,21 @@ def load(
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
 ) -> nn.Module:
-    """Load the causal LM in folder `path` (or of a hub id), in eval mode; a packed one gets `QuantLinear` layers.
+    """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
 
-    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1". device_map, max_memory,
-    offload_folder: as in `from_pretrained`, instead of `device`. dtype: of everything that is not packed, and
-    so of the activations; left out, the checkpoint's on CUDA and float32 on the CPU. backend: a kernel
-    backend by name, for every packed linear.
+    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"; device_map, max_memory, offload_folder
+    as in `from_pretrained`, instead of it. dtype: of everything that is not packed, and so of the
+    activations; left out, the checkpoint's on CUDA and float32 on the CPU. backend: a kernel backend by name,
+    for every packed linear.
 
-    ModelError: a folder that is corrupt, or tensors that are missing, foreign or of the wrong shape (named);
-    a device that is not there. BackendError: a backend that cannot run this model here. Remote code never
-    runs.
+    ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
+    device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from quantkit.checkpoint import plugin
 
     path = resolve_model(path, Path(path))
-    _check_backend(backend)
     place = _placement(device, device_map, max_memory, offload_folder)
     if dtype in (None, "auto"):
         dtype = torch.float32 if dtype is None and _on_cpu(place["device_map"]) else "auto"
@@ -111,12 +108,6 @@ def _on_cpu(device_map: Any) -> bool:
     if isinstance(device_map, dict):
         return all(str(where) in ("cpu", "disk") for where in device_map.values())
     return device_map is None or not torch.cuda.is_available()
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend not in (None, "auto") and not quantkit_kernels.available(backend):
-        known = ", ".join(("auto", *quantkit_kernels.backends()))
-        raise BackendError(f"unknown backend {backend!r}; known: {known}")
 
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ class QuantLinear(nn.Module):
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         )
         self.backend = "reference"
-        self.prepared: tuple[str, ...] = ()  # parts of the layout a backend built; then nothing stored is left
+        self.prepared: tuple[str, ...] = ()  # parts of a backend's layout; then nothing stored is left
         self._dtype: torch.dtype | None = None  # of the activations the layout was built for
 
     @classmethod

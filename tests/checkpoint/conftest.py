@@ -1,11 +1,11 @@
-"""Tiny random models and packed checkpoints of them, rounded to nearest here and written with the formats room only."""
+"""Tiny random models and packed checkpoints of them, rounded to nearest here, packed by the formats room."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.formats.compressed_tensors import pack, quantization_config
@@ -80,3 +80,15 @@ def llama_config(**changes):
         "tie_word_embeddings": False,
     }
     return LlamaConfig(**(sizes | changes))
+
+
+@pytest.fixture
+def packed_llama(tmp_path):
+    """make(scheme or function name -> scheme, **config) -> (folder, dense twin)."""
+
+    def make(scheme, **changes):
+        schemes = scheme if callable(scheme) else lambda name: None if name == "lm_head" else scheme
+        dense = pack_model(random_model(llama_config(**changes)), tmp_path / "packed", schemes)
+        return tmp_path / "packed", dense
+
+    return make

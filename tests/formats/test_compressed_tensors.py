@@ -1,0 +1,155 @@
+import pytest
+import torch
+
+from quantkit.errors import ModelError
+from quantkit.formats.compressed_tensors import pack, parse_config, quantization_config, stored_shapes, unpack
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme
+
+
+def quantized(signed, scheme, zero=None):
+    """One row of signed codes as a QuantizedWeight with scale 1."""
+    codes = (torch.tensor([signed]) + scheme.midpoint).to(torch.uint8)
+    groups = codes.shape[1] // scheme.group(codes.shape[1])
+    return QuantizedWeight(codes, torch.ones(1, groups), zero, scheme)
+
+
+def as_hex(tensor):
+    return [f"{int(word) & 0xFFFFFFFF:08X}" for word in tensor.flatten()]
+
+
+# Words of reference packers (compressed-tensors 0.20) for one row of 16 weights.
+GOLDEN = [
+    (4, True, [7, -5, 2, 0, -7, 6, -3, 1, 4, -2, 0, -7, 4, -1, 2, -4], "95E18A3F 4A7C186C"),
+    (4, False, [7, -6, 1, -1, -8, 5, -4, 0, 3, -3, -1, -8, 3, -2, 1, -5], "84D0792F 396B075B"),
+    (3, True, [3, -2, 1, 0, -3, 3, -2, 1, 2, -1, 0, -3, 2, 0, 1, -2], "1EAB9957 00005663"),
+    (
+        8,
+        True,
+        [127, -88, 41, 0, -112, 104, -56, 19, 73, -31, 7, -126, 63, -15, 27, -70],
+        "80A928FF 9348E810 028761C9 3A9B71BF",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "signed", "words"), GOLDEN)
+def test_golden_words(bits, symmetric, signed, words):
+    scheme = Scheme(bits, 16, symmetric)
+    zero = None if symmetric else torch.tensor([[7]], dtype=torch.uint8)
+    tensors = pack(quantized(signed, scheme, zero))
+    assert as_hex(tensors["weight_packed"]) == words.split()
+    assert tensors["weight_shape"].tolist() == [1, 16]
+
+
+def test_golden_zero_points_are_packed_along_rows():
+    zero = (torch.tensor([[-1, 0, 3, -8, 7, 2, -2, 1]]).T + 8).to(torch.uint8)
+    codes = torch.zeros(8, 16, dtype=torch.uint8)
+    tensors = pack(QuantizedWeight(codes, torch.ones(8, 1), zero, Scheme(4, 16, False)))
+    assert as_hex(tensors["weight_zero_point"]) == ["96AF0B87"]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 16, 16), (9, 66, 22), (33, 40, None), (5, 7, 7)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_pack_unpack_roundtrip(bits, n, k, group, symmetric):
+    g = torch.Generator().manual_seed(n)
+    scheme = Scheme(bits, group, symmetric)
+    groups = k // scheme.group(k)
+    zero = torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=g)
+    weight = QuantizedWeight(
+        torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g),
+        torch.rand(n, groups, generator=g).bfloat16(),
+        None if symmetric else zero,
+        scheme,
+    )
+    tensors = pack(weight)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == stored_shapes(n, k, scheme)
+    assert all(t.is_contiguous() for t in tensors.values())
+    back = unpack(tensors, scheme)
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.scale, weight.scale)
+    assert (back.zero is None) == symmetric
+    assert symmetric or torch.equal(back.zero, zero)
+
+
+def test_unpack_names_what_is_missing_foreign_or_mis_shaped():
+    scheme = Scheme(4, 16, True)
+    tensors = pack(quantized(GOLDEN[0][2], scheme))
+    with pytest.raises(ModelError, match="weight_zero_point"):
+        unpack(tensors, Scheme(4, 16, False))
+    with pytest.raises(ModelError, match="weight_scale"):
+        unpack({k: t for k, t in tensors.items() if k != "weight_scale"}, scheme)
+    with pytest.raises(ModelError, match=r"weight_packed of a W4A16 g16 sym \[1, 16\] linear is \(1, 2\)"):
+        unpack(tensors | {"weight_packed": torch.zeros(1, 3, dtype=torch.int32)}, scheme)
+
+
+FOUR, EIGHT = Scheme(4, 128, True), Scheme(8, None, False)
+
+
+def test_config_of_one_scheme_targets_the_class():
+    config = quantization_config({"a.q": FOUR, "a.k": FOUR}, ["lm_head"])
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    scheme_of = parse_config(config)
+    assert scheme_of("a.q") == FOUR
+    assert scheme_of("lm_head") is None
+
+
+def test_config_of_several_schemes_targets_names():
+    layers = {"a.q": FOUR, "a.down": EIGHT, "b.q": FOUR, "b.down": EIGHT}
+    scheme_of = parse_config(quantization_config(layers, ["lm_head"]))
+    assert {name: scheme_of(name) for name in layers} == layers
+    assert scheme_of("lm_head") is None
+    assert scheme_of("c.q") is None
+
+
+def group(targets, bits, **changes):
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    return {"targets": targets, "weights": weights | changes}
+
+
+def config_of(*groups, **changes):
+    base = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": []}
+    return base | {"config_groups": {f"group_{i}": g for i, g in enumerate(groups)}} | changes
+
+
+def test_targets_match_as_in_compressed_tensors():
+    scheme_of = parse_config(
+        config_of(
+            group(["Linear"], 2),
+            group(["re:.*down"], 3),
+            group(["a.down_proj"], 8),
+            ignore=["re:.*gate$", "head"],
+        )
+    )
+    bits = {
+        name: getattr(scheme_of(name), "bits", None)
+        for name in ("a.q", "b.down_proj", "a.down_proj", "a.gate", "head")
+    }
+    assert bits == {"a.q": 2, "b.down_proj": 3, "a.down_proj": 8, "a.gate": None, "head": None}
+    assert parse_config(config_of(group(["re:down"], 3)))("a.down") is None  # from the start of the name
+    assert parse_config(config_of(group(["a"], 3)))("b") is None
+    assert parse_config(config_of(group(["Linear"], 4), format="mixed-precision"))("a") == Scheme(
+        4, 128, True
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq"}, "'gptq'"),
+        (config_of(group(["Linear"], 8), format="int-quantized"), "'int-quantized'"),
+        (config_of(), "no config_groups"),
+        (config_of(group(["Linear"], 4) | {"input_activations": {"num_bits": 8}}), "input_activations"),
+        (config_of(group(["Linear"], 4) | {"format": "float-quantized"}), "'float-quantized'"),
+        (config_of(group([], 4)), "no targets"),
+        (config_of(group(["Linear"], 4, type="float")), "float weights"),
+        (config_of(group(["Linear"], 4, strategy="tensor")), "'tensor'"),
+        (config_of(group(["Linear"], 4, actorder="group")), "weight_g_idx"),
+        (config_of(group(["Linear"], 16)), "num_bits 16"),
+        (config_of(group(["Linear"], 4), kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (config_of(group(["Linear"], 4), transform_config={"x": 1}), "transform_config"),
+    ],
+)
+def test_what_is_not_read_is_refused(config, message):
+    with pytest.raises(ModelError, match=message):
+        parse_config(config)

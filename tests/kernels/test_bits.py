@@ -1,0 +1,37 @@
+import pytest
+import torch
+from quantkit_kernels import pack_bits, unpack_bits, words
+
+
+def bit_string(codes: list[int], bits: int) -> list[int]:
+    """The words by definition: one long integer, code i at bit b i."""
+    total = sum(code << (i * bits) for i, code in enumerate(codes))
+    count = words(len(codes), bits)
+    unsigned = [(total >> (32 * w)) & 0xFFFFFFFF for w in range(count)]
+    return [u - (1 << 32) if u >> 31 else u for u in unsigned]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 32), (5, 33), (2, 100), (1, 129)])
+def test_packed_words_are_the_bit_string_and_come_back(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.tolist() == [bit_string(row, bits) for row in codes.tolist()]
+    assert torch.equal(unpack_bits(packed, bits, shape[1]), codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_padding_bits_are_zero(bits):
+    full = torch.full((2, 5), 2**bits - 1, dtype=torch.uint8)
+    last = int(pack_bits(full, bits)[0, -1]) & 0xFFFFFFFF
+    assert last >> (5 * bits % 32 or 32) == 0
+
+
+def test_bad_codes_and_lengths_are_refused():
+    with pytest.raises(ValueError, match="16 does not fit in 4 bits"):
+        pack_bits(torch.tensor([[16]], dtype=torch.uint8), 4)
+    with pytest.raises(TypeError, match="int64"):
+        pack_bits(torch.tensor([[1]]), 4)
+    with pytest.raises(ValueError, match="need 2 words per row, got 1"):
+        unpack_bits(torch.zeros(1, 1, dtype=torch.int32), 4, 9)
