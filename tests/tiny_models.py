@@ -1,7 +1,8 @@
 """Tiny random models of every supported family: hidden 64, 4 heads of 16, 3 layers, 128 tokens of vocabulary.
 
-`FAMILIES[name](**overrides)` builds one: fp32, eval mode, the same weights every time, norm weights away from 1 and
-biases away from 0. Overrides are config keys. `save` writes a checkpoint folder with a tokenizer of single characters.
+`FAMILIES[name](**overrides)` builds one: fp32, eval mode, the same weights every time, norm weights away from
+1 and biases away from 0. Overrides are config keys. `save` writes a checkpoint folder with a tokenizer of
+single characters.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save(
     model: nn.Module, folder: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
 ) -> Path:
-    """Write the model (cast to `dtype`, in place, if given) and a tokenizer as a checkpoint; returns `folder`."""
+    """Write the model (cast in place if `dtype` is given) and a tokenizer; returns `folder`."""
     if dtype is not None:
         model.to(dtype)
         model.config.dtype = dtype

@@ -1,10 +1,11 @@
 """Scaling groups of one decoder block: found by following its tensors, proved by folding.
 
-A scaling group is a producer P of a tensor and all its consumers C. Dividing P's output channels by s and multiplying
-the matching input columns of C by s leaves the block's function as it was (AWQ, arXiv 2306.00978, section 3.2), if
-what lies between P and C is linear in those channels. No module name is looked at: which linears share an input and
-which norm made it is read off one forward, every pairing the shapes allow is a candidate, and a candidate counts only
-if folding a random s does not move the output of a float64 copy of the block.
+A scaling group is a producer P of a tensor and all its consumers C. Dividing P's output channels by s and
+multiplying the matching input columns of C by s leaves the block's function as it was (AWQ, arXiv 2306.00978,
+section 3.2), if what lies between P and C is linear in those channels. No module name is looked at: which
+linears share an input and which norm made it is read off one forward, every pairing the shapes allow is a
+candidate, and a candidate counts only if folding a random s does not move the output of a float64 copy of the
+block.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ HEAD_DIMS = (256, 128, 96, 80, 64, 32, 16, 8)  # tried when neither block nor co
 class Trace:
     """What one forward of a block has shown. Names are module names inside the block.
 
-    stages: linears that read the same tensor, in the order of execution. calls: every call of a linear, in order.
-    norms: stage -> the norm whose output it reads. output_of: submodule -> the linear inside it whose output it
-    returns unchanged (alone, or first in a tuple of None); of two nested ones the inner comes first.
+    stages: linears that read the same tensor, in the order of execution. calls: every call of a linear, in
+    order. norms: stage -> the norm whose output it reads. output_of: submodule -> the linear inside it whose
+    output it returns unchanged (alone, or first in a tuple of None); of two nested ones the inner comes
+    first.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -42,13 +44,13 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class ScalingGroup:
-    """A pair of producer and consumers. s has one entry per channel; form says how the producer is divided by it.
+    """A producer and its consumers. s has one entry per channel; form says how the producer is divided.
 
-    consumers: linears whose input columns are multiplied. inspect: their lowest common parent ("" = the block), or
-    the one consumer itself. form: "gamma" (a norm's weight and bias), "one_plus_gamma" (a norm that multiplies by
-    1 + weight), "rows" (a linear's output rows and bias).
-    rows: LongTensor [channels], the producer's row of each channel; None for norms.
-    expand: LongTensor [columns], the channel of each consumer column (grouped value heads); None if they are the same.
+    consumers: linears whose input columns are multiplied. inspect: their lowest common parent ("" = the
+    block), or the one consumer itself. form: "gamma" (a norm's weight and bias), "one_plus_gamma" (a norm
+    that multiplies by 1 + weight), "rows" (a linear's output rows and bias). rows: LongTensor [channels], the
+    producer's row of each channel; None for norms. expand: LongTensor [columns], the channel of each consumer
+    column (grouped value heads); None if they are the same.
     """
 
     consumers: tuple[str, ...]
@@ -73,7 +75,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A module that may scale channels: its only parameters are a vector `weight` and perhaps a vector `bias`."""
+    """A module that may scale channels: all it has is a vector `weight` and perhaps a vector `bias`."""
     parameters = dict(module.named_parameters())
     named = set(parameters) in ({"weight"}, {"weight", "bias"})
     return named and not is_linear(module) and all(p.dim() == 1 for p in parameters.values())
@@ -86,7 +88,10 @@ def matrix(linear: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Trace:
-    """Run `block(hidden, *args, **kwargs)` once, in eval mode and without a KV cache, and see which tensor goes where."""
+    """Run `block(hidden, *args, **kwargs)` once and see which tensor goes where.
+
+    The block is in eval mode, and the call has no KV cache.
+    """
     stages: dict[tuple, list[str]] = {}
     norms: dict[tuple, str] = {}
     calls: list[str] = []
@@ -148,7 +153,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
 
 
 def _identity(x: torch.Tensor) -> tuple:
-    """The same for two living tensors exactly if they are the same memory, unwritten in between, with the same rows."""
+    """Equal for two living tensors exactly if they are the same rows in the same memory, not rewritten."""
     layout = (x.numel(), x.shape[-1]) if x.is_contiguous() else (tuple(x.shape), x.stride())
     return x.data_ptr(), _version(x), x.dtype, layout
 
@@ -161,12 +166,12 @@ def _version(x: torch.Tensor) -> int:
 def discover(
     block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[ScalingGroup], list[tuple[str, str]]]:
-    """All scaling groups of `block`, at most one per set of consumers, and the refused candidates with the reason.
+    """All scaling groups of `block`, at most one per set of consumers, and what was refused with the reason.
 
-    (hidden, args, kwargs): a captured call without a KV cache; of `hidden` only shape and device are used. The
-    block, which must be in eval mode, and the global random state are left as they are.
-    Cost: a float64 copy of the block, and one forward of it on at most 32 tokens per candidate (4 for Llama, about 15
-    for GPT-NeoX, whose MLP has no pair to find).
+    (hidden, args, kwargs): a captured call without a KV cache; of `hidden` only shape and device are used.
+    The block, which must be in eval mode, and the global random state are left as they are. Cost: a float64
+    copy of the block, and one forward of it on at most 32 tokens per candidate (4 for Llama, about 15 for
+    GPT-NeoX, whose MLP has no pair to find).
     """
     prover = _Prover(block, hidden, args, kwargs)
     seen = trace(prover.block, prover.hidden, prover.args, prover.kwargs)
@@ -210,10 +215,10 @@ def _layouts(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(rows, expand) of a producer with `out` rows that may feed `columns` columns through n channels.
 
-    n = out: the whole producer. Else a part of a fused one: n = columns (gate and up; q, k, v with as many heads), or
-    out = columns + 2 n (q, k, v with fewer value heads), as the last n rows (q, k, v or gate, up one after the
-    other), the end of each head's rows (GPT-NeoX [head, 3, d], Falcon [group, heads + 2, d]), or the first n rows.
-    n < columns: heads share channels.
+    n = out: the whole producer. Else a part of a fused one: n = columns (gate and up; q, k, v with as many
+    heads), or out = columns + 2 n (q, k, v with fewer value heads), as the last n rows (q, k, v or gate, up
+    one after the other), the end of each head's rows (GPT-NeoX [head, 3, d], Falcon [group, heads + 2, d]),
+    or the first n rows. n < columns: heads share channels.
     """
     every = torch.arange(out)
     spare = out - columns
@@ -313,10 +318,11 @@ def fold(
 ) -> torch.Tensor:
     """Divide the group's producer by `s` [channels] and multiply its consumers' columns by it, in place.
 
-    storage_dtype: what the producer is stored as. A norm's new weight is rounded to it first, and the consumers take
-    the quotient that it really has, so the rounding costs nothing (the bias of a producer, rounded too, may move by
-    half a unit in its last place). A linear's weight is not rounded: it is still to be quantized.
-    Returns the s that was folded: 1 where the norm's weight is zero or would not be a number any more.
+    storage_dtype: what the producer is stored as. A norm's new weight is rounded to it first, and the
+    consumers take the quotient that it really has, so the rounding costs nothing (the bias of a producer,
+    rounded too, may move by half a unit in its last place). A linear's weight is not rounded: it is still to
+    be quantized. Returns the s that was folded: 1 where the norm's weight is zero or would not be a number
+    any more.
     """
     producer = block.get_submodule(group.producer)
     bias = None if getattr(producer, "bias", None) is None else producer.bias.data
@@ -353,7 +359,7 @@ def check_invariance(
     fold_callable: Callable[[nn.Module], object],
     tolerance: float,
 ) -> float:
-    """Run the block, `fold_callable(block)`, and the block again: how far its output moved, relative to its RMS.
+    """Run the block, `fold_callable(block)`, and the block: the output's change relative to its RMS.
 
     NumericalError if that is not below `tolerance`; the block stays folded.
     """
