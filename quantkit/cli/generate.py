@@ -12,6 +12,7 @@ from quantkit.cli.opening import device_option, dtype_option, open_model
 @click.option("--prompt", required=True, metavar="TEXT")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @device_option
@@ -21,6 +22,7 @@ def command(
     prompt: str,
     max_new_tokens: int,
     temperature: float,
+    top_k: int,
     top_p: float,
     seed: int,
     device: str,
@@ -30,14 +32,22 @@ def command(
     from quantkit_eval import generate_stream
 
     opened, tokenizer = open_model(model, device, dtype)
-    generate_stream(
+    done = generate_stream(
         opened,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
         write=lambda text: click.echo(text, nl=False),
     )
     click.echo()
+    decode = done.decode_tokens_per_second
+    speed = f"{decode:.1f} tokens/s" if decode else "nothing to time"
+    click.echo(
+        f"prompt: {done.prompt_tokens} tokens, {done.prompt_tokens_per_second:.1f} tokens/s; "
+        f"decode: {done.new_tokens} tokens, {speed}",
+        err=True,
+    )

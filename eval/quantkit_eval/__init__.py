@@ -1,0 +1,26 @@
+"""Evaluation of causal language models: perplexity, divergence from a baseline, generation speed.
+
+Knows nothing of quantization: baseline and candidate are any two transformers causal LMs and run the same code on the
+same tokens.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_LAZY = {
+    "evaluate": "quantkit_eval.measure",
+    "Report": "quantkit_eval.report",
+    "load_text": "quantkit_eval.text",
+    "generate_stream": "quantkit_eval.generation",
+    "Generation": "quantkit_eval.generation",
+    "EvalError": "quantkit_eval.errors",
+}
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'quantkit_eval' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
