@@ -45,11 +45,21 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True  # reads what is quantized, quantizes nothing
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, **__: Any) -> None:
         tensors = self.quantization_config.tensors
         swap(model, parse_config(self.quantization_config.stored), tensors)
         check_shapes(model, tensors)
         self.quantization_config.tensors = {}  # done with; the config lives as long as the model
+        # Some families (GPT-2) initialize `c_proj.weight` of their blocks; what is marked is left alone.
+        done = torch.empty(0, device="meta")
+        done._is_hf_initialized = True
+        for _, module in packed_linears(model):
+            module.weight = done
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **__: Any) -> nn.Module:
+        for _, module in packed_linears(model):
+            del module.weight
+        return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
         for name, module in packed_linears(model):

@@ -83,12 +83,55 @@ def llama_config(**changes):
 
 
 @pytest.fixture
-def packed_llama(tmp_path):
-    """make(scheme or function name -> scheme, **config) -> (folder, dense twin)."""
+def random_llama():
+    return random_model(llama_config())
 
-    def make(scheme, **changes):
-        schemes = scheme if callable(scheme) else lambda name: None if name == "lm_head" else scheme
-        dense = pack_model(random_model(llama_config(**changes)), tmp_path / "packed", schemes)
-        return tmp_path / "packed", dense
+
+@pytest.fixture
+def pack_config(tmp_path):
+    """make(config, function name -> scheme, ...) -> (folder, dense twin)."""
+
+    def make(config, schemes, **options):
+        return tmp_path / "packed", pack_model(random_model(config), tmp_path / "packed", schemes, **options)
 
     return make
+
+
+@pytest.fixture
+def packed_llama(pack_config):
+    """make(scheme or function name -> scheme, ignore, stored dtype, **config) -> (folder, dense twin)."""
+
+    def make(scheme, ignore=("lm_head",), stored=torch.bfloat16, **changes):
+        schemes = scheme if callable(scheme) else lambda name: None if name == "lm_head" else scheme
+        return pack_config(llama_config(**changes), schemes, ignore=ignore, stored=stored)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_llamas(tmp_path_factory):
+    """(packed folder of 8 layers, of 1 layer, bytes of the 8 layers' linears in float32); random words."""
+    root = tmp_path_factory.mktemp("wide")
+    scheme, numbers = Scheme(4, 128, True), torch.Generator().manual_seed(0)
+    for layers in (1, 8):
+        config = llama_config(
+            hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=8
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        tensors, linears = {}, {}
+        for name, place in model.state_dict().items():
+            module = name.removesuffix(".weight")
+            if ".layers." not in name or place.ndim == 1:
+                tensors[name] = torch.full(place.shape, 0.1, dtype=torch.bfloat16)
+                continue
+            n, k = place.shape
+            linears[module] = n * k
+            words = torch.randint(-(2**31), 2**31, (n, k // 8), dtype=torch.int32, generator=numbers)
+            tensors[f"{module}.weight_packed"] = words
+            tensors[f"{module}.weight_scale"] = torch.full((n, k // 128), 0.001, dtype=torch.bfloat16)
+            tensors[f"{module}.weight_shape"] = torch.tensor([n, k])
+        config.quantization_config = quantization_config(dict.fromkeys(linears, scheme), ["lm_head"])
+        config.save_pretrained(root / str(layers))
+        save_file(tensors, root / str(layers) / "model.safetensors", metadata={"format": "pt"})
+    return root / "8", root / "1", 4 * sum(linears.values())
