@@ -116,7 +116,7 @@ def sweep(
     grid: _Grid,
     scheme: Scheme,
     rounds: int,
-    block: int = 128,
+    block: int = 32,
 ) -> int:
     """Coordinate descent on tr(E H E^T), E = target - W_hat, over the codes `q` [K, N], changed in place.
 

@@ -57,7 +57,7 @@ def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
         size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
         for name, (recipe, overrides, limit) in RUNS.items():
             out = work / f"out-{name}-{layers}"
-            command = [sys.executable, "-m", "quantkit.cli.main", "quantize", recipe, "--model", str(model)]
+            command = [sys.executable, "-m", "quantkit", "quantize", recipe, "--model", str(model)]
             command += ["--output", str(out), "--no-eval", *(f"--set={o}" for o in overrides)]
             peak, seconds = peak_anonymous(command)
             shutil.rmtree(out)

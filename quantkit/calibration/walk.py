@@ -23,7 +23,7 @@ from quantkit.errors import ModelError
 from quantkit.models.discover import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
-CHUNK_ELEMENTS = 4 << 20  # tokens per chunk x widest layer
+CHUNK_ELEMENTS = 2 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
 KEPT_BYTES = 384 << 20  # inputs kept so that a finished attention or MLP need not run again
 
 

@@ -24,6 +24,7 @@ from quantkit.pipeline.produce import Producer
 
 RUN = "quantkit.run.json"
 EVALUATION_TOKENS = 65536
+EVALUATION_CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
 
 _CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
             "chat_template*", "*.model", "LICENSE*")  # fmt: skip
@@ -125,7 +126,10 @@ def _notes(producer: Producer) -> list[str]:
 
 
 def _evaluate(producer: Producer, tokenizer: Any, path: Path, output: Path) -> tuple[dict | None, list[str]]:
-    """Perplexity of original and quantized model and KL between them on the embedded text, packed weights running."""
+    """Perplexity of original and quantized model and KL between them on the embedded text, packed weights running.
+
+    The context is the recipe's calibration length.
+    """
     import quantkit_eval
     from quantkit.checkpoint.load import load
 
@@ -145,6 +149,7 @@ def _evaluate(producer: Producer, tokenizer: Any, path: Path, output: Path) -> t
         text=[str(assets.evaluation_text())],
         baseline=original,
         max_tokens=EVALUATION_TOKENS,
+        context=min(producer.recipe.calibration.sequence_length, EVALUATION_CONTEXT),
     )
     return report.to_json(), []
 
