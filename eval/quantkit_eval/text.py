@@ -33,7 +33,9 @@ def _one(source: str) -> str:
         except UnicodeDecodeError as error:
             raise EvalError(f"{source} is not UTF-8 text: {error}; convert it first") from None
     else:
-        raise EvalError(f"no evaluation text {source}: not a file, not a folder, and not hf:name[:config[:split]]")
+        raise EvalError(
+            f"no evaluation text {source}: not a file, not a folder, and not hf:name[:config[:split]]"
+        )
     if not text.strip():
         raise EvalError(f"{source} holds no text")
     return text
@@ -56,7 +58,7 @@ def _rows(source: str) -> Iterable[str]:
 
 def _open(datasets: Any, source: str) -> Any:
     if source.startswith("hf:"):
-        name, config, split = (source[3:].split(":") + [None, None])[:3]
+        name, config, split = [*source[3:].split(":"), None, None][:3]
         return datasets.load_dataset(name, config or None, split=split or "test")
     folder = Path(source)
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()

@@ -53,7 +53,11 @@ def context_of(model: Any, wanted: int | None) -> int:
 
 
 def cut(
-    ids: list[int], context: int, stride: int | None = None, bos: int | None = None, max_tokens: int | None = None
+    ids: list[int],
+    context: int,
+    stride: int | None = None,
+    bos: int | None = None,
+    max_tokens: int | None = None,
 ) -> list[Window]:
     """Windows of `context` tokens (BOS included where there is one), `stride` apart.
 
@@ -67,7 +71,9 @@ def cut(
         raise EvalError(f"stride must be 1 to {room}, got {stride}")
     ids = ids if max_tokens is None else ids[:max_tokens]
     if len(ids) < room:
-        raise EvalError(f"the text has {len(ids)} tokens, one window needs {room}; give more text or a smaller context")
+        raise EvalError(
+            f"the text has {len(ids)} tokens, one window needs {room}; give more text or a smaller context"
+        )
     windows, done = [], 0
     for start in range(0, len(ids) - room + 1, stride):
         part = ids[start : start + room]

@@ -83,7 +83,7 @@ def solve(
     tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
     dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
     """
-    k, n = weight.shape
+    k = weight.shape[0]
     group = scheme.group(k)
     if dynamic is not None:
         block = group  # a group then never straddles a pending update
@@ -123,7 +123,7 @@ def sweep(
     With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
     raise the objective. Returns the number of codes changed.
     """
-    k, n = q.shape
+    k = q.shape[0]
     scale = grid.scale[grid.group_of]  # (K, N)
     zero = grid.zero[grid.group_of]
     value = (q - zero).mul_(scale)

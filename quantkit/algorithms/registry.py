@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 
 
@@ -51,7 +50,7 @@ def algorithm(name: str) -> Algorithm:
     return _ALGORITHMS[name]
 
 
-def relative_error(weight, quantized, hessian) -> float:  # noqa: ANN001  (three matrices)
+def relative_error(weight, quantized, hessian) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - W_hat; with hessian None the plain squared error."""
     off = weight - quantized.dequantize(weight.dtype)
     if hessian is None:

@@ -72,7 +72,10 @@ def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
                     "seconds": seconds,
                 }
             )
-            print(f"{name:14} {layers} layers: {peak / 2**20:.0f} MiB, {peak / size:.1%} of the checkpoint", flush=True)
+            print(
+                f"{name:14} {layers} layers: {peak / 2**20:.0f} MiB, {peak / size:.1%} of the checkpoint",
+                flush=True,
+            )
         shutil.rmtree(model)
     deep = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == max(depths)}
     flat = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == min(depths)}
@@ -85,7 +88,9 @@ def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 6 GB free")
     parser.add_argument("--layers", type=int, nargs=2, default=(12, 24))
     parser.add_argument("--json", type=Path)

@@ -132,8 +132,8 @@ def inputs_after_blocks(
             if stream is None:
                 continue
 
-            def hook(module: nn.Module, args: tuple, which: bool = full) -> None:
-                seen[which] = args[0]
+            def hook(module: nn.Module, args: tuple, which: bool = full, into: dict = seen) -> None:
+                into[which] = args[0]
                 raise _Stop
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook)
@@ -144,7 +144,9 @@ def inputs_after_blocks(
             finally:
                 handle.remove()
             if full not in seen:
-                raise ModelError(f"{name} does not run after the decoder blocks; give it `algorithm: rtn` or a skip rule")
+                raise ModelError(
+                    f"{name} does not run after the decoder blocks; give it `algorithm: rtn` or a skip rule"
+                )
         x = seen.get(False, seen.get(True))
         gatherer = gatherer or Gatherer(fields, x.shape[-1], device)
         gatherer.update(x, seen.get(True))

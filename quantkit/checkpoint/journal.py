@@ -45,7 +45,9 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise OutputError(f"{output} is in use by another quantkit process; wait for it or stop it") from error
+            raise OutputError(
+                f"{output} is in use by another quantkit process; wait for it or stop it"
+            ) from error
         try:
             self.entries = self._open(identity, resume)
         except BaseException:

@@ -55,7 +55,9 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
     offset, sizes = 0, {}
     for name in sorted(tensors):
         t = tensors[name]
-        dtype, shape = (t.dtype, list(t.shape)) if isinstance(t, TensorInfo) else (_NAMES[t.dtype], list(t.shape))
+        dtype, shape = (
+            (t.dtype, list(t.shape)) if isinstance(t, TensorInfo) else (_NAMES[t.dtype], list(t.shape))
+        )
         sizes[name] = t.nbytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
@@ -86,7 +88,9 @@ def _copied(info: TensorInfo) -> Iterator[bytes]:
         while left:
             piece = source.read(min(_PIECE, left))
             if not piece:
-                raise ModelError(f"{info.file} ended inside tensor {info.name}: the file changed during the run")
+                raise ModelError(
+                    f"{info.file} ended inside tensor {info.name}: the file changed during the run"
+                )
             if info.dtype in _FLOATS:
                 check_finite(info.name, torch.frombuffer(bytearray(piece), dtype=_FLOATS[info.dtype]))
             left -= len(piece)

@@ -32,7 +32,9 @@ def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
             stored.pop("bias", None)
             found = unpack(stored, wanted.scheme)
-            same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(found.scale, wanted.scale.cpu())
+            same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(
+                found.scale, wanted.scale.cpu()
+            )
             if wanted.zero is not None:
                 same = same and torch.equal(found.zero, wanted.zero.cpu())
             if not same:
@@ -46,7 +48,9 @@ def _verify_forward(name: str, found: QuantizedWeight, wanted: QuantizedWeight) 
     dense = torch.nn.functional.linear(x, wanted.dequantize().cpu())
     off = (QuantLinear.from_quantized(found, None)(x) - dense).abs().max()
     if not float(off) <= 1e-5 * float(dense.abs().max()) + 1e-12:
-        raise VerificationError(f"{name}: the packed forward differs from the dequantized one by {float(off):.3g}")
+        raise VerificationError(
+            f"{name}: the packed forward differs from the dequantized one by {float(off):.3g}"
+        )
 
 
 def digest_file(path: Path) -> str:
@@ -65,7 +69,9 @@ def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, d
         if not path.is_file():
             raise VerificationError(f"{output}: {name} is missing; quantize again with --no-resume")
         if path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
-            raise VerificationError(f"{output}: {name} is not the file that was written; quantize again with --no-resume")
+            raise VerificationError(
+                f"{output}: {name} is not the file that was written; quantize again with --no-resume"
+            )
     try:
         weight_map = json.loads((output / INDEX).read_text())["weight_map"]
     except (OSError, ValueError, KeyError) as error:

@@ -33,7 +33,12 @@ class BlockResult:
         error = check_sound(plan.name, weight, outcome.weight)
         self.weights[plan.name] = outcome.weight
         self.layers.append(
-            {"name": plan.name, "scheme": str(plan.scheme), "algorithm": plan.algorithm.name, "weight_error": error}
+            {
+                "name": plan.name,
+                "scheme": str(plan.scheme),
+                "algorithm": plan.algorithm.name,
+                "weight_error": error,
+            }
             | outcome.details
             | ({"fallbacks": outcome.fallbacks} if outcome.fallbacks else {})
         )
@@ -42,7 +47,9 @@ class BlockResult:
 def check_sound(name: str, weight: torch.Tensor, quantized: QuantizedWeight) -> float:
     """Relative squared weight error; NumericalError naming the layer if it is non-finite or collapsed."""
     if not bool(torch.isfinite(quantized.scale).all()):
-        raise NumericalError(f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer")
+        raise NumericalError(
+            f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer"
+        )
     norm = float(weight.square().sum())
     if norm == 0:
         return 0.0
@@ -50,13 +57,15 @@ def check_sound(name: str, weight: torch.Tensor, quantized: QuantizedWeight) -> 
     error = float((kept - weight).square().sum()) / norm
     if not error < 1.0 or not bool(kept.any()):
         raise NumericalError(
-            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (relative error {error:.3g}); "
+            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (error {error:.3g}); "
             "use more bits or a smaller group for this layer, or skip it with a rule"
         )
     return error
 
 
-def quantize_block(run: BlockRun, plans: dict[str, LayerPlan], scale_dtype: dict[str, torch.dtype], clock: Clock) -> BlockResult:
+def quantize_block(
+    run: BlockRun, plans: dict[str, LayerPlan], scale_dtype: dict[str, torch.dtype], clock: Clock
+) -> BlockResult:
     """Quantize the planned linears of one block, stage by stage (a stage: linears that share one input).
 
     plans, scale_dtype: by module name inside the block. The block keeps the quantized weights, so each stage's

@@ -1,4 +1,4 @@
-"""Shard in, shard out: every block is calibrated, quantized, written, verified and journalled before the next is read."""
+"""Shard in, shard out: a block is calibrated, quantized, written, verified and journalled before the next is read."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ class Producer:
                 with self.clock("quantize"):
                     config = plan.algorithm
                     stored = self._stored(part)[f"{plan.name}.weight"]
-                    outcome = algorithm(config.name).quantize(weight, Statistics(), plan.scheme, stored, config)
+                    outcome = algorithm(config.name).quantize(
+                        weight, Statistics(), plan.scheme, stored, config
+                    )
                     result.add(plan, weight, outcome)
             self._commit(part, result)
         return self.plan.n_blocks + 1
@@ -160,14 +162,18 @@ class Producer:
             wants = self._wanted_streams()
             kept = self.journal.streams(done)
             if done and done <= self.plan.n_blocks and not kept.exists():
-                self.progress.message("the hidden states of the interrupted run are gone; starting from block 0")
+                self.progress.message(
+                    "the hidden states of the interrupted run are gone; starting from block 0"
+                )
                 self.journal.forget_after(0)
                 done = 0
             if done:
                 stored = load_file(kept) if kept.exists() else {}
                 streams = Streams(stored.get("full"), stored.get("quantized"))
             else:
-                hidden = torch.cat([embed(self.model, blocks, c.to(self.device))[0].cpu() for c in ids.split(self.batch)])
+                hidden = torch.cat(
+                    [embed(self.model, blocks, c.to(self.device))[0].cpu() for c in ids.split(self.batch)]
+                )
                 streams = Streams(
                     hidden if "full" in wants else None,
                     (hidden.clone() if "full" in wants else hidden) if "quantized" in wants else None,
@@ -210,13 +216,22 @@ class Producer:
                 with self.clock("calibrate"):
                     self._load_outside()
                     statistics = inputs_after_blocks(
-                        self.model, blocks, streams, self.windows.ids, self.batch, name, _needs(plan), self.device
+                        self.model,
+                        blocks,
+                        streams,
+                        self.windows.ids,
+                        self.batch,
+                        name,
+                        _needs(plan),
+                        self.device,
                     )
                     skeleton.free_outside(self.model, self.plan.blocks_prefix)
             with self.clock("quantize"):
                 weight = self._weight(plan).float().to(self.device)
                 stored = self._stored(-1)[f"{name}.weight"]
-                outcome = algorithm(plan.algorithm.name).quantize(weight, statistics, plan.scheme, stored, plan.algorithm)
+                outcome = algorithm(plan.algorithm.name).quantize(
+                    weight, statistics, plan.scheme, stored, plan.algorithm
+                )
                 result.add(plan, weight, outcome)
         return result
 

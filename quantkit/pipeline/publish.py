@@ -26,8 +26,17 @@ RUN = "quantkit.run.json"
 EVALUATION_TOKENS = 65536
 EVALUATION_CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
 
-_CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
-            "chat_template*", "*.model", "LICENSE*")  # fmt: skip
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "LICENSE*",
+)
 
 
 def publish(
@@ -95,7 +104,9 @@ def _size(producer: Producer, entries: list[dict], shards: dict[str, dict]) -> d
     """Bytes of all tensors before and after, and bits per weight counted from the stored bytes."""
     tensors = {n: b for w in shards.values() for n, b in w["tensors"].items()}
     weights = sum(layer.shape[0] * layer.shape[1] for layer in producer.plan.layers)
-    parts = {t for e in entries for a in e["account"].values() if a["how"] == "quantized" for t in a["became"]}
+    parts = {
+        t for e in entries for a in e["account"].values() if a["how"] == "quantized" for t in a["became"]
+    }
     packed = sum(tensors[t] for t in parts)
     original = {i.name: i for i in producer.source.headers.tensors.values()}
     parameters = sum(_count(i.shape) for n, i in original.items() if n not in producer.source.headers.dropped)
@@ -115,12 +126,19 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _notes(producer: Producer) -> list[str]:
-    notes = [f"{layer['name']}: {text}" for e in producer.journal.entries for layer in e["layers"] for text in layer.get("fallbacks", [])]
+    notes = [
+        f"{layer['name']}: {text}"
+        for e in producer.journal.entries
+        for layer in e["layers"]
+        for text in layer.get("fallbacks", [])
+    ]
     if any(layer.transposed for layer in producer.plan.layers):
-        notes.append("the linears of this family are Conv1D: quantkit.load reads this checkpoint, plain transformers does not")
+        notes.append(
+            "the linears of this family are Conv1D: quantkit.load reads this checkpoint, plain transformers does not"
+        )
     elif not all(layer.scheme.symmetric for layer in producer.plan.layers):
         notes.append(
-            "asymmetric weights: plain transformers needs CompressedTensorsConfig(dequantize=True); quantkit.load and vLLM do not"
+            "asymmetric weights: plain transformers needs CompressedTensorsConfig(dequantize=True), quantkit.load does not"
         )
     return notes + (list(producer.windows.notes) if producer.windows else [])
 
@@ -131,6 +149,7 @@ def _evaluate(producer: Producer, tokenizer: Any, path: Path, output: Path) -> t
     The context is the recipe's calibration length.
     """
     import quantkit_eval
+
     from quantkit.checkpoint.load import load
 
     needed = sum(_count(i.shape) for i in producer.source.headers.tensors.values()) * 4 * 1.3
@@ -174,7 +193,10 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _source_digest() -> str:
@@ -209,6 +231,3 @@ def report_of(output: Path, manifest: dict) -> dict[str, Any]:
         "notes": manifest["notes"],
         "resumed_blocks": run.get("resumed_blocks", 0),
     }
-
-
-

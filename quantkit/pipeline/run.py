@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
 from quantkit.calibration.text import token_windows
-from quantkit.checkpoint.journal import FOLDER, Journal, differences, refuse_other
+from quantkit.checkpoint.journal import FOLDER, Journal, refuse_other
 from quantkit.checkpoint.verify import MANIFEST, verify_checkpoint
-from quantkit.errors import ModelError, OutputError
+from quantkit.errors import ModelError
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.pipeline.clock import Clock
@@ -128,8 +128,12 @@ def _device(device: str) -> torch.device:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
-    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
-        raise ModelError(f"device {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    if wanted.type == "cuda" and (
+        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ModelError(
+            f"device {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
+        )
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""Transforms on one block: which groups exist, what scale each gets, and the proof that the block still computes the same."""
+"""Transforms on one block: its scaling groups, the scale each gets, and the proof that it still computes the same."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Smoother:
                 held.weight.data = held.weight.data.float()
             if config.scale:
                 for group in self.groups(run):
-                    if all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans):
+                    if all(n in plans for n in group.consumers) and (
+                        group.form != "rows" or group.producer in plans
+                    ):
                         report.append(self._scale(run, group, plans, stored, config, changed))
             if config.clip is True or (
                 config.clip == "auto" and all(p.algorithm.name == "rtn" for p in plans.values())
@@ -92,7 +94,9 @@ class Smoother:
             return total / count
 
         run.select(full=True)
-        found = search_scale(mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid)
+        found = search_scale(
+            mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid
+        )
         report = {
             "producer": group.producer,
             "consumers": list(group.consumers),
@@ -107,7 +111,9 @@ class Smoother:
         before = run.forward(chunk, full)
         producer = run.module.get_submodule(group.producer)
         fold(run.module, group, found.scale, stored.get(f"{group.producer}.weight"))
-        moved = float((run.forward(chunk, full) - before).square().mean().sqrt() / before.square().mean().sqrt())
+        moved = float(
+            (run.forward(chunk, full) - before).square().mean().sqrt() / before.square().mean().sqrt()
+        )
         if not moved < PROOF_TOLERANCE:
             raise NumericalError(
                 f"folding scales from {group.producer} into {', '.join(group.consumers)} in block {run.index} changed "

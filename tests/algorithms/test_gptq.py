@@ -1,5 +1,7 @@
 """Properties of GPTQ that hold whatever the model (algorithms.md, section 20)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def test_sweeps_are_monotone_and_help():
     for _ in range(4):
         sweep(w.T, h, q, grid, scheme, 1, block=40)
         values.append(objective())
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
     assert values[-1] < 0.98 * values[0]
 
 
