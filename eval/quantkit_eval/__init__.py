@@ -1,7 +1,7 @@
 """Evaluation of causal language models: perplexity, divergence from a baseline, generation speed.
 
-Knows nothing of quantization: baseline and candidate are any two transformers causal LMs and run the same code on the
-same tokens.
+Knows nothing of quantization: baseline and candidate are any two transformers causal LMs and run the same code
+on the same tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 _LAZY = {
     "evaluate": "quantkit_eval.measure",
     "Report": "quantkit_eval.report",
+    "Fit": "quantkit_eval.report",
+    "table": "quantkit_eval.report",
     "load_text": "quantkit_eval.text",
     "generate_stream": "quantkit_eval.generation",
     "Generation": "quantkit_eval.generation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,23 @@ from typing import Any
 
 import torch
 
+from quantkit_eval.detokenizer import Detokenizer
 from quantkit_eval.errors import EvalError
+from quantkit_eval.model import check_vocabulary, device_of, inference, longest_context
+from quantkit_eval.sampler import pick
 
 
 @dataclass(frozen=True)
 class Generation:
-    """text: the continuation. Decoding counts the tokens after the first one, which the prompt pass gives."""
+    """text: the continuation, without the end token. The prompt pass gives the first token, `decode_steps` the rest.
+
+    Seconds are those of the model and of picking, not of turning tokens into text.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
+    decode_steps: int
     prompt_seconds: float
     decode_seconds: float
 
@@ -29,10 +37,9 @@ class Generation:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """None when nothing was decoded after the first token."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+        return self.decode_steps / self.decode_seconds if self.decode_steps else None
 
 
-@torch.no_grad()
 def generate_stream(
     model: Any,
     tokenizer: Any,
@@ -41,58 +48,87 @@ def generate_stream(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     write: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue `prompt`; `write` gets each finished piece of text as it comes.
+    """Continue `prompt`; `write` gets each piece of text as soon as its characters are whole.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in. Stops at the generation config's end tokens. Uses
-    a generator of its own: the global random state is not touched.
+    temperature 0 is greedy; top_k 0 and top_p 1 leave every token in. Stops at the end tokens of the generation
+    config, else of the tokenizer. Draws from a generator of its own (seed None: a new one each time); the global
+    random state is not touched. EvalError for options out of range, an empty prompt, and one that does not fit.
     """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if not ids.shape[1]:
+    _check(max_new_tokens, temperature, top_k, top_p)
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    _check_fit(model, ids, max_new_tokens)
+    random = torch.Generator()
+    random.seed() if seed is None else random.manual_seed(seed)
+    ends = _end_tokens(model, tokenizer)
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def step(tokens: list[int], cache: Any) -> tuple[int, Any, float]:
+        start = time.perf_counter()
+        out = model(
+            input_ids=torch.tensor([tokens], device=device_of(model)),
+            past_key_values=cache,
+            use_cache=True,
+            **kept,
+        )
+        token = pick(out.logits[0, -1], temperature, top_k, top_p, random)  # waits for the device
+        if out.past_key_values is None:
+            raise EvalError("the model returns no key-value cache; it cannot be run token by token")
+        return token, out.past_key_values, time.perf_counter() - start
+
+    pieces: list[str] = []
+
+    def tell(piece: str) -> None:
+        pieces.append(piece)
+        if piece and write:
+            write(piece)
+
+    text = Detokenizer(tokenizer, ids)
+    with inference(model):
+        token, cache, prompt_seconds = step(ids, None)
+        new = steps = 0
+        decode_seconds = 0.0
+        while token not in ends:
+            new += 1
+            tell(text.push(token))
+            if new == max_new_tokens:
+                break
+            token, cache, seconds = step([token], cache)
+            steps += 1
+            decode_seconds += seconds
+    tell(text.finish())
+    return Generation("".join(pieces), len(ids), new, steps, prompt_seconds, decode_seconds)
+
+
+def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    for name, value, right, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not right:
+            raise EvalError(f"{name} must be {wanted}, got {value}")
+
+
+def _check_fit(model: Any, ids: list[int], max_new_tokens: int) -> None:
+    if not ids:
         raise EvalError("the prompt has no tokens; give some text")
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    random = torch.Generator(device=model.device).manual_seed(seed)
-    tokens: list[int] = []
-    shown = ""
-    start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    token = _pick(out.logits[0, -1], temperature, top_k, top_p, random)
-    prompt_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    while token not in stops:
-        tokens.append(token)
-        shown = _show(tokenizer, tokens, shown, write, last=False)
-        if len(tokens) == max_new_tokens:
-            break
-        step = torch.tensor([[token]], device=model.device)
-        out = model(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
-        token = _pick(out.logits[0, -1], temperature, top_k, top_p, random)
-    decode_seconds = time.perf_counter() - start
-    shown = _show(tokenizer, tokens, shown, write, last=True)
-    return Generation(shown, ids.shape[1], len(tokens), prompt_seconds, decode_seconds)
+    check_vocabulary(model, ids)
+    most = longest_context(model)
+    if most and len(ids) + max_new_tokens > most:
+        raise EvalError(
+            f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the model's {most}; shorten "
+            "the prompt or lower max_new_tokens"
+        )
 
 
-def _show(tokenizer: Any, tokens: list[int], shown: str, write: Callable | None, last: bool) -> str:
-    """Write what is new; a text that ends inside a UTF-8 character waits for the next token."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    if text.endswith("\ufffd") and not last:
-        return shown
-    if write and len(text) > len(shown):
-        write(text[len(shown) :])
-    return text
-
-
-def _pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, random: torch.Generator) -> int:
-    if temperature <= 0:
-        return int(logits.argmax())
-    logits = logits.float() / temperature
-    values, order = logits.sort(descending=True, stable=True)
-    if top_k:
-        values, order = values[:top_k], order[:top_k]
-    p = values.softmax(-1)
-    keep = p.cumsum(-1) - p < top_p  # the first token always stays
-    p = torch.where(keep, p, 0.0)
-    return int(order[torch.multinomial(p, 1, generator=random)])
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)

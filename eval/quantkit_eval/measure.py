@@ -1,28 +1,42 @@
-"""Perplexity, paired difference and KL, with standard errors over windows.
+"""The one evaluation: text -> windows -> both models on the same batches -> report.
 
-Tokens of one window are correlated, windows nearly not: every standard error is that of a ratio of window sums,
-se = sqrt(n / (n - 1) sum (s_w - r t_w)^2) / sum t_w for window sums s_w over t_w tokens and r = sum s / sum t.
+Only one batch of logits per model is held, and those are read a few tokens at a time: with a vocabulary of
+128k the fp32 log-probabilities of one window would take a gigabyte.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import EvalError
-from quantkit_eval.report import Fit, Report
-from quantkit_eval.text import load_text
+from quantkit_eval.model import check_vocabulary, device_of, inference
+from quantkit_eval.perplexity import fit, ratio, token_nll
+from quantkit_eval.report import Report
+from quantkit_eval.text import load_text, source_name
 from quantkit_eval.windows import Window, context_of, cut, first_token, tokenize
 
 _BATCH_TOKENS = 4096
-_LOGIT_ELEMENTS = 1 << 23  # fp32 log-probabilities held at a time, per model
+_BATCH_LOGITS = 1 << 28  # elements of one model's logits per batch, one window at least
+_CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
 
 
-@torch.no_grad()
+@dataclass
+class _Sums:
+    """What is kept of the windows seen: one entry each, fp64 but for the KL of every token."""
+
+    model: list[float] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list)
+    agreed: list[float] = field(default_factory=list)
+    kl: list[torch.Tensor] = field(default_factory=list)
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -34,134 +48,123 @@ def evaluate(
     kl_windows: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    baseline_tokenizer: Any = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
-    model, baseline: transformers causal LMs with one vocabulary, each on its own device and in its own dtype; logits
-    are compared in fp32. text: sources as `load_text` takes them. context, stride, max_tokens: see `windows.cut`;
-    context defaults to min(2048, the model's), stride to the context. kl_windows: windows used for KL and agreement
-    (default all). batch_size: windows per forward. progress(done, total) is called after each batch.
+    model, baseline: transformers causal LMs with one vocabulary, each on its own device and in its own dtype;
+    logits are compared in fp32. text: sources as `load_text` takes them. context, stride, max_tokens: see
+    `windows.cut`; context defaults to min(2048, the model's), stride to the context. kl_windows: windows used
+    for KL and agreement (default all). batch_size: windows per forward. progress(done, total) is called after
+    each batch. baseline_tokenizer: given, it must give the same tokens.
 
-    Raises EvalError for text that is too short, vocabularies that differ, and logits that are not finite.
+    Raises EvalError for text that is too short, tokenizers or vocabularies that differ, and logits that are not
+    finite.
     """
-    sources = [str(text)] if isinstance(text, str | Path) else [str(s) for s in text]
-    context = context_of(model, context)
-    bos = first_token(tokenizer)
-    windows = cut(tokenize(tokenizer, load_text(sources)), context, stride, bos, max_tokens)
-    size = batch_size or max(1, _BATCH_TOKENS // context)
+    for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise EvalError(f"{name} must be at least 1, got {value}")
+    sources = [text] if isinstance(text, str | Path) else list(text)
+    models = [model] if baseline is None else [model, baseline]
+    context = context_of(models, context)
+    whole = load_text(sources)
+    ids, bos = tokenize(tokenizer, whole), first_token(tokenizer)
+    if baseline_tokenizer is not None and (
+        tokenize(baseline_tokenizer, whole) != ids or first_token(baseline_tokenizer) != bos
+    ):
+        raise EvalError(
+            "model and baseline tokenize the text differently; their losses are of different tokens"
+        )
+    for each in models:
+        check_vocabulary(each, ids)
+    windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
-    sums: dict[str, list[torch.Tensor]] = {"model": [], "baseline": [], "kl": [], "same": []}
-    kl_tokens: list[torch.Tensor] = []
-    for start in range(0, len(windows), size):
-        batch = windows[start : start + size]
-        ids = torch.stack([w.ids for w in batch])
-        ours = _logits(model, ids)
-        theirs = None if baseline is None else _logits(baseline, ids)
-        if theirs is not None and theirs.shape != ours.shape:
-            raise EvalError(f"the vocabularies differ: {theirs.shape[-1]} and {ours.shape[-1]} tokens")
-        for row, window in enumerate(batch):
-            number = start + row
-            with_kl = theirs is not None and number < compared
-            found = _score(window, ours[row], None if theirs is None else theirs[row], with_kl, number)
-            for key, value in found.items():
-                if key == "kl_tokens":
-                    kl_tokens.append(value)
-                else:
-                    sums[key].append(value)
-        if progress:
-            progress(min(start + size, len(windows)), len(windows))
-    counts = torch.tensor([w.scored for w in windows], dtype=torch.float64)
-    nll = torch.stack(sums["model"])
-    common = {
-        "tokens": int(counts.sum()),
+    size = batch_size or _batch_size(model, context)
+    sums = _Sums()
+    with inference(*models):
+        for start in range(0, len(windows), size):
+            _score_batch(sums, models, windows[start : start + size], start, compared)
+            if progress:
+                progress(min(start + size, len(windows)), len(windows))
+    counts = torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
+    nll = torch.tensor(sums.model, dtype=torch.float64)
+    facts = {
+        "tokens": sum(window.scored for window in windows),
         "windows": len(windows),
         "context": context,
         "stride": stride or context,
-        "text": sources,
-        "quantized": _fit(nll, counts),
+        "text": [source_name(source) for source in sources],
+        "text_sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        "quantized": fit(nll, counts),
     }
     if baseline is None:
-        return Report(**common)
-    base = torch.stack(sums["baseline"])
+        return Report(**facts)
+    base = torch.tensor(sums.baseline, dtype=torch.float64)
     delta, delta_se = ratio(nll - base, counts)
-    kl, kl_se = ratio(torch.stack(sums["kl"]), counts[:compared])
-    every = torch.cat(kl_tokens)
+    agreed = torch.tensor(sums.agreed, dtype=torch.float64)
     return Report(
-        **common,
-        original=_fit(base, counts),
+        **facts,
+        original=fit(base, counts),
         delta_nll=delta,
         delta_nll_se=delta_se,
-        kl_mean=kl,
-        kl_mean_se=kl_se,
-        kl_median=float(every.median()),
-        kl_p99=float(every.kthvalue(max(1, math.ceil(0.99 * every.numel()))).values),
-        kl_max=float(every.max()),
-        kl_windows=compared,
-        top1_agreement=float(torch.stack(sums["same"]).sum() / counts[:compared].sum()),
+        **summary(sums.kl, agreed, counts[:compared]),
     )
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[windows, length, vocabulary] in the model's dtype, on its device."""
-    return model(input_ids=ids.to(model.device), use_cache=False).logits
+def _batch_size(model: Any, context: int) -> int:
+    vocabulary = model.config.get_text_config().vocab_size
+    return max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary) // context)
 
 
-def _score(
-    window: Window, ours: torch.Tensor, theirs: torch.Tensor | None, with_kl: bool, number: int
-) -> dict[str, torch.Tensor]:
-    """Sums over the scored tokens of one window, fp64."""
-    targets = window.ids[-window.scored :]
-    out: dict[str, torch.Tensor] = {"model": torch.zeros((), dtype=torch.float64)}
-    if theirs is not None:
-        out["baseline"] = torch.zeros((), dtype=torch.float64)
+def _score_batch(sums: _Sums, models: list[Any], batch: list[Window], start: int, compared: int) -> None:
+    """Run the batch, whose first window has number `start`; its logits are freed on return."""
+    ids = torch.stack([window.ids for window in batch])
+    logits = [model(input_ids=ids.to(device_of(model)), use_cache=False).logits for model in models]
+    vocabularies = [one.shape[-1] for one in logits]  # each [windows, context, vocabulary]
+    if len(set(vocabularies)) > 1:
+        raise EvalError(
+            f"the vocabularies differ: {vocabularies[0]} tokens in the model, {vocabularies[1]} in the baseline; "
+            "a paired comparison needs one vocabulary"
+        )
+    for row, window in enumerate(batch):
+        _score_window(sums, [one[row] for one in logits], window, start + row, compared)
+
+
+def _score_window(
+    sums: _Sums, logits: list[torch.Tensor], window: Window, number: int, compared: int
+) -> None:
+    """Add one window; logits: the model's [context, vocabulary], then the baseline's if there is one."""
+    losses = [0.0] * len(logits)
     kl: list[torch.Tensor] = []
-    same = 0
-    for ours_c, theirs_c, wanted in _chunks(ours, theirs, targets):
-        log_p = ours_c.float().log_softmax(-1)
-        index = wanted.to(log_p.device)[:, None]
-        out["model"] -= log_p.gather(1, index).double().sum().cpu()
-        if theirs_c is not None:
-            log_q = theirs_c.float().log_softmax(-1)
-            out["baseline"] -= log_q.gather(1, index.to(log_q.device)).double().sum().cpu()
-            if with_kl:
-                log_p = log_p.to(log_q.device)
-                kl.append((log_q.exp() * (log_q - log_p)).sum(-1).cpu())
-                same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-    if not all(bool(torch.isfinite(v)) for v in out.values()):
-        raise EvalError(f"non-finite logits in window {number}; the model is broken or its dtype too narrow")
-    if with_kl:
-        out["kl_tokens"] = torch.cat(kl)
-        out["kl"] = out["kl_tokens"].double().sum()
-        out["same"] = torch.tensor(float(same), dtype=torch.float64)
-    return out
+    agreed = 0
+    for rows, targets in _chunks(window, logits[0].shape[-1]):
+        log_p = [_log_softmax(one[rows], number, which) for which, one in enumerate(logits)]
+        for which, one in enumerate(log_p):
+            losses[which] += float(token_nll(one, targets).double().sum())
+        if len(logits) > 1 and number < compared:
+            ours, base = log_p[0].to(log_p[1].device), log_p[1]
+            kl.append(token_kl(base, ours).cpu())
+            agreed += int(token_agreement(base, ours).sum())
+    sums.model.append(losses[0])
+    sums.baseline += losses[1:]
+    if kl:
+        sums.kl.append(torch.cat(kl))
+        sums.agreed.append(float(agreed))
 
 
-def _chunks(
-    ours: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Logits that predict the targets, a few tokens at a time."""
-    scored = len(targets)
-    step = max(1, _LOGIT_ELEMENTS // ours.shape[-1])
-    first = ours.shape[0] - 1 - scored
-    for a in range(0, scored, step):
-        b = min(a + step, scored)
-        rows = slice(first + a, first + b)
-        yield ours[rows], None if theirs is None else theirs[rows], targets[a:b]
+def _chunks(window: Window, vocabulary: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows of the logits, the tokens they predict): position i predicts token i + 1."""
+    step = max(1, _CHUNK_LOGITS // vocabulary)
+    last = len(window.ids) - 1
+    for start in range(last - window.scored, last, step):
+        end = min(start + step, last)
+        yield slice(start, end), window.ids[start + 1 : end + 1]
 
 
-def ratio(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, float | None]:
-    """sum(sums) / sum(counts) and its standard error over windows (None for a single window)."""
-    value = sums.sum() / counts.sum()
-    n = len(sums)
-    if n < 2:
-        return float(value), None
-    off = (sums - value * counts).square().sum()
-    return float(value), float((n / (n - 1) * off).sqrt() / counts.sum())
-
-
-def _fit(sums: torch.Tensor, counts: torch.Tensor) -> Fit:
-    nll, se = ratio(sums, counts)
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    if math.isinf(perplexity):
-        raise EvalError(f"the mean NLL is {nll:.4g} nats per token: the model is broken")
-    return Fit(perplexity, None if se is None else perplexity * se, nll, se)
+def _log_softmax(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
+    if not bool(torch.isfinite(logits).all()):
+        raise EvalError(
+            f"the {('model', 'baseline')[which]} gives non-finite logits in window {number}; it is broken, or its "
+            "dtype too narrow (try float32)"
+        )
+    return logits.float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The result of an evaluation, as values and as JSON."""
+"""The result of an evaluation: values, JSON, and the lines a person reads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Fit:
 class Report:
     """One evaluation. `quantized` is the model asked about, `original` the baseline, if there was one.
 
-    tokens: scored tokens. delta_nll: nll(model) - nll(baseline), paired by window. kl_*: KL(baseline || model) per
-    token in nats over the first kl_windows windows. top1_agreement: share of those tokens with the same argmax.
+    tokens: scored tokens. text: names of the sources; text_sha256: of the joined text. delta_nll: nll(model) -
+    nll(baseline), paired by window. kl_*: KL(baseline || model) per token in nats over the first kl_windows
+    windows. top1_agreement: share of those tokens with the same likeliest token. *_se: standard errors over
+    windows, None with a single window.
     """
 
     tokens: int
@@ -31,6 +33,7 @@ class Report:
     context: int
     stride: int
     text: list[str]
+    text_sha256: str
     quantized: Fit
     original: Fit | None = None
     delta_nll: float | None = None
@@ -42,7 +45,29 @@ class Report:
     kl_max: float | None = None
     kl_windows: int | None = None
     top1_agreement: float | None = None
+    top1_agreement_se: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema "quantkit-eval/1" (docs/evaluation.md)."""
         return {"schema": SCHEMA} | asdict(self)
+
+
+def table(report: Report) -> str:
+    """The report as plain lines, two columns."""
+    rows = [("perplexity", _plus_minus(report.quantized.perplexity, report.quantized.perplexity_se, 4))]
+    if report.original:
+        rows += [
+            ("baseline", _plus_minus(report.original.perplexity, report.original.perplexity_se, 4)),
+            ("paired difference of NLL", _plus_minus(report.delta_nll, report.delta_nll_se, 5)),
+            ("KL(baseline || model)", _plus_minus(report.kl_mean, report.kl_mean_se, 5)),
+            ("  median / p99 / max", f"{report.kl_median:.5f} / {report.kl_p99:.5f} / {report.kl_max:.5f}"),
+            ("top-1 agreement", _plus_minus(report.top1_agreement, report.top1_agreement_se, 4)),
+        ]
+    rows.append(("tokens", f"{report.tokens} in {report.windows} windows"))
+    rows.append(("context, stride", f"{report.context}, {report.stride}"))
+    wide = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
+
+
+def _plus_minus(value: float, se: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")

@@ -8,14 +8,16 @@ from typing import Any
 
 from quantkit_eval.errors import EvalError
 
-DOCUMENTS = "\n\n"  # between documents, as WikiText-2 perplexities are usually measured
+DOCUMENTS = "\n\n"  # between rows, empty ones too, as WikiText-2 perplexities are measured
+_FIELD = "text"
 
 
 def load_text(sources: str | Path | Iterable[str | Path]) -> str:
-    """All sources as one text, documents joined by a blank line.
+    """All sources as one text, joined by a blank line, as are the rows of a dataset.
 
-    A source is a UTF-8 file, a local dataset folder, or `hf:name[:config[:split]]` (split: test by default).
-    EvalError names a source that is missing, empty or unreadable.
+    A source is a UTF-8 file, a local dataset folder (its test split, else its first), or
+    `hf:name[:config[:split]]` (split: test by default). EvalError names a source that is missing, empty or
+    unreadable.
     """
     several = [sources] if isinstance(sources, str | Path) else list(sources)
     if not several:
@@ -23,46 +25,70 @@ def load_text(sources: str | Path | Iterable[str | Path]) -> str:
     return DOCUMENTS.join(_one(str(source)) for source in several)
 
 
+def source_name(source: str | Path) -> str:
+    """How a report names it: without the folders, which differ from machine to machine."""
+    return str(source) if str(source).startswith("hf:") else Path(source).name
+
+
 def _one(source: str) -> str:
     path = Path(source).expanduser()
-    if source.startswith("hf:") or path.is_dir():
-        text = DOCUMENTS.join(_rows(source))
+    if source.startswith("hf:"):
+        text = _dataset_text(source, None)
+    elif path.is_dir():
+        text = _dataset_text(source, path)
     elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise EvalError(f"{source} is not UTF-8 text: {error}; convert it first") from None
+        text = _file_text(path)
     else:
-        raise EvalError(
-            f"no evaluation text {source}: not a file, not a folder, and not hf:name[:config[:split]]"
-        )
+        raise EvalError(f"no evaluation text {source}: no file, no folder, and not hf:name[:config[:split]]")
     if not text.strip():
-        raise EvalError(f"{source} holds no text")
+        raise EvalError(f"evaluation text {source} is empty")
     return text
 
 
-def _rows(source: str) -> Iterable[str]:
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 text ({error}); convert it first") from None
+    except OSError as error:
+        raise EvalError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _dataset_text(source: str, folder: Path | None) -> str:
+    """Rows of a dataset, joined; `folder` is None for a dataset of the hub."""
     try:
         import datasets
     except ImportError:
         raise EvalError(f"{source} needs the package `datasets`; install it or give a text file") from None
     try:
-        data = _open(datasets, source)
-    except Exception as error:  # the library raises whatever its backends raise
+        rows = _hub_rows(datasets, source) if folder is None else _folder_rows(datasets, folder)
+    except EvalError:
+        raise
+    except Exception as error:  # readers of many formats and the network, each with errors of its own
         reason = " ".join(str(error).split())[:300]
-        raise EvalError(f"dataset {source} cannot be read: {reason}") from error
-    if "text" not in data.column_names:
-        raise EvalError(f"dataset {source} has no field 'text' but {', '.join(data.column_names)}")
-    return [row for row in data["text"] if row]
+        raise EvalError(
+            f"dataset {source} cannot be read: {type(error).__name__}: {reason}; check name, config, split and "
+            "network, or give a text file"
+        ) from error
+    if _FIELD not in rows.column_names:
+        raise EvalError(f"dataset {source} has no field {_FIELD!r} but {', '.join(rows.column_names)}")
+    documents = rows[_FIELD]
+    if not all(isinstance(document, str) for document in documents):
+        raise EvalError(f"dataset {source}: the field {_FIELD!r} holds something other than text")
+    return DOCUMENTS.join(documents)
 
 
-def _open(datasets: Any, source: str) -> Any:
-    if source.startswith("hf:"):
-        name, config, split = [*source[3:].split(":"), None, None][:3]
-        return datasets.load_dataset(name, config or None, split=split or "test")
-    folder = Path(source)
+def _hub_rows(datasets: Any, source: str) -> Any:
+    name, *rest = source.removeprefix("hf:").split(":")
+    if not name or len(rest) > 2:
+        raise EvalError(f"{source} is not of the form hf:name[:config[:split]]")
+    config, split = (*rest, "", "")[:2]
+    return datasets.load_dataset(name, config or None, split=split or "test")
+
+
+def _folder_rows(datasets: Any, folder: Path) -> Any:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-    data = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
-    if not hasattr(data, "column_names") or isinstance(data.column_names, dict):
-        data = data["test"] if "test" in data else data[next(iter(data))]
+    data = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+    if isinstance(data, dict):
+        return data["test"] if "test" in data else next(iter(data.values()))
     return data

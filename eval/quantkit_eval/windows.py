@@ -8,47 +8,40 @@ from typing import Any
 import torch
 
 from quantkit_eval.errors import EvalError
+from quantkit_eval.model import longest_context
 
 DEFAULT_CONTEXT = 2048
-_PIECE = 65536  # characters per call of the tokenizer
 
 
 @dataclass(frozen=True)
 class Window:
-    """ids [length]; the last `scored` of them are predicted, the others are context only."""
+    """ids: int64 [context]. The last `scored` of them are predicted, the others are context only."""
 
     ids: torch.Tensor
     scored: int
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the whole text, without special tokens, without a warning about its length."""
-    ids: list[int] = []
-    start = 0
-    while start < len(text):
-        end = min(start + _PIECE, len(text))
-        cut = text.rfind("\n", start, end) + 1 if end < len(text) else end
-        end = cut if cut > start else end
-        ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids
-        start = end
-    return ids
+    """Token ids of the whole text in one call (pieces would change tokens at their ends), none added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def first_token(tokenizer: Any) -> int | None:
     """The id the tokenizer puts in front by itself (BOS), or None."""
-    ids = tokenizer("a").input_ids
+    ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
-def context_of(model: Any, wanted: int | None) -> int:
-    """The window length: `wanted`, or min(2048, what the model was made for)."""
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
+def context_of(models: list[Any], wanted: int | None) -> int:
+    """The window length: `wanted`, or min(2048, what the models were made for)."""
+    known = [most for most in map(longest_context, models) if most]
     if wanted is None:
-        return min(DEFAULT_CONTEXT, most) if most else DEFAULT_CONTEXT
-    if wanted < 2 or (most and wanted > most):
-        raise EvalError(f"context must be 2 to {most or 'any'} tokens for this model, got {wanted}")
+        return min(DEFAULT_CONTEXT, *known)
+    if wanted < 2:
+        raise EvalError(f"context must be at least 2 tokens, got {wanted}")
+    if known and wanted > min(known):
+        raise EvalError(f"context {wanted} is beyond the model's {min(known)} tokens; use at most those")
     return wanted
 
 
@@ -61,24 +54,27 @@ def cut(
 ) -> list[Window]:
     """Windows of `context` tokens (BOS included where there is one), `stride` apart.
 
-    Each text token is scored at most once: a window scores what follows the end of the window before it. Without a
-    BOS the first token of the text is never scored. stride = context (default): windows do not overlap, and the first
-    token of each is not scored. A shorter rest at the end is dropped.
+    stride = context (default): windows do not overlap; without a BOS the first token of each has nothing before
+    it and is not scored. A smaller stride: every window but the first scores its last `stride` tokens, so that
+    each token of the text, without a BOS all but the first, is scored once. A rest too short for a window is
+    left out. max_tokens: only so many tokens of the text are used.
     """
+    if stride is not None and not 1 <= stride <= context:
+        raise EvalError(f"stride must be 1 to the context {context}, got {stride}")
     room = context - (bos is not None)
-    stride = room if stride is None or stride >= context else stride
-    if not 1 <= stride <= room:
-        raise EvalError(f"stride must be 1 to {room}, got {stride}")
-    ids = ids if max_tokens is None else ids[:max_tokens]
+    step = room if stride is None else min(stride, room)
+    if max_tokens is not None and max_tokens < room:
+        raise EvalError(
+            f"max_tokens {max_tokens} is less than one window of {room}; raise it or lower context"
+        )
     if len(ids) < room:
         raise EvalError(
             f"the text has {len(ids)} tokens, one window needs {room}; give more text or a smaller context"
         )
-    windows, done = [], 0
-    for start in range(0, len(ids) - room + 1, stride):
-        part = ids[start : start + room]
-        fresh = start + room - max(done, start)
-        whole = part if bos is None else [bos, *part]
-        windows.append(Window(torch.tensor(whole), min(fresh, len(whole) - 1)))
-        done = start + room
+    front = [] if bos is None else [bos]
+    windows: list[Window] = []
+    for start in range(0, len(ids[:max_tokens]) - room + 1, step):
+        fresh = step if windows else room
+        window = torch.tensor(front + ids[start : start + room])
+        windows.append(Window(window, min(fresh, len(window) - 1)))
     return windows

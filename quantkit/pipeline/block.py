@@ -30,7 +30,7 @@ class BlockResult:
 
     def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
         """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
-        error = check_sound(plan.name, weight, outcome.weight)
+        error = check_sound(plan.name, weight, outcome)
         self.weights[plan.name] = outcome.weight
         self.layers.append(
             {
@@ -44,8 +44,13 @@ class BlockResult:
         )
 
 
-def check_sound(name: str, weight: torch.Tensor, quantized: QuantizedWeight) -> float:
-    """Relative squared weight error; NumericalError naming the layer if it is non-finite or collapsed."""
+def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> float:
+    """Relative squared weight error; NumericalError naming the layer if it is non-finite or collapsed.
+
+    Collapsed: all zero, or the objective the algorithm minimised is no better than with all zeros. (The plain weight
+    error may exceed 1 in directions the inputs never take.)
+    """
+    quantized = outcome.weight
     if not bool(torch.isfinite(quantized.scale).all()):
         raise NumericalError(
             f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer"
@@ -55,9 +60,10 @@ def check_sound(name: str, weight: torch.Tensor, quantized: QuantizedWeight) -> 
         return 0.0
     kept = quantized.dequantize()
     error = float((kept - weight).square().sum()) / norm
-    if not error < 1.0 or not bool(kept.any()):
+    objective = float(outcome.details.get("relative_error", error))
+    if not objective < 1.0 or not bool(kept.any()):
         raise NumericalError(
-            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (error {error:.3g}); "
+            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (error {objective:.3g}); "
             "use more bits or a smaller group for this layer, or skip it with a rule"
         )
     return error

@@ -138,7 +138,7 @@ def _notes(producer: Producer) -> list[str]:
         )
     elif not all(layer.scheme.symmetric for layer in producer.plan.layers):
         notes.append(
-            "asymmetric weights: plain transformers needs CompressedTensorsConfig(dequantize=True), quantkit.load does not"
+            "asymmetric: plain transformers needs CompressedTensorsConfig(dequantize=True), quantkit.load does not"
         )
     return notes + (list(producer.windows.notes) if producer.windows else [])
 
