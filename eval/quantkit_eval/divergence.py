@@ -1,0 +1,45 @@
+"""How far a model's next-token distributions are from a baseline's: KL per token and top-1 agreement."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from quantkit_eval.perplexity import ratio
+
+
+def token_kl(base: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """KL(baseline || model) of each token [n], in nats, from fp32 log-probabilities [n, vocabulary]."""
+    return (base.exp() * (base - log_p)).sum(-1)
+
+
+def token_agreement(base: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Whether both find the same token likeliest: bool [n]."""
+    return base.argmax(-1) == log_p.argmax(-1)
+
+
+def summary(
+    kl: list[torch.Tensor], agreed: torch.Tensor, counts: torch.Tensor
+) -> dict[str, float | int | None]:
+    """The report's fields. kl: per window, fp32 [its tokens]; agreed, counts: fp64 [windows].
+
+    median and p99 are nearest-rank: values that occurred.
+    """
+    mean, mean_se = ratio(torch.stack([window.double().sum() for window in kl]), counts)
+    agreement, agreement_se = ratio(agreed, counts)
+    ordered = torch.cat(kl).sort().values
+    return {
+        "kl_mean": mean,
+        "kl_mean_se": mean_se,
+        "kl_median": _rank(ordered, 0.5),
+        "kl_p99": _rank(ordered, 0.99),
+        "kl_max": float(ordered[-1]),
+        "kl_windows": len(kl),
+        "top1_agreement": agreement,
+        "top1_agreement_se": agreement_se,
+    }
+
+
+def _rank(ordered: torch.Tensor, share: float) -> float:
+    return float(ordered[math.ceil(share * len(ordered)) - 1])
