@@ -63,7 +63,7 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> float:
     objective = float(outcome.details.get("relative_error", error))
     if not objective < 1.0 or not bool(kept.any()):
         raise NumericalError(
-            f"{name}: collapsed: the quantized weight is no nearer to the original than zero is (error {objective:.3g}); "
+            f"{name}: collapsed: the quantized weight is no better than zero (relative error {objective:.3g}); "
             "use more bits or a smaller group for this layer, or skip it with a rule"
         )
     return error

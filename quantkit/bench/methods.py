@@ -1,0 +1,159 @@
+"""Methods at equal bits on the embedded model: the table of docs/results.md.
+
+    python -m quantkit.bench.methods --work DIR --json docs/benchmarks/methods.json --markdown docs/results.md
+
+Every row is a whole `quantkit quantize`: recipe, 128 x 512 calibration tokens, packed checkpoint, verified, loaded
+again, evaluated on the packed weights. Windows of 512 tokens of the embedded evaluation text: 120 for perplexity and
+the paired difference of NLL, the first 40 of them for KL(original || quantized) and agreement, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import quantkit_eval
+import torch
+from transformers import AutoTokenizer
+
+from quantkit import assets
+from quantkit.bench.machine import machine
+from quantkit.checkpoint.load import load
+from quantkit.checkpoint.shards import write_atomically, write_json
+from quantkit.pipeline import quantize
+
+CONTEXT, WINDOWS, KL_WINDOWS = 512, 120, 40
+BITS = ((4, 128), (3, 128), (2, 64))
+PLAIN = {"name": "gptq", "range": "minmax", "refine": 0, "retarget": 0.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "RTN": {"weights": {"algorithm": {"name": "rtn", "range": "minmax"}}},
+    "RTN, range search": {"weights": {"algorithm": "rtn"}},
+    "AWQ": {"weights": {"algorithm": {"name": "rtn", "range": "minmax"}}, "transforms": ["awq"]},
+    "GPTQ": {"weights": {"algorithm": "gptq"}},
+    "AWQ + GPTQ": {"weights": {"algorithm": "gptq"}, "transforms": ["awq"]},
+}
+LEVERS: dict[str, dict[str, Any]] = {
+    "GPTQ, plain": {"weights": {"algorithm": PLAIN}},
+    "+ sweeps": {"weights": {"algorithm": PLAIN | {"refine": 4}}},
+    "+ range search": {"weights": {"algorithm": PLAIN | {"refine": 4, "range": "mse"}}},
+    "+ re-target (no range search)": {"weights": {"algorithm": PLAIN | {"refine": 4, "retarget": 1.0}}},
+    "+ range search + re-target": {
+        "weights": {"algorithm": PLAIN | {"refine": 4, "range": "mse", "retarget": 1.0}}
+    },
+}
+LEVER_BITS = ((4, 128, True), (3, 128, True), (2, 64, False))
+
+
+def runs() -> list[tuple[str, str, int, int, bool, dict[str, Any]]]:
+    """(table, method, bits, group, symmetric, recipe) of every row."""
+    rows = [
+        ("methods", name, bits, group, symmetric, recipe)
+        for bits, group in BITS
+        for symmetric in (True, False)
+        for name, recipe in METHODS.items()
+    ]
+    return rows + [
+        ("levers", name, bits, group, symmetric, recipe)
+        for bits, group, symmetric in LEVER_BITS
+        for name, recipe in LEVERS.items()
+    ]
+
+
+def measure(work: Path, cache: Path) -> list[dict[str, Any]]:
+    """All rows; those already in `cache` (JSON lines) are not measured again."""
+    done = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+    known = {(r["table"], r["method"], r["bits"], r["symmetric"]) for r in done}
+    original = load(assets.default_model(), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(assets.default_model())
+    for table, name, bits, group, symmetric, recipe in runs():
+        if (table, name, bits, symmetric) in known:
+            continue
+        weights = recipe["weights"] | {"bits": bits, "group_size": group, "symmetric": symmetric}
+        label = f"{table}-{name}-{bits}-{symmetric}".replace(" ", "").replace("+", "")
+        result = quantize(recipe | {"weights": weights}, output=work / label, evaluate=False, device="cpu")
+        report = quantkit_eval.evaluate(
+            load(result.output, device="cpu"),
+            tokenizer,
+            assets.evaluation_text(),
+            baseline=original,
+            context=CONTEXT,
+            max_tokens=CONTEXT * WINDOWS,
+            kl_windows=KL_WINDOWS,
+        ).to_json()
+        report.pop("text")
+        row = {
+            "table": table,
+            "method": name,
+            "bits": bits,
+            "group": group,
+            "symmetric": symmetric,
+            "bits_per_weight": result.report["size"]["linear_bits_per_weight"],
+            "cpu_seconds": result.report["cpu_seconds"]["calibrate_quantize"],
+            "evaluation": report,
+        }
+        done.append(row)
+        with cache.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(_line(row), flush=True)
+    return done
+
+
+def _line(row: dict[str, Any]) -> str:
+    e = row["evaluation"]
+    q = e["quantized"]
+    scheme = f"W{row['bits']} g{row['group']} {'sym' if row['symmetric'] else 'asym'}"
+    return (
+        f"| {scheme} | {row['method']} | {row['bits_per_weight']:.2f} | {q['perplexity']:.3f} ± {q['perplexity_se']:.2f} "
+        f"| {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f} | {1e3 * e['kl_mean']:.2f} ± {1e3 * e['kl_mean_se']:.2f} "
+        f"| {1 - e['top1_agreement']:.1%} | {row['cpu_seconds']:.0f} |"
+    )
+
+
+def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """docs/results.md."""
+    head = (
+        "| scheme | method | bits/weight | perplexity | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+    )
+    base = rows[0]["evaluation"]["original"]
+    first = f"| bf16 | original, run in fp32 | 16.00 | {base['perplexity']:.3f} ± {base['perplexity_se']:.2f} | | | | |\n"
+    order = [(t, n, b, s) for t, n, b, _, s, _ in runs()]
+    rows = sorted(rows, key=lambda r: order.index((r["table"], r["method"], r["bits"], r["symmetric"])))
+    tables = {t: "\n".join(_line(r) for r in rows if r["table"] == t) for t in ("methods", "levers")}
+    return (
+        "# Results\n\n"
+        f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
+        f"Made by `python -m quantkit.bench.methods` on {where['cpu']}, torch {where['torch']}, "
+        f"{where['threads']} thread(s), commit {where['commit']}, {where['date'][:10]}. ± is one standard error over "
+        "windows; CPU-s is user + system time of calibrating and quantizing.\n\n"
+        f"## Methods\n\n{head}{first}{tables['methods']}\n\n"
+        "## What each lever of GPTQ gives\n\nAll with activation order, static groups, true-sequential.\n\n"
+        f"{head}{tables['levers']}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="scratch folder; a stopped run continues there"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = measure(arguments.work, arguments.work / "rows.jsonl")
+    where = machine() | {"threads": arguments.threads}
+    if arguments.json:
+        write_json(arguments.json, {"schema": "quantkit-methods/1", "machine": where, "rows": rows})
+    if arguments.markdown:
+        write_atomically(arguments.markdown, iter([markdown(rows, where).encode()]))
+
+
+if __name__ == "__main__":
+    main()
