@@ -100,12 +100,16 @@ def measure(work: Path, cache: Path) -> list[dict[str, Any]]:
     return done
 
 
+def _pm(fit: dict[str, Any]) -> str:
+    return f"{fit['perplexity']:.3f} ± {fit['perplexity_se']:.2f}"
+
+
 def _line(row: dict[str, Any]) -> str:
     e = row["evaluation"]
     q = e["quantized"]
     scheme = f"W{row['bits']} g{row['group']} {'sym' if row['symmetric'] else 'asym'}"
     return (
-        f"| {scheme} | {row['method']} | {row['bits_per_weight']:.2f} | {q['perplexity']:.3f} ± {q['perplexity_se']:.2f} "
+        f"| {scheme} | {row['method']} | {row['bits_per_weight']:.2f} | {_pm(q)} "
         f"| {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f} | {1e3 * e['kl_mean']:.2f} ± {1e3 * e['kl_mean_se']:.2f} "
         f"| {1 - e['top1_agreement']:.1%} | {row['cpu_seconds']:.0f} |"
     )
@@ -118,7 +122,7 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|\n"
     )
     base = rows[0]["evaluation"]["original"]
-    first = f"| bf16 | original, run in fp32 | 16.00 | {base['perplexity']:.3f} ± {base['perplexity_se']:.2f} | | | | |\n"
+    first = f"| bf16 | original, run in fp32 | 16.00 | {_pm(base)} | | | | |\n"
     order = [(t, n, b, s) for t, n, b, _, s, _ in runs()]
     rows = sorted(rows, key=lambda r: order.index((r["table"], r["method"], r["bits"], r["symmetric"])))
     tables = {t: "\n".join(_line(r) for r in rows if r["table"] == t) for t in ("methods", "levers")}
