@@ -37,8 +37,8 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """("recipe_yaml",) belongs to the room of recipe.py; a package's files to the package."""
-    return "recipe" if parts[0] == "recipe_yaml" else parts[0]
+    """A package's files belong to the package; two files stand beside their room."""
+    return {"recipe_yaml": "recipe", "__main__": "cli"}.get(parts[0], parts[0])
 
 
 def imports(file: Path, package: str) -> list[tuple[int, tuple[str, ...]]]:
