@@ -37,7 +37,7 @@ def context_of(models: list[Any], wanted: int | None) -> int:
     """The window length: `wanted`, or min(2048, what the models were made for)."""
     known = [most for most in map(longest_context, models) if most]
     if wanted is None:
-        return min(DEFAULT_CONTEXT, *known)
+        return min([DEFAULT_CONTEXT, *known])
     if wanted < 2:
         raise EvalError(f"context must be at least 2 tokens, got {wanted}")
     if known and wanted > min(known):

@@ -1,176 +1,253 @@
-"""Evaluation against hand computations on a tiny random model."""
+"""The whole evaluation against plain PyTorch on the same windows."""
 
+import copy
+import hashlib
+import json
 import math
 
 import pytest
 import tiny_models
 import torch
-from quantkit_eval import EvalError, evaluate, generate_stream
-from quantkit_eval.measure import ratio
-from quantkit_eval.windows import cut
+from quantkit_eval import EvalError, evaluate, measure
+from quantkit_eval.windows import cut, tokenize
+from torch.nn import functional
+
+CONTEXT = 32
 
 
-class Characters:
-    """One token per character; with or without a BOS of its own."""
-
-    bos_token_id = 1
-
-    def __init__(self, adds_bos=False):
-        self.adds_bos = adds_bos
-
-    def __call__(self, text, add_special_tokens=True, verbose=True, return_tensors=None):
-        ids = [3 + ord(c) % 90 for c in text]
-        ids = [1, *ids] if self.adds_bos and add_special_tokens else ids
-        found = type("Encoding", (), {})()
-        found.input_ids = torch.tensor([ids]) if return_tensors else ids
-        return found
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(chr(97 + i % 26) for i in ids)
+def windows_of(tokenizer, text, **keywords):
+    return cut(tokenize(tokenizer, text.read_text()), CONTEXT, **keywords)
 
 
-@pytest.fixture(scope="module")
-def models():
-    torch.manual_seed(0)
-    model = tiny_models.FAMILIES["llama-gqa"]().float()
-    other = tiny_models.FAMILIES["llama-gqa"]().float()
+@torch.no_grad()
+def by_hand(model, windows):
+    """fp64 cross entropy of each window's scored tokens."""
+    losses = []
+    for window in windows:
+        logits = model(input_ids=window.ids[None]).logits[0, -window.scored - 1 : -1]
+        losses.append(
+            functional.cross_entropy(logits.double(), window.ids[-window.scored :], reduction="none")
+        )
+    return losses
+
+
+def test_perplexity_is_the_exponential_of_cross_entropy(model, tokenizer, text):
+    losses = torch.stack(by_hand(model, windows_of(tokenizer, text)))
+    found = evaluate(model, tokenizer, text, context=CONTEXT)
+    assert (found.windows, found.tokens) == (len(losses), losses.numel())
+    assert found.windows > 5
+    assert found.quantized.nll == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert found.quantized.perplexity == pytest.approx(math.exp(losses.mean().item()), rel=1e-6)
+    over_windows = losses.mean(1).std().item() / math.sqrt(len(losses))
+    assert found.quantized.nll_se == pytest.approx(over_windows, rel=1e-5)
+    assert found.quantized.perplexity_se == pytest.approx(found.quantized.perplexity * over_windows, rel=1e-5)
+
+
+def test_a_model_scored_by_transformers_has_the_same_loss(model, tokenizer, text):
+    window = windows_of(tokenizer, text)[0]
     with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(1.02)
-    return model, other
+        loss = model(input_ids=window.ids[None], labels=window.ids[None]).loss.item()
+    found = evaluate(model, tokenizer, text, context=CONTEXT, max_tokens=CONTEXT)
+    assert found.quantized.nll == pytest.approx(loss, rel=1e-5)
+    assert found.quantized.nll_se is None
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("".join(chr(97 + (7 * i + i // 5) % 26) for i in range(400)))
-    return file
+def test_strided_windows_weigh_every_token_alike(model, tokenizer, text):
+    losses = by_hand(model, windows_of(tokenizer, text, stride=12))
+    found = evaluate(model, tokenizer, text, context=CONTEXT, stride=12)
+    whole = torch.cat(losses)
+    assert (found.tokens, found.stride) == (len(whole), 12)
+    assert found.quantized.nll == pytest.approx(whole.mean().item(), rel=1e-6)
 
 
-def test_perplexity_equals_cross_entropy(models, text):
-    report = evaluate(models[0], Characters(), text, context=20)
-    ids = torch.tensor(Characters()(text.read_text()).input_ids).view(-1, 20)
-    with torch.no_grad():
-        logits = models[0](ids).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="none"
-    ).view(20, 19)
-    assert report.tokens == 380
-    assert report.quantized.nll == pytest.approx(float(losses.mean()), rel=1e-6)
-    assert report.quantized.perplexity == pytest.approx(math.exp(float(losses.mean())), rel=1e-6)
-    by_window = losses.mean(1)
-    assert report.quantized.nll_se == pytest.approx(float(by_window.std() / 20**0.5), rel=1e-6)
+def test_a_tokenizer_with_bos_scores_every_token(model, with_bos, tokenizer, text):
+    windows = windows_of(tokenizer, text, bos=tokenizer.bos_token_id)
+    found = evaluate(model, with_bos, text, context=CONTEXT)
+    assert found.tokens == (CONTEXT - 1) * found.windows
+    expected = torch.cat(by_hand(model, windows)).mean().item()
+    assert found.quantized.nll == pytest.approx(expected, rel=1e-6)
+    assert found.quantized.nll != evaluate(model, tokenizer, text, context=CONTEXT).quantized.nll
 
 
-def test_kl_equals_fp64(models, text):
-    report = evaluate(models[0], Characters(), text, baseline=models[1], context=20, kl_windows=7)
-    ids = torch.tensor(Characters()(text.read_text()).input_ids).view(-1, 20)[:7]
-    with torch.no_grad():
-        p = models[1](ids).logits[:, :-1].double().log_softmax(-1)
-        q = models[0](ids).logits[:, :-1].double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    assert report.kl_windows == 7
-    assert report.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
-    assert report.kl_median == pytest.approx(float(kl.flatten().median()), rel=1e-3)
-    assert report.kl_max == pytest.approx(float(kl.max()), rel=1e-3)
-    assert report.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-    assert report.kl_mean > 1e-6
+def test_a_model_does_not_differ_from_itself(model, tokenizer, text):
+    found = evaluate(model, tokenizer, text, baseline=copy.deepcopy(model), context=CONTEXT)
+    assert found.quantized == found.original
+    assert (found.delta_nll, found.delta_nll_se) == (0, 0)
+    assert (found.kl_mean, found.kl_median, found.kl_max) == (0, 0, 0)
+    assert (found.top1_agreement, found.top1_agreement_se) == (1, 0)
 
 
-def test_model_against_itself(models, text):
-    report = evaluate(models[0], Characters(), text, baseline=models[0], context=20)
-    assert report.kl_mean == pytest.approx(0, abs=1e-9)
-    assert (report.delta_nll, report.delta_nll_se, report.top1_agreement) == (0, 0, 1)
-
-
-def test_batches_and_chunks_change_nothing(models, text, monkeypatch):
-    whole = evaluate(models[0], Characters(), text, baseline=models[1], context=20)
-    monkeypatch.setattr("quantkit_eval.measure._LOGIT_ELEMENTS", 300)
-    parts = evaluate(models[0], Characters(), text, baseline=models[1], context=20, batch_size=3)
-    assert parts.quantized.nll == pytest.approx(whole.quantized.nll, rel=1e-6)
-    assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-4)
-
-
-def test_paired_error_is_smaller_than_unpaired(models, text):
-    report = evaluate(models[0], Characters(), text, baseline=models[1], context=20)
-    assert report.delta_nll == pytest.approx(report.quantized.nll - report.original.nll)
-    assert report.delta_nll_se < report.quantized.nll_se
-
-
-@pytest.mark.parametrize("bos", [None, 1])
-@pytest.mark.parametrize(("context", "stride"), [(10, None), (10, 4), (10, 1), (7, 7)])
-def test_each_token_is_scored_once(bos, context, stride):
-    ids = list(range(100, 163))
-    scored = [i for w in cut(ids, context, stride, bos) for i in w.ids[-w.scored :].tolist()]
-    assert len(scored) == len(set(scored))
-    assert all(len(w.ids) == context for w in cut(ids, context, stride, bos))
-    if stride in (4, 1):  # only the very first token has nothing to be predicted from
-        assert scored == ids[(bos is None) :][: len(scored)]
-
-
-def test_windows_begin_with_bos(models, text):
-    report = evaluate(models[0], Characters(adds_bos=True), text, context=20)
-    assert report.tokens == 19 * (400 // 19)
-
-
-def test_standard_error_of_a_ratio():
-    sums, counts = torch.tensor([3.0, 5.0, 4.0]), torch.tensor([2.0, 2.0, 2.0])
-    value, se = ratio(sums.double(), counts.double())
-    assert value == pytest.approx(2.0)
-    assert se == pytest.approx(float((sums / 2).std()) / 3**0.5)
-    assert ratio(sums[:1], counts[:1])[1] is None
-
-
-def test_what_cannot_be_evaluated(models, text, tmp_path):
-    model = models[0]
-    (tmp_path / "short.txt").write_text("abc")
-    (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(EvalError, match="3 tokens, one window needs 20"):
-        evaluate(model, Characters(), tmp_path / "short.txt", context=20)
-    with pytest.raises(EvalError, match="holds no text"):
-        evaluate(model, Characters(), tmp_path / "empty.txt", context=20)
-    with pytest.raises(EvalError, match="not UTF-8"):
-        evaluate(model, Characters(), tmp_path / "latin.txt", context=20)
-    with pytest.raises(EvalError, match="no evaluation text"):
-        evaluate(model, Characters(), tmp_path / "missing.txt", context=20)
-    with pytest.raises(EvalError, match="context must be"):
-        evaluate(model, Characters(), text, context=10**6)
-    other = tiny_models.FAMILIES["llama-gqa"](vocab_size=256)
-    with pytest.raises(EvalError, match="vocabularies differ"):
-        evaluate(model, Characters(), text, baseline=other, context=20)
-
-
-def test_non_finite_logits_name_the_window(text):
-    broken = tiny_models.FAMILIES["llama-gqa"]()
-    with torch.no_grad():
-        broken.model.norm.weight[0] = float("nan")
-    with pytest.raises(EvalError, match="window 0"):
-        evaluate(broken, Characters(), text, context=20)
-
-
-def test_a_local_dataset_folder_is_read(models, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "test.jsonl").write_text('{"text": "abcdefghij klmnop"}\n{"text": "qrstuvwxyz abcd"}\n')
-    report = evaluate(models[0], Characters(), folder, context=16)
-    assert report.windows == 2
-
-
-def test_greedy_generation_equals_generate(models):
-    model = models[0]
-    pieces = []
-    state = torch.random.get_rng_state()
-    done = generate_stream(model, Characters(), "hello", max_new_tokens=12, write=pieces.append)
-    ids = Characters()("hello", return_tensors="pt").input_ids
-    wanted = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+@torch.no_grad()
+def test_the_comparison_is_that_of_plain_torch(model, other, tokenizer, text):
+    windows = windows_of(tokenizer, text)
+    found = evaluate(other, tokenizer, text, baseline=model, context=CONTEXT)
+    ids = torch.stack([w.ids for w in windows])
+    ours, base = (m(input_ids=ids).logits[:, :-1].double() for m in (other, model))
+    kl = functional.kl_div(ours.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True).sum(
+        -1
     )
-    assert done.text == "".join(pieces) == Characters().decode(wanted[0, 5:].tolist())[: len(done.text)]
-    assert (done.prompt_tokens, done.new_tokens) == (5, len(done.text))
-    sampled = [
-        generate_stream(model, Characters(), "hello", 8, temperature=1.0, top_k=9, seed=s).text
-        for s in (1, 1, 2)
-    ]
-    assert sampled[0] == sampled[1]
-    assert torch.equal(state, torch.random.get_rng_state())
+    assert found.kl_mean == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert found.kl_mean_se == pytest.approx((kl.mean(1).std() / math.sqrt(len(kl))).item(), rel=1e-4)
+    assert found.kl_max == pytest.approx(kl.max().item(), rel=1e-5)
+    assert found.kl_median == pytest.approx(kl.median().item(), rel=1e-5)
+    agreement = (ours.argmax(-1) == base.argmax(-1)).double()
+    assert found.top1_agreement == pytest.approx(agreement.mean().item())
+    assert 0 < found.top1_agreement < 1
+
+    losses = [torch.stack(by_hand(m, windows)).mean(1) for m in (other, model)]
+    difference = losses[0] - losses[1]
+    assert found.delta_nll == pytest.approx(difference.mean().item(), rel=1e-4)
+    assert found.delta_nll_se == pytest.approx(
+        (difference.std() / math.sqrt(len(difference))).item(), rel=1e-4
+    )
+    assert found.delta_nll == pytest.approx(found.quantized.nll - found.original.nll)
+    assert found.original.nll == pytest.approx(losses[1].mean().item(), rel=1e-6)
+
+
+def test_the_paired_error_is_smaller_than_that_of_either(model, tokenizer, text):
+    near = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter *= 1.01
+    found = evaluate(near, tokenizer, text, baseline=model, context=CONTEXT)
+    assert 0 < found.delta_nll_se < 0.3 * min(found.quantized.nll_se, found.original.nll_se)
+
+
+def test_results_do_not_depend_on_chunks_and_hardly_on_batches(model, other, tokenizer, text, monkeypatch):
+    def run(**keywords):
+        return evaluate(
+            other, tokenizer, text, baseline=model, context=CONTEXT, stride=20, **keywords
+        ).to_json()
+
+    whole = run()
+    for size in (1, 3, 100):
+        batched = run(batch_size=size)
+        assert batched["kl_mean"] == pytest.approx(whole["kl_mean"], rel=1e-4)
+        assert batched["quantized"]["nll"] == pytest.approx(whole["quantized"]["nll"], rel=1e-6)
+    monkeypatch.setattr(measure, "_CHUNK_LOGITS", 128 * 7)  # 7 tokens; 19 and 20 are scored
+    chunked = run()
+    assert chunked["kl_mean"] == pytest.approx(whole["kl_mean"], rel=1e-6)
+    assert chunked["quantized"]["nll"] == pytest.approx(whole["quantized"]["nll"], rel=1e-6)
+    assert chunked["tokens"] == whole["tokens"]
+
+
+def test_a_window_of_a_huge_vocabulary_goes_alone(model, tokenizer, text, scripted, monkeypatch):
+    monkeypatch.setattr(measure, "_BATCH_LOGITS", 128 * CONTEXT * 2)
+    flat = scripted(lambda ids: torch.zeros(*ids.shape, 128))
+    evaluate(flat, tokenizer, text, context=CONTEXT)
+    assert {len(ids) for ids in flat.calls[:-1]} == {2}
+    monkeypatch.setattr(measure, "_BATCH_LOGITS", 1)
+    flat = scripted(lambda ids: torch.zeros(*ids.shape, 128))
+    assert evaluate(flat, tokenizer, text, context=CONTEXT).quantized.perplexity == pytest.approx(128)
+    assert {len(ids) for ids in flat.calls} == {1}
+
+
+def test_kl_of_some_windows_leaves_the_rest_as_it_was(model, other, tokenizer, text):
+    every = evaluate(other, tokenizer, text, baseline=model, context=CONTEXT)
+    some = evaluate(other, tokenizer, text, baseline=model, context=CONTEXT, kl_windows=2)
+    first = evaluate(other, tokenizer, text, baseline=model, context=CONTEXT, max_tokens=2 * CONTEXT)
+    assert (some.quantized, some.original, some.delta_nll) == (
+        every.quantized,
+        every.original,
+        every.delta_nll,
+    )
+    assert (some.kl_windows, every.kl_windows) == (2, every.windows)
+    assert some.kl_mean == pytest.approx(first.kl_mean, rel=1e-5)
+    assert some.top1_agreement == first.top1_agreement
+
+
+def test_half_precision_is_compared_in_fp32(model, tokenizer, text):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    found = evaluate(half, tokenizer, text, baseline=model, context=CONTEXT)
+    assert 0 < found.kl_mean < 0.01
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer, text):
+    noisy = tiny_models.FAMILIES["llama-gqa"](attention_dropout=0.5)
+    noisy.train()
+    noisy.lm_head.eval()
+    state = torch.get_rng_state()
+    found = evaluate(noisy, tokenizer, text, context=CONTEXT)
+    assert found.quantized == evaluate(model, tokenizer, text, context=CONTEXT).quantized
+    assert noisy.model.training
+    assert not noisy.lm_head.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_progress_counts_windows(model, tokenizer, text):
+    seen = []
+    windows = evaluate(
+        model, tokenizer, text, context=CONTEXT, batch_size=4, progress=lambda *now: seen.append(now)
+    ).windows
+    assert seen == [(min(n, windows), windows) for n in range(4, windows + 4, 4)]
+
+
+def test_the_report_says_what_was_read(model, tokenizer, text):
+    found = evaluate(model, tokenizer, [text, str(text)], context=CONTEXT).to_json()
+    twice = text.read_text() + "\n\n" + text.read_text()
+    assert found["text"] == ["text.txt", "text.txt"]
+    assert found["text_sha256"] == hashlib.sha256(twice.encode()).hexdigest()
+    assert (found["context"], found["stride"]) == (CONTEXT, CONTEXT)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("broken", ["model", "baseline"])
+def test_logits_that_are_not_finite_are_told_with_window_and_model(tokenizer, text, scripted, bad, broken):
+    def logits(ids):
+        out = torch.zeros(*ids.shape, 128)
+        if len(made.calls) == 3:  # the third window, one to a batch
+            out[0, 5, 7] = bad
+        return out
+
+    made = scripted(logits)
+    fine = scripted(lambda ids: torch.zeros(*ids.shape, 128))
+    pair = (made, fine) if broken == "model" else (fine, made)
+    with pytest.raises(EvalError, match=f"the {broken} gives non-finite logits in window 2"):
+        evaluate(pair[0], tokenizer, text, baseline=pair[1], context=CONTEXT, batch_size=1)
+
+
+def test_different_vocabularies_are_refused(model, tokenizer, text):
+    wider = tiny_models.FAMILIES["llama-gqa"](vocab_size=160)
+    with pytest.raises(EvalError, match="vocabularies differ: 160 tokens in the model, 128 in the baseline"):
+        evaluate(wider, tokenizer, text, baseline=model, context=CONTEXT)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tokenizer, text):
+    narrow = tiny_models.FAMILIES["llama-gqa"](vocab_size=32)
+    with pytest.raises(EvalError, match=r"the tokenizer gives token \d+, the model has 32"):
+        evaluate(narrow, tokenizer, text, context=CONTEXT)
+
+
+def test_tokenizers_that_differ_are_refused(model, tokenizer, with_bos, text):
+    def run(baseline_tokenizer):
+        return evaluate(
+            model, tokenizer, text, baseline=model, context=CONTEXT, baseline_tokenizer=baseline_tokenizer
+        )
+
+    assert run(tiny_models.tokenizer()).delta_nll == 0
+    with pytest.raises(EvalError, match="tokenize the text differently"):
+        run(with_bos)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "told"),
+    [
+        ({"context": 500}, "context 500 is beyond the model's 128"),
+        ({"context": 32, "stride": 33}, "stride"),
+        ({"max_tokens": 20}, "max_tokens 20 is less than one window of 128"),
+        ({"kl_windows": 0}, "kl_windows must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_told(model, tokenizer, text, keywords, told):
+    with pytest.raises(EvalError, match=told):
+        evaluate(model, tokenizer, text, **keywords)
+
+
+def test_a_short_text_is_told_with_both_numbers(model, tokenizer, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("a" * 20)
+    with pytest.raises(EvalError, match="the text has 20 tokens, one window needs 128"):
+        evaluate(model, tokenizer, path)
