@@ -50,11 +50,9 @@ class PackedQuantizer(HfQuantizer):
         swap(model, parse_config(self.quantization_config.stored), tensors)
         check_shapes(model, tensors)
         self.quantization_config.tensors = {}  # done with; the config lives as long as the model
-        # Some families (GPT-2) initialize `c_proj.weight` of their blocks; what is marked is left alone.
-        done = torch.empty(0, device="meta")
-        done._is_hf_initialized = True
+        # Some families (GPT-2) initialize the `c_proj.weight` of their blocks before loading: an empty stand-in.
         for _, module in packed_linears(model):
-            module.weight = done
+            module.weight = torch.empty(0)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **__: Any) -> nn.Module:
         for _, module in packed_linears(model):
