@@ -15,9 +15,21 @@ import shutil
 from pathlib import Path
 
 from quantkit.checkpoint.shards import output_error, sync_folder
+from quantkit.checkpoint.verify import MANIFEST
 from quantkit.errors import OutputError
 
 FOLDER = ".quantkit"
+CARRIED = (  # files of the source that belong to a checkpoint beside weights and config
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "LICENSE*",
+)
 
 
 class Journal:
@@ -32,7 +44,7 @@ class Journal:
         self.folder = output / FOLDER
         self.file = self.folder / "journal.jsonl"
         try:
-            ours = self.folder.exists() or (output / "quantkit.json").exists()
+            ours = self.folder.exists() or (output / MANIFEST).exists()
             if output.exists() and not ours and any(output.iterdir()):
                 raise OutputError(
                     f"{output} exists and is not the output of a quantkit run; choose another --output or remove it"
@@ -42,30 +54,43 @@ class Journal:
         except OSError as error:
             raise output_error(output, error) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise OutputError(
-                f"{output} is in use by another quantkit process; wait for it or stop it"
-            ) from error
-        try:
+            self._take(resume)
             self.entries = self._open(identity, resume)
         except BaseException:
             self.close()
             raise
 
+    def _take(self, resume: bool) -> None:
+        """OutputError unless the lock is ours, and its file still the one in the folder."""
+        in_use = OutputError(f"{self.output} is in use by another quantkit process; wait for it or stop it")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock.name))
+        except OSError as error:
+            raise in_use from error
+        if not there or (resume and (self.output / MANIFEST).exists()):  # it has finished in between
+            raise in_use
+
     def _open(self, identity: dict, resume: bool) -> list[dict]:
         lines = read_lines(self.file)
-        if lines:
-            refuse_other(self.output, lines[0], identity, resume)
-            if resume:
-                self._rewrite(lines)
-                return lines[1:]
-        for pattern in ("model-*.safetensors*", "*.json", "*.tmp"):
-            for old in self.output.glob(pattern):
-                old.unlink()
+        if lines and resume:
+            refuse_other(self.output, lines[0], identity)
+            self._clear(("*.tmp",))
+            self._rewrite(lines)
+            return lines[1:]
+        # the manifest first: a folder that holds it is finished
+        self._clear((MANIFEST, "config.json", "*.json", "model-*.safetensors", *CARRIED, "*.tmp"))
+        self.drop_streams(None)
         self._rewrite([identity])
         return []
+
+    def _clear(self, patterns: tuple[str, ...]) -> None:
+        try:
+            for pattern in patterns:
+                for old in self.output.glob(pattern):
+                    old.unlink()
+        except OSError as error:
+            raise output_error(self.output, error) from error
 
     def _rewrite(self, lines: list[dict]) -> None:
         """Drop a torn last line, so that the next append starts on a line of its own."""
@@ -111,18 +136,23 @@ class Journal:
         self._lock.close()
 
     def remove(self) -> None:
-        """The run is complete: the journal goes."""
+        """The run is complete: the journal goes, and the lock with it."""
+        discard(self.output)
         self.close()
-        shutil.rmtree(self.folder)
+
+
+def discard(output: Path) -> None:
+    """Remove the journal of a finished run; what cannot be removed does no harm beside a manifest."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The complete lines of a journal; a torn last one is dropped."""
+    """The lines of a journal up to the first that is torn."""
     lines: list[dict] = []
     if file.exists():
-        for line in file.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError):
+            for line in file.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):
                     lines.append(json.loads(line))
     return lines
 
@@ -140,10 +170,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:24] + "..."
 
 
-def refuse_other(output: Path, stored: dict, given: dict, resume: bool) -> None:
+def refuse_other(output: Path, stored: dict, given: dict) -> None:
     """OutputError naming what differs when `output` belongs to another run."""
     different = differences(stored, given)
-    if different and resume:
+    if different:
         raise OutputError(
             f"{output} belongs to another run; what differs (there -> now):\n  "
             + "\n  ".join(different)

@@ -7,6 +7,7 @@ bytes, buffers in header order without gaps.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.errors import ModelError, OutputError
+from quantkit.errors import ModelError, NumericalError, OutputError
 from quantkit.models.headers import TensorInfo
 
 _PIECE = 4 << 20
@@ -69,13 +70,17 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
         yield text
         for name in sorted(tensors):
             t = tensors[name]
-            yield from _copied(t) if isinstance(t, TensorInfo) else _own(t)
+            yield from _copied(t) if isinstance(t, TensorInfo) else _own(path, name, t)
 
     digest = write_atomically(path, pieces())
     return Written(path.name, 8 + len(text) + offset, digest, sizes)
 
 
-def _own(tensor: torch.Tensor) -> Iterator[memoryview]:
+def _own(path: Path, name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(
+            f"{path.name}: {name} became NaN or infinite; look for extreme weights before it"
+        )
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
         yield memoryview(flat.view(torch.uint8).numpy())
@@ -117,12 +122,17 @@ def write_atomically(path: Path, pieces: Iterator[bytes | memoryview]) -> str:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
         raise output_error(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
         raise
     return digest.hexdigest()
+
+
+def _unlink(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink()
 
 
 def write_json(path: Path, value: object) -> str:

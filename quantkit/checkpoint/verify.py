@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantkit.errors import VerificationError
+from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.compressed_tensors import unpack
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
@@ -26,12 +27,19 @@ _PROBE = 4  # tokens of the packed-forward check
 
 def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
     """Re-open a written shard and compare every quantized linear with `weights` (by module name)."""
-    with safe_open(path, "pt") as file:
+    try:
+        file = safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{path} cannot be opened again: {error}") from error
+    with file:
         for name, wanted in weights.items():
             prefix = f"{name}."
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
             stored.pop("bias", None)
-            found = unpack(stored, wanted.scheme)
+            try:
+                found = unpack(stored, wanted.scheme)
+            except ModelError as error:
+                raise VerificationError(f"{path.name}: {name}: {error}") from error
             same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(
                 found.scale, wanted.scale.cpu()
             )
@@ -57,6 +65,22 @@ def digest_file(path: Path) -> str:
     """sha256 of a file, streamed."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """`quantkit.json` of a finished checkpoint; VerificationError if it is damaged."""
+    try:
+        manifest = json.loads((output / MANIFEST).read_text())
+        missing = {"identity", "files", "tensors", "size", "notes"} - manifest.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise VerificationError(
+            f"{output / MANIFEST} cannot be read: {error}; quantize again with --no-resume"
+        ) from error
+    if missing:
+        raise VerificationError(
+            f"{output / MANIFEST} lacks {sorted(missing)}; quantize again with --no-resume"
+        )
+    return manifest
 
 
 def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, dict]) -> None:

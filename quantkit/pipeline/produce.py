@@ -38,6 +38,7 @@ class Producer:
         recipe: Recipe,
         plan: Plan,
         source: Source,
+        model: torch.nn.Module,
         windows: Windows | None,
         device: torch.device,
         journal: Journal,
@@ -45,6 +46,7 @@ class Producer:
         progress: Any,
     ) -> None:
         self.recipe, self.plan, self.source, self.windows = recipe, plan, source, windows
+        self.model = model  # on meta, checked against the checkpoint
         self.device, self.journal, self.clock, self.progress = device, journal, clock, progress
         self.output = journal.output
         self.smoother = Smoother(tuple(recipe.transforms))
@@ -52,7 +54,6 @@ class Producer:
         for layer in plan.layers:
             self.by_block.setdefault(layer.block, {})[layer.name] = layer
         self.parts = self._partition()
-        self.model: torch.nn.Module | None = None
 
     @staticmethod
     def needs_calibration(recipe: Recipe, plan: Plan) -> bool:
@@ -78,18 +79,32 @@ class Producer:
         resumed = min(done, total)
         if done <= total:
             with _full_precision():
-                done = self._walk(done) if self.windows is not None else self._round(done)
+                done = self._walk(done) if self._walks(done) else self._round(done)
         self.progress.finish()
         return resumed
 
     def _finished_before(self) -> int:
-        """Shards of an earlier run whose files are still what the journal says."""
+        """Shards of an earlier run that are still what the journal says, if the run can go on after them."""
         for count, entry in enumerate(self.journal.entries):
             path = self.output / entry["written"]["file"]
             if not path.is_file() or digest_file(path) != entry["written"]["sha256"]:
                 self.journal.forget_after(count)
                 break
-        return len(self.journal.entries)
+        done = len(self.journal.entries)
+        if done and self._walks(done):
+            kept = self.journal.streams(done)
+            if not kept.is_file() or digest_file(kept) != self.journal.entries[-1].get("streams"):
+                self.progress.message(
+                    "the hidden states of the interrupted run are gone; starting from block 0"
+                )
+                self.journal.forget_after(0)
+                return 0
+        return done
+
+    def _walks(self, done: int) -> bool:
+        """Whether hidden states are needed to go on after `done` shards."""
+        total = self.plan.n_blocks
+        return self.windows is not None and done <= total and (done < total or bool(self.by_block.get(None)))
 
     # without calibration: tensor by tensor ---------------------------------------------------------------------
 
@@ -114,10 +129,8 @@ class Producer:
 
     def _walk(self, done: int) -> int:
         total = self.plan.n_blocks
-        with self.clock("load"):
-            self.model = skeleton.build(self.source)
-            prefix, blocks = skeleton.find_blocks(self.model, self.plan.blocks_prefix)
-        streams, done = self._streams(done, blocks)
+        prefix, blocks = skeleton.find_blocks(self.model, self.plan.blocks_prefix)
+        streams = self._streams(done, blocks)
         for index in range(done, total):
             self._announce(index)
             with self.clock("load"):
@@ -148,7 +161,7 @@ class Producer:
             self._commit(total, self._outside(streams, blocks))
         return total + 1
 
-    def _streams(self, done: int, blocks: torch.nn.ModuleList) -> tuple[Streams, int]:
+    def _streams(self, done: int, blocks: torch.nn.ModuleList) -> Streams:
         """The hidden states at the input of the next block: kept by an earlier run, or from the embeddings."""
         with self.clock("calibrate"):
             self._load_outside()
@@ -160,15 +173,9 @@ class Producer:
                 per_size[size] = embed(self.model, blocks, ids[:size].to(self.device))[1]
             self.calls = [{size: calls[i] for size, calls in per_size.items()} for i in range(len(blocks))]
             wants = self._wanted_streams()
-            kept = self.journal.streams(done)
-            if done and done <= self.plan.n_blocks and not kept.exists():
-                self.progress.message(
-                    "the hidden states of the interrupted run are gone; starting from block 0"
-                )
-                self.journal.forget_after(0)
-                done = 0
             if done:
-                stored = load_file(kept) if kept.exists() else {}
+                # clones: mapped pages count as resident and are not aligned, which may change a matmul's last bit
+                stored = {k: t.clone() for k, t in load_file(self.journal.streams(done)).items()}
                 streams = Streams(stored.get("full"), stored.get("quantized"))
             else:
                 hidden = torch.cat(
@@ -179,7 +186,7 @@ class Producer:
                     (hidden.clone() if "full" in wants else hidden) if "quantized" in wants else None,
                 )
             skeleton.free_outside(self.model, self.plan.blocks_prefix)
-        return streams, done
+        return streams
 
     def _load_outside(self) -> None:
         """Everything outside the blocks but an untied head, whose output nothing here needs."""
@@ -224,6 +231,7 @@ class Producer:
                         name,
                         _needs(plan),
                         self.device,
+                        self._returns_tuple(streams),
                     )
                     skeleton.free_outside(self.model, self.plan.blocks_prefix)
             with self.clock("quantize"):
@@ -234,6 +242,15 @@ class Producer:
                 )
                 result.add(plan, weight, outcome)
         return result
+
+    def _returns_tuple(self, streams: Streams) -> bool:
+        """Whether the blocks return their hidden states in a tuple, seen on one window through the last one."""
+        last, prefix = self.plan.n_blocks - 1, self.plan.blocks_prefix
+        block = skeleton.load_block(self.model, self.source, last, device=self.device, blocks_prefix=prefix)
+        call = self.calls[last][1]
+        out = block(streams.leading[:1].to(self.device), *call.args, **call.kwargs)
+        skeleton.free_block(self.model, last, prefix)
+        return isinstance(out, tuple)
 
     # shared ----------------------------------------------------------------------------------------------------------
 
@@ -275,11 +292,13 @@ class Producer:
             written: Written = write_shard(path, tensors)
         with self.clock("verify"):
             verify_shard(path, result.weights)
-        keeps = streams is not None and (part + 1 < total or bool(self.by_block.get(None)))
+        keeps = streams is not None and self._walks(part + 1)
+        kept: Written | None = None
         if keeps:
             with self.clock("write"):
                 both = {"full": streams.full, "quantized": streams.quantized}
-                write_shard(self.journal.streams(part + 1), {k: t for k, t in both.items() if t is not None})
+                present = {k: t for k, t in both.items() if t is not None}
+                kept = write_shard(self.journal.streams(part + 1), present)
         self.journal.append(
             {
                 "part": part,
@@ -287,6 +306,7 @@ class Producer:
                 "account": account,
                 "layers": result.layers,
                 "scaling": result.scaling,
+                "streams": kept.sha256 if kept else None,
             }
         )
         self.journal.drop_streams(part + 1 if keeps else None)

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from quantkit import assets
+from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
@@ -25,18 +26,6 @@ from quantkit.pipeline.produce import Producer
 RUN = "quantkit.run.json"
 EVALUATION_TOKENS = 65536
 EVALUATION_CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
-
-_CARRIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-    "LICENSE*",
-)
 
 
 def publish(
@@ -85,7 +74,7 @@ def publish(
 def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     """Tokenizer, generation config, index, and last the config that makes the folder loadable."""
     output, source = producer.output, producer.source
-    names = sorted({f.name for pattern in _CARRIED for f in source.path.glob(pattern) if f.is_file()})
+    names = sorted({f.name for pattern in CARRIED for f in source.path.glob(pattern) if f.is_file()})
     for name in names:
         write_atomically(output / name, iter([(source.path / name).read_bytes()]))
     weight_map = {t: file for file, w in shards.items() for t in w["tensors"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
 from quantkit.calibration.text import token_windows
-from quantkit.checkpoint.journal import FOLDER, Journal, refuse_other
-from quantkit.checkpoint.verify import MANIFEST, verify_checkpoint
+from quantkit.checkpoint.journal import Journal, discard, refuse_other
+from quantkit.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from quantkit.errors import ModelError
+from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.pipeline.clock import Clock
@@ -78,11 +78,17 @@ def quantize(
         folder = Path(output) if output is not None else Path("out") / f"{path.resolve().name}-{name}"
         where = _device(device)
         source = Source(headers)
+        skeleton_model = skeleton.build(source)
         transformers_logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(path)
         windows = None
         if Producer.needs_calibration(checked, plan):
-            windows = token_windows(checked.calibration, tokenizer, assets.calibration_text())
+            windows = token_windows(
+                checked.calibration,
+                tokenizer,
+                assets.calibration_text(),
+                vocabulary=skeleton_model.get_input_embeddings().num_embeddings,
+            )
         identity = {
             "recipe": checked.resolved() | {"model": None},
             "model": source.digest(),
@@ -90,17 +96,16 @@ def quantize(
             "code": _version(),
             "device": where.type,
         }
-    if (folder / MANIFEST).exists() and not (folder / FOLDER).exists():
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if resume:
-            refuse_other(folder, manifest["identity"], identity, resume)
-            with clock("verify"):
-                verify_checkpoint(folder, manifest["files"], manifest["tensors"])
-            progress.message(f"{folder} is finished; its files were verified again")
-            return Result(folder, report_of(folder, manifest), manifest)
+    if resume and (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        refuse_other(folder, manifest["identity"], identity)
+        verify_checkpoint(folder, manifest["files"], manifest["tensors"])
+        discard(folder)
+        progress.message(f"{folder} is finished; its files were verified again")
+        return Result(folder, report_of(folder, manifest), manifest)
     journal = Journal(folder, identity, resume)
     try:
-        producer = Producer(checked, plan, source, windows, where, journal, clock, progress)
+        producer = Producer(checked, plan, source, skeleton_model, windows, where, journal, clock, progress)
         resumed = producer.run()
         manifest, report = publish(
             producer, tokenizer, identity, evaluate=evaluate, resumed=resumed, path=path, name=name
