@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.held import HeldLinear
@@ -25,6 +26,19 @@ from quantkit.numerics.statistics import Statistics
 
 CHUNK_ELEMENTS = 2 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
 KEPT_BYTES = 384 << 20  # inputs kept so that a finished attention or MLP need not run again
+
+
+# What a forward raises that was not written for this walk.
+_FORWARD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class _Stop(Exception):
@@ -42,6 +56,34 @@ class Call:
         """Run `module` on `hidden`; the hidden states it returns."""
         out = module(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """An error inside a forward becomes a ModelError that names `where` and the innermost module that was running."""
+    running: list[str] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        running.append(type(module).__name__)
+
+    def leave(module: nn.Module, args: object, out: object) -> None:
+        running.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FORWARD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{where}: {running[-1] if running else 'the model'} does not run block by block: "
+            f"{type(error).__name__}: {reason}; this architecture is not supported with calibration, "
+            "use rtn without transforms"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -79,12 +121,12 @@ def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[t
             raise _Stop
         return h
 
-    with _patched((b, record) for b in blocks):
+    with refusing(type(model).__name__), _patched((b, record) for b in blocks):
         try:
             model(input_ids=ids, use_cache=False)
         except _Stop:
             return hidden[0], calls
-    raise RuntimeError("the model's forward did not reach its last decoder block")
+        raise RuntimeError(f"the forward ran {len(calls)} of {len(blocks)} decoder blocks")
 
 
 @torch.no_grad()
@@ -122,8 +164,12 @@ def inputs_after_blocks(
     name: str,
     fields: frozenset[str],
     device: torch.device,
+    as_tuple: bool,
 ) -> Statistics:
-    """Statistics of the input of a linear that runs after the blocks (the head)."""
+    """Statistics of the input of a linear that runs after the blocks (the head).
+
+    as_tuple: whether the blocks of this model return their hidden states in a tuple.
+    """
     gatherer: Gatherer | None = None
     for start in range(0, len(ids), batch):
         chunk = slice(start, start + batch)
@@ -138,7 +184,7 @@ def inputs_after_blocks(
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook)
             try:
-                finish(model, blocks, stream[chunk].to(device), ids[chunk].to(device), as_tuple=False)
+                finish(model, blocks, stream[chunk].to(device), ids[chunk].to(device), as_tuple)
             except _Stop:
                 pass
             finally:
@@ -173,7 +219,8 @@ class BlockRun:
     def __post_init__(self) -> None:
         x = self.streams.leading[:1].to(self.device)
         call = self.calls[1]
-        self.trace: Trace = trace(self.module, x, call.args, call.kwargs)
+        with refusing(f"decoder block {self.index} ({type(self.module).__name__})"):
+            self.trace: Trace = trace(self.module, x, call.args, call.kwargs)
         self._terminal = {linear: name for name, linear in self.trace.output_of.items()}
         for name in self.trace.output_of:
             self.module.get_submodule(name).register_forward_hook(self._note_arity(name))

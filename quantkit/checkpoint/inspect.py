@@ -56,7 +56,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "format": quantization.get("format") if quantization else None,
         "layers": layers,
         "totals": _totals(layers, tensors),
-        "loaders": _loaders(config.get("model_type", ""), [layer for layer in layers if layer["scheme"]]),
+        "loaders": loaders(config.get("model_type", ""), [layer for layer in layers if layer["scheme"]]),
     }
 
 
@@ -120,8 +120,13 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo]) -> dic
     }
 
 
-def _loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Who loads these layers: (name, whether, how or why not)."""
+# Seen with compressed-tensors 0.20 (docs/checkpoint.md).
+ASYMMETRIC = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
+ASYMMETRIC_MIXED = "asymmetric, several schemes: 5.23 refuses it, and its dequantize=True gives a wrong model"
+
+
+def loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Who loads these layers: (name, whether, how or why not). quantized: dicts with name, bits, group, symmetric."""
     ours = {"name": "quantkit", "loads": True, "how": "quantkit.load(path)"}
     if not quantized:
         plain = {"name": "transformers", "loads": True, "how": "AutoModelForCausalLM.from_pretrained(path)"}
@@ -133,15 +138,14 @@ def _loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str,
     symmetric = all(layer["symmetric"] for layer in quantized)
     plain = "AutoModelForCausalLM.from_pretrained(path)"
     dequantized = f"{plain[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
+    several = len({(layer["bits"], layer["group_size"], layer["symmetric"]) for layer in quantized}) > 1
     odd = sorted({layer["bits"] for layer in quantized} - {4, 8})
     return [
         ours,
         {
             "name": "transformers + compressed-tensors",
-            "loads": True,
-            "how": plain
-            if symmetric
-            else f"{dequantized}; a plain load stumbles over the packed zero points (docs/checkpoint.md)",
+            "loads": symmetric or not several,
+            "how": plain if symmetric else ASYMMETRIC_MIXED if several else f"{ASYMMETRIC}: {dequantized}",
         },
         {
             "name": "vLLM",

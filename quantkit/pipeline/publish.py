@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 
 from quantkit import assets
+from quantkit.checkpoint.inspect import ASYMMETRIC, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
@@ -121,14 +123,10 @@ def _notes(producer: Producer) -> list[str]:
         for layer in e["layers"]
         for text in layer.get("fallbacks", [])
     ]
-    if any(layer.transposed for layer in producer.plan.layers):
-        notes.append(
-            "the linears of this family are Conv1D: quantkit.load reads this checkpoint, plain transformers does not"
-        )
-    elif not all(layer.scheme.symmetric for layer in producer.plan.layers):
-        notes.append(
-            "asymmetric: plain transformers needs CompressedTensorsConfig(dequantize=True), quantkit.load does not"
-        )
+    quantized = [{"name": p.name, **asdict(p.scheme)} for p in producer.plan.layers]
+    for loader in loaders(producer.source.headers.model_type, quantized):
+        if not loader["loads"] or loader["how"].startswith(ASYMMETRIC):
+            notes.append(f"{loader['name']}: {loader['how']}")
     return notes + (list(producer.windows.notes) if producer.windows else [])
 
 

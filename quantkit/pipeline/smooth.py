@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.calibration.collect import Gatherer
-from quantkit.calibration.walk import BlockRun
+from quantkit.calibration.walk import BlockRun, refusing
 from quantkit.errors import NumericalError
 from quantkit.models.discover import ScalingGroup, discover, fold
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
@@ -32,8 +32,8 @@ class Smoother:
             hidden = run.streams.leading[:1].to(run.device)
             call = run.calls[1]
             run.select(full=True)
-            self.known[shape], refused = discover(run.module, hidden, call.args, call.kwargs)
-            del refused
+            with refusing(f"scaling groups of decoder block {run.index} ({type(run.module).__name__})"):
+                self.known[shape], _ = discover(run.module, hidden, call.args, call.kwargs)
         return self.known[shape]
 
     @torch.no_grad()
