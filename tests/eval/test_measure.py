@@ -158,7 +158,10 @@ def test_kl_of_some_windows_leaves_the_rest_as_it_was(model, other, tokenizer, t
 
 def test_half_precision_is_compared_in_fp32(model, tokenizer, text):
     half = copy.deepcopy(model).to(torch.bfloat16)
-    found = evaluate(half, tokenizer, text, baseline=model, context=CONTEXT)
+    windows = windows_of(tokenizer, text)
+    found = evaluate(half, tokenizer, text, baseline=model, context=CONTEXT, batch_size=1)
+    expected = torch.cat(by_hand(half, windows)).mean().item()
+    assert found.quantized.nll == pytest.approx(expected, rel=1e-6)
     assert 0 < found.kl_mean < 0.01
     assert next(half.parameters()).dtype == torch.bfloat16
 
