@@ -122,7 +122,8 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo]) -> dic
 
 # Seen with compressed-tensors 0.20 (docs/checkpoint.md).
 ASYMMETRIC = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
-ASYMMETRIC_MIXED = "asymmetric, several schemes: 5.23 refuses it, and its dequantize=True gives a wrong model"
+READS_WEIGHT = "linears of this family read their weight themselves, so transformers only with dequantize"
+MIXED = "several schemes: transformers 5.23 needs dequantize=True here, which gives a wrong model"
 
 
 def loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,14 +139,20 @@ def loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, 
     symmetric = all(layer["symmetric"] for layer in quantized)
     plain = "AutoModelForCausalLM.from_pretrained(path)"
     dequantized = f"{plain[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
+    reads_weight = families.family(model_type).reads_weight
+    packed = symmetric and not reads_weight
     several = len({(layer["bits"], layer["group_size"], layer["symmetric"]) for layer in quantized}) > 1
     odd = sorted({layer["bits"] for layer in quantized} - {4, 8})
     return [
         ours,
         {
             "name": "transformers + compressed-tensors",
-            "loads": symmetric or not several,
-            "how": plain if symmetric else ASYMMETRIC_MIXED if several else f"{ASYMMETRIC}: {dequantized}",
+            "loads": packed or not several,
+            "how": plain
+            if packed
+            else MIXED
+            if several
+            else f"{READS_WEIGHT if reads_weight else ASYMMETRIC}: {dequantized}",
         },
         {
             "name": "vLLM",

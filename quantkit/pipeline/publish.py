@@ -16,13 +16,13 @@ import torch
 import transformers
 
 from quantkit import assets
-from quantkit.checkpoint.inspect import ASYMMETRIC, loaders
+from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
-from quantkit.models.families import HEAD
+from quantkit.models.discover import is_linear
 from quantkit.pipeline.produce import Producer
 
 RUN = "quantkit.run.json"
@@ -84,8 +84,8 @@ def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = dict(source.headers.config)
     schemes = {layer.name: layer.scheme for layer in producer.plan.layers}
-    left = sorted({n for n, _ in producer.plan.skipped} | ({HEAD} - schemes.keys()))
-    config["quantization_config"] = quantization_config(schemes, left)
+    linears = {n for n, module in producer.model.named_modules() if is_linear(module)}
+    config["quantization_config"] = quantization_config(schemes, sorted(linears - schemes.keys()))
     write_json(output / "config.json", config)
     names += [INDEX, "config.json"]
     return {n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in names}
@@ -125,7 +125,7 @@ def _notes(producer: Producer) -> list[str]:
     ]
     quantized = [{"name": p.name, **asdict(p.scheme)} for p in producer.plan.layers]
     for loader in loaders(producer.source.headers.model_type, quantized):
-        if not loader["loads"] or loader["how"].startswith(ASYMMETRIC):
+        if not loader["loads"] or loader["how"].startswith((ASYMMETRIC, READS_WEIGHT)):
             notes.append(f"{loader['name']}: {loader['how']}")
     return notes + (list(producer.windows.notes) if producer.windows else [])
 

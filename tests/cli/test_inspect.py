@@ -77,8 +77,9 @@ def test_who_can_load(tmp_path, scheme, model_type, plain, vllm):
     assert loads(report) == {"quantkit": True, "transformers + compressed-tensors": plain, "vLLM": vllm}
 
 
-def test_asymmetric_needs_dequantize(tmp_path):
-    report = inspect_checkpoint(packed_folder(tmp_path / "m", [Scheme(4, 32, False)]))
+@pytest.mark.parametrize(("model_type", "symmetric"), [("llama", False), ("falcon", True)])
+def test_asymmetric_and_falcon_need_dequantize(tmp_path, model_type, symmetric):
+    report = inspect_checkpoint(packed_folder(tmp_path / "m", [Scheme(4, 32, symmetric)], model_type))
     assert "dequantize=True" in report["loaders"][1]["how"]
 
 
