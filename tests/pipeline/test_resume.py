@@ -1,0 +1,204 @@
+"""Killed at any moment, the same command goes on and ends with the same bytes."""
+
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import interrupt
+import pytest
+from transformers import AutoConfig
+
+import quantkit
+from quantkit.checkpoint.journal import read_lines
+from quantkit.errors import OutputError
+from quantkit.pipeline.block import BlockResult
+
+pytestmark = pytest.mark.usefixtures("steady")
+
+SHARD = "model-{:05d}-of-00005.safetensors".format
+STREAMS = "streams-{:05d}.safetensors".format
+MOMENTS = {
+    "the journal is new": ("renamed", "journal.jsonl"),
+    "during a shard write": ("write", SHARD(2) + ".tmp"),
+    "before a shard is synced": ("fsync", SHARD(3) + ".tmp"),
+    "before a shard is renamed": ("rename", SHARD(1)),
+    "between rename and journal line": ("renamed", SHARD(3)),
+    "during a journal line": ("write", "journal.jsonl"),
+    "before a journal line is synced": ("fsync", "journal.jsonl"),
+    "during the last shard": ("write", SHARD(5) + ".tmp"),
+    "while a tokenizer file is written": ("write", "tokenizer.json.tmp"),
+    "while the index is written": ("write", "model.safetensors.index.json.tmp"),
+    "while the config is written": ("write", "config.json.tmp"),
+    "between config and manifest": ("renamed", "config.json"),
+    "while the manifest is written": ("write", "quantkit.json.tmp"),
+    "while the journal is removed": ("unlink", "journal.jsonl"),
+}
+STREAM_MOMENTS = {
+    "while the hidden states are written": ("write", STREAMS(2) + ".tmp"),
+    "between hidden states and journal line": ("renamed", STREAMS(3)),
+    "while old hidden states are removed": ("unlink", STREAMS(2)),
+}
+
+
+def files(folder):
+    """Contents of everything in the folder but the one file that may differ."""
+    kept = (f for f in Path(folder).rglob("*") if f.is_file() and f.name != "quantkit.run.json")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in kept}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = interrupt.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory):
+    """reference(recipe name) -> (files of an uninterrupted run, all its moments in order)."""
+    known = {}
+
+    def make(name):
+        if name not in known:
+            labels = []
+            folder = tmp_path_factory.mktemp("reference") / "out"
+            with interrupt.watching(lambda *label: labels.append(label)):
+                quantkit.quantize(**arguments(name, folder))
+            known[name] = files(folder), labels
+        return known[name]
+
+    return make
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Names of the linears that are quantized in this process."""
+    names = []
+    add = BlockResult.add
+
+    def spy(result, plan, *rest):
+        names.append(plan.name)
+        add(result, plan, *rest)
+
+    monkeypatch.setattr(BlockResult, "add", spy)
+    return names
+
+
+def moment_of(labels, label, seed=0):
+    """The number of a moment: one of those with this label."""
+    return random.Random(seed).choice([i for i, one in enumerate(labels) if one == label])
+
+
+def finished_parts(folder):
+    return {entry["part"] for entry in read_lines(folder / ".quantkit/journal.jsonl")[1:]}
+
+
+def assert_not_finished(folder):
+    assert not (folder / "quantkit.json").exists()
+    if not (folder / "config.json").exists():
+        with pytest.raises((OSError, ValueError)):
+            AutoConfig.from_pretrained(folder)
+
+
+def assert_completes(given, wanted, done, computed):
+    """The same command computes what is not in `done`, and only that, and gives the wanted files."""
+    result = quantkit.quantize(**given)
+    assert files(given["output"]) == wanted
+    parts = Counter(int(n.split(".")[2]) if n.startswith("model.") else 4 for n in computed)
+    assert parts == dict.fromkeys(set(range(4)) - done, 7) | ({4: 1} if 4 in parts else {})
+    assert not (4 in parts and 4 in done)
+    assert result.report["resumed_blocks"] == len(done - {4})
+
+
+def interrupted(server, name, labels, moment, arguments, folder):
+    """Kill a run at the moment; the keyword arguments of the run."""
+    given = arguments(name, folder)
+    assert server.run(moment, given), f"never reached {labels[moment]}"
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("rtn", m) for m in list(MOMENTS)[::2]] + [("gptq", m) for m in [*MOMENTS, *STREAM_MOMENTS]],
+)
+def test_killed_at_named_moment(server, reference, arguments, computed, tmp_path, name, moment):
+    wanted, labels = reference(name)
+    computed.clear()
+    number = moment_of(labels, (MOMENTS | STREAM_MOMENTS)[moment])
+    given = interrupted(server, name, labels, number, arguments, tmp_path / "out")
+    if moment == "while the journal is removed":
+        before = files(tmp_path / "out")
+        assert {n: b for n, b in before.items() if not n.startswith(".quantkit")} == wanted
+        quantkit.quantize(**given)
+        assert not computed
+        assert files(tmp_path / "out") == wanted
+        return
+    assert_not_finished(tmp_path / "out")
+    assert_completes(given, wanted, finished_parts(tmp_path / "out"), computed)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"), [("gptq", s) for s in range(4)] + [("awq", 4), ("gptq with head", 5)]
+)
+def test_killed_twice_at_random(server, reference, arguments, computed, tmp_path, name, seed):
+    wanted, labels = reference(name)
+    computed.clear()
+    random_ = random.Random(seed)
+    last = labels.index(("renamed", "quantkit.json"))
+    first = random_.randrange(last)
+    given = interrupted(server, name, labels, first, arguments, tmp_path / "out")
+    server.run(random_.randrange(last - first), given)
+    assert_not_finished(tmp_path / "out")
+    assert_completes(given, wanted, finished_parts(tmp_path / "out"), computed)
+
+
+def test_killed_before_the_head(server, reference, arguments, computed, tmp_path):
+    """The hidden states after the last block are kept when a linear outside the blocks needs them."""
+    name = "gptq with head"
+    wanted, labels = reference(name)
+    computed.clear()
+    number = moment_of(labels, ("write", SHARD(5) + ".tmp"))
+    given = interrupted(server, name, labels, number, arguments, tmp_path / "out")
+    assert_completes(given, wanted, {0, 1, 2, 3}, computed)
+    assert computed == ["lm_head"]
+
+
+def test_lost_or_damaged_hidden_states_start_over(server, reference, arguments, computed, tmp_path, progress):
+    wanted, labels = reference("gptq")
+    number = moment_of(labels, ("renamed", SHARD(4)))
+    for damage in (Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?")):
+        folder = tmp_path / damage.__name__
+        given = interrupted(server, "gptq", labels, number, arguments, folder)
+        damage(folder / ".quantkit" / STREAMS(3))
+        computed.clear()
+        result = quantkit.quantize(**given, progress=progress)
+        assert files(folder) == wanted
+        assert len(computed) == 28
+        assert result.report["resumed_blocks"] == 0
+        assert any("hidden states of the interrupted run are gone" in text for text in progress.messages)
+
+
+def test_a_damaged_shard_is_made_again(server, reference, arguments, computed, tmp_path):
+    wanted, labels = reference("rtn")
+    computed.clear()
+    number = moment_of(labels, ("renamed", SHARD(4)))
+    given = interrupted(server, "rtn", labels, number, arguments, tmp_path / "out")
+    shard = tmp_path / "out" / SHARD(2)
+    shard.write_bytes(shard.read_bytes()[:-3])
+    assert_completes(given, wanted, {0}, computed)
+
+
+def test_a_second_process_is_refused(server, reference, arguments, tmp_path):
+    _, labels = reference("rtn")
+    given = arguments("rtn", tmp_path / "out")
+    stopped = server.run(moment_of(labels, ("renamed", SHARD(2))), given, by=signal.SIGSTOP)
+    assert stopped
+    before = files(tmp_path / "out")
+    try:
+        with pytest.raises(OutputError, match="in use by another quantkit process"):
+            quantkit.quantize(**given)
+        assert files(tmp_path / "out") == before
+    finally:
+        os.kill(stopped, signal.SIGKILL)
