@@ -59,7 +59,7 @@ class Call:
 
 
 @contextmanager
-def refusing(where: str) -> Iterator[None]:
+def refusing(where: str, instead: str = "quantize it with rtn, without transforms") -> Iterator[None]:
     """An error inside a forward becomes a ModelError that names `where` and the innermost module that was running."""
     running: list[str] = []
 
@@ -78,8 +78,7 @@ def refusing(where: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{where}: {running[-1] if running else 'the model'} does not run block by block: "
-            f"{type(error).__name__}: {reason}; this architecture is not supported with calibration, "
-            "use rtn without transforms"
+            f"{type(error).__name__}: {reason}; this architecture is not supported here, {instead}"
         ) from error
     finally:
         for handle in handles:
@@ -144,7 +143,10 @@ def finish(
 
 @dataclass
 class Streams:
-    """Hidden states [windows, length, hidden], fp32, on the CPU; None where nothing needs that stream."""
+    """Hidden states [windows, length, hidden], fp32, on the CPU; None where nothing needs that stream.
+
+    `full` may hold only the first windows: what is measured on it (AWQ's search, the drift) needs fewer than a Hessian.
+    """
 
     full: torch.Tensor | None
     quantized: torch.Tensor | None
@@ -152,6 +154,11 @@ class Streams:
     @property
     def leading(self) -> torch.Tensor:
         return self.quantized if self.quantized is not None else self.full
+
+    def has(self, full: bool, chunk: slice) -> bool:
+        """Whether a stream exists and reaches the windows of `chunk`."""
+        stream = self.full if full else self.quantized
+        return stream is not None and chunk.start < stream.shape[0]
 
 
 @torch.no_grad()
@@ -175,7 +182,7 @@ def inputs_after_blocks(
         chunk = slice(start, start + batch)
         seen: dict[bool, torch.Tensor] = {}
         for full, stream in ((False, streams.quantized), (True, streams.full)):
-            if stream is None:
+            if not streams.has(full, chunk):
                 continue
 
             def hook(module: nn.Module, args: tuple, which: bool = full, into: dict = seen) -> None:
@@ -287,7 +294,7 @@ class BlockRun:
         for chunk in self.chunks():
             seen: dict[bool, dict] = {}
             for full in (False, True):
-                if (self.streams.full if full else self.streams.quantized) is None:
+                if not self.streams.has(full, chunk):
                     continue
                 seen[full] = {}
                 out = self._forward_to(stages, chunk, full, seen[full], stop=not (full and final))
@@ -340,7 +347,7 @@ class BlockRun:
     def advance(self) -> None:
         """Bring both streams to the output of this block."""
         for chunk in self.chunks():
-            if self.streams.full is not None and not self._full_advanced:
+            if self.streams.has(True, chunk) and not self._full_advanced:
                 self.streams.full[chunk] = self.forward(chunk, full=True).to(self.streams.full.device)
             if self.streams.quantized is not None:
                 out = self.forward(chunk, full=False)
@@ -358,9 +365,10 @@ class BlockRun:
         handle = self.module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
         try:
             for chunk in self.chunks():
-                if chunk.start >= windows:
+                full = self.streams.full is not None
+                if chunk.start >= windows or not self.streams.has(full, chunk):
                     break
-                self.forward(chunk, full=self.streams.full is not None)
+                self.forward(chunk, full)
         finally:
             handle.remove()
         return calls

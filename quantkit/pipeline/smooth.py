@@ -32,7 +32,8 @@ class Smoother:
             hidden = run.streams.leading[:1].to(run.device)
             call = run.calls[1]
             run.select(full=True)
-            with refusing(f"scaling groups of decoder block {run.index} ({type(run.module).__name__})"):
+            where = f"scaling groups of decoder block {run.index} ({type(run.module).__name__}, in float64)"
+            with refusing(where, instead="leave out the awq transform"):
                 self.known[shape], _ = discover(run.module, hidden, call.args, call.kwargs)
         return self.known[shape]
 

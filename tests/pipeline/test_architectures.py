@@ -8,20 +8,23 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, pipeline
 from transformers.pytorch_utils import Conv1D
 
 import quantkit
 from quantkit import assets
 from quantkit.calibration import walk
+from quantkit.cli.main import run
+from quantkit.errors import DataError, ModelError
 from quantkit.formats.compressed_tensors import parse_config, unpack
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 
 NAMES = list(tiny_models.CONFIGS)
+TIED = ("gemma", "opt", "gpt2", "falcon")  # families whose heads usually are; the others untied
 RECIPES = {
     "rtn": {"weights": {"algorithm": "rtn", "bits": 4, "group_size": 16, "symmetric": True}},
     "gptq": {"weights": {"algorithm": "gptq", "bits": 4, "group_size": 32, "symmetric": False}},
@@ -49,6 +52,14 @@ def logits(model):
     return model(input_ids=ids()).logits
 
 
+def quantize(recipe, model, output):
+    """By a recipe mapping, on a little of the embedded text."""
+    text = model.parent / "text"
+    text.write_text(assets.calibration_text().read_text()[:20000])
+    calibration = {"data": [str(text)], "samples": 6, "sequence_length": 32}
+    return quantkit.quantize(recipe | {"calibration": calibration}, model, output, evaluate=False)
+
+
 @dataclass
 class Case:
     """One family in a folder: the original, and what each recipe makes of it, computed once."""
@@ -57,8 +68,8 @@ class Case:
     folder: Path
 
     def __post_init__(self):
-        tiny_models.save(two_layers(self.name), self.folder / "original")
-        (self.folder / "text").write_text(assets.calibration_text().read_text()[:20000])
+        tied = self.name.startswith(TIED)
+        tiny_models.save(two_layers(self.name, tie_word_embeddings=tied), self.folder / "original")
         self.output = cache(self._output)
 
     @property
@@ -66,13 +77,7 @@ class Case:
         return AutoModelForCausalLM.from_pretrained(self.folder / "original", dtype=torch.float32)
 
     def _output(self, recipe):
-        calibration = {"data": [str(self.folder / "text")], "samples": 6, "sequence_length": 32}
-        return quantkit.quantize(
-            RECIPES[recipe] | {"calibration": calibration},
-            model=self.folder / "original",
-            output=self.folder / recipe,
-            evaluate=False,
-        ).output
+        return quantize(RECIPES[recipe], self.folder / "original", self.folder / recipe).output
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,10 @@ def dense(original, output, rescaled=False):
         else:
             assert torch.equal(parameters[name], tensor), name
     return original, count
+
+
+def manifest_of(output):
+    return json.loads((output / "quantkit.json").read_text())
 
 
 def linears_of_blocks(model):
@@ -166,7 +175,7 @@ def test_loaded_logits_equal_the_dequantized_model(case, name, recipe):
 @pytest.mark.parametrize("name", NAMES)
 def test_awq_stores_the_norms_it_rescaled_and_no_others(case, name):
     output = case(name).output("awq")
-    manifest = json.loads((output / "quantkit.json").read_text())
+    manifest = manifest_of(output)
     scaled = [s for s in manifest["scaling"] if s["exponent"] is not None]
     assert scaled
     assert all(s["loss"] < s["identity_loss"] for s in scaled)
@@ -174,3 +183,164 @@ def test_awq_stores_the_norms_it_rescaled_and_no_others(case, name):
     before, after = stored(case(name).folder / "original"), stored(output)
     moved = {n for n in before.keys() & after.keys() if not torch.equal(before[n], after[n])}
     assert {n.rpartition(".")[0].rpartition(".")[2] for n in moved if n.endswith("weight")} == norms
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "falcon"])  # blocks that return a tensor, and a tuple
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_a_rule_quantizes_an_untied_head(tmp_path, name, algorithm):
+    original = tiny_models.save(two_layers(name), tmp_path / "original")
+    rules = [{"match": "lm_head", "bits": 8}, {"match": "*.1.*", "skip": True}]
+    weights = {"algorithm": algorithm, "bits": 8, "group_size": 16}
+    result = quantize({"weights": weights, "rules": rules}, original, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    before, wanted = logits(model), linears_of_blocks(model) // 2 + 1
+    reference, count = dense(model, result.output)
+    assert count == wanted
+    assert "lm_head" in {layer["name"] for layer in result.manifest["layers"]}
+    assert torch.equal(logits(quantkit.load(result.output)), logits(reference))
+    assert relative(logits(reference), before) < 0.1
+
+
+# run ------------------------------
+
+
+def generated(model, tokens, mask):
+    out = model.generate(
+        input_ids=tokens, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
+    )
+    return out[:, tokens.shape[1] :]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_left_padded_batch_generates_what_single_rows_do(case, name):
+    model = quantkit.load(case(name).output("rtn"))
+    rows = [tiny_models.ids(length, vocabulary=100, seed=length) for length in (3, 7, 12)]
+    width = max(row.shape[1] for row in rows)
+    tokens = torch.cat([nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([nn.functional.pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in rows])
+    together = generated(model, tokens, mask)
+    for row, batched in zip(rows, together, strict=True):
+        assert generated(model, row, torch.ones_like(row))[0].tolist() == batched.tolist()
+
+
+def test_a_text_generation_pipeline_runs(case):
+    output = case("llama-gqa").output("awq")
+    task = pipeline("text-generation", quantkit.load(output), tokenizer=AutoTokenizer.from_pretrained(output))
+    told = task("It was", do_sample=False, max_new_tokens=4)[0]["generated_text"]
+    assert told.startswith("It was")
+    assert len(told) > len("It was")
+
+
+# plain transformers with compressed-tensors ------------------------------
+
+OF_LINEARS = [n for n in NAMES if not n.startswith(("gpt2", "falcon"))]
+
+
+def plain(output, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, **kwargs)
+
+
+def dequantized(output):
+    return plain(output, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+@pytest.mark.parametrize("name", OF_LINEARS)
+def test_plain_transformers_gives_the_same_logits(case, name):
+    output = case(name).output("rtn")
+    assert torch.equal(logits(plain(output)), logits(quantkit.load(output)))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_asymmetric_through_dequantize(case):
+    output = case("llama-gqa").output("gptq")
+    assert torch.equal(logits(dequantized(output)), logits(quantkit.load(output)))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_falcon_needs_dequantize_and_says_so(case):
+    """FalconLinear reads `weight` in its forward; compressed-tensors has put the packed tensors in its place."""
+    output = case("falcon").output("rtn")
+    with pytest.raises(AttributeError, match="weight"):
+        logits(plain(output))
+    assert torch.equal(logits(dequantized(output)), logits(quantkit.load(output)))
+    assert any("read their weight themselves" in note for note in manifest_of(output)["notes"])
+
+
+def test_gpt2_says_that_only_quantkit_loads_it(case):
+    notes = manifest_of(case("gpt2").output("rtn"))["notes"]
+    assert any("Conv1D, which only quantkit.load runs" in note for note in notes)
+
+
+# what is in no table ------------------------------
+
+
+def save_unlisted(model_type, folder, **settings):
+    shape = tiny_models._COMMON | tiny_models._GROUPED | {"num_hidden_layers": 2} | settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
+    tiny_models._randomise(model)
+    return tiny_models.save(model.eval(), folder)
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "starcoder2", "olmo2", "biogpt"])
+def test_an_unlisted_dense_family_runs_end_to_end(tmp_path, model_type):
+    """BioGPT's tied head is not called lm_head."""
+    original = save_unlisted(model_type, tmp_path / "original")
+    recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": ["awq"]}
+    result = quantize(recipe, original, tmp_path / "out")
+    assert result.manifest["scaling"]
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    before = logits(model)
+    reference, _ = dense(model, result.output, rescaled=True)
+    assert torch.equal(logits(quantkit.load(result.output)), logits(reference))
+    assert relative(logits(reference), before) < 0.05
+
+
+def test_a_family_whose_blocks_do_not_run_alone_is_refused_by_module(tmp_path):
+    """XGLM's attention cannot run in float64, which the proof needs; without transforms it can be quantized."""
+    sizes = {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128}
+    original = save_unlisted("xglm", tmp_path / "original", **sizes)
+    recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}}
+    with pytest.raises(ModelError, match=r"decoder block 0 .*XGLMAttention does not run .*leave out the awq"):
+        quantize(recipe | {"transforms": ["awq"]}, original, tmp_path / "awq")
+    assert quantize(recipe, original, tmp_path / "gptq").manifest["layers"]
+
+
+def test_mixtures_of_experts_are_refused(tmp_path):
+    original = save_unlisted("mixtral", tmp_path / "original", num_local_experts=4)
+    with pytest.raises(ModelError, match=r"mixture of experts \(num_local_experts: 4\).*use a dense model"):
+        quantize(RECIPES["rtn"], original, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# checkpoints and recipes that do not fit ------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path, recipe):
+    original = tiny_models.save(two_layers("llama"), tmp_path / "original")
+    tensors = load_file(original / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] = torch.ones(32)
+    del tensors["model.norm.weight"]
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"missing: model\.norm\.weight; .*layers\.1\.input_layernorm.*\[32\]"
+    ):
+        quantize(RECIPES[recipe], original, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    original = tiny_models.save(two_layers("llama", vocab_size=64), tmp_path / "original")
+    with pytest.raises(DataError, match="the model has 64"):
+        quantize(RECIPES["gptq"], original, tmp_path / "out")
+
+
+def test_a_group_size_that_does_not_divide_is_exit_code_2(tmp_path, capsys):
+    original = tiny_models.save(two_layers("llama", intermediate_size=96), tmp_path / "original")
+    command = ["quantize", "w4a16-rtn", "--model", str(original), "--output", str(tmp_path / "out")]
+    assert run([*command, "--set", "weights.group_size=64"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "in_features=96 is not divisible by group_size=64 in model.layers.*.mlp.down_proj" in told
+    assert "use group_size 16, 32, 48, 96, channel, or a rule" in told
