@@ -43,19 +43,17 @@ class Hessian:
 class Drift:
     """D = 2/tokens * (X_full - X)^T X: how far the quantized prefix has moved the inputs.
 
-    Estimated from every second token: H, which D is divided by, needs all of them, D measures the same with half.
+    Over the tokens the full-precision stream has; it may be shorter than the other.
     """
-
-    STRIDE = 2
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, features, device=device)
         self.tokens = 0
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
-        some = x[:: self.STRIDE].contiguous()
-        self.sum.addmm_((full[:: self.STRIDE] - some).T, some)
-        self.tokens += some.shape[0]
+        if full is not None:
+            self.sum.addmm_((full - x).T, x)
+            self.tokens += x.shape[0]
 
     def finish(self, statistics: Statistics) -> None:
         statistics.drift = self.sum.mul_(2 / max(1, self.tokens))

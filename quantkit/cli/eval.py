@@ -45,12 +45,13 @@ def command(
     from quantkit_eval import evaluate
 
     candidate, tokenizer = open_model(model, device, dtype)
-    reference = open_model(baseline, device, dtype)[0] if baseline else None
+    reference, its_tokenizer = open_model(baseline, device, dtype) if baseline else (None, None)
     report = evaluate(
         candidate,
         tokenizer,
         text=list(texts) or [str(assets.evaluation_text())],
         baseline=reference,
+        baseline_tokenizer=its_tokenizer,
         context=context,
         stride=stride,
         max_tokens=max_tokens,

@@ -172,7 +172,6 @@ class Producer:
             for size in {1, self.batch, len(ids) % self.batch or self.batch}:
                 per_size[size] = embed(self.model, blocks, ids[:size].to(self.device))[1]
             self.calls = [{size: calls[i] for size, calls in per_size.items()} for i in range(len(blocks))]
-            wants = self._wanted_streams()
             if done:
                 # clones: mapped pages count as resident and are not aligned, which may change a matmul's last bit
                 stored = {k: t.clone() for k, t in load_file(self.journal.streams(done)).items()}
@@ -181,10 +180,8 @@ class Producer:
                 hidden = torch.cat(
                     [embed(self.model, blocks, c.to(self.device))[0].cpu() for c in ids.split(self.batch)]
                 )
-                streams = Streams(
-                    hidden if "full" in wants else None,
-                    (hidden.clone() if "full" in wants else hidden) if "quantized" in wants else None,
-                )
+                full, quantized = self._wanted_streams()
+                streams = Streams(hidden[:full].clone() if full else None, hidden if quantized else None)
             skeleton.free_outside(self.model, self.plan.blocks_prefix)
         return streams
 
@@ -193,16 +190,21 @@ class Producer:
         skip = skeleton.head_tensors(self.model)
         skeleton.load_outside(self.model, self.source, self.plan.blocks_prefix, skip, device=self.device)
 
-    def _wanted_streams(self) -> set[str]:
-        """full: what transforms and re-targeting look at; quantized: what GPTQ compensates for."""
-        wants = set()
-        if self.recipe.transforms:
-            wants.add("full")
-        for layer in self.plan.layers:
-            fields = _needs(layer)
-            wants |= {"quantized"} if "hessian" in fields else set()
-            wants |= {"full"} if fields & {"drift", "mean_square"} else set()
-        return wants or {"full"}
+    def _wanted_streams(self) -> tuple[int, bool]:
+        """(windows of the full-precision stream, whether a quantized one is carried).
+
+        full: what transforms look at, what re-targeting aims at (half the windows: measured as good as all), and what
+        data-aware rounding weighs by. quantized: what GPTQ compensates for.
+        """
+        every = len(self.windows.ids)
+        fields = frozenset().union(*(_needs(layer) for layer in self.plan.layers))
+        quantized = "hessian" in fields
+        full = max((t.windows for t in self.recipe.transforms), default=0)
+        if "drift" in fields:
+            full = max(full, -(-every // 2))
+        if fields and not quantized:
+            full = every
+        return min(every, -(-full // self.batch) * self.batch), quantized
 
     def _hold(self, module: torch.nn.Module, prefix: str, index: int) -> None:
         """Swap the planned linears of a loaded block for `HeldLinear`; they stay in their stored dtype."""

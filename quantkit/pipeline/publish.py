@@ -155,9 +155,15 @@ def _evaluate(producer: Producer, tokenizer: Any, path: Path, output: Path) -> t
         text=[str(assets.evaluation_text())],
         baseline=original,
         max_tokens=EVALUATION_TOKENS,
-        context=min(producer.recipe.calibration.sequence_length, EVALUATION_CONTEXT),
+        context=min(producer.recipe.calibration.sequence_length, _longest(original)),
     )
     return report.to_json(), []
+
+
+def _longest(model: Any) -> int:
+    """The longest evaluation window this model takes."""
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(EVALUATION_CONTEXT, made_for or EVALUATION_CONTEXT)
 
 
 def _run_facts(producer: Producer, resumed: int) -> dict[str, Any]:
