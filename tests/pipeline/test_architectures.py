@@ -201,6 +201,21 @@ def test_a_rule_quantizes_an_untied_head(tmp_path, name, algorithm):
     assert relative(logits(reference), before) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama-bias", "gemma2", "gpt2", "falcon"])
+def test_sharded_half_precision_checkpoints(tmp_path, name, dtype):
+    """Rescaled norms and biases are rounded to the stored dtype before the consumers take their share."""
+    original = tiny_models.save(two_layers(name), tmp_path / "original", dtype, max_shard_size="40KB")
+    recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": ["awq"]}
+    output = quantize(recipe, original, tmp_path / "out").output
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    before = logits(model)
+    reference, _ = dense(model, output, rescaled=True)
+    assert torch.equal(logits(quantkit.load(output)), logits(reference))
+    assert relative(logits(reference), before) < 0.05
+    assert {t.dtype for t in stored(output).values()} <= {dtype, torch.int32, torch.int64}
+
+
 # run ------------------------------
 
 
