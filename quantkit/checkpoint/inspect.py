@@ -122,7 +122,9 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo]) -> dic
 
 # Seen with compressed-tensors 0.20 (docs/checkpoint.md).
 ASYMMETRIC = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
-READS_WEIGHT = "linears of this family read their weight themselves, so transformers only with dequantize"
+READS_WEIGHT = (
+    "linears of this family read their weight themselves: transformers 5.17 no, 5.23 only with dequantize"
+)
 MIXED = "several schemes: transformers 5.23 needs dequantize=True here, which gives a wrong model"
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, pipeline
@@ -248,6 +250,7 @@ def test_a_text_generation_pipeline_runs(case):
 
 # plain transformers with compressed-tensors ------------------------------
 
+NEW = Version(transformers.__version__) >= Version("5.23.0")  # what docs/checkpoint.md records by version
 OF_LINEARS = [n for n in NAMES if not n.startswith(("gpt2", "falcon"))]
 
 
@@ -277,7 +280,11 @@ def test_falcon_needs_dequantize_and_says_so(case):
     output = case("falcon").output("rtn")
     with pytest.raises(AttributeError, match="weight"):
         logits(plain(output))
-    assert torch.equal(logits(dequantized(output)), logits(quantkit.load(output)))
+    if NEW:
+        assert torch.equal(logits(dequantized(output)), logits(quantkit.load(output)))
+    else:
+        with pytest.raises(AttributeError, match="weight"):
+            logits(dequantized(output))
     assert any("read their weight themselves" in note for note in manifest_of(output)["notes"])
 
 
