@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import interrupt
@@ -20,6 +21,7 @@ from quantkit.checkpoint.shards import write_shard
 from quantkit.checkpoint.verify import read_manifest, verify_checkpoint
 from quantkit.cli.main import run
 from quantkit.errors import ModelError, NumericalError, OutputError, VerificationError
+from quantkit.layers.quant_linear import QuantLinear
 from quantkit.pipeline import produce
 from quantkit.pipeline.produce import Producer
 
@@ -298,10 +300,23 @@ def test_a_flipped_bit_on_disk_is_found(arguments, finished, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(produce, "write_shard", write_and_flip)
-        assert_rejected(arguments, tmp_path / "out", VerificationError, layer, name)
+        match = layer if leaf == "weight_shape" else f"read back for {layer} is not what was written"
+        assert_rejected(arguments, tmp_path / "out", VerificationError, match, name)
     assert not (tmp_path / "out/config.json").exists()
     quantkit.quantize(**arguments(name, tmp_path / "out"))
     assert files(tmp_path / "out") == files(finished(name))
+
+
+def test_a_packed_forward_that_differs_is_found(arguments, tmp_path, monkeypatch):
+    from_quantized = QuantLinear.from_quantized
+
+    def doubled(weight, bias):
+        return from_quantized(replace(weight, scale=2 * weight.scale), bias)
+
+    monkeypatch.setattr(QuantLinear, "from_quantized", doubled)
+    assert_rejected(
+        arguments, tmp_path / "out", VerificationError, r"layers\.0\..*: the packed forward differs"
+    )
 
 
 def _lose_end(path):
