@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.walk import BlockRun, refusing
 from quantkit.errors import NumericalError
 from quantkit.models.discover import ScalingGroup, discover, fold
@@ -78,22 +80,7 @@ class Smoother:
         mean_abs = _mean_abs(run, group.consumers[0], config.windows)
         if group.expand is not None:
             mean_abs = _by_channel(mean_abs, group.expand)
-        calls = run.inputs_of(group.inspect, config.windows)
-        inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
-
-        def loss(weights: list[torch.Tensor]) -> float:
-            for module, weight in zip(held, weights, strict=True):
-                module.override = weight
-            total, count = 0.0, 0
-            for args, kwargs, wanted in calls:
-                out = inspected(*args, **kwargs)
-                out = out[0] if isinstance(out, tuple) else out
-                total += float((out - wanted).square().sum())
-                count += wanted.numel()
-            for module in held:
-                module.override = None
-            return total / count
-
+        loss = _output_error(run, group, held, config.windows)
         run.select(full=True)
         found = search_scale(
             mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid
@@ -140,6 +127,43 @@ class Smoother:
             module.weight.data = clip(module.weight.data, sample, plan.scheme, stored[f"{name}.weight"])
 
 
+def _output_error(
+    run: BlockRun, group: ScalingGroup, held: list[HeldLinear], windows: int
+) -> Callable[[list[torch.Tensor]], float]:
+    """Mean squared error of the inspected module's output as a function of the consumers' weights.
+
+    A single linear needs no forward: its output error is tr(E H E^T).
+    """
+    if group.inspect == group.consumers[0]:
+        gatherer = Gatherer(frozenset({"hessian"}), held[0].in_features, run.device)
+        for args, _, _ in run.inputs_of(group.inspect, windows):
+            gatherer.update(args[0])
+        hessian = gatherer.finish().hessian
+
+        def of_linear(weights: list[torch.Tensor]) -> float:
+            off = weights[0] - held[0].weight
+            return float(((off @ hessian) * off).sum())
+
+        return of_linear
+    calls = run.inputs_of(group.inspect, windows)
+    inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
+
+    def of_module(weights: list[torch.Tensor]) -> float:
+        for module, weight in zip(held, weights, strict=True):
+            module.override = weight
+        total, count = 0.0, 0
+        for args, kwargs, wanted in calls:
+            out = inspected(*args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            total += float((out - wanted).square().sum())
+            count += wanted.numel()
+        for module in held:
+            module.override = None
+        return total / count
+
+    return of_module
+
+
 def _mean_abs(run: BlockRun, name: str, windows: int) -> torch.Tensor:
     gatherer = None
     for args, _, _ in run.inputs_of(name, windows):
@@ -150,6 +174,7 @@ def _mean_abs(run: BlockRun, name: str, windows: int) -> torch.Tensor:
 
 def _by_channel(values: torch.Tensor, expand: torch.Tensor) -> torch.Tensor:
     """Mean of the columns that share a channel: [K] -> [channels]."""
+    expand = expand.to(values.device)
     channels = int(expand.max()) + 1
     total = torch.zeros(channels, device=values.device).index_add_(0, expand, values)
     return total / torch.bincount(expand, minlength=channels)
