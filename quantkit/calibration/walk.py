@@ -355,14 +355,25 @@ class BlockRun:
         self._kept.clear()
 
     @torch.no_grad()
-    def inputs_of(self, name: str, windows: int) -> list[tuple[tuple, dict, torch.Tensor]]:
-        """(args, kwargs, output) of a submodule on the first `windows` windows of the full stream (or the only one)."""
-        calls: list[tuple[tuple, dict, torch.Tensor]] = []
+    def observe(
+        self, names: Iterable[str], windows: int
+    ) -> dict[str, list[tuple[tuple, dict, torch.Tensor]]]:
+        """(args, kwargs, output) of submodules on the first `windows` windows of the full stream (or the only one).
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
-            calls.append((args, kwargs, out[0] if isinstance(out, tuple) else out))
+        One pass for all of them; "" is the block itself. Outputs are copies: a model may add to them in place.
+        """
+        calls: dict[str, list[tuple[tuple, dict, torch.Tensor]]] = {name: [] for name in names}
 
-        handle = self.module.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        def note(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+                calls[name].append((args, kwargs, (out[0] if isinstance(out, tuple) else out).clone()))
+
+            return hook
+
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+            for name in calls
+        ]
         try:
             for chunk in self.chunks():
                 full = self.streams.full is not None
@@ -370,5 +381,6 @@ class BlockRun:
                     break
                 self.forward(chunk, full)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return calls

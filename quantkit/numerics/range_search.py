@@ -1,6 +1,6 @@
 """Where a grid should end: the plain range of a group, or the shrunken one with the least rounding error.
 
-`mse`: for p in 1, 0.98, ... the range (p lo, p hi) with the least sum (w - w_hat)^2;
+`mse`: for p in 1, 0.98, ... the range (p lo, p hi) with the least sum |w - w_hat|^2.5;
 `weighted`: the same with each column's error weighted by E[x^2] (llama.cpp's imatrix, llm-compressor's imatrix_mse).
 """
 
@@ -63,14 +63,16 @@ def _search(
 def _error(
     w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int, column: torch.Tensor | None
 ) -> torch.Tensor:
-    """Squared error of every group (n, K/G), columns weighted by `column` (1, K/G, G) if given.
+    """Error of every group (n, K/G): |.|^2.5, or squared and weighted by `column` (1, K/G, G) if that is given.
 
-    In units of the step: s^2 sum (clamp(round(w/s), -z, qmax - z) - w/s)^2, half the passes of dequantizing.
+    In units of the step, off = clamp(round(w/s), -z, qmax - z) - w/s: half the passes of dequantizing. GPTQ's power
+    2.4 is as good and needs `pow`, 2 clips too deep (docs/LOG.md).
     """
     steps = w / scale[:, :, None]
     off = steps.round().clamp_(-zero[:, :, None], qmax - zero[:, :, None]).sub_(steps)
-    weighted = off if column is None else off * column
-    return torch.linalg.vecdot(off, weighted) * scale.square()
+    if column is not None:
+        return torch.linalg.vecdot(off, off * column) * scale.square()
+    return torch.linalg.vecdot(off.square(), off.abs_().sqrt_()) * scale.pow(2.5)
 
 
 def refit_scale(

@@ -54,11 +54,12 @@ class Smoother:
             for held in run.held.values():
                 held.weight.data = held.weight.data.float()
             if config.scale:
-                for group in self.groups(run):
-                    if all(n in plans for n in group.consumers) and (
-                        group.form != "rows" or group.producer in plans
-                    ):
-                        report.append(self._scale(run, group, plans, stored, config, changed))
+                groups = [g for g in self.groups(run) if _planned(g, plans)]
+                names = {n for g in groups for n in (g.inspect, g.consumers[0])}
+                # one pass serves all groups: a group's own fold is all that changes its consumers' input
+                seen = run.observe(names, config.windows)
+                report += [self._scale(run, g, seen, plans, stored, config, changed) for g in groups]
+                del seen
             if config.clip is True or (
                 config.clip == "auto" and all(p.algorithm.name == "rtn" for p in plans.values())
             ):
@@ -69,6 +70,7 @@ class Smoother:
         self,
         run: BlockRun,
         group: ScalingGroup,
+        seen: dict[str, list],
         plans: dict[str, LayerPlan],
         stored: dict[str, torch.dtype],
         config: AwqConfig,
@@ -77,10 +79,11 @@ class Smoother:
         held = [run.held[n] for n in group.consumers]
         schemes = [plans[n].scheme for n in group.consumers]
         dtype = stored[f"{group.consumers[0]}.weight"]
-        mean_abs = _mean_abs(run, group.consumers[0], config.windows)
+        inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
+        mean_abs = _gathered("mean_abs", inputs, run.device)
         if group.expand is not None:
             mean_abs = _by_channel(mean_abs, group.expand)
-        loss = _output_error(run, group, held, config.windows)
+        loss = _output_error(run, group, held, seen)
         run.select(full=True)
         found = search_scale(
             mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid
@@ -116,36 +119,32 @@ class Smoother:
     def _clip(
         self, run: BlockRun, plans: dict[str, LayerPlan], stored: dict[str, torch.dtype], config: AwqConfig
     ) -> None:
+        seen = run.observe([n for n in plans if not _in_logits(n)], config.windows)
         for name, plan in plans.items():
-            if any(part in name for part in ATTENTION_LOGIT_NAMES):
-                continue  # their error is seen through the attention logits, not through their own output
-            gatherer = Gatherer(frozenset({"sample"}), plan.shape[1], run.device)
-            inputs = [args[0] for args, _, _ in run.inputs_of(name, config.windows)]
-            gatherer.update(torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]))
+            if _in_logits(name):
+                continue
+            x = torch.cat([args[0].reshape(-1, plan.shape[1]) for args, _, _ in seen[name]])
+            sample = _gathered("sample", [x], run.device)
             module = run.held[name]
-            sample = gatherer.finish().sample
             module.weight.data = clip(module.weight.data, sample, plan.scheme, stored[f"{name}.weight"])
 
 
 def _output_error(
-    run: BlockRun, group: ScalingGroup, held: list[HeldLinear], windows: int
+    run: BlockRun, group: ScalingGroup, held: list[HeldLinear], seen: dict[str, list]
 ) -> Callable[[list[torch.Tensor]], float]:
     """Mean squared error of the inspected module's output as a function of the consumers' weights.
 
     A single linear needs no forward: its output error is tr(E H E^T).
     """
     if group.inspect == group.consumers[0]:
-        gatherer = Gatherer(frozenset({"hessian"}), held[0].in_features, run.device)
-        for args, _, _ in run.inputs_of(group.inspect, windows):
-            gatherer.update(args[0])
-        hessian = gatherer.finish().hessian
+        hessian = _gathered("hessian", [args[0] for args, _, _ in seen[group.inspect]], run.device)
 
         def of_linear(weights: list[torch.Tensor]) -> float:
             off = weights[0] - held[0].weight
             return float(((off @ hessian) * off).sum())
 
         return of_linear
-    calls = run.inputs_of(group.inspect, windows)
+    calls = seen[group.inspect]
     inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
 
     def of_module(weights: list[torch.Tensor]) -> float:
@@ -164,12 +163,22 @@ def _output_error(
     return of_module
 
 
-def _mean_abs(run: BlockRun, name: str, windows: int) -> torch.Tensor:
-    gatherer = None
-    for args, _, _ in run.inputs_of(name, windows):
-        gatherer = gatherer or Gatherer(frozenset({"mean_abs"}), args[0].shape[-1], run.device)
-        gatherer.update(args[0])
-    return gatherer.finish().mean_abs
+def _in_logits(name: str) -> bool:
+    """Whether a linear's error is seen through attention logits, where its own output error misleads the clip."""
+    return any(part in name for part in ATTENTION_LOGIT_NAMES)
+
+
+def _planned(group: ScalingGroup, plans: dict[str, LayerPlan]) -> bool:
+    """Whether all a fold would change is quantized here, or is a norm."""
+    return all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans)
+
+
+def _gathered(field: str, inputs: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """One field of `Statistics` over some inputs [..., K]."""
+    gatherer = Gatherer(frozenset({field}), inputs[0].shape[-1], device)
+    for x in inputs:
+        gatherer.update(x)
+    return getattr(gatherer.finish(), field)
 
 
 def _by_channel(values: torch.Tensor, expand: torch.Tensor) -> torch.Tensor:
