@@ -19,7 +19,7 @@ class AwqConfig(BaseModel):
     name: Literal["awq"]
     grid: int = Field(20, ge=1, le=1000)
     clip: bool | Literal["auto"] = "auto"
-    windows: int = Field(16, ge=1)
+    windows: int = Field(8, ge=1)
     scale: bool = True
 
 
