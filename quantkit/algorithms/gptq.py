@@ -25,6 +25,7 @@ from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
+CHUNK_ELEMENTS = 2 << 20  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
 
 
@@ -46,15 +47,18 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """Upper U with H^-1 = U^T U, computed in one buffer besides `hessian`; None if H is not positive definite."""
-    factor, info = torch.linalg.cholesky_ex(hessian)
+    """Upper U with H^-1 = U^T U, or None if H is not positive definite; two buffers of H's size besides `hessian`.
+
+    With J the reversal of order and J H J = L L^T, H = (J L J)(J L J)^T, so U = J L^-1 J: one Cholesky and one
+    triangular inverse instead of forming H^-1 and factoring it again.
+    """
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if int(info):
         return None
-    torch.cholesky_inverse(factor, out=factor)
-    torch.linalg.cholesky_ex(factor, upper=True, out=(factor, info))
-    if int(info) or not bool(torch.isfinite(factor.diagonal()).all()):
-        return None
-    return factor
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.diagonal()).all()) else None
 
 
 def column_order(diagonal: torch.Tensor, group: int, order: str) -> torch.Tensor:
@@ -205,8 +209,7 @@ def quantize(
     dead = hessian.diagonal() == 0
     details: dict[str, float | int | str] = {"dead_columns": int(dead.sum())}
     n, k = weight.shape
-    group = scheme.group(k)
-    order = column_order(hessian.diagonal(), group, config.order)
+    order = column_order(hessian.diagonal(), scheme.group(k), config.order)
     if bool(dead.any()):
         weight = weight.masked_fill(dead, 0)
     pull = None
@@ -225,27 +228,20 @@ def quantize(
         )
     factor, details["damping"] = found
 
-    target = weight.T[order].contiguous()  # (K, N)
-    if pull is not None:
-        target.add_(retarget_shift(pull, factor).T, alpha=config.retarget)
-        weight = torch.empty_like(weight)
-        weight[:, order] = target.T
-    scale, zero = search_grid(weight, scheme, dtype, config.range, statistics.mean_square)  # (N, K/G)
-    grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), (order // group).tolist())
-    dynamic = dtype if config.groups == "dynamic" else None
-    q, _ = solve(target.clone(), factor, grid, scheme, config.block, dynamic)
-    del factor
+    problem = _Problem(h, factor, order, scheme, dtype, config, statistics.mean_square)
+    del h, factor
+    rows = max(1, CHUNK_ELEMENTS // k)
+    pulls = [None] * -(-n // rows) if pull is None else pull.split(rows)
+    parts = [problem.solve(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
     if config.refine:
-        details["codes_changed_by_sweeps"] = sweep(target, h, q, grid, scheme, config.refine)
-    off = (q - grid.zero[grid.group_of]).mul_(grid.scale[grid.group_of]).sub_(target)
-    details["relative_error"] = _ratio((off * (h @ off)).sum(), (target * (h @ target)).sum())
-    codes_out = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    codes_out[:, order] = q.T.to(torch.uint8)
+        details["codes_changed_by_sweeps"] = sum(p.changed for p in parts)
+    whole = sum(p.whole for p in parts)
+    details["relative_error"] = sum(p.error for p in parts) / whole if whole > 0 else 0.0
     return Outcome(
         QuantizedWeight(
-            codes=codes_out,
-            scale=grid.scale.T.contiguous().to(dtype),
-            zero=None if scheme.symmetric else grid.zero.T.contiguous().to(torch.uint8),
+            codes=torch.cat([p.codes for p in parts]),
+            scale=torch.cat([p.scale for p in parts]),
+            zero=None if scheme.symmetric else torch.cat([p.zero for p in parts]),
             scheme=scheme,
         ),
         details,
@@ -253,5 +249,55 @@ def quantize(
     )
 
 
-def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(part / whole) if float(whole) > 0 else 0.0
+@dataclass
+class _Rows:
+    """Some rows solved: codes, scale and zero as stored; tr(E H E^T), tr(W H W^T), codes the sweeps changed."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    error: float
+    whole: float
+    changed: int
+
+
+@dataclass
+class _Problem:
+    """What all rows of a weight share. hessian (damped) and factor are in quantization order."""
+
+    hessian: torch.Tensor
+    factor: torch.Tensor
+    order: torch.Tensor
+    scheme: Scheme
+    dtype: torch.dtype
+    config: GptqConfig
+    importance: torch.Tensor | None
+
+    def solve(self, weight: torch.Tensor, pull: torch.Tensor | None) -> _Rows:
+        """Quantize rows [n, K]: rows do not depend on each other, so a chunk bounds the memory, not the result.
+
+        pull: W D [n, K] in quantization order, if the rows are to be re-targeted.
+        """
+        config, scheme, h = self.config, self.scheme, self.hessian
+        target = weight.T[self.order].contiguous()  # (K, n)
+        if pull is not None:
+            target.add_(retarget_shift(pull, self.factor).T, alpha=config.retarget)
+            weight = torch.empty_like(weight)
+            weight[:, self.order] = target.T
+        scale, zero = search_grid(weight, scheme, self.dtype, config.range, self.importance)  # (n, K/G)
+        groups = (self.order // scheme.group(len(h))).tolist()
+        grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), groups)
+        dynamic = self.dtype if config.groups == "dynamic" else None
+        q, _ = solve(target.clone(), self.factor, grid, scheme, config.block, dynamic)
+        changed = sweep(target, h, q, grid, scheme, config.refine) if config.refine else 0
+        off = (q - grid.zero[groups]).mul_(grid.scale[groups]).sub_(target)
+        codes_out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        codes_out[:, self.order] = q.T.to(torch.uint8)
+        return _Rows(
+            codes_out,
+            grid.scale.T.contiguous().to(self.dtype),
+            grid.zero.T.contiguous().to(torch.uint8),
+            float((off * (h @ off)).sum()),
+            float((target * (h @ target)).sum()),
+            changed,
+        )

@@ -118,7 +118,9 @@ def _quantize_stage(
     for (scheme, config, dtype), names in alike.items():
         weights = [held[n].weight.float() for n in names]
         together = weights[0] if len(names) == 1 else torch.cat(weights)
-        outcome = algorithm(config.name).quantize(together, replace(statistics), scheme, dtype, config)
+        last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
+        mine = statistics if last else replace(statistics)
+        outcome = algorithm(config.name).quantize(together, mine, scheme, dtype, config)
         del together
         rows = [w.shape[0] for w in weights]
         q = outcome.weight

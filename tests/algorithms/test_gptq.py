@@ -66,6 +66,17 @@ def test_blocked_equals_columnwise(order):
         assert torch.equal(run(w, x, Scheme(3, 32), order=order, block=block).weight.codes, reference)
 
 
+@pytest.mark.parametrize("options", [{}, {"refine": 3, "order": "activation"}, {"groups": "dynamic"}])
+def test_rows_solved_in_chunks_give_the_same_codes(options, monkeypatch):
+    x, w = correlated(128, 400), weight_of(24, 128)
+    whole = run(w, x, Scheme(3, 32, False), retarget=0.5, **options)
+    monkeypatch.setattr("quantkit.algorithms.gptq.CHUNK_ELEMENTS", 7 * 128)
+    parts = run(w, x, Scheme(3, 32, False), retarget=0.5, **options)
+    assert torch.equal(parts.weight.codes, whole.weight.codes)
+    assert torch.equal(parts.weight.zero, whole.weight.zero)
+    assert parts.details["relative_error"] == pytest.approx(whole.details["relative_error"])
+
+
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"groups": "dynamic"}, {"refine": 3}])
 def test_identity_hessian_gives_rtn_codes(options):
     w, scheme = weight_of(16, 128), Scheme(4, 32, False)
