@@ -28,26 +28,17 @@ class Algorithm:
     needs: Callable[[object], frozenset[str]]
 
 
-_ALGORITHMS: dict[str, Algorithm] = {}
+ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable:
     """Decorator: makes `quantize` available as `algorithm: name`."""
 
     def add(quantize: Callable[..., Outcome]) -> Callable[..., Outcome]:
-        _ALGORITHMS[name] = Algorithm(quantize, needs)
+        ALGORITHMS[name] = Algorithm(quantize, needs)
         return quantize
 
     return add
-
-
-def algorithm(name: str) -> Algorithm:
-    """The registered algorithm; an unknown name lists the known ones."""
-    from quantkit.algorithms import gptq, rtn  # noqa: F401  (registration)
-
-    if name not in _ALGORITHMS:
-        raise KeyError(f"unknown algorithm {name!r}; known: {', '.join(sorted(_ALGORITHMS))}")
-    return _ALGORITHMS[name]
 
 
 def relative_error(weight, quantized, hessian) -> float:

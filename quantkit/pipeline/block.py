@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from quantkit.algorithms.registry import Outcome, algorithm
+from quantkit.algorithms.catalog import algorithm
+from quantkit.algorithms.registry import Outcome
 from quantkit.calibration.walk import BlockRun
 from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics

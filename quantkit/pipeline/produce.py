@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from quantkit.algorithms.registry import algorithm
+from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.text import Windows
 from quantkit.calibration.walk import CHUNK_ELEMENTS, BlockRun, Streams, embed, inputs_after_blocks
