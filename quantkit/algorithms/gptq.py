@@ -47,18 +47,32 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
-    """Upper U with H^-1 = U^T U, or None if H is not positive definite; two buffers of H's size besides `hessian`.
+    """V = L^-1 (lower) with J H J = L L^T, J the reversal of order; None if H is not positive definite.
 
-    With J the reversal of order and J H J = L L^T, H = (J L J)(J L J)^T, so U = J L^-1 J: one Cholesky and one
-    triangular inverse instead of forming H^-1 and factoring it again.
+    The factor GPTQ wants, upper U with H^-1 = U^T U, is J V J: one Cholesky and one triangular inverse in one buffer,
+    instead of forming H^-1 and factoring that. `solve` reads U block by block through the reversal.
     """
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    factor = hessian.flip(0, 1)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info):
         return None
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.diagonal()).all()) else None
+    _invert_lower_(factor)
+    return factor if bool(torch.isfinite(factor.diagonal()).all()) else None
+
+
+def _invert_lower_(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: [[A, 0], [B, C]]^-1 has -C^-1 B A^-1 below."""
+    k = len(lower)
+    if k <= 256:
+        eye = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = k // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower_(first)
+    _invert_lower_(last)
+    below.copy_((last @ below @ first).neg_())
 
 
 def column_order(diagonal: torch.Tensor, group: int, order: str) -> torch.Tensor:
@@ -81,7 +95,7 @@ def solve(
     block: int,
     dynamic: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column loop. weight: [K, N] in quantization order, overwritten. factor: U of the same order.
+    """The column loop. weight: [K, N] in quantization order, overwritten. factor: of `inverse_factor`, same order.
 
     Returns codes (float, [K, N]) and the scaled errors Err [K, N], for which
     tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
@@ -98,7 +112,8 @@ def solve(
         if dynamic is not None:
             lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
             grid.scale[start // group], grid.zero[start // group] = scale_and_zero(lo, hi, scheme, dynamic)
-        u = factor[start:end, start:end]
+        back = slice(k - end, k - start)
+        u = factor[back, back].flip(0, 1)
         for i in range(start, end):
             g = grid.group_of[i]
             scale, zero = grid.scale[g], grid.zero[g]
@@ -109,7 +124,7 @@ def solve(
             if i + 1 < end:
                 weight[i + 1 : end].addr_(u[i - start, i - start + 1 :], e, alpha=-1)
         if end < k:
-            weight[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
+            weight[end:].addmm_(factor[back, : k - end].flip(0, 1).T, errors[start:end], alpha=-1)
     return out, errors
 
 
@@ -157,8 +172,8 @@ def sweep(
 
 
 def retarget_shift(pull: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """W D H^-1 from pull = W D [N, K] and U of the damped H, both in the same column order: H^-1 = U^T U."""
-    return pull @ factor.T @ factor
+    """W D H^-1 from pull = W D [N, K] and V of `inverse_factor`, in one column order: H^-1 = J V^T V J."""
+    return (pull.flip(1) @ factor.T @ factor).flip(1)
 
 
 def permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from quantkit.models.discover import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
 CHUNK_ELEMENTS = 2 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
-KEPT_BYTES = 384 << 20  # inputs kept so that a finished attention or MLP need not run again
+KEPT_BYTES = 160 << 20  # inputs kept so that a finished attention or MLP need not run again
 
 
 # What a forward raises that was not written for this walk.

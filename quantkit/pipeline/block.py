@@ -117,13 +117,12 @@ def _quantize_stage(
         if name in plans:
             alike.setdefault((plans[name].scheme, plans[name].algorithm, scale_dtype[name]), []).append(name)
     for (scheme, config, dtype), names in alike.items():
-        weights = [held[n].weight.float() for n in names]
-        together = weights[0] if len(names) == 1 else torch.cat(weights)
+        rows = [held[n].out_features for n in names]
+        together = torch.cat([held[n].weight.float() for n in names])
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         mine = statistics if last else replace(statistics)
         outcome = algorithm(config.name).quantize(together, mine, scheme, dtype, config)
-        del together
-        rows = [w.shape[0] for w in weights]
+        weights = together.split(rows)
         q = outcome.weight
         zeros = [None] * len(names) if q.zero is None else q.zero.split(rows)
         for name, weight, codes, scale, zero in zip(
