@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
+import math
 import platform
 import resource
 from dataclasses import asdict
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 
-from quantkit import assets
 from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
@@ -23,15 +22,14 @@ from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_chec
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
 from quantkit.models.discover import is_linear
+from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
 
 RUN = "quantkit.run.json"
-EVALUATION_TOKENS = 65536
-EVALUATION_CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
 
 
 def publish(
-    producer: Producer, tokenizer: Any, identity: dict, *, evaluate: bool, resumed: int, path: Path, name: str
+    producer: Producer, tokenizer: Any, identity: dict, *, evaluate: bool, resumed: int
 ) -> tuple[dict, dict]:
     """Finish the checkpoint in `producer.output`; returns (manifest, report). The manifest is written last."""
     output, entries, clock = producer.output, producer.journal.entries, producer.clock
@@ -50,14 +48,18 @@ def publish(
     evaluation = None
     notes = _notes(producer)
     if evaluate:
+        producer.progress.message("evaluating original and quantized model")
         with clock("evaluate"):
-            evaluation, refused = _evaluate(producer, tokenizer, path, output)
+            length = producer.recipe.calibration.sequence_length
+            evaluation, refused = evaluate_pair(
+                output, producer.source.headers, tokenizer, producer.device, length
+            )
         notes += refused
     manifest = {
         "schema": "quantkit/1",
         "identity": identity,
         "recipe": producer.recipe.resolved(),
-        "model": {"name": path.resolve().name, "type": producer.source.headers.model_type},
+        "model": {"name": producer.source.path.resolve().name, "type": producer.source.headers.model_type},
         "code": {"quantkit": identity["code"], "source": _source_digest()},
         "size": _size(producer, entries, shards),
         "layers": [layer for e in entries for layer in e["layers"]],
@@ -100,20 +102,17 @@ def _size(producer: Producer, entries: list[dict], shards: dict[str, dict]) -> d
     }
     packed = sum(tensors[t] for t in parts)
     original = {i.name: i for i in producer.source.headers.tensors.values()}
-    parameters = sum(_count(i.shape) for n, i in original.items() if n not in producer.source.headers.dropped)
+    parameters = sum(
+        math.prod(i.shape) for n, i in original.items() if n not in producer.source.headers.dropped
+    )
+    planned = {n for e in entries for n, a in e["account"].items() if a["how"] == "quantized"}
     return {
+        "original_linear_bits_per_weight": 8 * sum(original[n].nbytes for n in planned) / max(1, weights),
         "original_bytes": sum(i.nbytes for i in original.values()),
         "quantized_bytes": sum(tensors.values()),
         "linear_bits_per_weight": 8 * packed / max(1, weights),
         "model_bits_per_weight": 8 * sum(tensors.values()) / max(1, parameters),
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _notes(producer: Producer) -> list[str]:
@@ -128,42 +127,6 @@ def _notes(producer: Producer) -> list[str]:
         if not loader["loads"] or loader["how"].startswith((ASYMMETRIC, READS_WEIGHT)):
             notes.append(f"{loader['name']}: {loader['how']}")
     return notes + (list(producer.windows.notes) if producer.windows else [])
-
-
-def _evaluate(producer: Producer, tokenizer: Any, path: Path, output: Path) -> tuple[dict | None, list[str]]:
-    """Perplexity of original and quantized model and KL between them on the embedded text, packed weights running.
-
-    The context is the recipe's calibration length.
-    """
-    import quantkit_eval
-
-    from quantkit.checkpoint.load import load
-
-    needed = sum(_count(i.shape) for i in producer.source.headers.tensors.values()) * 4 * 1.3
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if producer.device.type == "cpu" and needed > free:
-        return None, [
-            f"not evaluated: the original in fp32 needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            "run `quantkit eval` where it fits"
-        ]
-    device = str(producer.device)
-    quantized, original = load(output, device=device), load(path, device=device)
-    producer.progress.message("evaluating original and quantized model")
-    report = quantkit_eval.evaluate(
-        quantized,
-        tokenizer,
-        text=[str(assets.evaluation_text())],
-        baseline=original,
-        max_tokens=EVALUATION_TOKENS,
-        context=min(producer.recipe.calibration.sequence_length, _longest(original)),
-    )
-    return report.to_json(), []
-
-
-def _longest(model: Any) -> int:
-    """The longest evaluation window this model takes."""
-    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(EVALUATION_CONTEXT, made_for or EVALUATION_CONTEXT)
 
 
 def _run_facts(producer: Producer, resumed: int) -> dict[str, Any]:

@@ -14,12 +14,14 @@ from transformers.utils import logging as transformers_logging
 from quantkit import assets
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
+from quantkit.checkpoint.shards import write_json
 from quantkit.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
 from quantkit.errors import ModelError
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
 from quantkit.pipeline.publish import publish, report_of
 from quantkit.plan import build_plan
@@ -102,14 +104,16 @@ def quantize(
         verify_checkpoint(folder, manifest["files"], manifest["tensors"])
         discard(folder)
         progress.message(f"{folder} is finished; its files were verified again")
+        if evaluate and manifest["evaluation"] is None:
+            length = checked.calibration.sequence_length
+            manifest["evaluation"], _ = evaluate_pair(folder, headers, tokenizer, where, length)
+            write_json(folder / MANIFEST, manifest)
         return Result(folder, report_of(folder, manifest), manifest)
     journal = Journal(folder, identity, resume)
     try:
         producer = Producer(checked, plan, source, skeleton_model, windows, where, journal, clock, progress)
         resumed = producer.run()
-        manifest, report = publish(
-            producer, tokenizer, identity, evaluate=evaluate, resumed=resumed, path=path, name=name
-        )
+        manifest, report = publish(producer, tokenizer, identity, evaluate=evaluate, resumed=resumed)
         journal.remove()
     finally:
         journal.close()

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
+import quantkit.pipeline.evaluation
 from quantkit.checkpoint.shards import write_shard
 from quantkit.checkpoint.verify import read_manifest, verify_checkpoint
 from quantkit.cli.main import run
@@ -460,3 +461,39 @@ def test_two_threads_give_the_bytes_of_one_without_calibration(arguments, finish
     finally:
         torch.set_num_threads(1)
     assert files(tmp_path / "out") == wanted
+
+
+def test_evaluation_left_out_at_first_is_made_up_for(out, arguments, monkeypatch):
+    measured = {"original": None, "quantized": {"perplexity": 1.0}}
+    seen = []
+
+    def evaluate_pair(output, *rest):
+        seen.append(output)
+        return measured, []
+
+    monkeypatch.setattr("quantkit.pipeline.run.evaluate_pair", evaluate_pair)
+    again = arguments("rtn", out) | {"evaluate": True}
+    assert quantkit.quantize(**again).report["evaluation"] == measured
+    assert read_manifest(out)["evaluation"] == measured
+    assert quantkit.quantize(**again).report["evaluation"] == measured
+    assert len(seen) == 1
+
+
+def test_run_is_evaluated_with_the_packed_weights(arguments, tmp_path, monkeypatch):
+    """The embedded text through a tiny model: the numbers of `quantize` are those of `quantkit_eval`."""
+    import quantkit_eval
+    from transformers import AutoTokenizer
+
+    given = arguments("rtn", tmp_path / "out")
+    text = tmp_path / "text"
+    text.write_text(Path(quantkit.pipeline.evaluation.assets.evaluation_text()).read_text()[:3000])
+    monkeypatch.setattr("quantkit.pipeline.evaluation.assets.evaluation_text", lambda: text)
+    report = quantkit.quantize(**(given | {"evaluate": True})).report["evaluation"]
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    loaded = quantkit.load(tmp_path / "out", device="cpu")
+    original = quantkit.load(given["model"], device="cpu")
+    direct = quantkit_eval.evaluate(
+        loaded, tokenizer, text, baseline=original, context=report["context"], max_tokens=65536
+    ).to_json()
+    assert report == direct
+    assert report["kl_mean"] > 0
