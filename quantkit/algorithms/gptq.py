@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.algorithms.config import GptqConfig
-from quantkit.algorithms.registry import Outcome, register, relative_error
+from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.grid import codes, scale_and_zero
 from quantkit.numerics.range_search import search_grid
@@ -238,9 +238,7 @@ def quantize(
     if found is None:
         fallbacks.append("rounded to nearest: no damping made the Hessian positive definite")
         quantized = rtn(weight, scheme, dtype, config.range, 0, statistics.mean_square)
-        return Outcome(
-            quantized, details | {"relative_error": relative_error(weight, quantized, None)}, fallbacks
-        )
+        return Outcome(quantized, details | {"relative_error": quantized.relative_error(weight)}, fallbacks)
     factor, details["damping"] = found
 
     problem = _Problem(h, factor, order, scheme, dtype, config, statistics.mean_square)

@@ -39,14 +39,3 @@ def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable:
         return quantize
 
     return add
-
-
-def relative_error(weight, quantized, hessian) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = W - W_hat; with hessian None the plain squared error."""
-    off = weight - quantized.dequantize(weight.dtype)
-    if hessian is None:
-        num, den = off.square().sum(), weight.square().sum()
-    else:
-        h = hessian.to(weight.dtype)
-        num, den = ((off @ h) * off).sum(), ((weight @ h) * weight).sum()
-    return float(num / den) if float(den) > 0 else 0.0

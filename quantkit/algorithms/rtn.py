@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from quantkit.algorithms.config import RtnConfig
-from quantkit.algorithms.registry import Outcome, register, relative_error
+from quantkit.algorithms.registry import Outcome, register
 from quantkit.numerics.grid import codes, grouped
 from quantkit.numerics.range_search import refit_scale, search_grid
 from quantkit.numerics.statistics import Statistics
-from quantkit.numerics.weight import QuantizedWeight
+from quantkit.numerics.weight import QuantizedWeight, row_chunks
 from quantkit.scheme import Scheme
 
 
@@ -17,10 +17,13 @@ def on_grid(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> QuantizedWeight:
     """Round `weight` [N, K] to the grids (scale, zero) [N, K/G]."""
-    w = grouped(weight, scheme.group(weight.shape[1]))
-    q = codes(w, scale[:, :, None], zero[:, :, None], scheme.qmax)
+    out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        w = grouped(weight[rows], scheme.group(weight.shape[1]))
+        q = codes(w, scale[rows, :, None], zero[rows, :, None], scheme.qmax)
+        out[rows] = q.view(-1, weight.shape[1])
     return QuantizedWeight(
-        codes=q.to(torch.uint8).view(weight.shape),
+        codes=out,
         scale=scale.to(dtype),
         zero=None if scheme.symmetric else zero.to(torch.uint8),
         scheme=scheme,
@@ -51,4 +54,4 @@ def quantize(
     weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, config: RtnConfig
 ) -> Outcome:
     quantized = rtn(weight, scheme, dtype, config.range, config.refit, statistics.mean_square)
-    return Outcome(quantized, {"relative_error": relative_error(weight, quantized, None)})
+    return Outcome(quantized, {"relative_error": quantized.relative_error(weight)})

@@ -8,6 +8,14 @@ import torch
 
 from quantkit.scheme import Scheme
 
+_CHUNK = 1 << 20  # elements
+
+
+def row_chunks(n: int, k: int) -> list[slice]:
+    """Slices over the rows of an [N, K] matrix, so that fp32 temporaries of a slice stay at a few MB."""
+    step = max(1, _CHUNK // k)
+    return [slice(a, min(a + step, n)) for a in range(0, n, step)]
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -26,6 +34,20 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.codes.shape)
+
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some output channels."""
+        zero = None if self.zero is None else self.zero[rows]
+        return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.scheme)
+
+    def relative_error(self, weight: torch.Tensor) -> float:
+        """Squared error over squared weight (0 for a zero weight), a few rows at a time."""
+        error = norm = 0.0
+        for rows in row_chunks(*self.shape):
+            part = weight[rows]
+            error += float((self.rows(rows).dequantize(part.dtype) - part).square().sum())
+            norm += float(part.square().sum())
+        return error / norm if norm else 0.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(q - z) * s as [N, K]; computed in fp32 (fp64 if asked), then cast."""
