@@ -56,7 +56,7 @@ def test_the_default_text_gives_the_default_windows(tokenizer):
     found = token_windows(Calibration(), tokenizer, assets.calibration_text())
     assert found.ids.shape == (128, 512)
     assert found.ids.dtype == torch.int64
-    assert found.notes == ["calibration.txt: 128 windows of 512 tokens, without overlap, from 153631 tokens"]
+    assert found.notes == ["calibration.txt: 128 windows of 512 tokens, without overlap, from 148661 tokens"]
 
 
 def test_same_seed_same_windows_other_seed_other_windows(tokenizer):
