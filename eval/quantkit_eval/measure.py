@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantkit_eval.divergence import summary, token_agreement, token_kl
-from quantkit_eval.errors import EvalError
+from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, device_of, inference
 from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.report import Report
@@ -163,7 +163,7 @@ def _chunks(window: Window, vocabulary: int) -> Iterator[tuple[slice, torch.Tens
 
 def _log_softmax(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
     if not bool(torch.isfinite(logits).all()):
-        raise EvalError(
+        raise BrokenModel(
             f"the {('model', 'baseline')[which]} gives non-finite logits in window {number}; it is broken, or its "
             "dtype too narrow (try float32)"
         )

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from quantkit_eval.errors import EvalError
+from quantkit_eval.errors import BrokenModel
 from quantkit_eval.report import Fit
 
 _MOST_NATS = 700.0  # exp of it still fits a float
@@ -40,6 +40,6 @@ def fit(sums: torch.Tensor, counts: torch.Tensor) -> Fit:
     """Perplexity from NLL sums and token counts [windows]; its error by the delta method, ppl * se(nll)."""
     nll, se = ratio(sums, counts)
     if nll > _MOST_NATS:
-        raise EvalError(f"the mean NLL is {nll:.4g} nats per token: the model is broken")
+        raise BrokenModel(f"the mean NLL is {nll:.4g} nats per token: the model is broken")
     perplexity = math.exp(nll)
     return Fit(perplexity, None if se is None else perplexity * se, nll, se)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit_eval.errors import EvalError
+from quantkit_eval.errors import BrokenModel
 
 
 def pick(
@@ -16,7 +16,7 @@ def pick(
     """
     best = logits.float().max()
     if not bool(torch.isfinite(best)):
-        raise EvalError(
+        raise BrokenModel(
             "the model gives non-finite logits; it is broken, or its dtype too narrow (try float32)"
         )
     if temperature == 0:

@@ -25,7 +25,7 @@ from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-CHUNK_ELEMENTS = 2 << 20  # rows x K solved at a time
+CHUNK_ELEMENTS = 1 << 20  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
 
 
@@ -52,7 +52,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
     The factor GPTQ wants, upper U with H^-1 = U^T U, is J V J: one Cholesky and one triangular inverse in one buffer,
     instead of forming H^-1 and factoring that. `solve` reads U block by block through the reversal.
     """
-    factor = hessian.flip(0, 1)
+    factor = hessian.flip(0, 1).mT  # column-major, as LAPACK works: factored in place, without a copy
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info):

@@ -27,6 +27,10 @@ class HeldLinear(nn.Module):
         self.override: torch.Tensor | None = None
         self.active = True
 
+    def forget(self) -> None:
+        """Drop the original weight: only the codes will run from now on."""
+        self.weight.data = self.weight.data.new_empty(0)
+
     def effective(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight this call uses, [out, in] in `dtype`."""
         if self.override is not None:

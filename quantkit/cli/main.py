@@ -51,11 +51,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if not _from_evaluation(error):
             raise
         click.echo(f"quantkit: {error}", err=True)
-        return 2
+        return error.exit_code
 
 
 def _from_evaluation(error: ValueError) -> bool:
-    """quantkit_eval knows nothing of quantkit's errors; its own ones all mean wrong input."""
+    """quantkit_eval knows nothing of quantkit's errors; its own ones carry an exit code, too."""
     return type(error).__module__.partition(".")[0] == "quantkit_eval"
 
 

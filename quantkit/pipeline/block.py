@@ -13,6 +13,7 @@ from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.memory import give_back
 from quantkit.plan import LayerPlan
 
 
@@ -90,6 +91,7 @@ def quantize_block(
     for group in passes:
         with clock("calibrate"):
             statistics = run.collect(group, needs)
+            give_back()
         with clock("quantize"):
             for stage in group:
                 _quantize_stage(run, stage, plans, scale_dtype, statistics.pop(stage, Statistics()), result)
@@ -116,7 +118,9 @@ def _quantize_stage(
             alike.setdefault((plans[name].scheme, plans[name].algorithm, scale_dtype[name]), []).append(name)
     for (scheme, config, dtype), names in alike.items():
         rows = [held[n].out_features for n in names]
-        together = torch.cat([held[n].weight.float() for n in names])
+        together = torch.empty(sum(rows), held[names[0]].in_features, device=run.device)
+        for part, name in zip(together.split(rows), names, strict=True):
+            part.copy_(held[name].weight)
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         mine = statistics if last else replace(statistics)
         outcome = algorithm(config.name).quantize(together, mine, scheme, dtype, config)
@@ -129,4 +133,7 @@ def _quantize_stage(
             part = QuantizedWeight(codes, scale, zero, scheme)
             held[name].quantized = part
             result.add(plans[name], weight, replace(outcome, weight=part))
+            if run.streams.full is None:
+                held[name].forget()
     run.finished(stage)
+    give_back()

@@ -25,6 +25,7 @@ from quantkit.models.source import DTYPES, Source
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.memory import give_back
 from quantkit.pipeline.smooth import Smoother
 from quantkit.plan import LayerPlan, Plan
 from quantkit.recipe import Recipe
@@ -155,6 +156,7 @@ class Producer:
             del run
             skeleton.free_block(self.model, index, prefix)
             del module
+            give_back()
             self._commit(index, result, streams)
         if done <= total:
             self._announce(total)
@@ -183,6 +185,7 @@ class Producer:
                 full, quantized = self._wanted_streams()
                 streams = Streams(hidden[:full].clone() if full else None, hidden if quantized else None)
             skeleton.free_outside(self.model, self.plan.blocks_prefix)
+            give_back()
         return streams
 
     def _load_outside(self) -> None:

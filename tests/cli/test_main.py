@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from quantkit_eval.errors import BrokenModel, EvalError
 
 from quantkit import assets, errors
 from quantkit.cli import quantize as quantize_verb
@@ -89,13 +90,6 @@ def test_wrong_input_is_exit_code_2_and_no_traceback(arguments, message, capsys)
     assert "Traceback" not in told
 
 
-class EvalError(ValueError):
-    """Stands for the error class of the evaluation package."""
-
-
-EvalError.__module__ = "quantkit_eval.errors"
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -103,6 +97,7 @@ EvalError.__module__ = "quantkit_eval.errors"
         (errors.VerificationError("shard x"), 1),
         (errors.OutputError("disk full"), 2),
         (EvalError("too little text"), 2),
+        (BrokenModel("non-finite logits"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
