@@ -3,7 +3,8 @@
     python -m quantkit.bench.memory --work DIR --json docs/benchmarks/memory.json
 
 Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) at two depths, each in a
-process of its own, and polls RssAnon every 10 ms. Limits: 28 %, 45 % and 60 % of the checkpoint at the full depth,
+process of its own, and polls RssAnon every 10 ms. `--layers` and `--runs` choose less; shares are always of the 24
+layers' checkpoint, as the peak does not grow with depth. Limits: 28 %, 45 % and 60 % of the checkpoint at the full depth,
 and at most 1.05 times the peak at half of it.
 """
 
@@ -22,6 +23,7 @@ from quantkit.bench.machine import machine
 from quantkit.bench.synthetic import make
 from quantkit.checkpoint.shards import write_json
 
+FULL_DEPTH = 24
 CALIBRATION = ["calibration.samples=16", "calibration.sequence_length=512"]
 RUNS: dict[str, tuple[str, list[str], float]] = {
     "rtn": ("w4a16-rtn", [], 0.28),
@@ -49,13 +51,20 @@ def peak_anonymous(command: list[str]) -> tuple[int, float]:
     return peak, time.perf_counter() - start
 
 
-def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
+def full_size(model: Path) -> int:
+    """Bytes of the 24-layer checkpoint, from the shards of a shallower one (one per block, one for the rest)."""
+    sizes = [f.stat().st_size for f in sorted(model.glob("*.safetensors"))]
+    return FULL_DEPTH * sizes[0] + sizes[-1]
+
+
+def measure(work: Path, depths: tuple[int, int], runs: list[str]) -> dict[str, Any]:
     """One row per run and depth."""
     rows = []
     for layers in depths:
         model = make(work / f"llama-{layers}", layers)
-        size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-        for name, (recipe, overrides, limit) in RUNS.items():
+        size = full_size(model)
+        for name in runs:
+            recipe, overrides, limit = RUNS[name]
             out = work / f"out-{name}-{layers}"
             command = [sys.executable, "-m", "quantkit", "quantize", recipe, "--model", str(model)]
             command += ["--output", str(out), "--no-eval", *(f"--set={o}" for o in overrides)]
@@ -65,15 +74,15 @@ def measure(work: Path, depths: tuple[int, int]) -> dict[str, Any]:
                 {
                     "run": name,
                     "layers": layers,
-                    "checkpoint_bytes": size,
+                    "checkpoint_bytes_at_24_layers": size,
                     "peak_anonymous_bytes": peak,
                     "share": peak / size,
-                    "limit": limit if layers == max(depths) else None,
+                    "limit": limit,
                     "seconds": seconds,
                 }
             )
             print(
-                f"{name:14} {layers} layers: {peak / 2**20:.0f} MiB, {peak / size:.1%} of the checkpoint",
+                f"{name:14} {layers} layers: {peak / 2**20:.0f} MiB, {peak / size:.1%} of 24 layers",
                 flush=True,
             )
         shutil.rmtree(model)
@@ -93,9 +102,10 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 6 GB free")
     parser.add_argument("--layers", type=int, nargs=2, default=(12, 24))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments.work, tuple(arguments.layers))
+    result = measure(arguments.work, tuple(arguments.layers), arguments.runs)
     if arguments.json:
         write_json(arguments.json, result)
 
