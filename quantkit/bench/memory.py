@@ -2,10 +2,9 @@
 
     python -m quantkit.bench.memory --work DIR --json docs/benchmarks/memory.json
 
-Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) at two depths, each in a
-process of its own, and polls RssAnon every 10 ms. `--layers` and `--runs` choose less; shares are always of the 24
-layers' checkpoint, as the peak does not grow with depth. Limits: 28 %, 45 % and 60 % of the checkpoint at the full depth,
-and at most 1.05 times the peak at half of it.
+Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) at two depths, each in a process
+of its own, and polls RssAnon every 10 ms. Shares are of the 24-layer checkpoint, whatever the depth. Limits: 28 %,
+45 % and 60 %, and at 24 layers at most 1.05 times the peak at 12. `--layers` and `--runs` choose less.
 """
 
 from __future__ import annotations
