@@ -196,7 +196,7 @@ class Producer:
     def _wanted_streams(self) -> tuple[int, bool]:
         """(windows of the full-precision stream, whether a quantized one is carried).
 
-        full: what transforms look at, what re-targeting aims at (half the windows: measured as good as all), and what
+        full: what transforms look at, what re-targeting aims at (half the windows, see docs/LOG.md), and what
         data-aware rounding weighs by. quantized: what GPTQ compensates for.
         """
         every = len(self.windows.ids)
