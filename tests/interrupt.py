@@ -51,10 +51,15 @@ class _TornWrites:
 
 @contextmanager
 def watching(tick: Tick) -> Iterator[None]:
-    """Call tick(what, file name) at every moment: write, fsync, rename (before), renamed (after), unlink."""
+    """Call tick(what, file name) at every moment: write, fsync, rename (before), renamed (after), unlink,
+    and the begin of the evaluation.
+    """
+    import quantkit_eval
+
     from quantkit.checkpoint import journal, shards
 
     fsync, replace, unlink = os.fsync, os.replace, os.unlink
+    evaluate = quantkit_eval.evaluate
 
     def opened(path: Any, mode: str = "r", **options: Any) -> Any:
         file = open(path, mode, **options)  # noqa: SIM115  (the caller closes it)
@@ -70,6 +75,10 @@ def watching(tick: Tick) -> Iterator[None]:
         replace(source, target)
         tick("renamed", Path(target).name)
 
+    def evaluated(*args: Any, **options: Any) -> Any:
+        tick("evaluate", "")
+        return evaluate(*args, **options)
+
     def unlinked(path: Any, **options: Any) -> None:
         tick("unlink", Path(path).name)
         unlink(path, **options)
@@ -80,6 +89,7 @@ def watching(tick: Tick) -> Iterator[None]:
         patch("os.fsync", synced),
         patch("os.replace", renamed),
         patch("os.unlink", unlinked),
+        patch("quantkit_eval.evaluate", evaluated),
     ):
         yield
 

@@ -12,7 +12,7 @@ import torch
 
 from quantkit.numerics.statistics import Statistics
 
-_TILE = 256
+_TILE = 128
 
 
 class Collector(Protocol):
@@ -28,7 +28,7 @@ class Hessian:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, features, device=device)
-        self.edges = [*range(0, features, max(_TILE, -(-features // 6))), features]
+        self.edges = [*range(0, features, max(_TILE, -(-features // 8))), features]
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         for a, b in zip(self.edges, self.edges[1:], strict=False):

@@ -24,8 +24,11 @@ from quantkit.errors import ModelError
 from quantkit.models.discover import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
-CHUNK_ELEMENTS = 2 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
-KEPT_BYTES = 160 << 20  # inputs kept so that a finished attention or MLP need not run again
+CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
+KEPT_BYTES = (
+    160 << 20
+)  # inputs kept so that a finished attention or MLP need not run again: at least this much,
+SPARE_BYTES = 512 << 20  # and what the matrices of the widest linear (H, its factor, the drift) leave of this
 
 
 # What a forward raises that was not written for this walk.
@@ -217,13 +220,17 @@ class BlockRun:
     batch: int
     device: torch.device
     as_tuple: bool = False
-    kept_bytes: int = KEPT_BYTES
+    kept_bytes: int | None = None
     _kept: dict[tuple[bool, str], dict[int, torch.Tensor]] = field(default_factory=dict)
+    _outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = field(default_factory=dict)
     _arity: dict[str, int] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
     _full_advanced: bool = False
 
     def __post_init__(self) -> None:
+        if self.kept_bytes is None:
+            widest = max((m.in_features for m in self.held.values()), default=0)
+            self.kept_bytes = max(KEPT_BYTES, SPARE_BYTES - 3 * 4 * widest**2)
         x = self.streams.leading[:1].to(self.device)
         call = self.calls[1]
         with refusing(f"decoder block {self.index} ({type(self.module).__name__})"):
@@ -253,7 +260,7 @@ class BlockRun:
 
     @torch.no_grad()
     def forward(self, chunk: slice, full: bool) -> torch.Tensor:
-        """The block's output for the windows of `chunk`; finished submodules are replayed from their kept input."""
+        """The block's output for the windows of `chunk`; finished submodules are replayed from what was kept."""
         self.select(full)
         hidden = (self.streams.full if full else self.streams.quantized)[chunk].to(self.device)
         call = self.calls[hidden.shape[0]]
@@ -263,17 +270,23 @@ class BlockRun:
         return out[0] if self.as_tuple else out
 
     def _replays(self, chunk: slice, full: bool) -> list[tuple[nn.Module, Callable]]:
+        """Finished attention and MLP modules that need not run: their last linear runs once on the input kept for it,
+        and its output, which takes the place of that input, serves every later pass.
+        """
         replays = []
         for linear, name in self._terminal.items():
-            kept = self._kept.get((full, linear), {})
-            if chunk.start not in kept or linear not in self._done or name not in self._arity:
+            at = (full, linear)
+            kept, outputs = self._kept.get(at, {}), self._outputs.setdefault(at, {})
+            if linear not in self._done or name not in self._arity:
                 continue
+            if chunk.start not in outputs:
+                if chunk.start not in kept:
+                    continue
+                outputs[chunk.start] = self.module.get_submodule(linear)(kept.pop(chunk.start))
 
-            def replay(
-                *args: object, at: str = linear, to: str = name, x: torch.Tensor = kept[chunk.start], **kw
-            ):
-                out = self.module.get_submodule(at)(x)
+            def replay(*args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw):
                 arity = self._arity[to]
+                out = out.clone()  # a model may add to it in place
                 return (out, *([None] * (arity - 1))) if arity else out
 
             replays.append((self.module.get_submodule(name), replay))
@@ -335,7 +348,8 @@ class BlockRun:
         linear = stage[0]
         if len(stage) != 1 or linear not in self._terminal or (full and self._full_advanced):
             return
-        used = sum(t.nbytes for kept in self._kept.values() for t in kept.values())
+        stores = (*self._kept.values(), *self._outputs.values())
+        used = sum(t.nbytes for store in stores for t in store.values())
         if used + x.nbytes <= self.kept_bytes:
             self._kept.setdefault((full, linear), {})[chunk.start] = x
 
@@ -353,6 +367,7 @@ class BlockRun:
                 out = self.forward(chunk, full=False)
                 self.streams.quantized[chunk] = out.to(self.streams.quantized.device)
         self._kept.clear()
+        self._outputs.clear()
 
     @torch.no_grad()
     def observe(

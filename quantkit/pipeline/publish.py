@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import resource
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,17 @@ def _notes(producer: Producer) -> list[str]:
         for e in producer.journal.entries
         for layer in e["layers"]
         for text in layer.get("fallbacks", [])
+    ]
+    left_out = Counter(
+        name
+        for e in producer.journal.entries
+        for s in e["scaling"]
+        if "left_out" in s
+        for name in s["consumers"]
+    )
+    notes += [
+        f"awq left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
+        for name, count in left_out.items()
     ]
     quantized = [{"name": p.name, **asdict(p.scheme)} for p in producer.plan.layers]
     for loader in loaders(producer.source.headers.model_type, quantized):

@@ -25,10 +25,10 @@ class Smoother:
     """Applies the recipe's transforms to each block. Groups are discovered and proved once per block structure."""
 
     configs: tuple[AwqConfig, ...]
-    known: dict[tuple, list[ScalingGroup]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    known: dict[tuple, tuple[list[ScalingGroup], list[tuple[str, str]]]] = field(default_factory=dict)
 
-    def groups(self, run: BlockRun) -> list[ScalingGroup]:
+    def groups(self, run: BlockRun) -> tuple[list[ScalingGroup], list[tuple[str, str]]]:
+        """The proved groups of this block, and the pairings that were refused with the reason."""
         shape = tuple((n, tuple(p.shape)) for n, p in run.module.named_parameters())
         if shape not in self.known:
             hidden = run.streams.leading[:1].to(run.device)
@@ -36,7 +36,7 @@ class Smoother:
             run.select(full=True)
             where = f"scaling groups of decoder block {run.index} ({type(run.module).__name__}, in float64)"
             with refusing(where, instead="leave out the awq transform"):
-                self.known[shape], _ = discover(run.module, hidden, call.args, call.kwargs)
+                self.known[shape] = discover(run.module, hidden, call.args, call.kwargs)
         return self.known[shape]
 
     @torch.no_grad()
@@ -54,12 +54,14 @@ class Smoother:
             for held in run.held.values():
                 held.weight.data = held.weight.data.float()
             if config.scale:
-                groups = [g for g in self.groups(run) if _planned(g, plans)]
+                proved, refused = self.groups(run)
+                groups = [g for g in proved if _planned(g, plans)]
                 names = {n for g in groups for n in (g.inspect, g.consumers[0])}
                 # one pass serves all groups: a group's own fold is all that changes its consumers' input
                 seen = run.observe(names, config.windows)
                 report += [self._scale(run, g, seen, plans, stored, config, changed) for g in groups]
                 del seen
+                report += _left_out(run.trace.stages, proved, refused, plans)
             if config.clip is True or (
                 config.clip == "auto" and all(p.algorithm.name == "rtn" for p in plans.values())
             ):
@@ -171,6 +173,29 @@ def _in_logits(name: str) -> bool:
 def _planned(group: ScalingGroup, plans: dict[str, LayerPlan]) -> bool:
     """Whether all a fold would change is quantized here, or is a norm."""
     return all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans)
+
+
+def _left_out(
+    stages: list[tuple[str, ...]],
+    proved: list[ScalingGroup],
+    refused: list[tuple[str, str]],
+    plans: dict[str, LayerPlan],
+) -> list[dict]:
+    """One entry for every shared input of planned linears that no group scales, with the reason."""
+    entries = []
+    for stage in stages:
+        group = next((g for g in proved if set(g.consumers) == set(stage)), None)
+        if not any(n in plans for n in stage) or (group and _planned(group, plans)):
+            continue
+        if group:
+            changes = (*stage, group.producer) if group.form == "rows" else stage
+            others = [n for n in changes if n not in plans]
+            why = f"{', '.join(others)} would change too and the recipe leaves it as it is"
+        else:
+            tried = [f"{pair}: {why}" for pair, why in refused if pair.endswith(f"-> {', '.join(stage)}")]
+            why = "; ".join(tried) or "nothing before it can take the inverse scale"
+        entries.append({"producer": None, "consumers": list(stage), "exponent": None, "left_out": why})
+    return entries
 
 
 def _gathered(field: str, inputs: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -312,6 +312,7 @@ def test_an_unlisted_dense_family_runs_end_to_end(tmp_path, model_type):
     recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": ["awq"]}
     result = quantize(recipe, original, tmp_path / "out")
     assert result.manifest["scaling"]
+    assert all(s["producer"] or s["left_out"] for s in result.manifest["scaling"])
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     before = logits(model)
     reference, _ = dense(model, result.output, rescaled=True)

@@ -53,6 +53,32 @@ def test_option_gives_a_close_model(name, symmetric, inputs, original, tmp_path)
     assert all(0 < layer["weight_error"] < 0.05 for layer in layers)
 
 
+def test_what_awq_leaves_out_is_in_the_report(inputs, tmp_path):
+    """Without v_proj in the plan neither its own input nor o_proj's can be scaled."""
+    calibration = {"data": [str(inputs / "text")], "samples": 6, "sequence_length": 40}
+    manifest = quantkit.quantize(
+        {
+            "weights": {"bits": 4, "group_size": 32, "algorithm": "rtn"},
+            "transforms": [{"name": "awq", "grid": 2}],
+            "rules": [{"match": "*.v_proj", "skip": True}],
+            "output": {"allow_split_fusion": True},
+            "calibration": calibration,
+        },
+        model=inputs / "model",
+        output=tmp_path / "out",
+        evaluate=False,
+        device="cpu",
+    ).manifest
+    left = {tuple(s["consumers"]): s["left_out"] for s in manifest["scaling"] if "left_out" in s}
+    attention = "self_attn"
+    assert set(left) == {
+        tuple(f"{attention}.{n}_proj" for n in "qkv"),
+        (f"{attention}.o_proj",),
+    }
+    assert all(why.startswith(f"{attention}.v_proj would change") for why in left.values())
+    assert f"awq left the input of {attention}.o_proj as it is in 4 blocks" in " ".join(manifest["notes"])
+
+
 def test_rules_choose_per_layer(inputs, tmp_path):
     rules = [
         {"match": "*.down_proj", "bits": 8, "algorithm": "rtn"},

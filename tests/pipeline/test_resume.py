@@ -165,6 +165,23 @@ def test_killed_before_the_head(server, reference, arguments, computed, tmp_path
     assert computed == ["lm_head"]
 
 
+def test_killed_during_the_evaluation(server, arguments, computed, tmp_path):
+    """All shards are there: nothing is quantized again, and the manifest comes with its evaluation."""
+    labels = []
+    given = arguments("rtn", tmp_path / "whole", evaluate=True)
+    with interrupt.watching(lambda *label: labels.append(label)):
+        quantkit.quantize(**given)
+    wanted = files(tmp_path / "whole")
+    given = arguments("rtn", tmp_path / "out", evaluate=True)
+    assert server.run(labels.index(("evaluate", "")), given)
+    assert_not_finished(tmp_path / "out")
+    computed.clear()
+    result = quantkit.quantize(**given)
+    assert not computed
+    assert files(tmp_path / "out") == wanted
+    assert result.manifest["evaluation"]["quantized"]["perplexity"] > 1
+
+
 def test_lost_or_damaged_hidden_states_start_over(server, reference, arguments, computed, tmp_path, progress):
     wanted, labels = reference("gptq")
     number = moment_of(labels, ("renamed", SHARD(4)))
