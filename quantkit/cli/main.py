@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import click
 
 from quantkit import __version__
+from quantkit.cli import bench, generate, inspect, kernels, quantize, recipes, validate
 from quantkit.cli import eval as eval_verb
-from quantkit.cli import generate, inspect, quantize, recipes, validate
 from quantkit.errors import QuantkitError
 
 
@@ -29,6 +29,8 @@ for verb in (
     inspect.command,
     validate.command,
     recipes.command,
+    kernels.command,
+    bench.command,
 ):
     cli.add_command(verb)
 

@@ -1,0 +1,492 @@
+"""Every kernel against what is installed, op by op: `quantkit bench --kernels`.
+
+One cell is (N, K, M). Weights of each op are copied until they fill the rotation (256 MB), so that every call reads
+its weight from memory. All ops of a cell run in turns, round after round; a time is the median over rounds, a ratio
+the median of the ratios within each round. The read bandwidth is measured in the same cell, and an op whose result
+is wrong is not timed.
+
+On a GPU one round of an op is the replay of a CUDA graph that holds a call per copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import quantkit_kernels
+import torch
+from quantkit_kernels.reference.wna16_linear import dequantize
+
+from quantkit.bench.machine import machine
+from quantkit.bench.roofline import Roofline, describe, measure, read_bandwidth
+
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {  # (N, K); the last of each: siblings fused
+    "1.1b": ((2048, 2048), (5632, 2048), (2048, 5632), (2560, 2048), (11264, 2048)),
+    "llama-3-8b": ((4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)),
+}
+TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
+ROTATION = 256 << 20  # bytes
+BURST = 0.02  # seconds of calls of one op in one round, one call at least
+TOLERANCE = 0.03  # RMS error over RMS of the fp64 result; int8 activations alone give 0.01
+ROWS_CHECKED, TOKENS_CHECKED = 64, 16
+
+BF16, INT4 = "torch bf16", "torch int4 g128"  # what ratios are against
+Weights = tuple[Any, ...]
+
+
+class Refused(Exception):
+    """An op that cannot run this cell; the message says why."""
+
+
+class Source(NamedTuple):
+    """A weight as it is stored: codes packed, scales bf16, symmetric; `dense` gives it back in any dtype."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+    n: int
+    k: int
+
+    @classmethod
+    def random(cls, n: int, k: int, bits: int, group: int | None, device: str) -> Source:
+        random = torch.Generator().manual_seed(n + k + bits)
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=random)
+        groups = k // (group or k)
+        scale = torch.rand(n, groups, generator=random).add_(0.5).div_(2**bits * k**0.5).bfloat16()
+        return cls(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), bits, n, k)
+
+    def dense(self, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
+        """The first `rows` rows (all of them: None), dequantized."""
+        n = self.n if rows is None else min(rows, self.n)
+        return dequantize(self.packed[:n], self.scale[:n], None, self.bits, n, self.k, dtype)
+
+
+class Op(NamedTuple):
+    """One way to multiply.
+
+    build(source, dtype of x) -> weights, tensors among them are what is copied; run(x, weights) -> y [M, N].
+    kind: the peak that bounds it. dtype: of x. prepare(x): outside the time, for ops that take other activations;
+    finish(y, x, weights): to the scale of x W^T, for the check only. refuses(m, n, k) -> reason or None.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    kind: str
+    build: Callable[[Source, torch.dtype], Weights]
+    run: Callable[[torch.Tensor, Weights], torch.Tensor]
+    dtype: torch.dtype = torch.bfloat16
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
+    finish: Callable[[torch.Tensor, torch.Tensor, Weights], torch.Tensor] | None = None
+    refuses: Callable[[int, int, int], str | None] = lambda _m, _n, _k: None
+    place: Callable[[list[Weights]], list[Weights]] | None = None  # where the copies live
+
+
+def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
+    return Op(
+        name,
+        8,
+        None,
+        kind,
+        lambda source, dtype: (source.dense(dtype),),
+        lambda x, weights: torch.nn.functional.linear(x, weights[0]),
+        dtype,
+    )
+
+
+def _backend_op(name: str, bits: int, group: int | None, label: str, slow: bool = False) -> Op:
+    """A backend of quantkit_kernels, through the calls a loaded model makes."""
+
+    def build(source: Source, dtype: torch.dtype) -> Weights:
+        stored = (source.packed, source.scale, None, source.bits, source.n, source.k)
+        device = source.packed.device.type
+        try:
+            columns = group or source.k
+            quantkit_kernels.select(device, bits, columns, True, 1, source.n, source.k, name)
+            layout = quantkit_kernels.prepare(name, *stored, dtype)
+        except quantkit_kernels.BackendMissing as error:
+            raise Refused(str(error)) from error
+        if layout is None:
+            return (source.packed, source.scale, source.n, source.k)
+        return (*layout.values(), tuple(layout))
+
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        if isinstance(weights[-1], tuple):
+            layout = dict(zip(weights[-1], weights, strict=False))
+            return quantkit_kernels.run(name, x, layout, group or x.shape[1])
+        packed, scale, n, k = weights
+        return quantkit_kernels.wna16_linear(x, packed, scale, None, None, bits, group or k, n, k)
+
+    def refuses(m: int, _n: int, _k: int) -> str | None:
+        return "the reference is timed at M=1 only" if slow and m > 1 else None
+
+    return Op(label, bits, group, "bf16", build, run, refuses=refuses)
+
+
+def _int_mm_op(device: str) -> Op:
+    """Products only: activations are int8 already and nobody scales the result."""
+
+    def refuses(m: int, n: int, k: int) -> str | None:
+        if device == "cuda" and (m <= 16 or n % 8 or k % 8):
+            return "on CUDA it needs M > 16 and N, K divisible by 8"
+        return None
+
+    return Op(
+        "torch int8 products only",
+        8,
+        None,
+        "int8",
+        lambda source, _: (_int8_codes(source).T, source.scale[:, 0].float()),
+        lambda x, weights: torch._int_mm(x, weights[0]),
+        prepare=lambda x: (x.float() * 31).round().clamp(-127, 127).to(torch.int8),
+        finish=lambda y, _x, weights: y / 31 * weights[1],
+        refuses=refuses,
+    )
+
+
+def _int8_codes(source: Source) -> torch.Tensor:
+    """int8 [N, K] of an 8-bit weight."""
+    return (quantkit_kernels.unpack_bits(source.packed, 8, source.k) ^ 128).view(torch.int8)
+
+
+def _fp8_op() -> Op:
+    """Rowwise-scaled FP8 products, activations FP8 already; tensor cores do them at the rate of int8."""
+    fp8 = torch.float8_e4m3fn
+
+    def build(source: Source, _: torch.dtype) -> Weights:
+        w = source.dense(torch.float32)
+        scale = w.abs().amax(1, keepdim=True) / 448
+        return (w / scale).to(fp8).T, scale.T.contiguous()
+
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        ones = x.new_ones(x.shape[0], 1, dtype=torch.float32)
+        return torch._scaled_mm(x, *weights[:1], scale_a=ones, scale_b=weights[1], out_dtype=torch.bfloat16)
+
+    return Op("torch fp8 products only", 8, None, "int8", build, run, prepare=lambda x: x.to(fp8))
+
+
+def _gemlite_op() -> Op:
+    def build(source: Source, _: torch.dtype) -> Weights:
+        from gemlite.core import DType, GemLiteLinearTriton
+
+        linear = GemLiteLinearTriton(
+            source.bits,
+            group_size=source.k // source.scale.shape[1],
+            in_features=source.k,
+            out_features=source.n,
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        codes = quantkit_kernels.unpack_bits(source.packed, source.bits, source.k)
+        linear.pack(codes, source.scale, 2 ** (source.bits - 1), bias=None)
+        return (linear,)
+
+    return Op("gemlite W4A16 g128", 4, 128, "bf16", build, lambda x, weights: weights[0](x))
+
+
+def _native_op(bits: int, group: int | None, compute: int, label: str) -> Op:
+    """The native CPU op on its packed units, which live in one arena of huge pages as in a loaded model."""
+    from quantkit_kernels.cpu import ops as native
+
+    def build(source: Source, _: torch.dtype) -> Weights:
+        packed = native.pack(source.packed, source.scale, None, source.bits, source.n, source.k)
+        return packed.units, float(packed.scale_factor), bool(packed.wide_scales), source.n, source.k
+
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        units, factor, wide, n, k = weights
+        return torch.ops.quantkit.cpu_linear(
+            x, units, None, bits, group or k, n, k, True, compute, factor, wide
+        )
+
+    return Op(label, bits, group, "int8" if compute else "bf16", build, run, place=_in_huge_pages)
+
+
+def _in_huge_pages(copies: list[Weights]) -> list[Weights]:
+    """The same weights with their units in one arena, each on a line of its own."""
+    from quantkit_kernels.cpu.library import Arena
+
+    arena = Arena(sum(-(-weights[0].nbytes // 64) * 64 for weights in copies))
+    return [(arena.put(weights[0]), *weights[1:]) for weights in copies]
+
+
+def native_available() -> bool:
+    """Whether the native CPU library is built and loads."""
+    try:
+        from quantkit_kernels.cpu.library import available
+    except ImportError:
+        return False
+    return available()
+
+
+def cpu_ops() -> list[Op]:
+    """Ours first, then PyTorch's; a library that is not built is left out."""
+    ours = []
+    if native_available():
+        for bits, group in ((4, 128), (8, None), (3, 128), (2, 64)):
+            name = f"g{group}" if group else "channel"
+            ours += [
+                _native_op(bits, group, 0, f"quantkit W{bits}A16 {name}"),
+                _native_op(bits, group, 1, f"quantkit W{bits}A8 {name}"),
+            ]
+        ours.append(_native_op(4, 128, 2, "quantkit W4A8 g128 per token"))
+    return [
+        *ours,
+        _backend_op("reference", 4, 128, "quantkit reference W4A16 g128", slow=True),
+        _dense_op(BF16, torch.bfloat16, "bf16"),
+        _dense_op("torch fp32", torch.float32, "fp32"),
+        _backend_op("torch", 4, 128, INT4),
+        _backend_op("torch", 8, None, "torch int8 channel"),
+        _int_mm_op("cpu"),
+    ]
+
+
+def cuda_ops() -> list[Op]:
+    """Ours, PyTorch's, and gemlite where it can be imported."""
+    ours = []
+    for name in quantkit_kernels.backends():
+        if name not in ("reference", "torch"):
+            ours += [
+                _backend_op(name, 4, 128, f"quantkit {name} W4A16 g128"),
+                _backend_op(name, 8, None, f"quantkit {name} W8A16 channel"),
+            ]
+    peers = [_dense_op(BF16, torch.bfloat16, "bf16"), _int_mm_op("cuda")]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        peers.append(_fp8_op())
+    if importlib.util.find_spec("gemlite"):
+        peers.append(_gemlite_op())
+    return ours + peers
+
+
+def weight_bytes(weights: Weights) -> int:
+    """Bytes a call has to read."""
+    return sum(
+        part.nbytes if isinstance(part, torch.Tensor) else sum(t.nbytes for t in part.buffers())
+        for part in weights
+        if isinstance(part, (torch.Tensor, torch.nn.Module))
+    )
+
+
+def copies(op: Op, weights: Weights, rotation: int) -> list[Weights]:
+    """As many copies of `weights` as fill `rotation` bytes, two at least; the values do not matter for time."""
+
+    def clone(part: Any) -> Any:
+        if isinstance(part, torch.nn.Module):
+            import copy
+
+            return copy.deepcopy(part)
+        return part.clone() if isinstance(part, torch.Tensor) else part
+
+    number = max(2, -(-rotation // weight_bytes(weights)))
+    if op.place is not None:
+        return op.place([weights] * number)
+    return [weights] + [tuple(clone(part) for part in weights) for _ in range(number - 1)]
+
+
+def relative_error(op: Op, source: Source, weights: Weights, x: torch.Tensor) -> float:
+    """RMS error of the op over the RMS of the fp64 result, on some rows of the weight and of x [M, K]."""
+    x = x[:TOKENS_CHECKED]
+    if op.refuses(x.shape[0], source.n, source.k):
+        x = x.repeat(-(-TOKENS_CHECKED * 2 // x.shape[0]), 1)
+    given = op.prepare(x) if op.prepare else x
+    y = op.run(given, weights)
+    if op.finish:
+        y = op.finish(y, given, weights)
+    exact = x.double() @ source.dense(torch.float64, ROWS_CHECKED).T
+    wrong = y[:, :ROWS_CHECKED].double() - exact
+    return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+class _Lane(NamedTuple):
+    """An op ready to be timed in a cell: burst() runs some calls and gives seconds per call."""
+
+    op: Op
+    n_bytes: int
+    error: float
+    burst: Callable[[], float]
+
+
+def _cpu_burst(op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float) -> Callable[[], float]:
+    position = 0
+
+    def calls(number: int) -> float:
+        nonlocal position
+        start = time.perf_counter()
+        for i in range(position, position + number):
+            op.run(x, rotating[i % len(rotating)])
+        position += number
+        return (time.perf_counter() - start) / number
+
+    number = max(1, int(seconds / calls(1)))
+    number = max(1, int(seconds / calls(min(number, len(rotating)))))  # the first call also woke things up
+    return lambda: calls(number)
+
+
+def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[], float]:
+    for weights in rotating[:3]:
+        op.run(x, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weights in rotating:
+            op.run(x, weights)
+
+    def replay() -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000 / len(rotating)
+
+    replay()
+    return replay
+
+
+def _lane(op: Op, n: int, k: int, m: int, device: str, rotation: int, burst: float) -> _Lane:
+    reason = op.refuses(m, n, k)
+    if reason:
+        raise Refused(reason)
+    if op.group and k % op.group:
+        raise Refused(f"K={k} is not divisible by {op.group}")
+    random = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=random).to(device, op.dtype)
+    source = Source.random(n, k, op.bits, op.group, device)
+    weights = op.build(source, op.dtype)
+    error = relative_error(op, source, weights, x)
+    if not error <= TOLERANCE:
+        raise Refused(f"wrong: relative RMS error {error:.3g}, more than {TOLERANCE}")
+    rotating = copies(op, weights, rotation)
+    given = op.prepare(x) if op.prepare else x
+    timed = _cpu_burst(op, rotating, given, burst) if device == "cpu" else _cuda_burst(op, rotating, given)
+    return _Lane(op, weight_bytes(weights), error, timed)
+
+
+def cell(
+    ops: Iterable[Op],
+    n: int,
+    k: int,
+    m: int,
+    roofline: Roofline,
+    device: str = "cpu",
+    rounds: int = 7,
+    rotation: int = ROTATION,
+    burst: float = BURST,
+) -> dict[str, Any]:
+    """Time every op on one weight shape and number of tokens; refused ones are listed with the reason."""
+    lanes, refused = [], {}
+    with torch.inference_mode():
+        for op in ops:
+            try:
+                lanes.append(_lane(op, n, k, m, device, rotation, burst))
+            except Refused as reason:
+                refused[op.name] = str(reason)
+        read = read_bandwidth(device, buffer=rotation)
+        times: dict[str, list[float]] = {lane.op.name: [] for lane in lanes}
+        for _ in range(rounds):
+            for lane in lanes:
+                times[lane.op.name].append(lane.burst())
+    here = roofline._replace(read=read)
+    rows = []
+    for lane in lanes:
+        spent = times[lane.op.name]
+        middle = statistics.median(spent)
+        rows.append(
+            {
+                "op": lane.op.name,
+                "us": middle * 1e6,
+                "us_min": min(spent) * 1e6,
+                "us_max": max(spent) * 1e6,
+                "weight_bytes": lane.n_bytes,
+                "share_of_read": lane.n_bytes / middle / read,
+                "share_of_roofline": here.seconds(lane.n_bytes, 2 * m * n * k, lane.op.kind) / middle,
+                "relative_rms_error": lane.error,
+                "times_faster_than": {
+                    peer: statistics.median(b / a for a, b in zip(spent, times[peer], strict=True))
+                    for peer in (BF16, INT4)
+                    if peer in times
+                },
+            }
+        )
+    return {"n": n, "k": k, "m": m, "read_bytes_per_s": read, "ops": rows, "refused": refused}
+
+
+def shapes(names: Sequence[str]) -> list[tuple[int, int]]:
+    """(N, K) of named models and of literal "4096x11008"s, each once, in order; ValueError for others."""
+    found: dict[tuple[int, int], None] = {}
+    for name in names:
+        n, _, k = name.partition("x")
+        if name in SHAPES:
+            found |= dict.fromkeys(SHAPES[name])
+        elif n.isdecimal() and k.isdecimal() and int(n) and int(k):
+            found[int(n), int(k)] = None
+        else:
+            raise ValueError(f"unknown shape {name!r}; use NxK (4096x4096) or one of: {', '.join(SHAPES)}")
+    return list(found)
+
+
+def run(
+    names: Sequence[str] = tuple(SHAPES),
+    tokens: Sequence[int] = TOKENS,
+    device: str = "cpu",
+    only: Sequence[str] = (),
+    rounds: int = 7,
+    rotation: int = ROTATION,
+    write: Callable[[str], None] = print,
+    save: Callable[[dict[str, Any]], None] = lambda _report: None,
+) -> dict[str, Any]:
+    """All cells, each printed by `write` and handed to `save` as soon as it is measured, so that none is lost.
+
+    only: parts of op names; the two that ratios are against always run.
+    """
+    ops = cpu_ops() if device == "cpu" else cuda_ops()
+    if only:
+        ops = [op for op in ops if op.name in (BF16, INT4) or any(part in op.name for part in only)]
+    roofline = measure(device, rounds=rounds)
+    report: dict[str, Any] = {
+        "schema": "quantkit-kernels/1",
+        "machine": machine() | where(device),
+        "rotation_bytes": rotation,
+        "rounds": rounds,
+        "roofline": roofline.report(),
+        "cells": [],
+    }
+    write(describe(roofline))
+    for n, k in shapes(names):
+        for m in tokens:
+            report["cells"].append(cell(ops, n, k, m, roofline, device, rounds, rotation))
+            write(table(report["cells"][-1]))
+            save(report)
+    return report
+
+
+def where(device: str) -> dict[str, Any]:
+    """The path that runs, for the head of the JSON."""
+    facts: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "isa": None}
+    if device != "cpu":
+        return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    if native_available():
+        from quantkit_kernels.cpu.library import isa
+
+        facts["isa"] = isa()
+    return facts
+
+
+def table(measured: dict[str, Any]) -> str:
+    """One cell as text, fastest first."""
+    lines = [
+        f"\n[{measured['n']}, {measured['k']}] M={measured['m']}   "
+        f"read {measured['read_bytes_per_s'] / 1e9:.1f} GB/s",
+        f"{'op':32}{'us':>10}{'min':>10}{'max':>10}{'read':>8}{'roofline':>10}{'x bf16':>8}{'x int4':>8}",
+    ]
+    for row in sorted(measured["ops"], key=lambda row: row["us"]):
+        ratios = [row["times_faster_than"].get(peer) for peer in (BF16, INT4)]
+        lines.append(
+            f"{row['op']:32}{row['us']:10.1f}{row['us_min']:10.1f}{row['us_max']:10.1f}"
+            f"{row['share_of_read']:8.0%}{row['share_of_roofline']:10.0%}"
+            + "".join(f"{ratio:8.2f}" if ratio else f"{'-':>8}" for ratio in ratios)
+        )
+    lines += [f"{name}: not timed, {reason}" for name, reason in measured["refused"].items()]
+    return "\n".join(lines)

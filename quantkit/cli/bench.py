@@ -1,0 +1,73 @@
+"""`quantkit bench`: time the kernels on this machine, against what is installed."""
+
+from __future__ import annotations
+
+import click
+
+from quantkit.cli.output import json_option, write_report
+
+
+def _listed(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    """ "1,4" and a second --m 16 -> ["1", "4", "16"]."""
+    return [part for value in values for part in value.split(",") if part]
+
+
+def _tokens(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[int]:
+    listed = _listed(context, option, values)
+    for part in listed:
+        if not part.isdecimal() or not int(part):
+            raise click.BadParameter(f"{part!r} is no number of tokens")
+    return list(map(int, listed))
+
+
+@click.command("bench")
+@click.option("--kernels", is_flag=True, help="Every op against PyTorch's, share of the roofline.")
+@click.option(
+    "--shapes",
+    multiple=True,
+    callback=_listed,
+    metavar="NAME|NxK,...",
+    help="1.1b, llama-3-8b, or a weight's own shape such as 4096x11008. Default: both models.",
+)
+@click.option(
+    "--m", "tokens", multiple=True, callback=_tokens, metavar="M,...", help="Tokens. Default: 1 to 4096."
+)
+@click.option("--ops", multiple=True, callback=_listed, metavar="TEXT,...", help="Only ops named like this.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@json_option
+def command(
+    kernels: bool,
+    shapes: list[str],
+    tokens: list[int],
+    ops: list[str],
+    rounds: int,
+    threads: int | None,
+    device: str,
+    json_file: str | None,
+) -> None:
+    """Time kernels on this machine. Times mean something only while nothing else runs."""
+    if not kernels:
+        raise click.UsageError("say what to time: --kernels")
+    import torch
+
+    from quantkit.bench import kernels as bench
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("no CUDA device here; leave --device out to time the CPU")
+    try:
+        bench.shapes(shapes)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--shapes") from error
+    if threads:
+        torch.set_num_threads(threads)
+    bench.run(
+        shapes or tuple(bench.SHAPES),
+        tokens or bench.TOKENS,
+        device,
+        ops,
+        rounds,
+        write=click.echo,
+        save=lambda report: write_report(json_file, report),
+    )

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+
+from quantkit.bench import kernels
+from quantkit.bench.roofline import Roofline, measure
+
+ROOFLINE = Roofline(1e10, {"int8": 1e12, "fp32": 1e11, "bf16": 0.0}, "made up")
+
+
+def small(ops, n=32, k=256, m=2):
+    return kernels.cell(ops, n, k, m, ROOFLINE, rounds=3, rotation=1 << 16, burst=0.0)
+
+
+def test_every_cpu_op_is_right_or_says_why_not():
+    measured = small(kernels.cpu_ops(), m=1)
+    assert measured["refused"] == {}
+    assert {kernels.BF16, kernels.INT4} <= {row["op"] for row in measured["ops"]}
+    for row in measured["ops"]:
+        assert 0 <= row["relative_rms_error"] < kernels.TOLERANCE, row["op"]
+        assert row["us_min"] <= row["us"] <= row["us_max"]
+        assert row["share_of_read"] == pytest.approx(
+            row["weight_bytes"] / (row["us"] * 1e-6) / measured["read_bytes_per_s"]
+        )
+
+
+def test_a_wrong_op_is_not_timed():
+    right = kernels._dense_op("right", torch.float32, "fp32")
+    wrong = right._replace(name="wrong", run=lambda x, weights: 1.1 * (x @ weights[0].T))
+    unfinished = right._replace(name="nan", run=lambda x, weights: x @ weights[0].T * float("nan"))
+    measured = small([right, wrong, unfinished])
+    assert [row["op"] for row in measured["ops"]] == ["right"]
+    assert "error 0.1" in measured["refused"]["wrong"]
+    assert "nan" in measured["refused"]["nan"]
+
+
+def test_rotation_is_filled_with_memory_of_its_own():
+    op = kernels._dense_op("dense", torch.float32, "fp32")
+    weights = (torch.ones(16, 64), "a constant")
+    rotating = kernels.copies(op, weights, 20 * 16 * 64 * 4 - 1)
+    assert len(rotating) == 20
+    assert len({copy[0].data_ptr() for copy in rotating}) == 20
+    assert kernels.weight_bytes(weights) == 16 * 64 * 4
+
+
+def test_every_weight_of_the_rotation_is_used_in_turn():
+    used = []
+    op = kernels._dense_op("dense", torch.float32, "fp32")._replace(
+        run=lambda x, weights: used.append(weights)
+    )
+    burst = kernels._cpu_burst(op, [("a",), ("b",), ("c",)], torch.ones(1), 0.0)
+    del used[:]
+    first = len(used)
+    for _ in range(4):
+        burst()
+    letters = "".join(name for (name,) in used[first:])
+    assert letters in "abcabcabc"
+    assert len(letters) == 4
+
+
+def test_schemes_that_do_not_fit_are_refused_by_reason():
+    ops = [op for op in kernels.cpu_ops() if op.name == kernels.INT4]
+    assert "divisible by 128" in small(ops, k=192)["refused"][kernels.INT4]
+    assert "N divisible by 16" in small(ops, n=24)["refused"][kernels.INT4]
+
+
+def test_shapes_are_names_or_literals():
+    assert kernels.shapes(["4096x11008", "llama-3-8b"])[:2] == [(4096, 11008), (4096, 4096)]
+    with pytest.raises(ValueError, match="unknown shape"):
+        kernels.shapes(["70b"])
+
+
+def test_run_saves_after_every_cell(capsys):
+    saved = []
+    report = kernels.run(
+        ["32x256"],
+        [1, 3],
+        only=["nothing else"],
+        rounds=1,
+        rotation=1 << 20,
+        save=lambda report: saved.append(len(report["cells"])),
+    )
+    assert saved == [1, 2]
+    assert {row["op"] for row in report["cells"][0]["ops"]} == {kernels.BF16, kernels.INT4}
+    assert {"cpu", "torch", "commit", "threads", "isa"} <= report["machine"].keys()
+    json.dumps(report)
+    assert "M=3" in capsys.readouterr().out
+
+
+def test_roofline_takes_the_larger_bound():
+    assert ROOFLINE.seconds(1e10, 1e10, "int8") == 1.0
+    assert ROOFLINE.seconds(1e9, 2e12, "int8") == 2.0
+    assert ROOFLINE.seconds(0, 1e11, "bf16") == 1.0  # no bf16 instruction: fp32 bounds it
+
+
+def test_roofline_measures_something():
+    found = measure(threads=1, buffer=1 << 21, rounds=1)
+    assert found.read > 1e8
+    assert found.peak["fp32"] > 0

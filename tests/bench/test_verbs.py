@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import quantkit_kernels
+
+from quantkit.bench import inventory
+from quantkit.cli.main import run
+
+HEAVY = ("torch", "transformers", "numpy")
+
+
+@pytest.mark.parametrize("verb", ["bench", "kernels"])
+def test_help_answers_without_torch(verb):
+    code = (
+        "import sys; from quantkit.cli.main import run; code = run(sys.argv[1:]); "
+        f"sys.exit(code or any(m in sys.modules for m in {HEAVY}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage")
+
+
+def test_kernels_answers_every_scheme_once_per_device(tmp_path, capsys):
+    assert run(["kernels", "--shape", "4096x2048", "--json", str(tmp_path / "found.json")]) == 0
+    assert "native CPU library" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found.json").read_text())["schemes"]
+    answered = [
+        (row["device"], bits, group, zero)
+        for row in rows
+        for bits in row["bits"]
+        for group in row["groups"]
+        for zero in ({"any": ("none", "stored")}.get(row["zero_point"], (row["zero_point"],)))
+    ]
+    assert len(answered) == len(set(answered)) == 2 * 7 * 4 * 2
+
+
+def test_kernels_says_what_select_says(monkeypatch):
+    monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
+    for row in inventory.schemes(256, 512, 1):
+        group = 512 if row["groups"][0] == "channel" else int(row["groups"][0])
+        symmetric = row["zero_point"] != "stored"
+        chosen = quantkit_kernels.select(row["device"], row["bits"][0], group, symmetric, 1, 256, 512)
+        assert (row["runs"], row["why"]) == tuple(chosen)
+
+
+def test_kernels_of_a_forced_backend_names_what_it_cannot_run():
+    rows = inventory.schemes(256, 512, 1, "torch")
+    runs = {bits for row in rows if row["runs"] == "torch" for bits in row["bits"]}
+    assert runs == {4, 8}
+    assert all("torch" in row["why"] for row in rows if row["runs"] is None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["kernels", "--shape", "4096"],
+        ["bench"],
+        ["bench", "--kernels", "--shapes", "7b"],
+        ["bench", "--kernels", "--m", "0"],
+        ["bench", "--kernels", "--m", "many"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_exit_code_2(arguments, capsys):
+    assert run(arguments) == 2
+    assert "rror" in capsys.readouterr().err
