@@ -1,0 +1,331 @@
+// The decoder: a sequence's cache and buffers, and the step over all layers in one parallel region.
+#include "decode.h"
+
+#include <cstring>
+#include <new>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common.h"
+#include "decode_math.h"
+
+namespace qk {
+namespace {
+
+const Math &math() {
+#if defined(__x86_64__)
+    const int isa = qk_isa();
+    return isa >= AVX512 ? math_avx512 : isa == AVX2 ? math_avx2 : math_portable;
+#else
+    return math_portable;
+#endif
+}
+
+constexpr size_t LINE = 64;
+size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
+
+// Aligned memory that only grows and keeps nothing when it does.
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+    ~Buffer() { ::operator delete(data_, std::align_val_t(LINE)); }
+    void reserve(size_t bytes) {
+        if (bytes <= size_) return;
+        ::operator delete(data_, std::align_val_t(LINE));
+        data_ = nullptr, size_ = 0;
+        data_ = ::operator new(bytes, std::align_val_t(LINE));
+        size_ = bytes;
+    }
+    char *bytes() const { return static_cast<char *>(data_); }
+    float *floats() const { return static_cast<float *>(data_); }
+
+  private:
+    void *data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// This thread's share of the work of a parallel region.
+struct Share {
+    int part, parts;
+    int64_t first(int64_t count) const { return count * part / parts; }
+    int64_t last(int64_t count) const { return count * (part + 1) / parts; }
+};
+
+void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+bool absent(const qk_matrix &m) { return m.weight.n == 0; }
+bool packed(const qk_matrix &m) { return m.dense < 0 && !absent(m); }
+bool same_input(const Weight &a, const Weight &b) {
+    return a.k == b.k && a.group == b.group && a.table == b.table;
+}
+
+// Matrices that read the same activations; their outputs lie side by side.
+template <int COUNT>
+struct Siblings {
+    const qk_matrix *of[COUNT];
+
+    // The first of the siblings whose prepared activations matrix i can use.
+    int source(int i) const {
+        for (int j = 0; j < i; j++)
+            if (packed(*of[j]) && same_input(of[j]->weight, of[i]->weight)) return j;
+        return i;
+    }
+    size_t scratch(int64_t m, int compute) const {
+        size_t bytes = 0;
+        for (const qk_matrix *each : of)
+            if (packed(*each)) bytes += lines(scratch_bytes(each->weight, m, compute));
+        return bytes;
+    }
+    // y [m, all n] = x [m, k] W^T + bias. x is complete for every thread; so is y after it.
+    void run(const Math &math, const float *x, int64_t m, int compute, char *scratch, float *y, int64_t ldy,
+             Share share) const {
+        char *prepared[COUNT] = {};
+        bool any = false;
+        for (int i = 0; i < COUNT; i++) {
+            if (!packed(*of[i])) continue;
+            const Weight &w = of[i]->weight;
+            const int from = source(i);
+            prepared[i] = from < i ? prepared[from] : scratch;
+            if (from < i) continue;
+            prepare_part(w, x, F32, w.k, m, compute, scratch, share.part, share.parts);
+            scratch += lines(scratch_bytes(w, m, compute));
+            any = true;
+        }
+        if (any) barrier();
+        for (int i = 0; i < COUNT; i++) {
+            const Weight &w = of[i]->weight;
+            if (packed(*of[i]))
+                run_part(w, prepared[i], m, compute, y, F32, ldy, share.part, share.parts);
+            else if (!absent(*of[i]))
+                math.dense(w.units, of[i]->dense, w.bias, w.k, x, w.k, m, y, ldy, share.first(w.n),
+                           share.last(w.n));
+            y += w.n;
+        }
+        barrier();
+    }
+};
+
+}  // namespace
+}  // namespace qk
+
+using namespace qk;
+
+struct qk_decoder {
+    qk_model model;
+    std::vector<qk_layer> layers;
+    std::vector<char *> pages;  // PAGE positions of every layer each
+    size_t layer_bytes = 0;     // of one page
+    int64_t length = 0;
+    Buffer x, normed, branch, qkv, mixed, gate_up, gated, scratch, own;
+    size_t own_bytes = 0;  // of one thread in `own`
+
+    explicit qk_decoder(const qk_model &tables)
+        : model(tables), layers(tables.layers, tables.layers + tables.layer_count) {
+        const size_t value = model.cache_type == F32 ? 4 : 2;
+        layer_bytes = lines(value * model.kv_heads * PAGE * (model.head_dim + stride()));
+    }
+    ~qk_decoder() {
+        for (char *page : pages) ::operator delete(page, std::align_val_t(LINE));
+    }
+
+    int stride() const { return (model.head_dim + PAD - 1) / PAD * PAD; }
+    int query_size() const { return model.heads * model.head_dim; }
+    int kv_size() const { return model.kv_heads * model.head_dim; }
+    int qkv_size() const { return query_size() + 2 * kv_size(); }
+
+    void reserve(int64_t m, int64_t keep, int threads);
+    void run(const int64_t *tokens, int64_t m, const float *cos, const float *sin, int64_t keep, float *logits,
+             Share share);
+    void attention(const Math &math, const qk_layer &layer, size_t offset, int64_t m, const float *cos,
+                   const float *sin, Share share);
+    void mlp(const Math &math, const qk_layer &layer, int64_t m, Share share);
+    void norm(const Math &math, const qk_norm &norm, const float *add, int64_t first, int64_t m, Share share);
+};
+
+// Everything the step will need, before its parallel region, where nothing may throw.
+void qk_decoder::reserve(int64_t m, int64_t keep, int threads) {
+    x.reserve(4 * m * model.hidden);
+    normed.reserve(4 * m * model.hidden);
+    branch.reserve(4 * m * model.hidden);
+    qkv.reserve(4 * m * qkv_size());
+    mixed.reserve(4 * m * query_size());
+    gate_up.reserve(4 * m * 2 * model.intermediate);
+    gated.reserve(4 * m * model.intermediate);
+    own_bytes = lines(4 * attention_floats(model.heads / model.kv_heads, model.head_dim, stride()));
+    own.reserve(own_bytes * threads);
+
+    size_t most = Siblings<1>{{&model.head}}.scratch(keep, model.compute);
+    for (const qk_layer &l : layers)
+        for (size_t bytes : {Siblings<3>{{&l.q, &l.k, &l.v}}.scratch(m, model.compute),
+                             Siblings<1>{{&l.o}}.scratch(m, model.compute),
+                             Siblings<2>{{&l.gate, &l.up}}.scratch(m, model.compute),
+                             Siblings<1>{{&l.down}}.scratch(m, model.compute)})
+            if (bytes > most) most = bytes;
+    scratch.reserve(most);
+
+    const size_t bytes = layer_bytes * layers.size();
+    while (int64_t(pages.size()) * PAGE < length + m) {
+        pages.reserve(pages.size() + 1);
+        pages.push_back(static_cast<char *>(::operator new(bytes, std::align_val_t(LINE))));
+        std::memset(pages.back(), 0, bytes);  // what is not written yet is read, times 0
+    }
+}
+
+// normed[i] = norm(x[first + i]) for i < m, after x += add.
+void qk_decoder::norm(const Math &math, const qk_norm &norm, const float *add, int64_t first, int64_t m,
+                      Share share) {
+    const int64_t n = model.hidden;
+    for (int64_t i = share.first(m); i < share.last(m); i++) {
+        const int64_t row = (first + i) * n;
+        math.add_norm(x.floats() + row, add ? add + row : add, norm.weight, norm.eps, normed.floats() + i * n, n);
+    }
+    barrier();
+}
+
+void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offset, int64_t m, const float *cos,
+                           const float *sin, Share share) {
+    const int d = model.head_dim;
+    const int64_t ld = qkv_size();
+    Siblings<3>{{&layer.q, &layer.k, &layer.v}}.run(math, normed.floats(), m, model.compute, scratch.bytes(),
+                                                    qkv.floats(), ld, share);
+    Attention a{};
+    a.q = qkv.floats(), a.ldq = ld;
+    a.out = mixed.floats(), a.ldo = query_size();
+    a.pages = pages.data(), a.offset = offset, a.type = model.cache_type;
+    a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = d, a.stride = stride();
+    a.position = length, a.m = m, a.window = layer.window, a.scale = layer.scale;
+
+    // Queries in place; keys in place and, with the values, into the cache. One head is one thread's.
+    const int heads = model.heads + model.kv_heads;
+    for (int h = int(share.first(heads)); h < share.last(heads); h++) {
+        const qk_norm &norm = h < model.heads ? layer.q_norm : layer.k_norm;
+        for (int64_t t = 0; t < m; t++) {
+            float *head = qkv.floats() + t * ld + int64_t(h) * d;
+            if (norm.weight) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
+            math.rotate(head, cos + t * model.rotary_dim, sin + t * model.rotary_dim, model.rotary_dim);
+            if (h >= model.heads) math.append(a, h - model.heads, length + t, head, head + kv_size());
+        }
+    }
+    barrier();
+    math.attend(a, reinterpret_cast<float *>(own.bytes() + own_bytes * share.part), share.part, share.parts);
+    barrier();
+    Siblings<1>{{&layer.o}}.run(math, mixed.floats(), m, model.compute, scratch.bytes(), branch.floats(),
+                                model.hidden, share);
+}
+
+void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share share) {
+    const int64_t n = model.intermediate, ld = 2 * n;
+    Siblings<2>{{&layer.gate, &layer.up}}.run(math, normed.floats(), m, model.compute, scratch.bytes(),
+                                              gate_up.floats(), ld, share);
+    const int64_t first = share.first(n / PAD) * PAD, last = share.part + 1 == share.parts ? n : share.last(n / PAD) * PAD;
+    for (int64_t t = 0; t < m; t++) {
+        const float *gate = gate_up.floats() + t * ld;
+        math.swiglu(gate + first, gate + n + first, gated.floats() + t * n + first, last - first);
+    }
+    barrier();
+    Siblings<1>{{&layer.down}}.run(math, gated.floats(), m, model.compute, scratch.bytes(), branch.floats(),
+                                   model.hidden, share);
+}
+
+void qk_decoder::run(const int64_t *tokens, int64_t m, const float *cos, const float *sin, int64_t keep,
+                     float *logits, Share share) {
+    const Math &math = qk::math();
+    const int64_t n = model.hidden;
+    const size_t value = model.embedding.dense == F32 ? 4 : 2;
+    for (int64_t t = share.first(m); t < share.last(m); t++)
+        math.widen(model.embedding.weight.units + value * n * tokens[t], model.embedding.dense,
+                   x.floats() + t * n, n);
+    const float *add = nullptr;  // what the last branch adds to x; the row's owner stays the same
+    for (size_t i = 0; i < layers.size(); i++) {
+        norm(math, layers[i].input, add, 0, m, share);
+        attention(math, layers[i], i * layer_bytes, m, cos, sin, share);
+        add = branch.floats();
+        norm(math, layers[i].post, add, 0, m, share);
+        mlp(math, layers[i], m, share);
+    }
+    if (keep == 0) return;
+    norm(math, model.final, add, m - keep, keep, share);
+    Siblings<1>{{&model.head}}.run(math, normed.floats(), keep, model.compute, scratch.bytes(), logits,
+                                   model.head.weight.n, share);
+}
+
+namespace {
+
+bool sensible(const qk_model &m) {
+    if (m.layer_count < 1 || m.heads <= 0 || m.kv_heads <= 0 || m.heads % m.kv_heads || m.head_dim <= 0) return false;
+    if (m.rotary_dim < 0 || m.rotary_dim % 2 || m.rotary_dim > m.head_dim) return false;
+    if (m.cache_type != F32 && m.cache_type != BF16) return false;
+    const auto is = [](const qk_matrix &matrix, int64_t n, int64_t k) {
+        return matrix.weight.n == n && matrix.weight.k == k && (matrix.dense >= 0 || supported(matrix.weight));
+    };
+    const auto are = [&](const qk_matrix &first, int64_t n, const qk_matrix &second, int64_t more) {
+        return absent(second) ? is(first, n + more, m.hidden) : is(first, n, m.hidden) && is(second, more, m.hidden);
+    };
+    const int64_t query = int64_t(m.heads) * m.head_dim, kv = int64_t(m.kv_heads) * m.head_dim;
+    for (int i = 0; i < m.layer_count; i++) {
+        const qk_layer &l = m.layers[i];
+        if (absent(l.k) != absent(l.v) || !are(l.q, query, l.k, absent(l.k) ? 2 * kv : kv)) return false;
+        if (!absent(l.v) && !is(l.v, kv, m.hidden)) return false;
+        if (!are(l.gate, m.intermediate, l.up, m.intermediate)) return false;
+        if (!is(l.o, m.hidden, query) || !is(l.down, m.hidden, m.intermediate)) return false;
+        if (l.window < 0) return false;
+    }
+    return m.embedding.dense >= 0 && is(m.embedding, m.head.weight.n, m.hidden) && is(m.head, m.head.weight.n, m.hidden);
+}
+
+}  // namespace
+
+extern "C" {
+
+qk_decoder *qk_decoder_new(const qk_model *model) {
+    try {
+        return sensible(*model) ? new qk_decoder(*model) : nullptr;
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
+}
+
+void qk_decoder_free(qk_decoder *decoder) { delete decoder; }
+
+int qk_decoder_step(qk_decoder *decoder, const int64_t *tokens, int64_t m, const float *cos, const float *sin,
+                    int64_t keep, float *logits, int threads) {
+    if (m < 1 || keep < 0 || keep > m || threads < 1 || qk_isa() < 0) return 1;
+    for (int64_t t = 0; t < m; t++)
+        if (tokens[t] < 0 || tokens[t] >= decoder->model.embedding.weight.n) return 1;
+    try {
+        decoder->reserve(m, keep, threads);
+    } catch (const std::bad_alloc &) {
+        return 2;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    decoder->run(tokens, m, cos, sin, keep, logits, {omp_get_thread_num(), omp_get_num_threads()});
+#else
+    decoder->run(tokens, m, cos, sin, keep, logits, {0, 1});
+#endif
+    decoder->length += m;
+    return 0;
+}
+
+int64_t qk_decoder_length(const qk_decoder *decoder) { return decoder->length; }
+
+int qk_decoder_truncate(qk_decoder *decoder, int64_t length) {
+    if (length < 0 || length > decoder->length) return 1;
+    decoder->length = length;
+    return 0;
+}
+
+size_t qk_decoder_cache_bytes(const qk_decoder *decoder) {
+    return decoder->pages.size() * decoder->layer_bytes * decoder->layers.size();
+}
+
+}  // extern "C"

@@ -1,0 +1,16 @@
+// x86 with AVX2 and FMA.
+#include "common.h"
+#include "decode_math.h"
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define LANES 8
+#define QK_PATH math_avx2
+#include "decode_path.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

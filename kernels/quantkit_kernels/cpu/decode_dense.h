@@ -1,0 +1,62 @@
+// y = x W^T + bias for W [n, k] as it lies in the checkpoint: heads, and models that are not quantized.
+
+// One row times one token: one stream, four sums.
+template <class T>
+float dot(const T *w, const float *x, int64_t k) {
+    vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= k; i += 4 * LANES) {
+        s0 += load(w + i) * load(x + i);
+        s1 += load(w + i + LANES) * load(x + i + LANES);
+        s2 += load(w + i + 2 * LANES) * load(x + i + 2 * LANES);
+        s3 += load(w + i + 3 * LANES) * load(x + i + 3 * LANES);
+    }
+    for (; i + LANES <= k; i += LANES) s0 += load(w + i) * load(x + i);
+    float total = sum((s0 + s1) + (s2 + s3));
+    for (; i < k; i++) total += one(w + i) * x[i];
+    return total;
+}
+
+// 4 rows times TOKENS tokens, so that a weight is widened once for all of them.
+template <class T, int TOKENS>
+void block(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx, float *y, int64_t ldy) {
+    vf acc[TOKENS][4] = {};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES)
+        for (int r = 0; r < 4; r++) {
+            const vf row = load(w + r * k + i);
+            for (int t = 0; t < TOKENS; t++) acc[t][r] += row * load(x + t * ldx + i);
+        }
+    for (int t = 0; t < TOKENS; t++)
+        for (int r = 0; r < 4; r++) {
+            float total = sum(acc[t][r]);
+            for (int64_t j = i; j < k; j++) total += one(w + r * k + j) * x[t * ldx + j];
+            y[t * ldy + r] = total + (bias ? bias[r] : 0.0f);
+        }
+}
+
+template <class T>
+void dense_of(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m, float *y,
+              int64_t ldy, int64_t first, int64_t last) {
+    int64_t n = first;
+    for (; m > 1 && n + 4 <= last; n += 4) {
+        const float *b = bias ? bias + n : bias;
+        int64_t t = 0;
+        for (; t + 3 <= m; t += 3) block<T, 3>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
+        if (m - t == 2) block<T, 2>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
+        if (m - t == 1) block<T, 1>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
+    }
+    for (; n < last; n++)
+        for (int64_t t = 0; t < m; t++)
+            y[t * ldy + n] = dot(w + n * k, x + t * ldx, k) + (bias ? bias[n] : 0.0f);
+}
+
+void dense(const void *w, int type, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m,
+           float *y, int64_t ldy, int64_t first, int64_t last) {
+    if (type == BF16)
+        dense_of((const bf16 *)w, bias, k, x, ldx, m, y, ldy, first, last);
+    else if (type == F16)
+        dense_of((const f16 *)w, bias, k, x, ldx, m, y, ldy, first, last);
+    else
+        dense_of((const float *)w, bias, k, x, ldx, m, y, ldy, first, last);
+}

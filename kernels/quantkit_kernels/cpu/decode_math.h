@@ -1,0 +1,56 @@
+// What the decoder computes itself, between the packed linears, as a table of functions per instruction set.
+// decode_portable.cpp, decode_avx2.cpp and decode_avx512.cpp compile the same source (decode_simd.h,
+// decode_rows.h, decode_dense.h, decode_attention.h) for theirs.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace qk {
+
+constexpr int PAGE = 128;  // positions of one page of the cache
+constexpr int PAD = 16;    // a head's values are padded to a multiple: the widest vector, in floats
+
+// Attention of m tokens over one layer's cache. Page p holds positions [p PAGE, (p + 1) PAGE); at `offset` it
+// has K [kv_heads, head_dim, PAGE] and then V [kv_heads, PAGE, stride], both of `type`.
+struct Attention {
+    const float *q;  // [m, heads * head_dim] in rows of ldq
+    int64_t ldq;
+    float *out;  // the same in rows of ldo
+    int64_t ldo;
+    char *const *pages;
+    size_t offset;
+    int type;                         // F32 or BF16
+    int kv_heads, group, head_dim, stride;  // group: query heads of one kv head
+    int64_t position, m;              // of the first token, which is in the cache already like the others
+    int window;                       // 0: all
+    float scale;
+};
+
+struct Math {
+    // dst [n] fp32 from n values of `type`
+    void (*widen)(const void *src, int type, float *dst, int64_t n);
+    // x += y (if y), out = norm(x) weight; out may be x, x and out [n]
+    void (*add_norm)(float *x, const float *y, const float *weight, float eps, float *out, int64_t n);
+    // out = silu(gate) up
+    void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
+    // rotate x [dim] in place by cos, sin [dim], halves against each other
+    void (*rotate)(float *x, const float *cos, const float *sin, int dim);
+    // k, v [head_dim] of one head at `position`, to where Attention reads them
+    void (*append)(const Attention &, int head, int64_t position, const float *k, const float *v);
+    // rows [first, last) of y = x W^T + bias; W [n, k] of `type`
+    void (*dense)(const void *w, int type, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m,
+                  float *y, int64_t ldy, int64_t first, int64_t last);
+    // part's share of the attention; scratch: attention_floats() of its own
+    void (*attend)(const Attention &, float *scratch, int part, int parts);
+};
+
+extern const Math math_portable, math_avx2, math_avx512;
+
+// Query vectors that go over the cache together: some tokens times some query heads of one kv head.
+constexpr int TILE = 32;
+inline int tile_rows(int group) { return group > TILE ? group : TILE; }
+inline size_t attention_floats(int group, int head_dim, int stride) {
+    return (size_t)tile_rows(group) * (head_dim + stride + PAGE + 2);
+}
+
+}  // namespace qk

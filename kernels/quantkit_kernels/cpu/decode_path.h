@@ -1,0 +1,13 @@
+// The body of every path: QK_PATH names its table, LANES its vectors.
+namespace qk {
+namespace {
+#include "decode_simd.h"
+//
+#include "decode_rows.h"
+//
+#include "decode_dense.h"
+//
+#include "decode_attention.h"
+}  // namespace
+extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, append, dense, attend};
+}  // namespace qk

@@ -1,0 +1,76 @@
+// Vectors of LANES floats through the compiler's vector extension (gcc, clang): one source for every
+// instruction set. Included once per path, after its target is set, inside a namespace of its own. No standard
+// templates here: an instance compiled for a wider target could replace that of another file.
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef float vf_at __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t vh_at __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline vf load(const float *p) { return *(const vf_at *)p; }
+inline vf load(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_at *)p, vu) << 16); }
+// Exponent and mantissa moved into place and the exponent's bias corrected by a product; exact for all finite.
+inline vf load(const f16 *p) {
+    const vu h = __builtin_convertvector(*(const vh_at *)p, vu);
+    const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
+    return (vf)((vu)magnitude | (h & 0x8000) << 16);
+}
+inline void store(float *p, vf v) { *(vf_at *)p = v; }
+
+inline float from_bits(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+inline float one(const float *p) { return *p; }
+inline float one(const bf16 *p) { return from_bits((uint32_t)p->bits << 16); }
+inline float one(const f16 *p) {
+    const float magnitude = from_bits((uint32_t)(p->bits & 0x7fff) << 13) * 0x1p112f;
+    return p->bits & 0x8000 ? -magnitude : magnitude;
+}
+inline void put(float *p, float value) { *p = value; }
+inline void put(bf16 *p, float value) {  // to nearest, ties to even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    p->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline vf all(float value) { return value - (vf){}; }
+inline float sum(vf v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+inline float largest(vf v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+
+// e^x to 2 units in the last place; 0 below -87 (-inf too), e^88 above 88.
+inline vf exponential(vf x) {
+    const vi kept = x > all(-87.0f);
+    x = larger(smaller(x, all(88.0f)), all(-87.0f));
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const vf n = (x * 1.44269504f + shift) - shift;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    vf p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+    return (vf)((vi)(p * (vf)power) & kept);
+}

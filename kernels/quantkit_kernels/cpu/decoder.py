@@ -1,0 +1,252 @@
+"""A whole decode step in one native call: tables of tensors in, logits out (decode.h).
+
+`Tables` says where a model's weights lie and may be shared; a `Decoder` is one sequence over them, its cache
+and its buffers. Nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from quantkit_kernels.cpu import library
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
+COMPUTES = {"float": 0, "int8": 1, "int8_token": 2}  # qk::Compute
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("units", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale_factor", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("n", "k", "group", "bits", "wide_scales", "table")),
+    )
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("weight", _Weight), ("dense", ctypes.c_int32))
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("input", "post", "q_norm", "k_norm")),
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("window", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+
+_SIZES = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "rotary_dim")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("embedding", _Matrix),
+        ("head", _Matrix),
+        ("final", _Norm),
+        *((name, ctypes.c_int32) for name in ("layer_count", *_SIZES, "compute", "cache_type")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """W [n, k] of y = x W^T + bias, packed or dense.
+
+    weight: the packed units (uint8), or with bits = 0 the contiguous [n, k] matrix in fp32, bf16 or fp16.
+    bias: fp32 [n] or None. The rest as in qk_weight.
+    """
+
+    weight: torch.Tensor
+    n: int
+    k: int
+    bias: torch.Tensor | None = None
+    bits: int = 0
+    group: int = 0
+    scale_factor: float = 1.0
+    wide_scales: bool = False
+    table: int = 0
+
+    @classmethod
+    def dense(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
+        return cls(weight, *weight.shape, bias)
+
+    def _structure(self) -> _Matrix:
+        weight = _Weight(
+            self.weight.data_ptr(),
+            _pointer(self.bias),
+            self.scale_factor,
+            self.n,
+            self.k,
+            self.group,
+            self.bits,
+            self.wide_scales,
+            self.table,
+        )
+        return _Matrix(weight, -1 if self.bits else TYPES[self.weight.dtype])
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm: fp32 weight [size]."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def _structure(self) -> _Norm:
+        return _Norm(self.weight.data_ptr(), self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One block. qkv: (q, k, v) or one matrix with all rows; gate_up likewise; window: None sees everything.
+
+    q_norm, k_norm: per head, before rotary, or None. scale: of q k^T.
+    """
+
+    input: Norm
+    post: Norm
+    qkv: tuple[Matrix, ...]
+    o: Matrix
+    gate_up: tuple[Matrix, ...]
+    down: Matrix
+    scale: float
+    window: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    def _structure(self) -> _Layer:
+        layer = _Layer(window=self.window or 0, scale=self.scale)
+        matrices = dict(zip(("q", "k", "v"), self.qkv, strict=False))
+        matrices |= dict(zip(("gate", "up"), self.gate_up, strict=False))
+        matrices |= {"o": self.o, "down": self.down}
+        norms = {"input": self.input, "post": self.post, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        for name, part in (matrices | norms).items():
+            if part is not None:
+                setattr(layer, name, part._structure())
+        return layer
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """A model. embedding: dense [vocabulary, hidden]; rotary_dim: of the head_dim dimensions, the first ones."""
+
+    layers: tuple[Layer, ...]
+    embedding: Matrix
+    head: Matrix
+    final: Norm
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+    @cached_property
+    def _array(self) -> ctypes.Array:
+        return (_Layer * len(self.layers))(*(layer._structure() for layer in self.layers))
+
+    def _structure(self, compute: str, cache_dtype: torch.dtype) -> _Model:
+        return _Model(
+            self._array,
+            self.embedding._structure(),
+            self.head._structure(),
+            self.final._structure(),
+            len(self.layers),
+            *(getattr(self, name) for name in _SIZES),
+            COMPUTES[compute],
+            TYPES[cache_dtype],
+        )
+
+
+class Decoder:
+    """One sequence. Not for two threads at once; several decoders may share their tables and run together.
+
+    compute: how packed matrices are multiplied ("float", "int8", "int8_token"). cache_dtype: fp32 or bf16.
+    """
+
+    def __init__(
+        self, tables: Tables, compute: str = "float", cache_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._library = _load()
+        self._tables = tables  # whose tensors the native side points at
+        self._handle = self._library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache_dtype)))
+        if not self._handle:
+            raise ValueError("the decoder takes no model of these sizes, or memory is out")
+        weakref.finalize(self, self._library.qk_decoder_free, self._handle)
+
+    def step(self, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: int = 1) -> torch.Tensor:
+        """Append tokens int64 [M]; cos, sin: fp32 [M, rotary_dim] of their positions.
+
+        Returns fp32 logits [keep, vocabulary] of the last `keep` tokens. Threads: torch.get_num_threads().
+        """
+        m, rotary = len(tokens), (len(tokens), self._tables.rotary_dim)
+        if tokens.dtype != torch.int64 or cos.shape != rotary or sin.shape != rotary or not 0 <= keep <= m:
+            raise ValueError(
+                f"wanted int64 tokens [M], cos and sin [M, {rotary[1]}], 0 <= keep <= M; got {tokens.dtype} "
+                f"{list(tokens.shape)}, {list(cos.shape)}, {list(sin.shape)}, {keep}"
+            )
+        tokens, cos, sin = tokens.contiguous(), cos.float().contiguous(), sin.float().contiguous()
+        logits = torch.empty(keep, self._tables.head.n)
+        failed = self._library.qk_decoder_step(
+            self._handle,
+            tokens.data_ptr(),
+            m,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            keep,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed == 2:
+            raise MemoryError(f"no memory for {m} more tokens after {self.length}")
+        if failed:
+            raise ValueError(f"the decoder refused a step of {m} tokens; is a token outside the vocabulary?")
+        return logits
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._library.qk_decoder_length(self._handle)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the cache, in bytes."""
+        return self._library.qk_decoder_cache_bytes(self._handle)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`; the memory stays."""
+        if self._library.qk_decoder_truncate(self._handle, length):
+            raise ValueError(f"cannot keep {length} of {self.length} tokens")
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _load() -> ctypes.CDLL:
+    """The library with the decoder's signatures."""
+    native = library.load()
+    if native is None:
+        raise RuntimeError("the native CPU library is not built")
+    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, result, arguments in (
+        ("new", pointer, (ctypes.POINTER(_Model),)),
+        ("free", None, (pointer,)),
+        ("step", number, (pointer, pointer, long, pointer, pointer, long, pointer, number)),
+        ("length", long, (pointer,)),
+        ("truncate", number, (pointer, long)),
+        ("cache_bytes", ctypes.c_size_t, (pointer,)),
+    ):
+        function = getattr(native, f"qk_decoder_{name}")
+        function.restype, function.argtypes = result, arguments
+    return native

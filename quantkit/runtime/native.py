@@ -1,0 +1,128 @@
+"""`native(model)`: the model as one native call per step, or the reason why it runs eager."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from quantkit_kernels.cpu import library
+from quantkit_kernels.cpu.decoder import COMPUTES, Decoder, Tables
+from torch import nn
+
+from quantkit.runtime.rotary import Rotary
+from quantkit.runtime.tables import NotNative, tables
+
+CHUNK = 128  # tokens of a prompt per call
+
+
+class Sequence:
+    """One sequence of a native model: its cache and how far it is."""
+
+    def __init__(self, decoder: Decoder, rotary: Rotary) -> None:
+        self._decoder, self._rotary = decoder, rotary
+
+    def append(self, tokens: torch.Tensor, keep: int = 1, chunk: int = CHUNK) -> torch.Tensor:
+        """Run tokens [M], `chunk` at a time; fp32 logits [keep, vocabulary] of the last `keep`."""
+        start, length = len(self), len(tokens)
+        logits = []
+        for first in range(0, length, chunk):
+            part = tokens[first : first + chunk]
+            last = first + len(part)
+            cos, sin = self._rotary.rows(start + first, start + last, start + length)
+            kept = min(max(last - (length - keep), 0), len(part))
+            logits.append(self._decoder.step(part, cos, sin, kept))
+        return logits[-1] if keep <= len(logits[-1]) else torch.cat(logits)
+
+    def __len__(self) -> int:
+        return self._decoder.length
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._decoder.cache_bytes
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        self._decoder.truncate(length)
+        self._rotary.truncate(length)
+
+
+class NativeDecoder:
+    """A model's tables. `start` begins a sequence; sequences are independent and may run in threads.
+
+    Can be called like the causal LM it was made from, for one sequence without padding: `past_key_values` is
+    then the `Sequence`. It keeps the weights alive, not the model.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: nn.Module, compute: str, cache_dtype: torch.dtype) -> None:
+        self.tables: Tables = tables(model)
+        self.compute, self.cache_dtype = compute, cache_dtype
+        self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
+        self._rotary = model.model.rotary_emb
+        self.start()  # a model the decoder does not take says so here
+
+    def start(self) -> Sequence:
+        return Sequence(Decoder(self.tables, self.compute, self.cache_dtype), Rotary(self._rotary))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Sequence | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """input_ids [1, M] -> `.logits` [1, logits_to_keep or M, vocabulary] and `.past_key_values`."""
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"the native path runs one sequence at a time, got {input_ids.shape[0]}")
+        sequence = self.start() if past_key_values is None else past_key_values
+        logits = sequence.append(input_ids[0], logits_to_keep or input_ids.shape[1])
+        return SimpleNamespace(logits=logits[None], past_key_values=sequence if use_cache else None)
+
+    __call__ = forward
+
+    def modules(self) -> Iterator[nn.Module]:
+        """None: there is no mode to switch."""
+        return iter(())
+
+    def eval(self) -> NativeDecoder:
+        return self
+
+
+_made: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, NativeDecoder]]] = (
+    weakref.WeakKeyDictionary()
+)
+_making = threading.Lock()
+
+
+def native(
+    model: nn.Module, compute: str = "float", cache_dtype: torch.dtype = torch.float32
+) -> NativeDecoder | str:
+    """The native decoder of a causal LM, or why there is none. Made once per model, anew if weights change.
+
+    compute: how packed linears are multiplied: "float", "int8" (activations in int8, one scale per token and
+    group), "int8_token". cache_dtype: of keys and values, fp32 or bf16.
+    """
+    if compute not in COMPUTES:
+        raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
+    if library.load() is None:
+        return "the native CPU library is not built"
+    with _making:
+        made = _made.setdefault(model, {})
+        stamp, key = _stamp(model), (compute, cache_dtype)
+        if key not in made or made[key][0] != stamp:
+            try:
+                made[key] = stamp, NativeDecoder(model, compute, cache_dtype)
+            except NotNative as reason:
+                return str(reason)
+        return made[key][1]
+
+
+def _stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if not t.is_meta)

@@ -1,0 +1,40 @@
+"""Rotary tables as the model's own rotary module computes them, so that every rope type is right."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+_BLOCK = 512  # positions computed ahead
+
+
+class Rotary:
+    """cos and sin of the positions of one sequence, fp32 [length, rotary_dim] each.
+
+    Types whose frequencies depend on how long the sequence is ("dynamic", "longrope") are asked for exactly the
+    positions that transformers would ask for in one forward, and change their module, so they get a copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        kind = getattr(module, "rope_type", "default")
+        self._ahead = 1 if "dynamic" in kind or kind == "longrope" else _BLOCK
+        self._module = copy.deepcopy(module) if self._ahead == 1 else module
+        self._cos = self._sin = torch.empty(0, 0)
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [start, stop) of a forward that ends before `end`."""
+        have = len(self._cos)
+        if have < end:
+            upto = max(end, have + self._ahead)
+            positions = torch.arange(have, upto)[None]
+            cos, sin = self._module(torch.empty(1, 1, 1), positions)  # (1, positions, rotary_dim)
+            grown = [(cos[0], sin[0])] if have == 0 else [(self._cos, self._sin), (cos[0], sin[0])]
+            self._cos, self._sin = (torch.cat(part) for part in zip(*grown, strict=True))
+        return self._cos[start:stop], self._sin[start:stop]
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on."""
+        self._cos, self._sin = self._cos[:length], self._sin[:length]

@@ -1,0 +1,178 @@
+"""A loaded transformers model -> the native decoder's tables, or the reason why there are none.
+
+The tables point at the model's own weights; only norms and biases are copied, as fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from quantkit_kernels import pack_bits, unpack_bits
+from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Norm, Tables
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from quantkit.layers.quant_linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its parts; fused linears are one name."""
+
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    activation: str = "act_fn"
+
+
+FAMILIES = {
+    "llama": Names(),
+    "mistral": Names(),
+    "qwen2": Names(),
+    "qwen3": Names(),
+    "phi3": Names(("qkv_proj",), ("gate_up_proj",), "activation_fn"),
+}
+
+_LANES = (2, 3, 4, 8)  # bits of the packed layout; others are widened to 8
+
+
+class NotNative(Exception):
+    """Why a model runs eager."""
+
+
+def tables(model: nn.Module) -> Tables:
+    """The tables of a causal LM. NotNative with the reason if its family, a module or a weight does not fit."""
+    config = model.config
+    names = FAMILIES.get(config.model_type)
+    if names is None or not type(model).__module__.startswith("transformers.models."):
+        known = ", ".join(FAMILIES)
+        raise NotNative(f"the native path knows {known}, not {type(model).__name__} ({config.model_type})")
+    _refuse_changed(model)
+    base = model.model
+    layers = tuple(_layer(f"model.layers.{i}", block, names, config) for i, block in enumerate(base.layers))
+    attention = base.layers[0].self_attn
+    return Tables(
+        layers=layers,
+        embedding=Matrix.dense(_dense("model.embed_tokens", base.embed_tokens.weight)),
+        head=_matrix("lm_head", model.lm_head),
+        final=_norm("model.norm", base.norm),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        rotary_dim=base.rotary_emb.inv_freq.numel() * 2,
+    )
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    """Hooks, replaced forwards and weights elsewhere would be left out silently."""
+    for name, module in model.named_modules():
+        name = name or type(model).__name__
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotNative(f"{name} has forward hooks")
+        if "forward" in vars(module):
+            raise NotNative(f"the forward of {name} was replaced")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise NotNative(f"{name} is on {tensor.device.type}, not on the CPU")
+
+
+def _layer(name: str, block: nn.Module, names: Names, config: object) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    activation = getattr(mlp, names.activation)
+    if not isinstance(activation, (nn.SiLU, SiLUActivation)):
+        raise NotNative(f"{name}.mlp uses {type(activation).__name__}, not SiLU")
+
+    def linears(parent: nn.Module, path: str, parts: tuple[str, ...]) -> tuple[Matrix, ...]:
+        return tuple(_matrix(f"{name}.{path}.{part}", getattr(parent, part)) for part in parts)
+
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window"):  # the family has one for all layers, or none
+        window = getattr(config, "sliding_window", None)
+    per_head = {
+        part: _norm(f"{name}.self_attn.{part}", getattr(attention, part))
+        for part in ("q_norm", "k_norm")
+        if hasattr(attention, part)
+    }
+    return Layer(
+        input=_norm(f"{name}.input_layernorm", block.input_layernorm),
+        post=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
+        qkv=linears(attention, "self_attn", names.qkv),
+        o=_matrix(f"{name}.self_attn.o_proj", attention.o_proj),
+        gate_up=linears(mlp, "mlp", names.gate_up),
+        down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj),
+        scale=attention.scaling,
+        window=window,
+        **per_head,
+    )
+
+
+def _norm(name: str, module: nn.Module) -> Norm:
+    if not type(module).__name__.endswith("RMSNorm"):
+        raise NotNative(f"{name} is a {type(module).__name__}, not an RMSNorm")
+    return Norm(_fp32(module.weight), module.variance_epsilon)
+
+
+def _matrix(name: str, module: nn.Module) -> Matrix:
+    if isinstance(module, QuantLinear):
+        return _packed(name, module)
+    if type(module) is not nn.Linear:
+        raise NotNative(f"{name} is a {type(module).__name__}, not a linear layer")
+    return Matrix.dense(_dense(name, module.weight), _bias(module))
+
+
+def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    if weight.dtype not in TYPES or not weight.is_contiguous():
+        raise NotNative(
+            f"{name}.weight is {weight.dtype}; the native path takes contiguous fp32, bf16 or fp16"
+        )
+    return weight
+
+
+def _packed(name: str, module: QuantLinear) -> Matrix:
+    """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
+    from quantkit_kernels.cpu import ops
+
+    scheme, n, k = module.scheme, module.out_features, module.in_features
+    bits, packed = scheme.bits, getattr(module, "cpu_packed", None)
+    if packed is None:
+        stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
+        if stored[0] is None:
+            raise NotNative(
+                f"{name} runs on backend {module.backend!r}, whose layout the native path cannot read"
+            )
+        if bits not in _LANES:
+            stored = _widened(*stored, bits, n, k)
+        packed = ops.pack(*stored, bits if bits in _LANES else 8, n, k)
+    return Matrix(
+        packed.units,
+        n,
+        k,
+        _bias(module),
+        bits=bits if bits in _LANES else 8,
+        group=scheme.group(k),
+        scale_factor=packed.scale_factor,
+        wide_scales=packed.wide_scales,
+    )
+
+
+def _widened(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, n: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same codes and zero points in 8 bits."""
+    codes = pack_bits(unpack_bits(packed, bits, k), 8)
+    if zero is None:
+        zeros = torch.full((scale.shape[1], n), 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zeros = unpack_bits(zero.T, bits, n)
+    return codes, scale, pack_bits(zeros, 8).T.contiguous()
+
+
+def _bias(module: nn.Module) -> torch.Tensor | None:
+    return None if module.bias is None else _fp32(module.bias)
+
+
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.float32, copy=True).contiguous()
