@@ -1,0 +1,176 @@
+// The packed layout, and the way between it and the tensors on disk.
+//
+// N is cut in blocks of 16 rows (padded rows have scale 0), K in chunks of C columns (padded with code 0 and
+// activation 0): C = group for groups of 32 and 64, else 128. A unit is 16 rows x C columns, in lines of 64 bytes
+// whose dword lane r is row r; byte j of a dword holds
+//   8 bits: line i: column 4i+j
+//   4 bits: line i: low nibble column 8i+j, high nibble 8i+4+j
+//   2 bits: line i: columns 16i+j, 16i+4+j, 16i+8+j, 16i+12+j from the low bits up
+//   3 bits: C/16 lines with the two low bits as above, then C/32 lines: bit b of line i is column 32i+4b+j's
+// followed by a scale line: 16 fp16 scales and 16 fp16 zeros (wide: 16 fp32 scales, 16 fp16 zeros, 32 bytes of
+// padding). Per channel there is one scale line in front of the block's units instead.
+#include "common.h"
+
+#include <cstring>
+
+#include "half.h"
+
+namespace qk {
+
+bool supported(const Weight &w) {
+    const bool bits = w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8;
+    const bool group = w.group == w.k || ((w.group == 32 || w.group == 64 || w.group % 128 == 0) && w.group > 0);
+    const bool table = w.table == 0 || (w.table == 1 && w.bits == 4) || (w.table == 2 && w.bits == 8);
+    return bits && table && w.n > 0 && w.k > 0 && group && w.k % w.group == 0;
+}
+
+size_t weight_bytes(const Weight &w) { return supported(w) ? row_blocks(w) * block_bytes(w) : 0; }
+
+namespace {
+
+uint32_t get_bits(const uint8_t *stream, int64_t index, int bits) {
+    const int64_t at = index * bits;
+    const int shift = int(at & 7);
+    uint32_t value = stream[at >> 3] >> shift;
+    if (shift + bits > 8) value |= uint32_t(stream[(at >> 3) + 1]) << (8 - shift);
+    return value & ((1u << bits) - 1);
+}
+
+void or_bits(uint8_t *stream, int64_t index, int bits, uint32_t value) {
+    const int64_t at = index * bits;
+    const int shift = int(at & 7);
+    stream[at >> 3] |= uint8_t(value << shift);
+    if (shift + bits > 8) stream[(at >> 3) + 1] |= uint8_t(value >> (8 - shift));
+}
+
+// The code of (row, column) of a unit.
+uint32_t get_code(const uint8_t *unit, int c, int bits, int row, int column) {
+    const int j = column % 4;
+    const auto byte = [&](int line) { return uint32_t(unit[line * 64 + row * 4 + j]); };
+    if (bits == 8) return byte(column / 4);
+    if (bits == 4) return byte(column / 8) >> (column / 4 % 2 * 4) & 15;
+    const uint32_t low = byte(column / 16) >> (column / 4 % 4 * 2) & 3;
+    if (bits == 2) return low;
+    return low | (byte(c / 16 + column / 32) >> (column / 4 % 8) & 1) << 2;
+}
+
+void or_code(uint8_t *unit, int c, int bits, int row, int column, uint32_t code) {
+    const int j = column % 4;
+    const auto byte = [&](int line) -> uint8_t & { return unit[line * 64 + row * 4 + j]; };
+    if (bits == 8) {
+        byte(column / 4) = uint8_t(code);
+    } else if (bits == 4) {
+        byte(column / 8) |= uint8_t(code << (column / 4 % 2 * 4));
+    } else {
+        byte(column / 16) |= uint8_t((code & 3) << (column / 4 % 4 * 2));
+        if (bits == 3) byte(c / 16 + column / 32) |= uint8_t((code >> 2) << (column / 4 % 8));
+    }
+}
+
+void put_scale(uint8_t *line, bool wide, int row, float scale, float zero) {
+    const uint16_t z = float_to_half(zero);
+    if (wide) {
+        std::memcpy(line + 4 * row, &scale, 4);
+        std::memcpy(line + 64 + 2 * row, &z, 2);
+    } else {
+        const uint16_t s = float_to_half(scale);
+        std::memcpy(line + 2 * row, &s, 2);
+        std::memcpy(line + 32 + 2 * row, &z, 2);
+    }
+}
+
+void get_scale(const uint8_t *line, bool wide, int row, float *scale, float *zero) {
+    uint16_t s, z;
+    std::memcpy(&z, line + (wide ? 64 : 32) + 2 * row, 2);
+    *zero = half_to_float(z);
+    if (wide) {
+        std::memcpy(scale, line + 4 * row, 4);
+    } else {
+        std::memcpy(&s, line + 2 * row, 2);
+        *scale = half_to_float(s);
+    }
+}
+
+// Where row block `block` keeps the scales of chunk `i`.
+size_t scale_at(const Weight &w, int block, int i) {
+    const size_t start = block * block_bytes(w);
+    return per_channel(w) ? start : start + i * unit_bytes(w) + code_bytes(w);
+}
+
+size_t unit_at(const Weight &w, int block, int i) {
+    return block * block_bytes(w) + (per_channel(w) ? scale_bytes(w) : 0) + i * unit_bytes(w);
+}
+
+size_t words(int64_t columns, int bits) { return (columns * bits + 31) / 32; }
+
+void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const float *scale, const int32_t *zeros,
+                int block) {
+    const int c = chunk(w), groups = w.k / w.group;
+    for (int i = 0; i < chunks(w); ++i) {
+        uint8_t *unit = units + unit_at(w, block, i), *line = units + scale_at(w, block, i);
+        std::memset(unit, 0, code_bytes(w));
+        std::memset(line, 0, scale_bytes(w));
+        for (int row = 0; row < ROWS && block * ROWS + row < w.n; ++row) {
+            const int n = block * ROWS + row, g = i * c / w.group;
+            const auto *stream = reinterpret_cast<const uint8_t *>(packed + n * words(w.k, w.bits));
+            for (int j = 0; j < c && i * c + j < w.k; ++j)
+                or_code(unit, c, w.bits, row, j, get_bits(stream, i * c + j, w.bits));
+            float zero = w.table ? 0.f : float(1 << (w.bits - 1));
+            if (zeros) {  // bit strings run down the columns of [words, groups]
+                uint32_t pair[2] = {0, 0};
+                const int64_t word = int64_t(n) * w.bits / 32;
+                pair[0] = uint32_t(zeros[word * groups + g]);
+                if (word + 1 < int64_t(words(w.n, w.bits))) pair[1] = uint32_t(zeros[(word + 1) * groups + g]);
+                const uint64_t both = pair[0] | uint64_t(pair[1]) << 32;
+                zero = float(both >> (int64_t(n) * w.bits % 32) & ((1u << w.bits) - 1));
+            }
+            put_scale(line, w.wide_scales, row, scale[int64_t(n) * groups + g], zero);
+        }
+    }
+}
+
+}  // namespace
+
+}  // namespace qk
+
+using namespace qk;
+
+extern "C" size_t qk_weight_bytes(const qk_weight *w) { return weight_bytes(*w); }
+
+extern "C" void qk_pack(const qk_weight *w, uint8_t *units, const int32_t *packed, const float *scale,
+                        const int32_t *zero_packed) {
+#pragma omp parallel for schedule(static)
+    for (int block = 0; block < row_blocks(*w); ++block) pack_block(*w, units, packed, scale, zero_packed, block);
+}
+
+extern "C" void qk_unpack(const qk_weight *w, int32_t *packed, float *scale, int32_t *zero_packed) {
+    const int c = chunk(*w), groups = w->k / w->group;
+    std::memset(packed, 0, 4 * w->n * words(w->k, w->bits));
+    if (zero_packed) std::memset(zero_packed, 0, 4 * groups * words(w->n, w->bits));
+    for (int n = 0; n < w->n; ++n) {
+        auto *stream = reinterpret_cast<uint8_t *>(packed + n * words(w->k, w->bits));
+        for (int i = 0; i < chunks(*w); ++i) {
+            const uint8_t *unit = w->units + unit_at(*w, n / ROWS, i);
+            for (int j = 0; j < c && i * c + j < w->k; ++j)
+                or_bits(stream, i * c + j, w->bits, get_code(unit, c, w->bits, n % ROWS, j));
+        }
+        for (int g = 0; g < groups; ++g) {
+            float zero;
+            const uint8_t *line = w->units + scale_at(*w, n / ROWS, g * (w->group / c));
+            get_scale(line, w->wide_scales, n % ROWS, scale + int64_t(n) * groups + g, &zero);
+            if (!zero_packed) continue;
+            const int64_t at = int64_t(n) * w->bits;
+            const uint64_t shifted = uint64_t(zero) << (at % 32);
+            uint32_t word;
+            int32_t *cell = zero_packed + at / 32 * groups + g;
+            std::memcpy(&word, cell, 4);
+            word |= uint32_t(shifted);
+            std::memcpy(cell, &word, 4);
+            if (shifted >> 32) {
+                std::memcpy(&word, cell + groups, 4);
+                word |= uint32_t(shifted >> 32);
+                std::memcpy(cell + groups, &word, 4);
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+"""The native library: found, loaded once, its C functions given their types."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import torch  # first: the library then shares torch's OpenMP pool
+
+ENVIRONMENT = "QUANTKIT_ISA"
+LIBRARY = "QUANTKIT_CPU_LIBRARY"  # another build of the library, for tests
+ISAS = ("portable", "avx2", "avx512", "amx")
+
+
+class Weight(ctypes.Structure):
+    """`qk_weight` of quantkit_cpu.h."""
+
+    _fields_ = [
+        ("units", c_void_p),
+        ("bias", c_void_p),
+        ("scale_factor", c_float),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("group", c_int32),
+        ("bits", c_int32),
+        ("wide_scales", c_int32),
+        ("table", c_int32),
+    ]
+
+
+_WEIGHT = POINTER(Weight)
+_FUNCTIONS = {  # name: (result, arguments)
+    "qk_linear": (c_int, [_WEIGHT, c_void_p, c_int, c_int64, c_int, c_void_p, c_int, c_int]),
+    "qk_weight_bytes": (c_size_t, [_WEIGHT]),
+    "qk_pack": (None, [_WEIGHT, c_void_p, c_void_p, c_void_p, c_void_p]),
+    "qk_unpack": (None, [_WEIGHT, c_void_p, c_void_p, c_void_p]),
+    "qk_isa": (c_int, []),
+    "qk_isa_available": (c_int, [c_int]),
+    "qk_set_isa": (c_int, [c_int]),
+    "qk_isa_name": (c_char_p, [c_int]),
+    "qk_cpu_flags": (c_char_p, []),
+    "qk_arena_new": (c_void_p, [c_size_t]),
+    "qk_arena_free": (None, [c_void_p]),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None if the installation was built without it."""
+    path = os.environ.get(LIBRARY) or Path(__file__).with_name("_quantkit_cpu.so")
+    if not Path(path).exists():
+        return None
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def available() -> bool:
+    """Whether the native kernels are built."""
+    return load() is not None
+
+
+def isa() -> str:
+    """The instruction set path in use; RuntimeError if QUANTKIT_ISA names one that cannot run here."""
+    library = required()
+    number = library.qk_isa()
+    if number < 0:
+        able = ", ".join(name for i, name in enumerate(ISAS) if library.qk_isa_available(i))
+        raise RuntimeError(
+            f"{ENVIRONMENT}={os.environ.get(ENVIRONMENT)!r} cannot run on this CPU ({flags()}); it has: {able}"
+        )
+    return ISAS[number]
+
+
+def set_isa(name: str) -> None:
+    """Force a path from now on, in the whole process."""
+    if name not in ISAS or required().qk_set_isa(ISAS.index(name)) != 0:
+        raise RuntimeError(f"instruction set path {name!r} cannot run on this CPU ({flags()})")
+
+
+def flags() -> str:
+    """Vendor, family and instruction sets found."""
+    return required().qk_cpu_flags().decode()
+
+
+def required() -> ctypes.CDLL:
+    """The library; RuntimeError if it is not built."""
+    library = load()
+    if library is None:
+        raise RuntimeError(
+            "the native CPU kernels are not built; a C++17 compiler and a new install give them"
+        )
+    return library
+
+
+class Arena:
+    """One piece of memory in huge pages, handed out in 64-byte aligned pieces; freed with its last tensor."""
+
+    def __init__(self, size: int) -> None:
+        library = required()
+        start = library.qk_arena_new(size)
+        if not start:
+            raise MemoryError(f"no memory for an arena of {size} bytes")
+        buffer = (ctypes.c_uint8 * size).from_address(start)
+        weakref.finalize(buffer, library.qk_arena_free, start).atexit = False
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._used = 0
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a uint8 tensor [B] in the arena."""
+        end = self._used + tensor.numel()
+        if end > self._bytes.numel():
+            raise ValueError(
+                f"{tensor.numel()} bytes do not fit: {self._bytes.numel() - self._used} are left"
+            )
+        there = self._bytes[self._used : end]
+        there.copy_(tensor)
+        self._used = -(-end // 64) * 64
+        return there

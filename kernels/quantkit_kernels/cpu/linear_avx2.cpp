@@ -1,0 +1,156 @@
+// AVX2: int8 activations through maddubs with 16-bit sums widened every 32 columns, int16 ones through madd.
+//
+// One or two rows of activations go over whole lines; three or four over one half of the unit and then the
+// other (16 registers do not hold more), which is then in L1.
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "linear.h"
+
+namespace qk {
+namespace {
+
+struct Half {  // half a line
+    using type = __m256i;
+    static type load(const uint8_t *from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+    static type right(type v, int n) { return _mm256_srli_epi32(v, n); }
+    static type left(type v, int n) { return _mm256_slli_epi32(v, n); }
+    static type bits(type v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+    static type either(type v, type o) { return _mm256_or_si256(v, o); }
+};
+
+inline __m256i four_bytes(const char *x) {
+    int32_t value;
+    std::memcpy(&value, x, 4);
+    return _mm256_set1_epi32(value);
+}
+
+// 32 columns of H halves (from `half`) and T rows of activations into sum.
+template <int BITS, int KIND, int T, int H>
+__attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int columns, int c, int half,
+                                                       const char *const *x, __m256i (&sum)[H][T]) {
+    constexpr int SIZE = KIND == A8 ? 1 : 2;
+    const __m256i bytes = _mm256_set1_epi16(255);
+    __m256i narrow[H][T], high[H][T];  // 16-bit sums; of the high nibbles
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; ++q) {
+        __m256i code[H], upper[H];
+        for (int h = 0; h < H; ++h) {
+            code[h] = quad<BITS, Half>(codes, columns, c, q, (half + h) * 32);
+            if (KIND == A8 && BITS == 8) {  // 255 * 127 twice would overflow
+                upper[h] = Half::bits(Half::right(code[h], 4), 15);
+                code[h] = Half::bits(code[h], 15);
+            } else if (KIND == A16) {
+                upper[h] = _mm256_srli_epi16(code[h], 8);
+                code[h] = _mm256_and_si256(code[h], bytes);
+            }
+        }
+        for (int t = 0; t < T; ++t) {
+            const char *at = x[t] + (c * 32 + q * 4) * SIZE;
+            const __m256i a = four_bytes(at);
+            const __m256i odd = KIND == A16 ? four_bytes(at + 4) : a;
+            for (int h = 0; h < H; ++h) {
+                if constexpr (KIND == A16) {
+                    sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(code[h], a));
+                    sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(upper[h], odd));
+                } else {
+                    const __m256i product = _mm256_maddubs_epi16(code[h], a);
+                    narrow[h][t] = q ? _mm256_add_epi16(narrow[h][t], product) : product;
+                    if constexpr (BITS == 8) {
+                        const __m256i more = _mm256_maddubs_epi16(upper[h], a);
+                        high[h][t] = q ? _mm256_add_epi16(high[h][t], more) : more;
+                    }
+                }
+            }
+        }
+    }
+    if constexpr (KIND == A8) {  // 8 products of at most 2 * 15 * 127 fit in 16 bits
+        for (int h = 0; h < H; ++h)
+            for (int t = 0; t < T; ++t) {
+                sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(narrow[h][t], _mm256_set1_epi16(1)));
+                if (BITS == 8)
+                    sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(high[h][t], _mm256_set1_epi16(16)));
+            }
+    }
+}
+
+inline __m256 eight_halves(const uint8_t *from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+}
+
+// acc += (sum - z total) (s_w s_a) for rows 8 half .. 8 half + 7.
+template <int T>
+__attribute__((always_inline)) inline void scale_and_add(const Unit &u, const Activations &a, int i, int64_t row,
+                                                         int half, const __m256i (&sum)[T], float *acc) {
+    const __m256 s = u.wide ? _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales + 32 * half))
+                            : eight_halves(u.scales + 16 * half);
+    const __m256i z = _mm256_cvtps_epi32(eight_halves(u.scales + (u.wide ? 64 : 32) + 16 * half));
+    for (int t = 0; t < T; ++t) {
+        const __m256i total = _mm256_set1_epi32(a.sum[i * a.rows + row + t]);
+        const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[t], _mm256_mullo_epi32(z, total)));
+        const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(a.scale[i * a.rows + row + t]));
+        float *to = acc + t * ROWS + 8 * half;
+        _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(exact, scale)));
+    }
+}
+
+// T rows of activations over a unit of C columns. One row: all of it unrolled, which reads memory fastest.
+template <int BITS, int KIND, int T, int C>
+__attribute__((always_inline)) inline void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    constexpr int H = T <= 2 ? 2 : 1;
+    const char *x[T];
+    for (int t = 0; t < T; ++t) x[t] = a.at(row + t, i);
+    for (int half = 0; half < 2; half += H) {
+        __m256i sum[H][T];
+        for (int h = 0; h < H; ++h)
+            for (int t = 0; t < T; ++t) sum[h][t] = _mm256_setzero_si256();
+        if constexpr (T == 1) {
+#pragma GCC unroll 4
+            for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T, H>(u.codes, C, c, half, x, sum);
+        } else {
+#pragma GCC unroll 1
+            for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T, H>(u.codes, C, c, half, x, sum);
+        }
+        for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, half + h, sum[h], acc);
+    }
+}
+
+struct Avx2 {
+    template <int BITS, int KIND, int C>
+    static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        int64_t row = r0;
+        for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4, C>(u, a, i, row, acc);
+        switch (r1 - row) {
+            case 3: return tokens<BITS, KIND, 3, C>(u, a, i, row, acc);
+            case 2: return tokens<BITS, KIND, 2, C>(u, a, i, row, acc);
+            case 1: return tokens<BITS, KIND, 1, C>(u, a, i, row, acc);
+            default: return;
+        }
+    }
+};
+
+void prepare_any(const Weight &w, const void *x, int x_type, int64_t ldx, int64_t m, int compute, void *scratch,
+                 int part, int parts) {
+    prepare(w, x, x_type, ldx, m, compute, scratch, part, parts, false);
+}
+
+}  // namespace
+
+const Path path_avx2 = {prepare_any, run_part_with<Avx2>};
+
+}  // namespace qk
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,69 @@
+// The path that any compiler vectorizes: a unit's codes as int16 [columns][16], then sums over 16 lanes.
+#include "linear.h"
+
+namespace qk {
+namespace {
+
+struct Line {  // a line of 64 bytes as 16 dwords
+    struct type {
+        uint32_t lane[ROWS];
+    };
+    static type load(const uint8_t *from) {
+        type v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    template <class F>
+    static type map(type v, F f) {
+        for (auto &lane : v.lane) lane = f(lane);
+        return v;
+    }
+    static type right(type v, int n) { return map(v, [n](uint32_t x) { return x >> n; }); }
+    static type left(type v, int n) { return map(v, [n](uint32_t x) { return x << n; }); }
+    static type bits(type v, uint32_t mask) { return map(v, [mask](uint32_t x) { return x & mask * 0x01010101u; }); }
+    static type either(type v, const type &o) {
+        for (int r = 0; r < ROWS; ++r) v.lane[r] |= o.lane[r];
+        return v;
+    }
+};
+
+struct Portable {
+    template <int BITS, int KIND, int C>
+    static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        alignas(64) int16_t panel[C * ROWS];
+        alignas(64) float scale[ROWS], zero[ROWS];
+        read_scales(u, scale, zero);
+        for (int q = 0; q < C / 4; ++q) {
+            const Line::type codes = quad<BITS, Line>(u.codes, C, q / 8, q % 8, 0);
+            for (int j = 0; j < 4; ++j) {
+                // int16 activations come in the order 0, 2, 1, 3.
+                const int column = KIND == A16 ? (j & 1) * 2 + (j >> 1) : j;
+                for (int r = 0; r < ROWS; ++r)
+                    panel[(4 * q + column) * ROWS + r] = int16_t(codes.lane[r] >> (8 * j) & 255);
+            }
+        }
+        for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
+            alignas(64) int32_t sum[ROWS] = {};
+            const char *x = a.at(row, i);
+            for (int k = 0; k < C; ++k) {
+                const int32_t value =
+                    KIND == A8 ? reinterpret_cast<const int8_t *>(x)[k] : reinterpret_cast<const int16_t *>(x)[k];
+                for (int r = 0; r < ROWS; ++r) sum[r] += value * panel[k * ROWS + r];
+            }
+            const float s = a.scale[i * a.rows + row];
+            const int32_t total = a.sum[i * a.rows + row];
+            for (int r = 0; r < ROWS; ++r) acc[r] += float(sum[r] - int32_t(zero[r]) * total) * (scale[r] * s);
+        }
+    }
+};
+
+void prepare_any(const Weight &w, const void *x, int x_type, int64_t ldx, int64_t m, int compute, void *scratch,
+                 int part, int parts) {
+    prepare(w, x, x_type, ldx, m, compute, scratch, part, parts, false);
+}
+
+}  // namespace
+
+const Path path_portable = {prepare_any, run_part_with<Portable>};
+
+}  // namespace qk

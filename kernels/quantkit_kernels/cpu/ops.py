@@ -1,0 +1,210 @@
+"""The op on the native layout, and the way between that layout and the tensors on disk.
+
+`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)`
+    x [..., K] fp32, bf16 or fp16; units uint8 [B] from `pack`; bias fp32 [N] or None; returns [..., N] in
+    x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from quantkit_kernels.bits import words
+from quantkit_kernels.cpu import library
+
+FLOAT, INT8_GROUP, INT8_TOKEN = 0, 1, 2
+BITS = (2, 3, 4, 8)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TABLES = {None: 0, "nf4": 1, "fp8_e4m3": 2}
+_SCHEMA = (
+    "(Tensor x, Tensor units, Tensor? bias, int bits, int group_size, int n, int k, bool symmetric, "
+    "int compute, float scale_factor, bool wide_scales) -> Tensor"
+)
+
+
+class Packed(NamedTuple):
+    """A weight [N, K] in the native layout. scale_factor multiplies every stored scale."""
+
+    units: torch.Tensor  # uint8 [B]
+    scale_factor: float
+    wide_scales: bool
+    scale_dtype: torch.dtype
+    bits: int
+    group_size: int
+    n: int
+    k: int
+    symmetric: bool
+    table: str | None = None
+
+    def weight(self, units: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> library.Weight:
+        """The C struct; it points into `units` (else self.units) and `bias`, which must outlive it."""
+        return library.Weight(
+            (self.units if units is None else units).data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            self.scale_factor,
+            self.n,
+            self.k,
+            self.group_size,
+            self.bits,
+            self.wide_scales,
+            _TABLES[self.table],
+        )
+
+
+def refuses(bits: int, group_size: int, k: int) -> str | None:
+    """Why the native kernels cannot run this scheme, or None."""
+    if bits not in BITS:
+        return f"the native kernels take 2, 3, 4 and 8 bits, not {bits}"
+    if group_size != k and group_size not in (32, 64) and group_size % 128:
+        return f"the native kernels take groups of 32, 64, multiples of 128 or whole rows, not {group_size}"
+    return None
+
+
+def _storage(scale: torch.Tensor) -> tuple[float, bool]:
+    """(factor, wide): the power of two by which all scales are exact in fp16, or fp32 scales if there is none."""
+    scale = scale.float()
+    most = float(scale.abs().max()) if scale.numel() else 0.0
+    factor = 1.0 if most == 0 or not math.isfinite(most) else 2.0 ** (math.frexp(most)[1] - 15)
+    for candidate in (1.0, factor):
+        if torch.equal((scale / candidate).half().float() * candidate, scale):
+            return candidate, False
+    return 1.0, True
+
+
+def pack(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_packed: torch.Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    table: str | None = None,
+) -> Packed:
+    """packed int32 [N, ceil(K bits / 32)], scale [N, K/G], zero_packed int32 [ceil(N bits / 32), K/G] or None.
+
+    table: None for integers, "nf4" (4 bits) or "fp8_e4m3" (8 bits) for codes that index a table.
+    """
+    group_size = k // scale.shape[1]
+    reason = refuses(bits, group_size, k)
+    if reason:
+        raise ValueError(reason)
+    for name, tensor, shape in (
+        ("packed", packed, (n, words(k, bits))),
+        ("scale", scale, (n, k // group_size)),
+        ("zero_packed", zero_packed, (words(n, bits), k // group_size)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} of a {bits}-bit [{n}, {k}] weight is {shape}, got {tuple(tensor.shape)}"
+            )
+    factor, wide = _storage(scale)
+    out = Packed(
+        torch.empty(0, dtype=torch.uint8),
+        factor,
+        wide,
+        scale.dtype,
+        bits,
+        group_size,
+        n,
+        k,
+        zero_packed is None,
+        table,
+    )
+    c, weight = library.required(), out.weight()
+    units = torch.empty(c.qk_weight_bytes(weight), dtype=torch.uint8)
+    packed, scale = packed.contiguous(), (scale.float() / factor).contiguous()
+    zero_packed = None if zero_packed is None else zero_packed.contiguous()
+    zeros = None if zero_packed is None else zero_packed.data_ptr()
+    c.qk_pack(weight, units.data_ptr(), packed.data_ptr(), scale.data_ptr(), zeros)
+    return out._replace(units=units)
+
+
+def unpack(weight: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tensors that `pack` was given: packed, scale, zero_packed; bit for bit."""
+    groups = weight.k // weight.group_size
+    packed = torch.empty(weight.n, words(weight.k, weight.bits), dtype=torch.int32)
+    scale = torch.empty(weight.n, groups)
+    zero = None if weight.symmetric else torch.empty(words(weight.n, weight.bits), groups, dtype=torch.int32)
+    library.required().qk_unpack(
+        weight.weight(), packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
+    )
+    return packed, (scale * weight.scale_factor).to(weight.scale_dtype), zero
+
+
+@functools.lru_cache(maxsize=None)
+def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -> int:
+    """Bytes of the units of a weight [N, K]: 16 rows x C columns each, and their scales."""
+    columns = 128 if group_size == k or group_size % 128 == 0 else group_size
+    units, scales = -(-k // columns), 128 if wide_scales else 64
+    return -(-n // 16) * (units * columns * bits * 2 + (1 if group_size == k else units) * scales)
+
+
+def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
+    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
+    torch._check(x.dtype in _TYPES, lambda: f"x must be fp32, bf16 or fp16, got {x.dtype}")
+    size = units_bytes(bits, group_size, n, k, wide_scales)
+    torch._check(
+        units.numel() == size and units.dtype == torch.uint8,
+        lambda: (
+            f"units of a {bits}-bit [{n}, {k}] weight are uint8 [{size}], got {units.dtype} {list(units.shape)}"
+        ),
+    )
+    if bias is not None:
+        torch._check(
+            tuple(bias.shape) == (n,) and bias.dtype == torch.float32,
+            lambda: f"bias must be fp32 [{n}], got {bias.dtype} {list(bias.shape)}",
+        )
+
+
+def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+    _check(x, units, bias, bits, group_size, n, k, wide_scales)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    weight = library.Weight(
+        units.data_ptr(),
+        bias.data_ptr() if bias is not None else None,
+        scale_factor,
+        n,
+        k,
+        group_size,
+        bits,
+        wide_scales,
+    )
+    run(x, weight, x.numel() // k, compute, y)
+    return y
+
+
+def run(x: torch.Tensor, weight: library.Weight, m: int, compute: int, y: torch.Tensor) -> None:
+    """y [M, N] = x [M, K] W^T + bias, both contiguous; the bare call, for weights of tables too."""
+    status = library.required().qk_linear(
+        weight,
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        m,
+        compute,
+        y.data_ptr(),
+        _TYPES[y.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        library.isa()  # says so if the forced instruction set is missing
+        raise RuntimeError(
+            "no memory" if status == 2 else "tables and odd groups do not run with this compute"
+        )
+
+
+def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+    _check(x, units, bias, bits, group_size, n, k, wide_scales)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+if not hasattr(torch.ops.quantkit, "cpu_linear"):  # a second copy of this module must not define it again
+    torch.library.define("quantkit::cpu_linear", _SCHEMA)
+    torch.library.impl("quantkit::cpu_linear", "CPU")(_run)
+    torch.library.register_fake("quantkit::cpu_linear")(_fake)
+
+cpu_linear = torch.ops.quantkit.cpu_linear.default

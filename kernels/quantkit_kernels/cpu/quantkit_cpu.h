@@ -1,0 +1,51 @@
+/* C ABI of the native CPU kernels. Needs no torch and no Python; bound with ctypes in library.py.
+
+   A weight W [N, K] holds unsigned codes q, w = (q - z) s, in units of 16 rows x C columns (layout.cpp). */
+#ifndef QUANTKIT_CPU_H
+#define QUANTKIT_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct qk_weight {
+    const uint8_t *units;
+    const float *bias;   /* [n] or null */
+    float scale_factor;  /* a power of two that every stored scale is multiplied by */
+    int32_t n, k, group; /* group = k: one scale per output channel */
+    int32_t bits;        /* 2, 3, 4, 8 */
+    int32_t wide_scales; /* scales are fp32 instead of fp16 */
+    int32_t table;       /* 0 integers, 1 nf4, 2 fp8 e4m3: the code indexes a table, z = 0 */
+} qk_weight;
+
+/* x_type, y_type: 0 fp32, 1 bf16, 2 fp16. compute: 0 float, 1 int8 per token and group, 2 int8 per token. */
+
+/* y [m, n] = x [m, k] W^T + bias, rows contiguous. 0, or 1: this weight or compute is not supported. */
+int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads);
+
+/* Bytes of the units of a weight; 0 if its bits, group or sizes are not supported. */
+size_t qk_weight_bytes(const qk_weight *w);
+
+/* Tensors as on disk, packed int32 [n, ceil(k bits / 32)], scale [n, k/group] (already fp32 and divided by
+   scale_factor), zero_packed int32 [ceil(n bits / 32), k/group] or null (z = 2^(bits-1)), to w->units and back. */
+void qk_pack(const qk_weight *w, uint8_t *units, const int32_t *packed, const float *scale, const int32_t *zero_packed);
+void qk_unpack(const qk_weight *w, int32_t *packed, float *scale, int32_t *zero_packed);
+
+/* Instruction set paths: 0 portable, 1 avx2, 2 avx512, 3 amx. */
+int qk_isa(void);                   /* the one in use; -1: QUANTKIT_ISA names one this machine lacks, or none */
+int qk_isa_available(int isa);
+int qk_set_isa(int isa);            /* 0, or -1 and no change if this machine lacks it */
+const char *qk_isa_name(int isa);
+const char *qk_cpu_flags(void);     /* vendor, family and the instruction sets found, for people */
+
+/* 2 MiB aligned memory in huge pages where the system gives them; null if there is none. */
+void *qk_arena_new(size_t bytes);
+void qk_arena_free(void *arena);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
