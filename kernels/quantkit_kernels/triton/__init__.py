@@ -1,4 +1,6 @@
-"""Triton kernels for CUDA and ROCm, one file per op; the reference twin is in `../reference/`.
+"""Triton kernels for CUDA and ROCm: weight-only linears for small M, a dequantizer for large M.
 
-None is built yet; the reference runs. A kernel that comes is an entry in `../backends.py`, as for `../cpu/`.
+`layout.py` is the storage, `unpack.py` the inline assembly, `linear.py` the kernels, `configs.py` which tile sizes
+run, `op.py` the op, `backend.py` what `../backends.py` registers, `tune.py` the command that times tile sizes.
+Importing this package, `op` or `backend` does not import triton.
 """

@@ -1,0 +1,82 @@
+"""Which tile sizes run: a table of what `tune` measured on a chip, else a rule.
+
+A table is JSON in `tables/`, named after the chip ("nvidia-h200.json"):
+
+    {"chip": ..., "triton": ..., "torch": ..., "dequantize_from": M,
+     "entries": [[bits, group, fp8, bucket, N, K, [bm, bn, unroll, splits, warps, stages], microseconds], ...]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from quantkit_kernels.triton.layout import Geometry
+
+TABLES = Path(__file__).parent / "tables"
+ENVIRONMENT = "QUANTKIT_TRITON_TABLE"  # a file used instead of the shipped one
+BUCKETS = (16, 32, 64, 128)
+DEQUANTIZE_FROM = 768  # tokens from which W is written out once for PyTorch's matmul
+
+
+class Config(NamedTuple):
+    """Tile [BN, BM], chunks per trip of the loop, programs that share K, warps and pipeline stages."""
+
+    bm: int
+    bn: int
+    unroll: int
+    splits: int
+    warps: int
+    stages: int
+
+
+class Table(NamedTuple):
+    """What was measured on a chip; empty where nothing was."""
+
+    dequantize_from: int = DEQUANTIZE_FROM
+    entries: Mapping[tuple[int, int, bool, int, int, int], Config] = MappingProxyType({})
+
+
+def bucket(m: int) -> int:
+    """The tile of M: 16, 32, 64 or 128."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
+@cache
+def table(chip: str) -> Table:
+    """The table of a chip (the name the driver gives), empty if none is shipped."""
+    forced = os.environ.get(ENVIRONMENT)
+    path = Path(forced) if forced else TABLES / (chip.lower().replace(" ", "-") + ".json")
+    if not forced and not path.exists():
+        return Table()
+    data = json.loads(path.read_text())
+    return Table(data["dequantize_from"], {tuple(e[:6]): Config(*e[6]) for e in data["entries"]})
+
+
+def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
+    """Tiles wide enough to reuse x, and splits until every multiprocessor has two programs or K runs out."""
+    bm = bucket(m)
+    wide = bm > 16 or n >= 64 * 4 * processors // 2
+    bn = 128 if wide else 64
+    warps = 8 if bm == 128 else 4
+    unroll = 2 if bits == 4 and bm <= 32 and cut.chunks % 2 == 0 else 1
+    trips = cut.chunks // unroll
+    tiles = -(-n // bn) * -(-m // bm)
+    chunk_bytes = bn * cut.chunk * bits // 8 * unroll
+    fewest = -(-16384 // chunk_bytes)  # trips that move 16 KiB of weights
+    splits = max(1, min(-(-2 * processors // tiles), trips // fewest, 16))
+    each = -(-trips // splits)
+    return Config(bm, bn, unroll, -(-trips // each), warps, 3 if bm == 128 else 4)
+
+
+def choose(
+    chip: str, bits: int, group: int, fp8: bool, m: int, n: int, k: int, cut: Geometry, processors: int
+) -> Config:
+    """The measured configuration of a shape, else the rule's."""
+    found = table(chip).entries.get((bits, group, fp8, bucket(m), n, k))
+    return found or rule(bits, m, n, cut, processors)

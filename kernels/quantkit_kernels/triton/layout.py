@@ -1,0 +1,171 @@
+"""The storage of a weight for tensor cores: each thread finds its own fragment in 16 contiguous bytes.
+
+W [N, K] is padded to N' (a multiple of 64) and K' (a multiple of the chunk C) and cut into chunks of 64 rows and C
+columns, stored one after the other along K, then N, so that a program streams one contiguous range:
+
+    codes  uint8 [N'/64, K'/C, planes, 32, 2H]; float8_e4m3fn with the same shape for FP8 weights
+    scales [groups, N'] in the stored dtype, 0 where padded
+    zeros  uint8 [groups, N'], or None where every zero is 2^(bits-1)
+
+A plane is a tile of bytes [64, H]. Byte j of a row holds, from its low bits up, the columns j, j + H, j + 2H, ...: a
+field is thus a [64, H] operand of its own and nothing is ever interleaved.
+
+    bits  H                C    planes
+    4     64, or 32        2H   1: two fields of 4 bits
+    2     32               128  1: four fields of 2 bits
+    3     32               256  3: low 2 bits of columns 0-127, of columns 128-255, then bit 2 of column j + 32 i as
+                                bit i of byte j
+    5-8   up to 128        H    1: one field
+
+Within a plane the 16-byte unit of thread (c, g) of a warp holds what it feeds into two m16n8k16 products: byte
+(e, f, b, h) is row c + 8 b, column 16 e + 8 f + 2 g + h.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+
+from quantkit_kernels.bits import pack_bits, unpack_bits
+
+ROWS = 64  # of a chunk
+
+
+class Geometry(NamedTuple):
+    """How K is cut. `group` is 0 if there is one scale per row; `run` fields in a row share a group."""
+
+    h: int
+    fields: int  # of all planes of a chunk together
+    planes: int
+    chunk: int
+    chunks: int
+    group: int
+    run: int
+    groups: int
+
+
+def geometry(bits: int, group_size: int, k: int) -> Geometry:
+    """The cut of K for a scheme; group_size = K means one scale per row."""
+    group = 0 if group_size == k else group_size
+    if group % 32:
+        raise ValueError(f"groups of {group_size} are not a multiple of 32")
+    h, fields, planes = {4: (gcd(group, 64), 2, 1), 2: (32, 4, 1), 3: (32, 8, 3)}.get(
+        bits, (gcd(group, 128) or 128, 1, 1)
+    )
+    h = h or 64
+    chunk = h * fields
+    chunks = -(-k // chunk)
+    run = gcd(group, chunk) // h if group else fields
+    return Geometry(h, fields, planes, chunk, chunks, group, run, -(-chunks * chunk // group) if group else 1)
+
+
+def _fields_to_planes(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (N', chunks, fields, H) to bytes (N', chunks, planes, H)."""
+    if bits == 3:
+        low, high = q & 3, q >> 2
+        planes = [_join(low[:, :, :4], 2), _join(low[:, :, 4:], 2), _join(high, 1)]
+        return torch.stack(planes, 2)
+    return _join(q, bits)[:, :, None]
+
+
+def _planes_to_fields(planes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_fields_to_planes`."""
+    if bits == 3:
+        low = torch.cat([_cut(planes[:, :, 0], 2, 4), _cut(planes[:, :, 1], 2, 4)], 2)
+        return low | _cut(planes[:, :, 2], 1, 8) << 2
+    width = bits if bits < 5 else 8
+    return _cut(planes[:, :, 0], width, 8 // width)
+
+
+def _join(q: torch.Tensor, width: int) -> torch.Tensor:
+    out = q[:, :, 0].clone()
+    for i in range(1, q.shape[2]):
+        out |= q[:, :, i] << (width * i)
+    return out
+
+
+def _cut(byte: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    return torch.stack([(byte >> (width * i)) & (2**width - 1) for i in range(count)], 2)
+
+
+def to_fragments(planes: torch.Tensor) -> torch.Tensor:
+    """Bytes (N', chunks, planes, H) to (N'/64, chunks, planes, 32, 2H)."""
+    n, chunks, count, h = planes.shape
+    # axes: block, 16 rows, row + 8 b, row c, chunk, plane, 32 columns, e, f, g, h
+    t = planes.reshape(n // ROWS, 4, 2, 8, chunks, count, h // 32, 2, 2, 4, 2)
+    return t.permute(0, 4, 5, 1, 3, 6, 9, 7, 8, 2, 10).reshape(n // ROWS, chunks, count, ROWS // 2, 2 * h)
+
+
+def from_fragments(codes: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_fragments`."""
+    blocks, chunks, count, _, h2 = codes.shape
+    t = codes.reshape(blocks, chunks, count, 4, 8, h2 // 64, 4, 2, 2, 2, 2)
+    return t.permute(0, 3, 9, 4, 1, 2, 5, 7, 8, 6, 10).reshape(blocks * ROWS, chunks, count, h2 // 2)
+
+
+def _columns(t: torch.Tensor | None, n: int, groups: int) -> torch.Tensor | None:
+    """[N, K/G] to [groups, N'], padded with 0."""
+    if t is None:
+        return None
+    out = torch.zeros(groups, -(-n // ROWS) * ROWS, dtype=t.dtype, device=t.device)
+    out[: t.shape[1], :n] = t.T
+    return out
+
+
+def _codes(q: torch.Tensor, cut: Geometry, bits: int) -> torch.Tensor:
+    n, k = q.shape
+    padded = torch.zeros(-(-n // ROWS) * ROWS, cut.chunks * cut.chunk, dtype=torch.uint8, device=q.device)
+    padded[:n, :k] = q
+    return to_fragments(_fields_to_planes(padded.view(len(padded), cut.chunks, cut.fields, cut.h), bits))
+
+
+def build(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_packed: torch.Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(codes, scales, zeros) from the stored tensors (see `../ops.py`)."""
+    cut = geometry(bits, k // scale.shape[1], k)
+    zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T
+    codes = _codes(unpack_bits(packed, bits, k), cut, bits)
+    return codes, _columns(scale, n, cut.groups), _columns(zero, n, cut.groups)
+
+
+def restore(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The inverse of `build`, bit for bit: (packed, scale, zero_packed)."""
+    q = _planes_to_fields(from_fragments(codes), bits).flatten(1)[:n, :k]
+    groups = k // group_size
+    scale = scales[:groups, :n].T.contiguous()
+    zero = None if zeros is None else pack_bits(zeros[:groups, :n].contiguous(), bits).T.contiguous()
+    return pack_bits(q.contiguous(), bits), scale, zero
+
+
+def build_fp8(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales) from float8_e4m3fn [N, K] and scale [N, K/G]. NaN is no weight: its codes are refused."""
+    n, k = weight.shape
+    cut = geometry(8, k // scale.shape[1], k)
+    raw = weight.view(torch.uint8)
+    if bool((raw & 0x7F == 0x7F).any()):
+        raise ValueError("FP8 weights contain NaN")
+    return _codes(raw, cut, 8).view(torch.float8_e4m3fn), _columns(scale, n, cut.groups)
+
+
+def restore_fp8(
+    codes: torch.Tensor, scales: torch.Tensor, group_size: int, n: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `build_fp8`: (weight [N, K], scale [N, K/G])."""
+    q = from_fragments(codes.view(torch.uint8)).flatten(1)[:n, :k]
+    return q.contiguous().view(torch.float8_e4m3fn), scales[: k // group_size, :n].T.contiguous()

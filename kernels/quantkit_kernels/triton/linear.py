@@ -1,0 +1,254 @@
+"""y = x W^T + b on the storage of `layout.py`, and W itself.
+
+The weights are the left operand of the product, y^T [N, M] = W [N, K] x^T [K, M]: they then go from memory to the
+tensor cores through registers, never back to shared memory, and a tile of 8 or 16 tokens wastes little at M = 1. Codes
+become q - z exactly (`unpack.py`; plain arithmetic if ASM is False), a group's product is scaled in the fp32
+accumulator: acc += s * (q - z) x, so that nothing is rounded before the end and a zero point costs what none costs.
+
+K may be split over programs. Each stores its fp32 part, takes a ticket, and the last one sums the parts in order and
+puts the ticket counter back to 0: no second launch, and the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _plane(codes, block, last, chunk, chunks, plane, BN: tl.constexpr, H: tl.constexpr, PLANES: tl.constexpr):
+    """Bytes [BN, H] of one plane, rows from 64 * block on; blocks past the last one repeat it."""
+    row = tl.arange(0, BN // 2)
+    where = tl.minimum(block + row // 32, last).to(tl.int64) * chunks + chunk
+    at = codes + (where * PLANES + plane) * (64 * H) + (row % 32) * (2 * H)
+    tile = tl.load(at[:, None] + tl.arange(0, 2 * H)[None, :], eviction_policy="evict_first")
+    tile = tile.reshape(BN // 16, 8, H // 32, 4, 2, 2, 2, 2)
+    return tl.trans(tile, 0, 6, 1, 2, 4, 5, 3, 7).reshape(BN, H)
+
+
+@triton.jit
+def _field(w, high, zero, f: tl.constexpr, half: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr):
+    """Field f of the bytes w [BN, H] as fp32 q - z, without assembly. zero: fp32 [BN, 1]."""
+    if FP8:
+        word = w.to(tl.int32)
+        value = ((word & 0x80) << 24) | ((word & 0x7F) << 20)
+        return (
+            value.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        )  # 2^120, the distance of the exponents
+    q = w
+    if BITS == 4:
+        q = (w >> (4 * f)) & 15
+    if BITS < 4:
+        q = (w >> (2 * f)) & 3
+    if BITS == 3:
+        q = q | (((high >> (4 * half + f)) & 1) << 2)
+    return q.to(tl.float32) - zero
+
+
+@triton.jit
+def _fields(
+    w,
+    high,
+    zero,
+    ASM: tl.constexpr,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    BASE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """STEP fields of the bytes w [BN, H] as q - z in the activations' type, by assembly."""
+    less = (-(BASE + zero)).to(KIND)[:, None]
+    if BITS == 3:
+        args = (w, high, less) if HAS_ZEROS else (w, high)
+    else:
+        args = (w, less) if HAS_ZEROS else (w,)
+    if STEP == 1:
+        return tl.inline_asm_elementwise(ASM[0], ASM[1], args, dtype=less.dtype, is_pure=True, pack=4)
+    if STEP == 2:
+        return tl.inline_asm_elementwise(
+            ASM[0], ASM[1], args, dtype=(less.dtype, less.dtype), is_pure=True, pack=4
+        )
+    return tl.inline_asm_elementwise(
+        ASM[0], ASM[1], args, dtype=(less.dtype, less.dtype, less.dtype, less.dtype), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
+    """x^T [H, BM] from column `at` on; 0 beyond x."""
+    column = at + tl.arange(0, H)
+    mask = (m < n_m)[None, :]
+    if not EVEN_K:
+        mask = mask & (column < k)[:, None]
+    return tl.load(
+        x + m.to(tl.int64)[None, :] * ldx + column[:, None],
+        mask=mask,
+        other=0.0,
+        eviction_policy="evict_last",
+    )
+
+
+@triton.jit(do_not_specialize=["n_m"])
+def linear_kernel(
+    x,  # [M, K], rows ldx apart
+    codes,  # uint8 [N'/64, chunks, planes, 32, 2H]
+    scales,  # [groups, N']
+    zeros,  # uint8 [groups, N'] if HAS_ZEROS
+    bias,  # [N] if HAS_BIAS
+    y,  # [M, N]
+    parts,  # fp32 [tiles, SPLITS, BN, BM] if SPLITS > 1
+    tickets,  # int32 [tiles], all 0 before and after
+    n_m,
+    n,
+    k,
+    ldx,
+    n_padded,
+    chunks,
+    trips,
+    BITS: tl.constexpr,  # 2, 3, 4, 8: what is stored
+    FP8: tl.constexpr,
+    ZERO: tl.constexpr,  # of all groups if not HAS_ZEROS
+    BASE: tl.constexpr,  # see unpack.base
+    GROUP: tl.constexpr,  # 0: one scale per row
+    H: tl.constexpr,
+    PLANES: tl.constexpr,
+    RUN: tl.constexpr,  # fields in a row that share a group
+    STEP: tl.constexpr,  # fields that one block of assembly unpacks
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNROLL: tl.constexpr,  # chunks per trip
+    SPLITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,  # ((assembly, constraints), ...) or None
+    STAGES: tl.constexpr,
+):
+    """Program (tile of M fastest, tile of N, split): y[tile] = x W^T + bias."""
+    FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
+    CHUNK: tl.constexpr = H * FIELDS * HALVES
+    KIND: tl.constexpr = x.dtype.element_ty
+    tiles_m = tl.cdiv(n_m, BM)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    pid_n = tile // tiles_m
+    m = (tile % tiles_m) * BM + tl.arange(0, BM)
+    rows = pid_n * BN + tl.arange(0, BN)
+    stored = tl.minimum(rows, n_padded - 1)
+    block = pid_n * (BN // 64)
+    last = n_padded // 64 - 1
+
+    zero = tl.full([BN], ZERO, tl.float32)
+    if HAS_ZEROS and GROUP == 0:
+        zero = tl.load(zeros + stored).to(tl.float32)
+    acc = tl.zeros([BN, BM], tl.float32)
+    each = tl.cdiv(trips, SPLITS)
+    for trip in tl.range(split * each, tl.minimum(split * each + each, trips), num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
+            chunk = trip * UNROLL + u
+            high = None
+            if BITS == 3:
+                high = _plane(codes, block, last, chunk, chunks, 2, BN, H, PLANES)
+            for half in tl.static_range(HALVES):
+                w = _plane(codes, block, last, chunk, chunks, half, BN, H, PLANES)
+                part = tl.zeros([BN, BM], tl.float32)
+                for f in tl.static_range(FIELDS):
+                    at = chunk * CHUNK + (half * FIELDS + f) * H
+                    if GROUP > 0 and f % RUN == 0:
+                        g = (at // GROUP).to(tl.int64) * n_padded
+                        scale = tl.load(scales + g + stored).to(tl.float32)
+                        if HAS_ZEROS:
+                            zero = tl.load(zeros + g + stored).to(tl.float32)
+                    if ASM is None:
+                        v = _field(w, high, zero[:, None], f, half, BITS, FP8).to(KIND)
+                    else:
+                        if f % STEP == 0:
+                            vs = _fields(
+                                w,
+                                high,
+                                zero,
+                                ASM[half * (FIELDS // STEP) + f // STEP],
+                                STEP,
+                                BITS,
+                                BASE,
+                                HAS_ZEROS,
+                                KIND,
+                            )
+                        v = vs if STEP == 1 else vs[f % STEP]
+                    xt = _inputs(x, m, n_m, k, ldx, at, H, EVEN_K)
+                    if GROUP == 0:
+                        acc = tl.dot(v, xt, acc, input_precision="ieee")
+                    else:
+                        part = tl.dot(v, xt, part, input_precision="ieee")
+                        if (f + 1) % RUN == 0:
+                            acc += part * scale[:, None]
+                            part = tl.zeros([BN, BM], tl.float32)
+    if GROUP == 0:
+        acc *= tl.load(scales + stored).to(tl.float32)[:, None]
+
+    final = True
+    if SPLITS > 1:
+        inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        mine = parts + tile.to(tl.int64) * (SPLITS * BN * BM) + inside
+        tl.store(mine + split * (BN * BM), acc, cache_modifier=".cg")
+        tl.debug_barrier()  # all stores of this program come before its ticket
+        ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
+        final = ticket == SPLITS - 1
+        if final:
+            acc = tl.zeros([BN, BM], tl.float32)
+            for i in tl.range(0, SPLITS):
+                acc += tl.load(mine + i * (BN * BM), cache_modifier=".cg")
+            tl.store(tickets + tile, 0)
+    if final:
+        if HAS_BIAS:
+            acc += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+        tl.store(
+            y + m.to(tl.int64)[None, :] * n + rows[:, None],
+            acc.to(KIND),
+            mask=(rows < n)[:, None] & (m < n_m)[None, :],
+        )
+
+
+@triton.jit
+def dequantize_kernel(
+    codes,
+    scales,
+    zeros,
+    out,  # [N, K]
+    n,
+    k,
+    n_padded,
+    chunks,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    PLANES: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """Program (chunk, 64 rows): out = (q - z) * s in fp32, rounded once."""
+    FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
+    KIND: tl.constexpr = out.dtype.element_ty
+    chunk = tl.program_id(0)
+    block = tl.program_id(1)
+    rows = block * 64 + tl.arange(0, 64)
+    zero = tl.full([64], ZERO, tl.float32)
+    high = None
+    if BITS == 3:
+        high = _plane(codes, block, block, chunk, chunks, 2, 64, H, PLANES)
+    for half in tl.static_range(HALVES):
+        w = _plane(codes, block, block, chunk, chunks, half, 64, H, PLANES)
+        for f in tl.static_range(FIELDS):
+            at = chunk * (H * FIELDS * HALVES) + (half * FIELDS + f) * H
+            g = (at // GROUP if GROUP > 0 else 0) * n_padded
+            scale = tl.load(scales + g + rows).to(tl.float32)
+            if HAS_ZEROS:
+                zero = tl.load(zeros + g + rows).to(tl.float32)
+            column = at + tl.arange(0, H)
+            v = _field(w, high, zero[:, None], f, half, BITS, FP8) * scale[:, None]
+            where = out + rows.to(tl.int64)[:, None] * k + column[None, :]
+            tl.store(where, v.to(KIND), mask=(rows < n)[:, None] & (column < k)[None, :])

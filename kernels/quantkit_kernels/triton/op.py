@@ -1,0 +1,210 @@
+"""`quantkit::triton_linear`: a packed linear on the storage of `layout.py`.
+
+    x [..., K] bf16 or fp16 (the twin and the interpreter: also fp32); codes, scales, zeros as in `layout.py`, FP8
+    weights by the dtype of the codes; bias [N] or None; returns [..., N] in x's dtype, also under autocast.
+
+On a CUDA device the kernels run, elsewhere their twin: the stored tensors restored, then the reference. Call once
+before capturing a CUDA graph: the first call compiles, and makes the ring of tickets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from functools import cache
+
+import torch
+
+from quantkit_kernels.reference.wna16_linear import wna16_linear
+from quantkit_kernels.triton import unpack
+from quantkit_kernels.triton.configs import Config, choose, table
+from quantkit_kernels.triton.layout import geometry, restore, restore_fp8
+
+_SCHEMA = (
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
+    "int bits, int group_size, int n, int k) -> Tensor"
+)
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TICKETS = 1 << 20
+_turn = itertools.count()
+_rings: dict[torch.device, torch.Tensor] = {}
+
+
+def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    if codes.dtype == torch.float8_e4m3fn:
+        weight, scale = restore_fp8(codes, scales, group_size, n, k)
+        w = weight.float().view(n, -1, group_size) * scale.float()[:, :, None]
+        y = torch.nn.functional.linear(x, w.view(n, k).to(x.dtype))
+        return y if bias is None else y + bias.to(x.dtype)
+    stored = restore(codes, scales, zeros, bits, group_size, n, k)
+    return wna16_linear(x, *stored, bias, bits, n, k)
+
+
+@cache
+def _processors(device: torch.device) -> tuple[str, int]:
+    """Name and number of multiprocessors; the interpreter plays an H200."""
+    if device.type != "cuda":
+        return "interpreter", 132
+    found = torch.cuda.get_device_properties(device)
+    return found.name, found.multi_processor_count
+
+
+def tickets(device: torch.device, count: int) -> torch.Tensor:
+    """`count` counters that are 0 and that no launch in flight uses: the next ones of a ring, 4 MiB per device."""
+    if device not in _rings:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call triton_linear once on this device before capturing a CUDA graph")
+        _rings[device] = torch.zeros(_TICKETS, dtype=torch.int32, device=device)
+    rounds = _TICKETS // 4096
+    if count > 4096:
+        raise ValueError(f"a split launch has at most 4096 tiles, got {count}")
+    start = next(_turn) % rounds * 4096
+    return _rings[device][start : start + count]
+
+
+def constants(bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None) -> dict:
+    """The kernel's constants of a scheme; kind None: no assembly."""
+    cut = geometry(bits, group_size, k)
+    lane = bits if bits < 5 else 8
+    per_plane = {2: 4, 3: 4, 4: 2, 8: 1}[lane]
+    run = min(cut.run, per_plane)
+    step = run if zero else per_plane
+    middle = 2 ** (bits - 1)
+    return {
+        "BITS": lane,
+        "FP8": fp8,
+        "ZERO": middle,
+        "BASE": unpack.base(lane, kind) if kind else 0,
+        "GROUP": cut.group,
+        "H": cut.h,
+        "PLANES": cut.planes,
+        "RUN": run,
+        "STEP": step,
+        "HAS_ZEROS": zero,
+        "ASM": unpack.blocks(lane, kind, None if zero else middle, step, fp8) if kind else None,
+        "EVEN_K": k == cut.chunks * cut.chunk,
+    }
+
+
+@cache
+def _plan(
+    device: torch.device, bits: int, zero: bool, fp8: bool, group_size: int, n: int, k: int, kind: str | None
+) -> dict:
+    return constants(bits, zero, fp8, group_size, k, kind)
+
+
+def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
+    """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None."""
+    from quantkit_kernels.triton.linear import linear_kernel
+
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    kind = None if torch.version.hip or x.device.type != "cuda" else _KINDS.get(x.dtype)
+    fixed = _plan(x.device, bits, zeros is not None, fp8, group_size, n, k, kind)
+    chunks, n_padded = codes.shape[1], scales.shape[1]
+    bm, bn, unroll, splits, warps, stages = config
+    m = x.shape[0]
+    tiles = -(-n // bn) * -(-m // bm)
+    y = x.new_empty(m, n) if y is None else y
+    parts = ring = y
+    if splits > 1:
+        parts = torch.empty(tiles * splits * bn * bm, dtype=torch.float32, device=x.device)
+        ring = tickets(x.device, tiles)
+    linear_kernel[(tiles, splits)](
+        x,
+        codes.view(torch.uint8),
+        scales,
+        scales if zeros is None else zeros,
+        y if bias is None else bias,
+        y,
+        parts,
+        ring,
+        m,
+        n,
+        k,
+        x.stride(0),
+        n_padded,
+        chunks,
+        chunks // unroll,
+        **fixed,
+        BM=bm,
+        BN=bn,
+        UNROLL=unroll,
+        SPLITS=splits,
+        HAS_BIAS=bias is not None,
+        STAGES=stages,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y
+
+
+def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
+    """W [N, K] = (q - z) * s in fp32, rounded to `dtype`."""
+    from quantkit_kernels.triton.linear import dequantize_kernel
+
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    fixed = _plan(codes.device, bits, zeros is not None, fp8, group_size, n, k, None)
+    names = ("BITS", "FP8", "ZERO", "GROUP", "H", "PLANES", "HAS_ZEROS")
+    out = torch.empty(n, k, dtype=dtype, device=codes.device)
+    blocks, chunks = codes.shape[:2]
+    dequantize_kernel[(chunks, blocks)](
+        codes.view(torch.uint8),
+        scales,
+        scales if zeros is None else zeros,
+        out,
+        n,
+        k,
+        scales.shape[1],
+        chunks,
+        **{name: fixed[name] for name in names},
+        num_warps=4,
+    )
+    return out
+
+
+def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    chip, processors = _processors(x.device)
+    if m >= table(chip).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
+        w = dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
+        y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
+    else:
+        fp8 = codes.dtype == torch.float8_e4m3fn
+        cut = geometry(bits, group_size, k)
+        config = choose(chip, bits, group_size, fp8, m, n, k, cut, processors)
+        y = launch(rows, codes, scales, zeros, bias, bits, group_size, n, k, config)
+    return y.view(*x.shape[:-1], n)
+
+
+def _cuda(x, *rest):
+    if torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False):
+            return _run(x, *rest)
+    return _run(x, *rest)
+
+
+def _other(x, *rest):
+    run = _run if os.environ.get("TRITON_INTERPRET") == "1" else _twin
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *rest)
+    return run(x, *rest)
+
+
+def _fake(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+if not hasattr(torch.ops.quantkit, "triton_linear"):
+    torch.library.define("quantkit::triton_linear", _SCHEMA)
+    torch.library.impl("quantkit::triton_linear", "CompositeExplicitAutograd")(_other)
+    torch.library.impl("quantkit::triton_linear", "CUDA")(_cuda)
+    torch.library.register_fake("quantkit::triton_linear")(_fake)
+
+triton_linear = torch.ops.quantkit.triton_linear.default

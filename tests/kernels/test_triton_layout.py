@@ -1,0 +1,154 @@
+"""The storage of the Triton kernels, their op and backend, as far as they go without a device."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from quantkit_kernels import BackendMissing, pack_bits
+from quantkit_kernels.reference.wna16_linear import wna16_linear
+from quantkit_kernels.triton import backend, layout
+from quantkit_kernels.triton.configs import DEQUANTIZE_FROM, Config, bucket, choose, rule, table
+from quantkit_kernels.triton.op import tickets, triton_linear
+
+
+def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+    scale = torch.randn(n, k // group, generator=g).to(dtype)
+    zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
+    return pack_bits(codes, bits), scale, None if symmetric else pack_bits(zero, bits).T.contiguous()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("n", "k", "group"),
+    [(64, 256, 128), (1, 32, 32), (65, 192, 64), (70, 288, 96), (33, 100, 100), (5, 7, 7)],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layout_round_trip(bits, n, k, group, symmetric):
+    tensors = stored(bits, n, k, group, symmetric)
+    back = layout.restore(*layout.build(*tensors, bits, n, k), bits, group, n, k)
+    for before, after in zip(tensors, back, strict=True):
+        assert (before is None and after is None) or torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 128), (65, 96, 32), (33, 100, 100)])
+def test_fp8_layout_round_trip(n, k, group):
+    weight = torch.randn(n, k).to(torch.float8_e4m3fn)
+    scale = torch.rand(n, k // group)
+    codes, scales = layout.build_fp8(weight, scale)
+    back, scale_back = layout.restore_fp8(codes, scales, group, n, k)
+    assert torch.equal(back.view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(scale_back, scale)
+    with pytest.raises(ValueError, match="NaN"):
+        layout.build_fp8(torch.full((n, k), torch.nan).to(torch.float8_e4m3fn), scale)
+
+
+def test_a_thread_finds_its_fragment_in_16_bytes():
+    # PTX, "Matrix fragments for mma.m16n8k16": lane 4 c + g holds rows c, c + 8 and columns 2 g + {0, 1, 8, 9}.
+    planes = torch.arange(16)[:, None] * 32 + torch.arange(32)
+    planes = torch.cat([planes, torch.zeros(48, 32, dtype=torch.int64)]).view(64, 1, 1, 32)
+    units = layout.to_fragments(planes)[0, 0, 0].view(4, 8, 4, 16)[0]
+    for c, g in ((0, 0), (3, 2), (7, 3)):
+        expected = [
+            (c + row) * 32 + 16 * step + 2 * g + column + pair
+            for step in (0, 1)
+            for column in (0, 8)
+            for row in (0, 8)
+            for pair in (0, 1)
+        ]
+        assert units[c, g].tolist() == expected
+
+
+def test_w4_g128_is_half_a_byte_per_weight():
+    codes, scales, zeros = layout.build(*stored(4, 256, 1024, 128, True), 4, 256, 1024)
+    assert zeros is None
+    assert codes.numel() * 8 + scales.numel() * 16 == 256 * 1024 * 4.125
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 32, True), (3, 128, False), (8, 256, True)])
+def test_twin_is_the_reference(bits, group, symmetric):
+    tensors = stored(bits, 20, 256, group, symmetric)
+    x, bias = torch.randn(2, 3, 256), torch.randn(20)
+    y = triton_linear(x, *layout.build(*tensors, bits, 20, 256), bias, bits, group, 20, 256)
+    assert torch.equal(y, wna16_linear(x, *tensors, bias, bits, 20, 256))
+
+
+def test_fp8_twin_is_the_formula():
+    weight, scale = torch.randn(20, 64).to(torch.float8_e4m3fn), torch.rand(20, 2)
+    codes, scales = layout.build_fp8(weight, scale)
+    x, bias = torch.randn(3, 64), torch.randn(20)
+    w = weight.float() * scale.repeat_interleave(32, 1)
+    y = triton_linear(x, codes, scales, None, bias, 8, 32, 20, 64)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w, bias))
+
+
+def test_op_passes_opcheck():
+    built = layout.build(*stored(3, 20, 64, 32, False), 3, 20, 64)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = (torch.ones(2, 64), *built, torch.zeros(20), 3, 32, 20, 64)
+    assert set(torch.library.opcheck(triton_linear, arguments, test_utils=checks).values()) == {"SUCCESS"}
+
+
+def test_backend_prepares_and_runs():
+    tensors = stored(4, 20, 256, 128, False)
+    prepared = backend.prepare(*tensors, 4, 20, 256, torch.bfloat16)
+    assert all(isinstance(t, torch.Tensor) for t in prepared.values())
+    x = torch.randn(3, 256).bfloat16()
+    assert torch.equal(backend.run(x, prepared, 128), wna16_linear(x, *tensors, None, 4, 20, 256))
+    with pytest.raises(BackendMissing, match="float32"):
+        backend.prepare(*tensors, 4, 20, 256, torch.float32)
+
+
+def test_backend_says_what_it_cannot_run():
+    assert backend.refuses("cuda", 4, 128, True, 64, 256) is None
+    assert backend.refuses("cuda", 3, 100, False, 7, 100) is None
+    assert "not on cpu" in backend.refuses("cpu", 4, 128, True, 64, 256)
+    assert "not 16" in backend.refuses("cuda", 4, 16, True, 64, 256)
+
+
+def test_import_is_inert():
+    code = (
+        "import sys, quantkit_kernels.triton.backend, quantkit_kernels.triton.op;"
+        "sys.exit('triton' in sys.modules or 'quantkit_kernels.triton.linear' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+    )
+
+
+def test_tickets_of_calls_in_flight_do_not_overlap():
+    first, second = tickets(torch.device("cpu"), 4096), tickets(torch.device("cpu"), 100)
+    assert first.data_ptr() + 4 * 4096 <= second.data_ptr() or second.data_ptr() + 400 <= first.data_ptr()
+    assert not first.any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 4096), (4096, 14336), (10, 96), (128256, 4096)])
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 128, 700])
+def test_rule_covers_every_shape(bits, n, k, m):
+    cut = layout.geometry(bits, 32, k)
+    config = rule(bits, m, n, cut, 132)
+    trips = cut.chunks // config.unroll
+    each = -(-trips // config.splits)
+    assert cut.chunks % config.unroll == 0
+    assert (config.splits - 1) * each < trips <= config.splits * each  # no split is empty
+    assert -(-n // config.bn) * -(-m // config.bm) <= 4096 or config.splits == 1
+    assert config.bm == bucket(m)
+
+
+def test_a_measured_entry_wins_over_the_rule(tmp_path, monkeypatch):
+    path = tmp_path / "chip.json"
+    path.write_text(
+        '{"dequantize_from": 300, "entries": [[4, 128, false, 16, 64, 256, [16, 128, 2, 1, 4, 5], 1.0]]}'
+    )
+    monkeypatch.setenv("QUANTKIT_TRITON_TABLE", str(path))
+    table.cache_clear()
+    cut = layout.geometry(4, 128, 256)
+    assert choose("any", 4, 128, False, 3, 64, 256, cut, 132) == Config(16, 128, 2, 1, 4, 5)
+    assert choose("any", 4, 128, False, 30, 64, 256, cut, 132).bm == 32
+    assert table("any").dequantize_from == 300
+    monkeypatch.delenv("QUANTKIT_TRITON_TABLE")
+    table.cache_clear()
+    assert table("no such chip").dequantize_from == DEQUANTIZE_FROM
