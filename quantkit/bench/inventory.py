@@ -41,13 +41,17 @@ def native() -> str:
         from quantkit_kernels.cpu import library
     except ImportError:
         return NOT_BUILT
-    loaded = library.load()
-    return NOT_BUILT if loaded is None else describe_native(loaded, library.isa())
+    if not library.available():
+        return NOT_BUILT
+    try:
+        running = library.isa()
+    except RuntimeError as error:
+        return f"built, but {error}"
+    return describe_native(library.load(), running)
 
 
 def describe_native(library: ctypes.CDLL, running: str) -> str:
     """The same of a loaded library, `running` being the path in use."""
-    library.qk_isa_name.restype = library.qk_cpu_flags.restype = ctypes.c_char_p
     names = {isa: library.qk_isa_name(isa).decode() for isa in range(4)}
     can = [name for isa, name in names.items() if library.qk_isa_available(isa) > 0]
     lacks = [name for name in names.values() if name not in can]

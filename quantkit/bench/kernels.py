@@ -10,6 +10,7 @@ On a GPU one round of an op is the replay of a CUDA graph that holds a call per 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
 import time
@@ -34,7 +35,7 @@ TOLERANCE = 0.03  # RMS error over RMS of the fp64 result; int8 activations alon
 ROWS_CHECKED, TOKENS_CHECKED = 64, 16
 
 BF16, INT4 = "torch bf16", "torch int4 g128"  # what ratios are against
-Weights = tuple[Any, ...]
+Weights = dict[str, Any]  # tensors by name, and constants
 
 
 class Refused(Exception):
@@ -67,9 +68,9 @@ class Source(NamedTuple):
 class Op(NamedTuple):
     """One way to multiply.
 
-    build(source, dtype of x) -> weights, tensors among them are what is copied; run(x, weights) -> y [M, N].
+    build(source, dtype of x) -> weights, the tensors among them are what is copied; run(x, weights) -> y [M, N].
     kind: the peak that bounds it. dtype: of x. prepare(x): outside the time, for ops that take other activations;
-    finish(y, x, weights): to the scale of x W^T, for the check only. refuses(m, n, k) -> reason or None.
+    finish(y, weights): to the scale of x W^T, for the check only. refuses(m, n, k) -> reason or None.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Op(NamedTuple):
     run: Callable[[torch.Tensor, Weights], torch.Tensor]
     dtype: torch.dtype = torch.bfloat16
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
-    finish: Callable[[torch.Tensor, torch.Tensor, Weights], torch.Tensor] | None = None
+    finish: Callable[[torch.Tensor, Weights], torch.Tensor] | None = None
     refuses: Callable[[int, int, int], str | None] = lambda _m, _n, _k: None
     place: Callable[[list[Weights]], list[Weights]] | None = None  # where the copies live
 
@@ -91,39 +92,47 @@ def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
         8,
         None,
         kind,
-        lambda source, dtype: (source.dense(dtype),),
-        lambda x, weights: torch.nn.functional.linear(x, weights[0]),
+        lambda source, dtype: {"w": source.dense(dtype)},
+        lambda x, weights: torch.nn.functional.linear(x, weights["w"]),
         dtype,
     )
 
 
-def _backend_op(name: str, bits: int, group: int | None, label: str, slow: bool = False) -> Op:
+def _backend_op(
+    name: str, bits: int, group: int | None, label: str, compute: str = "float", slow: bool = False
+) -> Op:
     """A backend of quantkit_kernels, through the calls a loaded model makes."""
 
     def build(source: Source, dtype: torch.dtype) -> Weights:
-        stored = (source.packed, source.scale, None, source.bits, source.n, source.k)
-        device = source.packed.device.type
+        packed, scale, _, n, k = source
+        columns = group or k
         try:
-            columns = group or source.k
-            quantkit_kernels.select(device, bits, columns, True, 1, source.n, source.k, name)
-            layout = quantkit_kernels.prepare(name, *stored, dtype)
+            quantkit_kernels.select(packed.device.type, bits, columns, True, 1, n, k, name)
+            layout = quantkit_kernels.prepare(name, packed, scale, None, bits, n, k, dtype)
         except quantkit_kernels.BackendMissing as error:
             raise Refused(str(error)) from error
-        if layout is None:
-            return (source.packed, source.scale, source.n, source.k)
-        return (*layout.values(), tuple(layout))
+        return {"packed": packed, "scale": scale, "n": n, "k": k} if layout is None else layout
 
-    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        if isinstance(weights[-1], tuple):
-            layout = dict(zip(weights[-1], weights, strict=False))
-            return quantkit_kernels.run(name, x, layout, group or x.shape[1])
-        packed, scale, n, k = weights
+    def run(x: torch.Tensor, layout: Weights) -> torch.Tensor:
+        return quantkit_kernels.run(name, x, layout, group or x.shape[1], None, compute)
+
+    def run_stored(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        packed, scale, n, k = weights.values()
         return quantkit_kernels.wna16_linear(x, packed, scale, None, None, bits, group or k, n, k)
 
     def refuses(m: int, _n: int, _k: int) -> str | None:
         return "the reference is timed at M=1 only" if slow and m > 1 else None
 
-    return Op(label, bits, group, "bf16", build, run, refuses=refuses)
+    return Op(
+        label,
+        bits,
+        group,
+        "bf16" if compute == "float" else "int8",
+        build,
+        run_stored if name == "reference" else run,
+        refuses=refuses,
+        place=in_huge_pages if name == "cpu" else None,
+    )
 
 
 def _int_mm_op(device: str) -> Op:
@@ -139,10 +148,10 @@ def _int_mm_op(device: str) -> Op:
         8,
         None,
         "int8",
-        lambda source, _: (_int8_codes(source).T, source.scale[:, 0].float()),
-        lambda x, weights: torch._int_mm(x, weights[0]),
+        lambda source, _: {"codes": _int8_codes(source).T, "scale": source.scale[:, 0].float()},
+        lambda x, weights: torch._int_mm(x, weights["codes"]),
         prepare=lambda x: (x.float() * 31).round().clamp(-127, 127).to(torch.int8),
-        finish=lambda y, _x, weights: y / 31 * weights[1],
+        finish=lambda y, weights: y / 31 * weights["scale"],
         refuses=refuses,
     )
 
@@ -159,11 +168,13 @@ def _fp8_op() -> Op:
     def build(source: Source, _: torch.dtype) -> Weights:
         w = source.dense(torch.float32)
         scale = w.abs().amax(1, keepdim=True) / 448
-        return (w / scale).to(fp8).T, scale.T.contiguous()
+        return {"w": (w / scale).to(fp8).T, "scale": scale.T.contiguous()}
 
     def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
         ones = x.new_ones(x.shape[0], 1, dtype=torch.float32)
-        return torch._scaled_mm(x, *weights[:1], scale_a=ones, scale_b=weights[1], out_dtype=torch.bfloat16)
+        return torch._scaled_mm(
+            x, weights["w"], scale_a=ones, scale_b=weights["scale"], out_dtype=torch.bfloat16
+        )
 
     return Op("torch fp8 products only", 8, None, "int8", build, run, prepare=lambda x: x.to(fp8))
 
@@ -182,34 +193,17 @@ def _gemlite_op() -> Op:
         )
         codes = quantkit_kernels.unpack_bits(source.packed, source.bits, source.k)
         linear.pack(codes, source.scale, 2 ** (source.bits - 1), bias=None)
-        return (linear,)
+        return {"linear": linear}
 
-    return Op("gemlite W4A16 g128", 4, 128, "bf16", build, lambda x, weights: weights[0](x))
-
-
-def _native_op(bits: int, group: int | None, compute: int, label: str) -> Op:
-    """The native CPU op on its packed units, which live in one arena of huge pages as in a loaded model."""
-    from quantkit_kernels.cpu import ops as native
-
-    def build(source: Source, _: torch.dtype) -> Weights:
-        packed = native.pack(source.packed, source.scale, None, source.bits, source.n, source.k)
-        return packed.units, float(packed.scale_factor), bool(packed.wide_scales), source.n, source.k
-
-    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        units, factor, wide, n, k = weights
-        return torch.ops.quantkit.cpu_linear(
-            x, units, None, bits, group or k, n, k, True, compute, factor, wide
-        )
-
-    return Op(label, bits, group, "int8" if compute else "bf16", build, run, place=_in_huge_pages)
+    return Op("gemlite W4A16 g128", 4, 128, "bf16", build, lambda x, weights: weights["linear"](x))
 
 
-def _in_huge_pages(copies: list[Weights]) -> list[Weights]:
-    """The same weights with their units in one arena, each on a line of its own."""
+def in_huge_pages(copies: list[Weights]) -> list[Weights]:
+    """The same weights with their units in one arena, as a loaded model has them."""
     from quantkit_kernels.cpu.library import Arena
 
-    arena = Arena(sum(-(-weights[0].nbytes // 64) * 64 for weights in copies))
-    return [(arena.put(weights[0]), *weights[1:]) for weights in copies]
+    arena = Arena(sum(-(-weights["units"].numel() // 64) * 64 for weights in copies))
+    return [weights | {"units": arena.place(weights["units"])} for weights in copies]
 
 
 def native_available() -> bool:
@@ -226,12 +220,12 @@ def cpu_ops() -> list[Op]:
     ours = []
     if native_available():
         for bits, group in ((4, 128), (8, None), (3, 128), (2, 64)):
-            name = f"g{group}" if group else "channel"
+            scheme = f"g{group}" if group else "channel"
             ours += [
-                _native_op(bits, group, 0, f"quantkit W{bits}A16 {name}"),
-                _native_op(bits, group, 1, f"quantkit W{bits}A8 {name}"),
+                _backend_op("cpu", bits, group, f"quantkit W{bits}A16 {scheme}"),
+                _backend_op("cpu", bits, group, f"quantkit W{bits}A8 {scheme}", "int8"),
             ]
-        ours.append(_native_op(4, 128, 2, "quantkit W4A8 g128 per token"))
+        ours.append(_backend_op("cpu", 4, 128, "quantkit W4A8 g128 per token", "int8-token"))
     return [
         *ours,
         _backend_op("reference", 4, 128, "quantkit reference W4A16 g128", slow=True),
@@ -247,7 +241,7 @@ def cuda_ops() -> list[Op]:
     """Ours, PyTorch's, and gemlite where it can be imported."""
     ours = []
     for name in quantkit_kernels.backends():
-        if name not in ("reference", "torch"):
+        if name not in ("cpu", "reference", "torch"):
             ours += [
                 _backend_op(name, 4, 128, f"quantkit {name} W4A16 g128"),
                 _backend_op(name, 8, None, f"quantkit {name} W8A16 channel"),
@@ -262,27 +256,25 @@ def cuda_ops() -> list[Op]:
 
 def weight_bytes(weights: Weights) -> int:
     """Bytes a call has to read."""
-    return sum(
-        part.nbytes if isinstance(part, torch.Tensor) else sum(t.nbytes for t in part.buffers())
-        for part in weights
-        if isinstance(part, (torch.Tensor, torch.nn.Module))
-    )
+    return sum(t.nbytes for part in weights.values() for t in _tensors(part))
+
+
+def _tensors(part: Any) -> list[torch.Tensor]:
+    if isinstance(part, torch.nn.Module):
+        return [*part.parameters(), *part.buffers()]
+    return [part] if isinstance(part, torch.Tensor) else []
 
 
 def copies(op: Op, weights: Weights, rotation: int) -> list[Weights]:
     """As many copies of `weights` as fill `rotation` bytes, two at least; the values do not matter for time."""
 
-    def clone(part: Any) -> Any:
-        if isinstance(part, torch.nn.Module):
-            import copy
-
-            return copy.deepcopy(part)
-        return part.clone() if isinstance(part, torch.Tensor) else part
-
     number = max(2, -(-rotation // weight_bytes(weights)))
     if op.place is not None:
         return op.place([weights] * number)
-    return [weights] + [tuple(clone(part) for part in weights) for _ in range(number - 1)]
+    return [weights] + [
+        {name: copy.deepcopy(part) if _tensors(part) else part for name, part in weights.items()}
+        for _ in range(number - 1)
+    ]
 
 
 def relative_error(op: Op, source: Source, weights: Weights, x: torch.Tensor) -> float:
@@ -293,7 +285,7 @@ def relative_error(op: Op, source: Source, weights: Weights, x: torch.Tensor) ->
     given = op.prepare(x) if op.prepare else x
     y = op.run(given, weights)
     if op.finish:
-        y = op.finish(y, given, weights)
+        y = op.finish(y, weights)
     exact = x.double() @ source.dense(torch.float64, ROWS_CHECKED).T
     wrong = y[:, :ROWS_CHECKED].double() - exact
     return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())

@@ -45,7 +45,7 @@ def probe() -> ctypes.CDLL | None:
     except ImportError:
         return None
     library = load()
-    if library is None or not hasattr(library, "qk_read_bandwidth"):
+    if library is None:
         return None
     library.qk_read_bandwidth.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
     library.qk_read_bandwidth.restype = ctypes.c_double

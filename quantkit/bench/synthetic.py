@@ -1,8 +1,10 @@
 """A random Llama of any depth, written shard by shard, for measuring memory and time on sizes nobody wants to download.
 
     python -m quantkit.bench.synthetic OUT --layers 24        # about 2.4 GB bf16: hidden 2048, intermediate 5504
+    python -m quantkit.bench.synthetic OUT --layers 22 --shape 1.1b
 
-The tokenizer and vocabulary are the embedded model's. Weights are normal with the usual 0.02, seeded.
+The tokenizer is the embedded model's, and so is the vocabulary of the first shape. Weights are normal with the usual
+0.02, seeded.
 """
 
 from __future__ import annotations
@@ -11,17 +13,38 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from quantkit import assets
 from quantkit.checkpoint.shards import write_json, write_shard
 
-HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2048, 5504, 16, 8192
+
+class Shape(NamedTuple):
+    """The sizes of a Llama."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
 
 
-def make(folder: Path, layers: int, seed: int = 0) -> Path:
+SHAPES = {
+    "memory": Shape(2048, 5504, 16, 16, 8192),
+    "1.1b": Shape(2048, 5632, 32, 4, 32000),  # of the usual 1.1B Llama: 22 layers
+}
+
+
+def make(folder: Path, layers: int, seed: int = 0, shape: Shape = SHAPES["memory"]) -> Path:
     """Write the checkpoint: one shard per block and one for the rest."""
+    hidden, intermediate = shape.hidden, shape.intermediate
+    outputs = {"q": hidden, "k": shape.kv_heads * shape.head_dim, "v": shape.kv_heads * shape.head_dim}
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,20 +65,20 @@ def make(folder: Path, layers: int, seed: int = 0) -> Path:
         at = f"model.layers.{i}"
         write(
             i + 1,
-            {f"{at}.self_attn.{p}_proj.weight": normal(HIDDEN, HIDDEN) for p in "qkvo"}
-            | {f"{at}.mlp.{p}_proj.weight": normal(INTERMEDIATE, HIDDEN) for p in ("gate", "up")}
-            | {f"{at}.mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE)}
+            {f"{at}.self_attn.{p}_proj.weight": normal(outputs.get(p, hidden), hidden) for p in "qkvo"}
+            | {f"{at}.mlp.{p}_proj.weight": normal(intermediate, hidden) for p in ("gate", "up")}
+            | {f"{at}.mlp.down_proj.weight": normal(hidden, intermediate)}
             | {
-                f"{at}.{n}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
+                f"{at}.{n}.weight": torch.ones(hidden, dtype=torch.bfloat16)
                 for n in ("input_layernorm", "post_attention_layernorm")
             },
         )
     write(
         layers + 1,
         {
-            "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN),
-            "lm_head.weight": normal(VOCABULARY, HIDDEN),
-            "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+            "model.embed_tokens.weight": normal(shape.vocabulary, hidden),
+            "lm_head.weight": normal(shape.vocabulary, hidden),
+            "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
         },
     )
     write_json(
@@ -63,11 +86,12 @@ def make(folder: Path, layers: int, seed: int = 0) -> Path:
     )
     config = json.loads((assets.default_model() / "config.json").read_text())
     config |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "head_dim": HIDDEN // HEADS,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocabulary,
         "num_hidden_layers": layers,
         "tie_word_embeddings": False,
     }
@@ -83,8 +107,9 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--shape", choices=SHAPES, default="memory")
     arguments = parser.parse_args()
-    print(make(arguments.out, arguments.layers))
+    print(make(arguments.out, arguments.layers, shape=SHAPES[arguments.shape]))
 
 
 if __name__ == "__main__":

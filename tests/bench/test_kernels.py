@@ -27,8 +27,8 @@ def test_every_cpu_op_is_right_or_says_why_not():
 
 def test_a_wrong_op_is_not_timed():
     right = kernels._dense_op("right", torch.float32, "fp32")
-    wrong = right._replace(name="wrong", run=lambda x, weights: 1.1 * (x @ weights[0].T))
-    unfinished = right._replace(name="nan", run=lambda x, weights: x @ weights[0].T * float("nan"))
+    wrong = right._replace(name="wrong", run=lambda x, weights: 1.1 * (x @ weights["w"].T))
+    unfinished = right._replace(name="nan", run=lambda x, weights: x @ weights["w"].T * float("nan"))
     measured = small([right, wrong, unfinished])
     assert [row["op"] for row in measured["ops"]] == ["right"]
     assert "error 0.1" in measured["refused"]["wrong"]
@@ -37,10 +37,11 @@ def test_a_wrong_op_is_not_timed():
 
 def test_rotation_is_filled_with_memory_of_its_own():
     op = kernels._dense_op("dense", torch.float32, "fp32")
-    weights = (torch.ones(16, 64), "a constant")
+    weights = {"w": torch.ones(16, 64), "constant": "kept"}
     rotating = kernels.copies(op, weights, 20 * 16 * 64 * 4 - 1)
     assert len(rotating) == 20
-    assert len({copy[0].data_ptr() for copy in rotating}) == 20
+    assert {copy["constant"] for copy in rotating} == {"kept"}
+    assert len({copy["w"].data_ptr() for copy in rotating}) == 20
     assert kernels.weight_bytes(weights) == 16 * 64 * 4
 
 
@@ -49,12 +50,11 @@ def test_every_weight_of_the_rotation_is_used_in_turn():
     op = kernels._dense_op("dense", torch.float32, "fp32")._replace(
         run=lambda x, weights: used.append(weights)
     )
-    burst = kernels._cpu_burst(op, [("a",), ("b",), ("c",)], torch.ones(1), 0.0)
-    del used[:]
-    first = len(used)
+    burst = kernels._cpu_burst(op, [{"w": letter} for letter in "abc"], torch.ones(1), 0.0)
+    used.clear()
     for _ in range(4):
         burst()
-    letters = "".join(name for (name,) in used[first:])
+    letters = "".join(weights["w"] for weights in used)
     assert letters in "abcabcabc"
     assert len(letters) == 4
 

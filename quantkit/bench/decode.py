@@ -1,0 +1,348 @@
+"""Whole tokens: decode and prefill of a 1.1B Llama, and the memory it takes.
+
+    python -m quantkit.bench.decode --work DIR --json docs/benchmarks/decode.json
+
+The native path against transformers with bf16 weights, with PyTorch's int4 op and with our linears: batch 1, greedy,
+random weights, W4 g128 with the head quantized too. All run in one process and in turns; a number is the median over
+rounds, a ratio the median of the ratios within each round. Memory is measured in a process of its own per engine:
+anonymous memory at its peak, minus what the imports take. quantkit.bench.llamacpp adds llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit.bench.kernels import where
+from quantkit.bench.machine import machine
+from quantkit.bench.roofline import read_bandwidth
+from quantkit.bench.synthetic import SHAPES, Shape, make
+from quantkit.checkpoint.shards import write_json
+
+LAYERS, PROMPT, NEW = 22, 512, 64
+RECIPE = ["w4a16-rtn", "--no-eval", '--set=rules=[{"match": "lm_head", "bits": 4}]']
+
+Measured = dict[str, float]  # {"decode": tokens/s, "prefill": tokens/s}
+
+
+class Way(NamedTuple):
+    """How to run a checkpoint. compute: of the native path, None: inside transformers. backend: of the linears."""
+
+    checkpoint: str
+    compute: str | None = None
+    backend: str | None = None
+
+
+WAYS: dict[str, Way] = {
+    "native W4A8": Way("packed", "int8"),
+    "native W4A8 per token": Way("packed", "int8_token"),
+    "native W4A16": Way("packed", "float"),
+    "eager W4A16": Way("packed"),
+    "eager torch int4": Way("packed", backend="torch"),
+    "eager bf16": Way("dense"),
+}
+
+
+class NotHere(Exception):
+    """A way that this machine or this model has not; the message says why."""
+
+
+def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> dict[str, Path]:
+    """{"dense": bf16 checkpoint, "packed": the same as W4 g128}, made unless they are there."""
+    dense = work / f"llama-{shape.hidden}-{layers}"
+    packed = dense.with_name(dense.name + "-w4")
+    if not (dense / "config.json").exists():
+        make(dense, layers, shape=shape)
+    command = [sys.executable, "-m", "quantkit", "quantize", *RECIPE, "--model", dense, "--output", packed]
+    if not (packed / "quantkit.json").exists():
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return {"dense": dense, "packed": packed}
+
+
+def open_model(path: Path, backend: str | None) -> torch.nn.Module:
+    """bf16 activations; NotHere if the backend cannot run it."""
+    from quantkit.checkpoint.load import load
+    from quantkit.errors import BackendError
+
+    try:
+        return load(path, device="cpu", dtype=torch.bfloat16, backend=backend)
+    except BackendError as error:
+        raise NotHere(str(error)) from error
+
+
+def runner(model: torch.nn.Module, way: Way) -> Any:
+    """What takes input_ids and past_key_values: the model, or its native decoder."""
+    if way.compute is None:
+        return model
+    from quantkit.runtime import native
+
+    found = native(model, way.compute)
+    if isinstance(found, str):
+        raise NotHere(found)
+    return found
+
+
+def measure(run: Any, vocabulary: int, prompt: int, new: int) -> Measured:
+    """Tokens per second of one prompt in an empty cache, and of `new` greedy steps after one token."""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (1, prompt), generator=random)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        run(input_ids=tokens, past_key_values=None, use_cache=True, logits_to_keep=1)
+        prefill = prompt / (time.perf_counter() - start)
+        out = run(input_ids=tokens[:, :1], past_key_values=None, use_cache=True, logits_to_keep=1)
+        start = time.perf_counter()
+        for _ in range(new):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = run(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        decode = new / (time.perf_counter() - start)
+    return {"decode": decode, "prefill": prefill}
+
+
+def engines(
+    ways: Mapping[str, Way], checkpoints: Mapping[str, Path], prompt: int, new: int
+) -> tuple[dict[str, Callable[[], Measured]], dict[str, str]]:
+    """(one measurement by name, reasons of those that cannot run); models are loaded once and shared."""
+    loaded: dict[tuple[str, str | None], torch.nn.Module] = {}
+    ready: dict[str, Callable[[], Measured]] = {}
+    missing: dict[str, str] = {}
+    for name, way in ways.items():
+        key = way.checkpoint, way.backend
+        try:
+            if key not in loaded:
+                loaded[key] = open_model(checkpoints[way.checkpoint], way.backend)
+            run = runner(loaded[key], way)
+        except NotHere as reason:
+            missing[name] = str(reason)
+            continue
+        vocabulary = loaded[key].config.vocab_size
+        ready[name] = lambda run=run, vocabulary=vocabulary: measure(run, vocabulary, prompt, new)
+    return ready, missing
+
+
+def interleave(
+    engines: Mapping[str, Callable[[], Measured]],
+    rounds: int,
+    window: Callable[[], float] = read_bandwidth,
+    write: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Every engine once per round, after one round that does not count.
+
+    {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
+    """
+    reads: list[float] = []
+    seen: dict[str, list[Measured]] = {name: [] for name in engines}
+    for number in range(rounds + 1):
+        if number:
+            reads.append(window())
+        for name, run in engines.items():
+            measured = run()
+            if number:
+                seen[name].append(measured)
+                speeds = ", ".join(f"{kind} {speed:.1f}" for kind, speed in measured.items())
+                write(f"round {number}  {name:24} {speeds} tokens/s")
+    rows = {
+        name: {kind: _spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
+    }
+    return {"read_bytes_per_s": reads, "engines": rows}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": values,
+    }
+
+
+def ratio(report: Mapping[str, Any], kind: str, a: str, b: str) -> float | None:
+    """Median over rounds of how many times faster `a` is than `b`; None if one of them did not run."""
+    rows = report["engines"]
+    if a not in rows or b not in rows:
+        return None
+    pairs = zip(rows[a][kind]["rounds"], rows[b][kind]["rounds"], strict=True)
+    return statistics.median(x / y for x, y in pairs)
+
+
+def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | list[str]) -> dict[str, Any]:
+    """{other: {kind: times faster}} of `first` against those that ran."""
+    rows = report["engines"]
+    return {
+        other: {kind: ratio(report, kind, first, other) for kind in rows[first]}
+        for other in others
+        if other != first and other in rows and first in rows
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """As text: medians with their range."""
+    lines = [f"{'engine':28}{'decode tok/s':>14}{'(range)':>18}{'prefill tok/s':>16}{'(range)':>18}"]
+    for name, row in report["engines"].items():
+        lines.append(
+            f"{name:28}"
+            + "".join(
+                f"{row[kind]['median']:{width}.1f}" + f"{row[kind]['min']:10.1f}-{row[kind]['max']:<7.1f}"
+                for kind, width in (("decode", 14), ("prefill", 16))
+            )
+        )
+    lines += [f"{name}: not run, {reason}" for name, reason in report.get("missing", {}).items()]
+    return "\n".join(lines)
+
+
+def anonymous() -> int:
+    """RssAnon of this process in bytes."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """Polls anonymous memory every 5 ms; the list holds its largest value, up to date when the block ends."""
+    highest, done = [anonymous()], threading.Event()
+
+    def poll() -> None:
+        while not done.wait(0.005):
+            highest[0] = max(highest[0], anonymous())
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        thread.join()
+        highest[0] = max(highest[0], anonymous())
+
+
+def memory(checkpoint: Path, way: Way, new: int = NEW) -> dict[str, Any]:
+    """What this process takes to load a checkpoint and make `new` tokens. Call it in a fresh one."""
+    import transformers  # noqa: F401  part of what imports take
+
+    import quantkit.checkpoint.load
+    import quantkit.runtime  # noqa: F401
+
+    imports = anonymous()
+    with peak() as loading:
+        model = open_model(checkpoint, way.backend)
+        run = runner(model, way)
+    with peak() as running:
+        measure(run, model.config.vocab_size, 1, new)
+    packed, weights = packed_bytes(model)
+    config = model.config
+    # keys and values of `new` + 1 tokens; the native cache is fp32 by default, transformers' has the model's type
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache = token * (new + 1) * (2 if way.compute is None else 4)
+    return {
+        "imports": imports,
+        "load_peak": loading[0] - imports,
+        "run_peak": running[0] - imports,
+        "packed_bytes": packed,
+        "bits_per_packed_weight": 8 * packed / weights if weights else None,
+        "cache_bytes": cache,
+        "limit": 1.15 * packed + cache + 150e6 if packed else None,
+    }
+
+
+def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """(bytes of the packed linears as they are in memory, their weights), each tensor counted once."""
+    from quantkit.layers.quant_linear import QuantLinear
+
+    linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    tensors = {b.data_ptr(): b.nbytes for m in linears for b in m.buffers()}
+    return sum(tensors.values()), sum(m.in_features * m.out_features for m in linears)
+
+
+def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
+    """`memory` in a process of its own."""
+    command = [sys.executable, "-m", "quantkit.bench.decode", "--memory-of", str(checkpoint), name]
+    done = subprocess.run([*command, "--new", str(new)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(
+    work: Path,
+    layers: int = LAYERS,
+    shape: Shape = SHAPES["1.1b"],
+    ways: Mapping[str, Way] = WAYS,
+    rounds: int = 5,
+    prompt: int = PROMPT,
+    new: int = NEW,
+    with_memory: bool = True,
+) -> dict[str, Any]:
+    """Speed of every way, then memory of every way that ran."""
+    checkpoints = models(work, layers, shape)
+    ready, missing = engines(ways, checkpoints, prompt, new)
+    report = {
+        "schema": "quantkit-decode/1",
+        "machine": machine() | where("cpu"),
+        "model": shape._asdict() | {"layers": layers, "scheme": "W4 g128 sym, head too"},
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        **interleave(ready, rounds),
+        "missing": missing,
+    }
+    report["times_faster"] = {name: ratios(report, name, ways) for name in ready if name.startswith("native")}
+    if with_memory:
+        report["memory"] = {
+            name: memory_apart(checkpoints[ways[name].checkpoint], name, new) for name in ready
+        }
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="scratch folder with 3 GB free")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--new", type=int, default=NEW)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--memory-of", nargs=2, metavar=("CHECKPOINT", "NAME"), help="only memory, of one way"
+    )
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        checkpoint, name = arguments.memory_of
+        print(json.dumps(memory(Path(checkpoint), WAYS[name], arguments.new)))
+        return
+    if arguments.work is None:
+        parser.error("--work is needed")
+    ways = {name: WAYS[name] for name in arguments.ways}
+    report = run(
+        arguments.work,
+        arguments.layers,
+        SHAPES[arguments.shape],
+        ways,
+        arguments.rounds,
+        arguments.prompt,
+        arguments.new,
+    )
+    print(table(report))
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()

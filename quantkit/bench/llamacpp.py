@@ -1,0 +1,206 @@
+"""llama.cpp and the native path, side by side on the same model.
+
+    python -m quantkit.bench.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
+
+Builds llama.cpp from the source package of llama-cpp-python in DIR, in an environment of its own (minutes, once);
+writes the synthetic Llama of quantkit.bench.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
+embedding too) and Q8_0 of it. Then both engines run in turns, each round all of them once: prefill of one prompt, and
+greedy decode from an empty cache.
+
+On a processor with AMX one line is added to llama.cpp first: with gcc 12, `_tile_loadconfig` names 8 of the 64 bytes
+it reads, the compiler drops the other stores, and every quantized model crashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from quantkit.bench import decode, gguf_file
+from quantkit.bench.kernels import where
+from quantkit.bench.machine import machine
+from quantkit.bench.synthetic import SHAPES
+from quantkit.checkpoint.shards import write_json
+
+PACKAGE = "llama-cpp-python"
+FORMATS = {"Q4_0": ["--pure"], "Q8_0": []}
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "GGML_NATIVE": "ON",
+    "BUILD_SHARED_LIBS": "OFF",
+    "LLAMA_CURL": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+}
+TILES = "ggml/src/ggml-cpu/amx/mmq.cpp"
+CALL = "    _tile_loadconfig(&tc);\n"
+GUARD = '    asm volatile("" :: "r"(&tc) : "memory");\n'
+
+
+class Built(NamedTuple):
+    """bench, quantize: llama.cpp's programs; python: of its environment; version: of the source package."""
+
+    bench: Path
+    quantize: Path
+    python: Path
+    version: str
+    patched: bool
+
+
+def build(work: Path, jobs: int = 1) -> Built:
+    """llama.cpp in `work`, built unless it is there."""
+    environment, tree = work / "environment", work / "build"
+    python = environment / "bin" / "python"
+    bench, quantize = (tree / "bin" / name for name in ("llama-bench", "llama-quantize"))
+    if not python.exists():
+        _run(sys.executable, "-m", "venv", environment)
+        _run(python, "-m", "pip", "install", "-q", "gguf")
+    if not list(work.glob("llama_cpp_python-*.tar.gz")):
+        _run(python, "-m", "pip", "download", "-q", PACKAGE, "--no-binary", ":all:", "--no-deps", "-d", work)
+    archive = max(work.glob("llama_cpp_python-*.tar.gz"))
+    folder = work / archive.name.removesuffix(".tar.gz")
+    if not folder.exists():
+        with tarfile.open(archive) as opened:
+            opened.extractall(work, filter="data")
+    source = folder / "vendor" / "llama.cpp"
+    patched = guard_tiles(source) if has_amx() else False
+    if not (bench.exists() and quantize.exists()):
+        cmake = _cmake(environment, python)
+        options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
+        _run(cmake, "-S", source, "-B", tree, *options)
+        _run(cmake, "--build", tree, "-j", jobs, "--target", "llama-bench", "llama-quantize")
+    version = folder.name.removeprefix("llama_cpp_python-")
+    return Built(bench, quantize, python, f"{PACKAGE} {version}", patched)
+
+
+def _cmake(environment: Path, python: Path) -> Path:
+    found = shutil.which("cmake")
+    if found:
+        return Path(found)
+    _run(python, "-m", "pip", "install", "-q", "cmake")
+    return environment / "bin" / "cmake"
+
+
+def has_amx() -> bool:
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def guard_tiles(source: Path) -> bool:
+    """Add the line that keeps the tile configuration's stores; True if it is there afterwards."""
+    file = source / TILES
+    text = file.read_text()
+    if GUARD not in text:
+        text = text.replace(CALL, GUARD + CALL)
+        file.write_text(text)
+    return GUARD in text
+
+
+def files(built: Built, dense: Path) -> dict[str, Path]:
+    """{format: GGUF} of a dense checkpoint, beside it, made unless they are there."""
+    whole = dense.with_name(f"{dense.name}-bf16.gguf")
+    made = {kind: dense.with_name(f"{dense.name}-{kind}.gguf") for kind in FORMATS}
+    if all(file.exists() for file in made.values()):
+        return made
+    if not whole.exists():
+        part = whole.with_suffix(".part")
+        _run(built.python, gguf_file.__file__, dense, part)
+        part.rename(whole)
+    for kind, options in FORMATS.items():
+        _run(built.quantize, *options, whole, made[kind].with_suffix(".part"), kind, 1)
+        made[kind].with_suffix(".part").rename(made[kind])
+    return made
+
+
+def bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> decode.Measured:
+    """One run of llama-bench: tokens per second of prefill and decode."""
+    command = [program, "-m", file, "-p", prompt, "-n", new, "-r", 1, "-t", threads, "-o", "json"]
+    return read_bench(_run(*command))
+
+
+def read_bench(text: str) -> decode.Measured:
+    """llama-bench's JSON: a test has either prompt tokens or generated ones."""
+    found = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in json.loads(text)}
+    return {kind: found[kind] for kind in ("decode", "prefill")}
+
+
+def _run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{command[0]} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+        )
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder with 7 GB free")
+    parser.add_argument("--layers", type=int, default=decode.LAYERS)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=decode.PROMPT)
+    parser.add_argument("--new", type=int, default=decode.NEW)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--jobs", type=int, default=1, help="of the build")
+    parser.add_argument(
+        "--ways", nargs="+", choices=decode.WAYS, metavar="NAME", help="ours; default: native"
+    )
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    built = build(work, arguments.jobs)
+    print(f"{built.version}: {built.bench}", flush=True)
+    if arguments.build_only:
+        return
+    threads, prompt, new = arguments.threads, arguments.prompt, arguments.new
+    torch.set_num_threads(threads)
+    checkpoints = decode.models(work, arguments.layers, SHAPES[arguments.shape])
+    theirs = files(built, checkpoints["dense"])
+    names = arguments.ways or [name for name, way in decode.WAYS.items() if way.compute]
+    ways = {name: decode.WAYS[name] for name in names}
+    ours, missing = decode.engines(ways, checkpoints, prompt, new)
+    everyone: dict[str, Callable[[], decode.Measured]] = dict(ours)
+    for kind, file in theirs.items():
+        everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
+    report = {
+        "schema": "quantkit-llamacpp/1",
+        "machine": machine() | where("cpu"),
+        "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
+        "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
+        "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        **decode.interleave(everyone, arguments.rounds),
+        "missing": missing,
+    }
+    report["times_faster"] = {
+        name: decode.ratios(report, name, [f"llama.cpp {kind}" for kind in FORMATS]) for name in ours
+    }
+    print(decode.table(report))
+    for name, against in report["times_faster"].items():
+        for other, found in against.items():
+            print(f"{name} / {other}: decode {found['decode']:.2f}x, prefill {found['prefill']:.2f}x")
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()
