@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from quantkit_kernels import pack_bits, unpack_bits
+from quantkit_kernels.cpu import ops
 from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Norm, Tables
 from torch import nn
 from transformers.activations import SiLUActivation
@@ -33,8 +34,6 @@ FAMILIES = {
     "phi3": Names(("qkv_proj",), ("gate_up_proj",), "activation_fn"),
 }
 
-_LANES = (2, 3, 4, 8)  # bits of the packed layout; others are widened to 8
-
 
 class NotNative(Exception):
     """Why a model runs eager."""
@@ -53,7 +52,7 @@ def tables(model: nn.Module) -> Tables:
     attention = base.layers[0].self_attn
     return Tables(
         layers=layers,
-        embedding=Matrix.dense(_dense("model.embed_tokens", base.embed_tokens.weight)),
+        embedding=Matrix(_dense("model.embed_tokens", base.embed_tokens.weight)),
         head=_matrix("lm_head", model.lm_head),
         final=_norm("model.norm", base.norm),
         hidden=config.hidden_size,
@@ -119,7 +118,7 @@ def _matrix(name: str, module: nn.Module) -> Matrix:
         return _packed(name, module)
     if type(module) is not nn.Linear:
         raise NotNative(f"{name} is a {type(module).__name__}, not a linear layer")
-    return Matrix.dense(_dense(name, module.weight), _bias(module))
+    return Matrix(_dense(name, module.weight), _bias(module))
 
 
 def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -133,29 +132,22 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def _packed(name: str, module: QuantLinear) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
-    from quantkit_kernels.cpu import ops
-
     scheme, n, k = module.scheme, module.out_features, module.in_features
-    bits, packed = scheme.bits, getattr(module, "cpu_packed", None)
+    packed = getattr(module, "cpu_packed", None)
     if packed is None:
         stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
         if stored[0] is None:
             raise NotNative(
                 f"{name} runs on backend {module.backend!r}, whose layout the native path cannot read"
             )
-        if bits not in _LANES:
-            stored = _widened(*stored, bits, n, k)
-        packed = ops.pack(*stored, bits if bits in _LANES else 8, n, k)
-    return Matrix(
-        packed.units,
-        n,
-        k,
-        _bias(module),
-        bits=bits if bits in _LANES else 8,
-        group=scheme.group(k),
-        scale_factor=packed.scale_factor,
-        wide_scales=packed.wide_scales,
-    )
+        bits = scheme.bits
+        if bits not in ops.BITS:
+            stored, bits = _widened(*stored, bits, n, k), 8
+        reason = ops.refuses(bits, scheme.group(k), k)
+        if reason:
+            raise NotNative(f"{name}: {reason}")
+        packed = ops.pack(*stored, bits, n, k)
+    return Matrix(packed, _bias(module))
 
 
 def _widened(

@@ -17,7 +17,7 @@ void combine(const float *coefficient, int ldc, const T *rows, int ldr, int coun
         for (int i = 0; i < count; i++)
             for (int w = 0; w < WIDE; w++) {
                 const vf row = load(rows + (int64_t)i * ldr + c + w * LANES);
-                for (int r = 0; r < R; r++) acc[r][w] += row * coefficient[r * ldc + i];
+                for (int r = 0; r < R; r++) acc[r][w] = fused(row, all(coefficient[r * ldc + i]), acc[r][w]);
             }
         for (int r = 0; r < R; r++)
             for (int w = 0; w < WIDE; w++) store(out + r * ldo + c + w * LANES, acc[r][w]);
@@ -25,7 +25,8 @@ void combine(const float *coefficient, int ldc, const T *rows, int ldr, int coun
     for (; c < width; c += LANES)
         for (int r = 0; r < R; r++) {
             vf acc = load(out + r * ldo + c);
-            for (int i = 0; i < count; i++) acc += load(rows + (int64_t)i * ldr + c) * coefficient[r * ldc + i];
+            for (int i = 0; i < count; i++)
+                acc = fused(load(rows + (int64_t)i * ldr + c), all(coefficient[r * ldc + i]), acc);
             store(out + r * ldo + c, acc);
         }
 }

@@ -2,12 +2,15 @@
 #include "common.h"
 #include "decode_math.h"
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
 #endif
 #define LANES 8
+#define FUSED _mm256_fmadd_ps
 #define QK_PATH math_avx2
 #include "decode_path.h"
 #if defined(__clang__)

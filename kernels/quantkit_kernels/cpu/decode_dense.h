@@ -6,12 +6,12 @@ float dot(const T *w, const float *x, int64_t k) {
     vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
     int64_t i = 0;
     for (; i + 4 * LANES <= k; i += 4 * LANES) {
-        s0 += load(w + i) * load(x + i);
-        s1 += load(w + i + LANES) * load(x + i + LANES);
-        s2 += load(w + i + 2 * LANES) * load(x + i + 2 * LANES);
-        s3 += load(w + i + 3 * LANES) * load(x + i + 3 * LANES);
+        s0 = fused(load(w + i), load(x + i), s0);
+        s1 = fused(load(w + i + LANES), load(x + i + LANES), s1);
+        s2 = fused(load(w + i + 2 * LANES), load(x + i + 2 * LANES), s2);
+        s3 = fused(load(w + i + 3 * LANES), load(x + i + 3 * LANES), s3);
     }
-    for (; i + LANES <= k; i += LANES) s0 += load(w + i) * load(x + i);
+    for (; i + LANES <= k; i += LANES) s0 = fused(load(w + i), load(x + i), s0);
     float total = sum((s0 + s1) + (s2 + s3));
     for (; i < k; i++) total += one(w + i) * x[i];
     return total;
@@ -25,7 +25,7 @@ void block(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx
     for (; i + LANES <= k; i += LANES)
         for (int r = 0; r < 4; r++) {
             const vf row = load(w + r * k + i);
-            for (int t = 0; t < TOKENS; t++) acc[t][r] += row * load(x + t * ldx + i);
+            for (int t = 0; t < TOKENS; t++) acc[t][r] = fused(row, load(x + t * ldx + i), acc[t][r]);
         }
     for (int t = 0; t < TOKENS; t++)
         for (int r = 0; r < 4; r++) {

@@ -43,6 +43,15 @@ inline void put(bf16 *p, float value) {  // to nearest, ties to even
     p->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// a b + c, rounded once where the target can (the build does not let the compiler contract).
+inline vf fused(vf a, vf b, vf c) {
+#if defined(FUSED)
+    return (vf)FUSED(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline vf all(float value) { return value - (vf){}; }
 inline float sum(vf v) {
     float total = 0;
@@ -65,12 +74,12 @@ inline vf exponential(vf x) {
     const vf n = (x * 1.44269504f + shift) - shift;
     const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
     vf p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = fused(p, r, all(1.3981999507e-3f));
+    p = fused(p, r, all(8.3334519073e-3f));
+    p = fused(p, r, all(4.1665795894e-2f));
+    p = fused(p, r, all(1.6666665459e-1f));
+    p = fused(p, r, all(5.0000001201e-1f));
+    p = fused(p * r, r, r + 1.0f);
     const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
     return (vf)((vi)(p * (vf)power) & kept);
 }

@@ -14,22 +14,14 @@ from functools import cached_property
 import torch
 
 from quantkit_kernels.cpu import library
+from quantkit_kernels.cpu.ops import Packed
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 COMPUTES = {"float": 0, "int8": 1, "int8_token": 2}  # qk::Compute
 
 
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("units", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("scale_factor", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("n", "k", "group", "bits", "wide_scales", "table")),
-    )
-
-
 class _Matrix(ctypes.Structure):
-    _fields_ = (("weight", _Weight), ("dense", ctypes.c_int32))
+    _fields_ = (("weight", library.Weight), ("dense", ctypes.c_int32))
 
 
 class _Norm(ctypes.Structure):
@@ -60,39 +52,22 @@ class _Model(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """W [n, k] of y = x W^T + bias, packed or dense.
+    """W [n, k] of y = x W^T + bias: packed, or dense, contiguous, in fp32, bf16 or fp16. bias: fp32 [n] or None."""
 
-    weight: the packed units (uint8), or with bits = 0 the contiguous [n, k] matrix in fp32, bf16 or fp16.
-    bias: fp32 [n] or None. The rest as in qk_weight.
-    """
-
-    weight: torch.Tensor
-    n: int
-    k: int
+    weight: Packed | torch.Tensor
     bias: torch.Tensor | None = None
-    bits: int = 0
-    group: int = 0
-    scale_factor: float = 1.0
-    wide_scales: bool = False
-    table: int = 0
 
-    @classmethod
-    def dense(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
-        return cls(weight, *weight.shape, bias)
+    @property
+    def n(self) -> int:
+        return self.weight.n if isinstance(self.weight, Packed) else self.weight.shape[0]
 
     def _structure(self) -> _Matrix:
-        weight = _Weight(
-            self.weight.data_ptr(),
-            _pointer(self.bias),
-            self.scale_factor,
-            self.n,
-            self.k,
-            self.group,
-            self.bits,
-            self.wide_scales,
-            self.table,
-        )
-        return _Matrix(weight, -1 if self.bits else TYPES[self.weight.dtype])
+        if isinstance(self.weight, Packed):
+            return _Matrix(self.weight.weight(bias=self.bias), -1)
+        n, k = self.weight.shape
+        bias = None if self.bias is None else self.bias.data_ptr()
+        dense = library.Weight(units=self.weight.data_ptr(), bias=bias, n=n, k=k)
+        return _Matrix(dense, TYPES[self.weight.dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,15 +204,9 @@ class Decoder:
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _load() -> ctypes.CDLL:
     """The library with the decoder's signatures."""
-    native = library.load()
-    if native is None:
-        raise RuntimeError("the native CPU library is not built")
+    native = library.required()
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, result, arguments in (
         ("new", pointer, (ctypes.POINTER(_Model),)),
