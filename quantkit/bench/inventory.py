@@ -6,7 +6,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import quantkit_kernels
 import torch
@@ -82,38 +83,50 @@ def _cuda() -> str:
 def schemes(n: int, k: int, m: int, backend: str | None = None) -> list[dict[str, Any]]:
     """What `quantkit_kernels.select` says, schemes with the same answer in one row.
 
-    Row: device, bits [..], groups [..], zero_point, runs (None if nothing can), why. A device that is not here
-    is answered all the same: the answer is what would run there.
+    Row: device, bits [..], groups [..], zero_point ("none", "stored" or "any"), runs (None if nothing can), why (of
+    the first of them: numbers in it may differ). A device that is not here is answered all the same.
     """
-    rows: dict[tuple, dict[str, Any]] = {}
+    rows = []
     for device in ("cpu", "cuda"):
+        alike: dict[Any, tuple[list[int], dict[str, _Answer]]] = {}
         for bits in BITS:
-            answers = {
-                (group, symmetric): _ask(device, bits, group or k, symmetric, m, n, k, backend)
-                for group in GROUPS
-                for symmetric in (True, False)
-                if not k % (group or k)
-            }
-            for group in GROUPS:
-                if (group, True) not in answers:
-                    continue
-                both = answers[group, True], answers[group, False]
-                kinds = {"any": both[0]} if both[0] == both[1] else {"none": both[0], "stored": both[1]}
-                for kind, (runs, why) in kinds.items():
-                    row = rows.setdefault(
-                        (device, bits, kind, runs, why),
-                        {"device": device, "bits": [bits], "groups": [], "zero_point": kind, "runs": runs}
-                        | {"why": why},
-                    )
-                    row["groups"].append(str(group or "channel"))
-    merged: dict[tuple, dict[str, Any]] = {}
-    for row in rows.values():
-        key = (row["device"], *row["groups"], row["zero_point"], row["runs"], row["why"])
-        if key in merged:
-            merged[key]["bits"] += row["bits"]
-        else:
-            merged[key] = row
-    return list(merged.values())
+            answers = _answers(device, bits, n, k, m, backend)
+            key = tuple((pattern, tuple(answer.schemes)) for pattern, answer in answers.items())
+            alike.setdefault(key, ([], answers))[0].append(bits)
+        for all_bits, answers in alike.values():
+            for answer in answers.values():
+                for zero_point, groups in answer.by_zero_point():
+                    row = {"device": device, "bits": all_bits, "groups": groups, "zero_point": zero_point}
+                    rows.append(row | {"runs": answer.runs, "why": answer.why})
+    return rows
+
+
+class _Answer(NamedTuple):
+    """One backend and its reason for some (group, symmetric) of a number of bits."""
+
+    runs: str | None
+    why: str
+    schemes: list[tuple[int | None, bool]]
+
+    def by_zero_point(self) -> list[tuple[str, list[str]]]:
+        """[("any", groups), ..]: the groups with both kinds of zero points, then those with one."""
+        kinds = {group: {s for g, s in self.schemes if g == group} for group, _ in self.schemes}
+        names = (("any", {True, False}), ("none", {True}), ("stored", {False}))
+        found = [(name, [str(g or "channel") for g in kinds if kinds[g] == kind]) for name, kind in names]
+        return [(name, groups) for name, groups in found if groups]
+
+
+def _answers(device: str, bits: int, n: int, k: int, m: int, backend: str | None) -> dict[str, _Answer]:
+    """By backend and reason, numbers and the kind of zero point in it aside."""
+    found: dict[str, _Answer] = {}
+    for group in GROUPS:
+        if k % (group or k):
+            continue
+        for symmetric in (True, False):
+            runs, why = _ask(device, bits, group or k, symmetric, m, n, k, backend)
+            pattern = re.sub(r"\d+", "#", f"{runs} {why}").replace("asymmetric", "symmetric")
+            found.setdefault(pattern, _Answer(runs, why, [])).schemes.append((group, symmetric))
+    return found
 
 
 def _ask(

@@ -45,6 +45,26 @@ def test_kernels_says_what_select_says(monkeypatch):
         assert (row["runs"], row["why"]) == tuple(chosen)
 
 
+def test_kernels_merges_what_differs_in_numbers_only(monkeypatch):
+    def select(device, bits, group_size, symmetric, m, n, k, backend):
+        if bits in (5, 6, 7) or (bits == 2 and not symmetric):
+            kind = "symmetric" if symmetric else "asymmetric"
+            return quantkit_kernels.Choice(
+                "slow", f"nothing has {kind} {bits} bits in groups of {group_size}"
+            )
+        return quantkit_kernels.Choice("fast", "built")
+
+    monkeypatch.setattr(quantkit_kernels, "select", select)
+    rows = [row for row in inventory.schemes(256, 512, 1) if row["device"] == "cpu"]
+    assert [(row["bits"], row["zero_point"], row["runs"]) for row in rows] == [
+        ([2], "none", "fast"),
+        ([2], "stored", "slow"),
+        ([3, 4, 8], "any", "fast"),
+        ([5, 6, 7], "any", "slow"),
+    ]
+    assert all(row["groups"] == ["32", "64", "128", "channel"] for row in rows)
+
+
 def test_kernels_of_a_forced_backend_names_what_it_cannot_run():
     rows = inventory.schemes(256, 512, 1, "torch")
     runs = {bits for row in rows if row["runs"] == "torch" for bits in row["bits"]}
