@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -30,25 +31,29 @@ from quantkit.bench.machine import machine
 from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.synthetic import SHAPES, Shape, make
 from quantkit.checkpoint.shards import write_json
+from quantkit.pipeline import quantize
 
 LAYERS, PROMPT, NEW = 22, 512, 64
-RECIPE = ["w4a16-rtn", "--no-eval", '--set=rules=[{"match": "lm_head", "bits": 4}]']
+RECIPE = "w4a16-rtn"
+HEAD_TOO = 'rules=[{"match": "lm_head", "bits": 4}]'
 
 Measured = dict[str, float]  # {"decode": tokens/s, "prefill": tokens/s}
 
 
 class Way(NamedTuple):
-    """How to run a checkpoint. compute: of the native path, None: inside transformers. backend: of the linears."""
+    """How to run a checkpoint: natively or inside transformers; backend and compute as in `quantkit.load`."""
 
     checkpoint: str
-    compute: str | None = None
+    native: bool = False
+    compute: str = "float"
     backend: str | None = None
 
 
 WAYS: dict[str, Way] = {
-    "native W4A8": Way("packed", "int8"),
-    "native W4A8 per token": Way("packed", "int8_token"),
-    "native W4A16": Way("packed", "float"),
+    "native W4A8": Way("packed", True, "int8"),
+    "native W4A8 per token": Way("packed", True, "int8_token"),
+    "native W4A16": Way("packed", True),
+    "eager W4A8": Way("packed", compute="int8"),
     "eager W4A16": Way("packed"),
     "eager torch int4": Way("packed", backend="torch"),
     "eager bf16": Way("dense"),
@@ -65,26 +70,26 @@ def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> d
     packed = dense.with_name(dense.name + "-w4")
     if not (dense / "config.json").exists():
         make(dense, layers, shape=shape)
-    command = [sys.executable, "-m", "quantkit", "quantize", *RECIPE, "--model", dense, "--output", packed]
     if not (packed / "quantkit.json").exists():
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        quantize(RECIPE, dense, packed, [HEAD_TOO], device="cpu", evaluate=False)
     return {"dense": dense, "packed": packed}
 
 
-def open_model(path: Path, backend: str | None) -> torch.nn.Module:
-    """bf16 activations; NotHere if the backend cannot run it."""
+def open_model(path: Path, way: Way) -> torch.nn.Module:
+    """The model whose weights a way runs on, bf16 activations; NotHere if its backend cannot run it."""
     from quantkit.checkpoint.load import load
     from quantkit.errors import BackendError
 
     try:
-        return load(path, device="cpu", dtype=torch.bfloat16, backend=backend)
+        compute = "float" if way.native else way.compute
+        return load(path, device="cpu", dtype=torch.bfloat16, backend=way.backend, compute=compute)
     except BackendError as error:
         raise NotHere(str(error)) from error
 
 
 def runner(model: torch.nn.Module, way: Way) -> Any:
     """What takes input_ids and past_key_values: the model, or its native decoder."""
-    if way.compute is None:
+    if not way.native:
         return model
     from quantkit.runtime import native
 
@@ -115,14 +120,14 @@ def engines(
     ways: Mapping[str, Way], checkpoints: Mapping[str, Path], prompt: int, new: int
 ) -> tuple[dict[str, Callable[[], Measured]], dict[str, str]]:
     """(one measurement by name, reasons of those that cannot run); models are loaded once and shared."""
-    loaded: dict[tuple[str, str | None], torch.nn.Module] = {}
+    loaded: dict[Way, torch.nn.Module] = {}
     ready: dict[str, Callable[[], Measured]] = {}
     missing: dict[str, str] = {}
     for name, way in ways.items():
-        key = way.checkpoint, way.backend
+        key = Way(way.checkpoint, way.native, "float" if way.native else way.compute, way.backend)
         try:
             if key not in loaded:
-                loaded[key] = open_model(checkpoints[way.checkpoint], way.backend)
+                loaded[key] = open_model(checkpoints[way.checkpoint], way)
             run = runner(loaded[key], way)
         except NotHere as reason:
             missing[name] = str(reason)
@@ -236,7 +241,7 @@ def memory(checkpoint: Path, way: Way, new: int = NEW) -> dict[str, Any]:
 
     imports = anonymous()
     with peak() as loading:
-        model = open_model(checkpoint, way.backend)
+        model = open_model(checkpoint, way)
         run = runner(model, way)
     with peak() as running:
         measure(run, model.config.vocab_size, 1, new)
@@ -244,7 +249,7 @@ def memory(checkpoint: Path, way: Way, new: int = NEW) -> dict[str, Any]:
     config = model.config
     # keys and values of `new` + 1 tokens; the native cache is fp32 by default, transformers' has the model's type
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    cache = token * (new + 1) * (2 if way.compute is None else 4)
+    cache = token * (new + 1) * (4 if way.native else 2)
     return {
         "imports": imports,
         "load_peak": loading[0] - imports,
@@ -268,7 +273,13 @@ def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
 def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
     """`memory` in a process of its own."""
     command = [sys.executable, "-m", "quantkit.bench.decode", "--memory-of", str(checkpoint), name]
-    done = subprocess.run([*command, "--new", str(new)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--new", str(new)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

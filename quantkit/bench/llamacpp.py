@@ -174,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     checkpoints = decode.models(work, arguments.layers, SHAPES[arguments.shape])
     theirs = files(built, checkpoints["dense"])
-    names = arguments.ways or [name for name, way in decode.WAYS.items() if way.compute]
+    names = arguments.ways or [name for name, way in decode.WAYS.items() if way.native]
     ways = {name: decode.WAYS[name] for name in names}
     ours, missing = decode.engines(ways, checkpoints, prompt, new)
     everyone: dict[str, Callable[[], decode.Measured]] = dict(ours)
