@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-KINDS = ("int8", "fp32", "bf16")  # the numbers that qk_peak takes
+KINDS = ("int8", "fp32", "bf16", "int16")  # in the order of the numbers that qk_peak takes
+CAN_USE = {
+    "fp32": ("fp32",),
+    "bf16": ("bf16", "int16", "fp32"),
+    "int8": KINDS,
+}  # what an op of a kind may compute in
 BUFFER = 512 << 20  # bytes; shared last-level caches help up to 64 MB
 
 
@@ -30,8 +35,8 @@ class Roofline(NamedTuple):
     source: str
 
     def seconds(self, n_bytes: float, operations: float, kind: str) -> float:
-        """Least time for an op. Without an instruction for its kind, or with a slower one, fp32 bounds it."""
-        peak = max(self.peak.get(kind, 0), self.peak.get("fp32", 0))
+        """Least time for an op whose activations are of `kind`, with the fastest instructions that suit them."""
+        peak = max(self.peak.get(usable, 0) for usable in CAN_USE[kind])
         return max(n_bytes / self.read, operations / peak if peak else 0.0)
 
     def report(self) -> dict[str, Any]:

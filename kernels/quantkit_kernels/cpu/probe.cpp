@@ -23,7 +23,7 @@ namespace {
 
 constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;
 constexpr int PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3;  // as qk_isa() answers
-constexpr int INT8 = 0, FP32 = 1, BF16 = 2;                 // kinds of qk_peak()
+constexpr int INT8 = 0, FP32 = 1, BF16 = 2, INT16 = 3;      // kinds of qk_peak()
 
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -82,6 +82,7 @@ uint64_t read_all(const uint8_t *begin, size_t bytes, Pattern pattern, bool vect
     asm volatile(EACH_OF_12(ZERO) ZERO("12") ZERO("13") ZERO("14") ZERO("15")::: VECTORS_USED)
 
 #define VNNI(I) "vpdpbusd %%zmm12, %%zmm13, %%zmm" I "\n\t"
+#define VNNI_16(I) "vpdpwssd %%zmm12, %%zmm13, %%zmm" I "\n\t"
 #define DOT_BF16(I) "vdpbf16ps %%zmm12, %%zmm13, %%zmm" I "\n\t"
 #define FMA_512(I) "vfmadd231ps %%zmm12, %%zmm13, %%zmm" I "\n\t"
 #define FMA_256(I) "vfmadd231ps %%ymm12, %%ymm13, %%ymm" I "\n\t"
@@ -89,6 +90,10 @@ uint64_t read_all(const uint8_t *begin, size_t bytes, Pattern pattern, bool vect
 #define DOT_256(I)                          \
     "vpmaddubsw %%ymm12, %%ymm13, %%ymm14\n\t" \
     "vpmaddwd %%ymm13, %%ymm14, %%ymm14\n\t"   \
+    "vpaddd %%ymm14, %%ymm" I ", %%ymm" I "\n\t"
+
+#define DOT16_256(I) \
+    "vpmaddwd %%ymm12, %%ymm13, %%ymm14\n\t" \
     "vpaddd %%ymm14, %%ymm" I ", %%ymm" I "\n\t"
 
 #define LOOP(NAME, STEP)                                                                \
@@ -99,10 +104,12 @@ uint64_t read_all(const uint8_t *begin, size_t bytes, Pattern pattern, bool vect
     }
 
 LOOP(vnni_512, VNNI)
+LOOP(int16_512, VNNI_16)
 LOOP(bf16_512, DOT_BF16)
 LOOP(fp32_512, FMA_512)
 LOOP(fp32_256, FMA_256)
 LOOP(int8_256, DOT_256)
+LOOP(int16_256, DOT16_256)
 
 struct alignas(64) TileConfig {
     uint8_t palette, start_row, reserved[14];
@@ -149,11 +156,13 @@ Loop loop_of([[maybe_unused]] int kind, [[maybe_unused]] int isa) {
     if (isa == AMX && kind == BF16) return {tiles<true>, 6.0 * 2 * 16 * 16 * 32};
     if (isa >= AVX512) {
         if (kind == INT8) return {vnni_512, 12.0 * 2 * 64};
-        if (kind == BF16) return {bf16_512, 12.0 * 2 * 32};
+        if (kind == INT16) return {int16_512, 12.0 * 2 * 32};
+        if (kind == BF16 && __builtin_cpu_supports("avx512bf16")) return {bf16_512, 12.0 * 2 * 32};
         if (kind == FP32) return {fp32_512, 12.0 * 2 * 16};
     }
     if (isa == AVX2) {
         if (kind == INT8) return {int8_256, 12.0 * 2 * 32};
+        if (kind == INT16) return {int16_256, 12.0 * 2 * 16};
         if (kind == FP32) return {fp32_256, 12.0 * 2 * 8};
     }
 #endif
@@ -203,14 +212,14 @@ extern "C" double qk_read_bandwidth(size_t bytes, int threads, int rounds) {
     return best;
 }
 
-// Operations per second in registers (a multiply-add is two) of the path in use: kind 0 int8, 1 fp32, 2 bf16 dot
+// Operations per second in registers (a multiply-add is two) of the path in use: kind 0 int8, 1 fp32, 2 bf16, 3 int16
 // products. 0 if the path has no such instruction.
 extern "C" double qk_peak(int kind, int threads) {
     const Loop loop = loop_of(kind, qk_isa());
     if (!loop.run) return 0;
     threads = std::max(threads, 1);
-    int64_t steps = 1000;
-    while (seconds(loop, steps, threads) < 0.01) steps *= 2;
+    int64_t steps = 1 << 16;  // a millisecond at least, however busy the machine is
+    while (seconds(loop, steps, 1) < 0.01) steps *= 2;
     double fastest = 1e9;
     for (int round = 0; round < 5; ++round) fastest = std::min(fastest, seconds(loop, steps, threads));
     return loop.operations * double(steps) * threads / fastest;
