@@ -24,6 +24,12 @@ DOORS: dict[str, set[str] | None] = {
     "calibration": {"models", "numerics"},
     "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
     "checkpoint": {"layers", "models", "formats", "numerics"},
+    "runtime": {
+        "layers",
+        "models",
+        "quantkit_kernels",
+        "quantkit_eval",
+    },  # quantkit_eval: its sampler and checks
     "pipeline": ANY,
     "bench": ANY,
     "cli": ANY,

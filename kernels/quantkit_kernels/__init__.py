@@ -3,17 +3,31 @@
 Knows tensors and numbers of bits, nothing of models, recipes or files.
 """
 
-from quantkit_kernels.backends import BackendMissing, Choice, available, backends, prepare, run, select
+from quantkit_kernels.backends import (
+    COMPUTES,
+    BackendMissing,
+    Choice,
+    available,
+    backends,
+    check_compute,
+    prepare,
+    restore,
+    run,
+    select,
+)
 from quantkit_kernels.bits import pack_bits, unpack_bits, words
 from quantkit_kernels.ops import wna16_linear
 
 __all__ = [
+    "COMPUTES",
     "BackendMissing",
     "Choice",
     "available",
     "backends",
+    "check_compute",
     "pack_bits",
     "prepare",
+    "restore",
     "run",
     "select",
     "unpack_bits",

@@ -1,8 +1,8 @@
 """Which backend runs a packed linear.
 
 A backend is a name, a test whether it can run a scheme on a device, and, if the stored tensors do not suit
-it, a function that builds its layout once at load and one that runs on it. Only "auto" may fall back; a
-backend asked for by name that cannot run is an error.
+it, functions that build its layout once at load, run on it, and give the stored tensors back. Only "auto" may
+fall back; a backend asked for by name that cannot run is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from quantkit_kernels.layouts import Layout, torch_int4, torch_int8
 
 ENVIRONMENT = "QUANTKIT_BACKEND"
+COMPUTES = ("float", "int8", "int8-token")  # in the order of the native library's numbers
 _INT4_GROUPS = (32, 64, 128, 256)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,11 +33,17 @@ class Choice(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    """refuses(device type, bits, group_size, symmetric, n, k) -> reason or None; no `prepare`: runs as is."""
+    """refuses(device type, bits, group_size, symmetric, n, k) -> reason or None; no `prepare`: runs as is.
+
+    prepare(packed, scale, zero_packed, bits, n, k, dtype) -> Layout; run(x, layout, group_size, bias, compute);
+    restore(layout) -> (packed, scale, zero_packed) exactly, where the layout keeps all of it.
+    """
 
     refuses: Callable[[str, int, int, bool, int, int], str | None]
     prepare: Callable[..., Layout] | None = None
-    run: Callable[[torch.Tensor, Layout, int], torch.Tensor] | None = None
+    run: Callable[..., torch.Tensor] | None = None
+    restore: Callable[[Layout], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] | None = None
+    computes: tuple[str, ...] = ("float",)
 
 
 def _torch_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
@@ -69,15 +76,62 @@ def _torch_prepare(
     return (torch_int4 if bits == 4 else torch_int8)(packed, scale, zero_packed, n, k, dtype)
 
 
-def _torch_run(x: torch.Tensor, layout: Layout, group_size: int) -> torch.Tensor:
+def _torch_run(
+    x: torch.Tensor, layout: Layout, group_size: int, bias: torch.Tensor | None, compute: str
+) -> torch.Tensor:
     if "pairs" in layout:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, layout["codes"], group_size, layout["pairs"])
-    return torch.ops.aten._weight_int8pack_mm(x, layout["codes"], layout["scale"])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, layout["codes"], group_size, layout["pairs"])
+    else:
+        y = torch.ops.aten._weight_int8pack_mm(x, layout["codes"], layout["scale"])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _cpu_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
+    from quantkit_kernels.cpu import library, ops
+
+    if device != "cpu":
+        return f"the native kernels run on the CPU, not on {device}"
+    if not library.available():
+        return "the native library was not built (no C++ compiler at install time)"
+    return ops.refuses(bits, group_size, k)
+
+
+def _cpu_prepare(packed, scale, zero_packed, bits: int, n: int, k: int, dtype: torch.dtype) -> Layout:
+    from quantkit_kernels.cpu import ops
+
+    if dtype not in _FLOATS:
+        raise BackendMissing(f"backend 'cpu' takes fp32, bf16 or fp16 activations, not {dtype}")
+    return ops.pack(packed, scale, zero_packed, bits, n, k)._asdict()
+
+
+def _cpu_run(
+    x: torch.Tensor, layout: Layout, group_size: int, bias: torch.Tensor | None, compute: str
+) -> torch.Tensor:
+    return torch.ops.quantkit.cpu_linear(
+        x,
+        layout["units"],
+        None if bias is None else bias.float(),
+        layout["bits"],
+        group_size,
+        layout["n"],
+        layout["k"],
+        layout["symmetric"],
+        COMPUTES.index(compute),
+        layout["scale_factor"],
+        layout["wide_scales"],
+    )
+
+
+def _cpu_restore(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    from quantkit_kernels.cpu import ops
+
+    return ops.unpack(ops.Packed(**layout))
 
 
 _BACKENDS: dict[str, _Backend] = {
-    "reference": _Backend(lambda *_: None),
+    "cpu": _Backend(_cpu_refuses, _cpu_prepare, _cpu_run, _cpu_restore, COMPUTES),
     "torch": _Backend(_torch_refuses, _torch_prepare, _torch_run),
+    "reference": _Backend(lambda *_: None),
 }
 
 
@@ -100,16 +154,20 @@ def select(
     n: int,
     k: int,
     backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Choice:
     """Which backend runs activations [M, K] on a packed [N, K] weight, and why.
 
-    backend: a name, or "auto" or None for what QUANTKIT_BACKEND says, else the reference. BackendMissing if a
-    named backend is unknown or cannot run this scheme here.
+    backend: a name, or "auto" or None for what QUANTKIT_BACKEND says, else the first of the native kernels,
+    PyTorch's ops and the reference that can. dtype: of the activations, if known. BackendMissing if a named
+    backend is unknown or cannot run this scheme here.
     """
     forced = os.environ.get(ENVIRONMENT)
     wanted, why = (forced, f"{ENVIRONMENT} says so") if backend in (None, "auto") else (backend, "asked for")
     if wanted in (None, "", "auto"):
-        return Choice("reference", "the default; no faster kernel is built")
+        if dtype not in (None, *_FLOATS):
+            return Choice("reference", f"only the reference takes {dtype} activations")
+        return _first(device, bits, group_size, symmetric, n, k)
     if wanted not in _BACKENDS:
         raise BackendMissing(f"unknown backend {wanted!r} ({why}); known: auto, {', '.join(_BACKENDS)}")
     reason = _BACKENDS[wanted].refuses(device, bits, group_size, symmetric, n, k)
@@ -118,6 +176,16 @@ def select(
             f"backend {wanted!r} ({why}) cannot run a {bits}-bit [{n}, {k}] weight: {reason}; use 'reference'"
         )
     return Choice(wanted, why)
+
+
+def _first(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> Choice:
+    reasons = []
+    for name, backend in _BACKENDS.items():
+        reason = backend.refuses(device, bits, group_size, symmetric, n, k)
+        if reason is None:
+            return Choice(name, "; ".join(reasons) or "the fastest that is built for this device")
+        reasons.append(f"not {name}: {reason}")
+    raise AssertionError("the reference refuses nothing")
 
 
 def prepare(
@@ -135,6 +203,33 @@ def prepare(
     return build(packed, scale, zero_packed, bits, n, k, dtype) if build else None
 
 
-def run(name: str, x: torch.Tensor, layout: Layout, group_size: int) -> torch.Tensor:
+def restore(name: str, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(packed, scale, zero_packed) as stored, exactly. BackendMissing if the layout does not keep all of it."""
+    back = _BACKENDS[name].restore
+    if back is None:
+        raise BackendMissing(f"backend {name!r} keeps its own layout only, not what a checkpoint stores")
+    return back(layout)
+
+
+def check_compute(name: str, compute: str) -> None:
+    """BackendMissing unless the backend can multiply this way.
+
+    float: activations as they are. int8: activations rounded to int8 with one scale per token and group of columns;
+    int8-token: one scale per token.
+    """
+    if compute not in COMPUTES:
+        raise BackendMissing(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
+    if compute not in _BACKENDS[name].computes:
+        raise BackendMissing(f"backend {name!r} has no compute {compute!r}; only the native CPU kernels have")
+
+
+def run(
+    name: str,
+    x: torch.Tensor,
+    layout: Layout,
+    group_size: int,
+    bias: torch.Tensor | None = None,
+    compute: str = "float",
+) -> torch.Tensor:
     """x [M, K] -> [M, N] on a prepared layout; x has the dtype it was prepared for."""
-    return _BACKENDS[name].run(x, layout, group_size)
+    return _BACKENDS[name].run(x, layout, group_size, bias, compute)

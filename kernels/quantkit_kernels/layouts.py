@@ -6,11 +6,13 @@ Every function takes packed int32 [N, ceil(K bits / 32)], scale [N, K/G], zero_p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from quantkit_kernels.bits import unpack_bits
 
-Layout = dict[str, torch.Tensor]
+Layout = dict[str, Any]  # tensors by name, and plain values
 
 
 def torch_int4(

@@ -30,13 +30,15 @@ def load(
     backend: str | None = None,
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
+    compute: str = "float",
 ) -> nn.Module:
     """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"; device_map, max_memory, offload_folder
     as in `from_pretrained`, instead of it. dtype: of everything that is not packed, and so of the
     activations; left out, the checkpoint's on CUDA and float32 on the CPU. backend: a kernel backend by name,
-    for every packed linear.
+    for every packed linear. compute: "float", or "int8" (activations rounded per token and group, as llama.cpp does)
+    or "int8-token" for the native CPU kernels; what int8 costs is in docs/kernels.md.
 
     ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
     device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
@@ -73,9 +75,11 @@ def load(
         )
     _refuse_incomplete(path, info)
     if packed:
-        _finish(path, model, backend, tensors)
-    elif backend not in (None, "auto"):
-        raise BackendError(f"{path} has no packed linears that backend {backend!r} could run")
+        _finish(path, model, backend, compute, tensors)
+    elif backend not in (None, "auto") or compute != "float":
+        raise BackendError(
+            f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
+        )
     return model.eval()
 
 
@@ -165,11 +169,16 @@ def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
         raise ModelError(f"{path} does not fit its config.json: {'; '.join(problems)}")
 
 
-def _finish(path: Path, model: nn.Module, backend: str | None, tensors: dict[str, TensorInfo]) -> None:
+def _finish(
+    path: Path, model: nn.Module, backend: str | None, compute: str, tensors: dict[str, TensorInfo]
+) -> None:
     """Check what only the values show and build the layouts of the backend, layer by layer."""
     from quantkit.checkpoint.plugin import packed_linears
+    from quantkit.layers.quant_linear import huge_pages
 
-    for name, module in packed_linears(model):
+    linears = packed_linears(model)
+    arena = None
+    for name, module in linears:
         offloaded = module.weight_packed.is_meta
         if not offloaded and module.weight_shape.tolist() != [module.out_features, module.in_features]:
             raise ModelError(
@@ -179,4 +188,8 @@ def _finish(path: Path, model: nn.Module, backend: str | None, tensors: dict[str
         if offloaded and backend not in (None, "auto", "reference"):
             raise BackendError(f"backend {backend!r} needs every layer in memory; {name} is offloaded")
         if not offloaded:
-            module.prepare(backend, model.dtype)
+            module.prepare(backend, model.dtype, compute)
+        if module.backend == "cpu":
+            if arena is None:
+                arena = huge_pages([module for _, module in linears])
+            module.move_layout(arena.place)

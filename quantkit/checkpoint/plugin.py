@@ -59,14 +59,20 @@ class PackedQuantizer(HfQuantizer):
             del module.weight
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict]:
-        for name, module in packed_linears(model):
-            if module.prepared:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
+        """What a checkpoint stores, also of layers that run on a layout of their own."""
+        prepared = [(name, module) for name, module in packed_linears(model) if module.prepared]
+        if not prepared:
+            return None, {}
+        state = model.state_dict()
+        for name, module in prepared:
+            try:
+                state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.stored().items()}
+            except BackendError as error:
                 raise BackendError(
-                    f"{name} holds the layout of backend {module.backend!r}, not what a checkpoint stores; "
-                    "copy the folder it was loaded from, or load it with backend='reference'"
-                )
-        return None, {}
+                    f"{name}: {error}; copy the folder it was loaded from, or load it with backend='reference'"
+                ) from None
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True

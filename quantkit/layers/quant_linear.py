@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import quantkit_kernels
 import torch
@@ -44,8 +45,9 @@ class QuantLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         )
-        self.backend = "reference"
-        self.prepared: tuple[str, ...] = ()  # parts of a backend's layout; then nothing stored is left
+        self.backend, self.compute = "reference", "float"
+        self.prepared: tuple[str, ...] = ()  # tensors of a backend's layout; then nothing stored is left
+        self._facts: dict[str, Any] = {}  # the plain values of that layout
         self._dtype: torch.dtype | None = None  # of the activations the layout was built for
 
     @classmethod
@@ -59,18 +61,22 @@ class QuantLinear(nn.Module):
             module.bias = nn.Parameter(bias, requires_grad=False)
         return module
 
-    def prepare(self, backend: str | None, dtype: torch.dtype) -> None:
+    def prepare(self, backend: str | None, dtype: torch.dtype, compute: str = "float") -> None:
         """Choose the backend for activations of type `dtype` and build its layout, once.
 
-        backend: a name, "auto" or None (see `quantkit_kernels.select`). BackendError if a named one cannot
-        run. A backend with a layout of its own frees the stored tensors: there is no second copy, and nothing
-        to save.
+        backend: a name, "auto" or None (see `quantkit_kernels.select`). compute: see
+        `quantkit_kernels.check_compute`. BackendError if a named one cannot run. A backend with a layout of its own
+        frees the stored tensors: there is no second copy.
         """
         k, n, bits = self.in_features, self.out_features, self.scheme.bits
         group = self.scheme.group(k)
         device = self.weight_shape.device.type
         try:
-            name, _ = quantkit_kernels.select(device, bits, group, self.scheme.symmetric, 1, n, k, backend)
+            name, _ = quantkit_kernels.select(
+                device, bits, group, self.scheme.symmetric, 1, n, k, backend, dtype
+            )
+            quantkit_kernels.check_compute(name, compute)
+            self.compute = compute
             if name == self.backend:
                 return
             if self.prepared:
@@ -82,19 +88,52 @@ class QuantLinear(nn.Module):
             raise BackendError(str(error)) from error
         self.backend, self._dtype = name, dtype
         if layout is not None:
-            self.prepared = tuple(layout)
-            for part, tensor in layout.items():
-                self.register_buffer(_LAYOUT + part, tensor, persistent=False)
+            for part, value in layout.items():
+                if isinstance(value, torch.Tensor):
+                    self.register_buffer(_LAYOUT + part, value, persistent=False)
+                else:
+                    self._facts[part] = value
+            self.prepared = tuple(part for part in layout if part not in self._facts)
             self.weight_packed = self.weight_scale = self.weight_zero_point = None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The backend's layout; empty if it runs on the stored tensors."""
+        return {part: getattr(self, _LAYOUT + part) for part in self.prepared} | self._facts
+
+    @property
+    def cpu_packed(self) -> Any:
+        """The native layout (`quantkit_kernels.cpu.ops.Packed`), or None on another backend."""
+        if self.backend != "cpu":
+            return None
+        from quantkit_kernels.cpu.ops import Packed
+
+        return Packed(**self.layout)
+
+    def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
+        for part in self.prepared:
+            setattr(self, _LAYOUT + part, place(getattr(self, _LAYOUT + part)))
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The packed tensors as on disk, given back by the layout if there is one. BackendError if it cannot."""
+        names = ("weight_packed", "weight_scale", "weight_zero_point")
+        tensors = (self.weight_packed, self.weight_scale, self.weight_zero_point)
+        if self.prepared:
+            try:
+                tensors = quantkit_kernels.restore(self.backend, self.layout)
+            except quantkit_kernels.BackendMissing as error:
+                raise BackendError(str(error)) from error
+        return {n: t for n, t in zip(names, tensors, strict=True) if t is not None} | {
+            "weight_shape": self.weight_shape
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.scheme.group(self.in_features)
         if self.prepared:
-            layout = {part: getattr(self, _LAYOUT + part) for part in self.prepared}
             rows = x.reshape(-1, self.in_features).to(self._dtype)
-            y = quantkit_kernels.run(self.backend, rows, layout, group)
-            y = y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-            return y if self.bias is None else y + self.bias.to(x.dtype)
+            y = quantkit_kernels.run(self.backend, rows, self.layout, group, self.bias, self.compute)
+            return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
         return quantkit_kernels.wna16_linear(
             x,
             self.weight_packed,
@@ -121,3 +160,16 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.backend}"
         )
+
+
+def huge_pages(modules: Iterable[QuantLinear]) -> Any:
+    """One arena for the native layouts of all these modules: a page fault per 2 MiB, and one forward stream."""
+    from quantkit_kernels.cpu import library, ops
+
+    size = 0
+    for module in modules:
+        n, k, bits = module.out_features, module.in_features, module.scheme.bits
+        group = module.scheme.group(k)
+        if ops.refuses(bits, group, k) is None:
+            size += -(-ops.units_bytes(bits, group, n, k, wide_scales=True) // 64) * 64
+    return library.Arena(size)

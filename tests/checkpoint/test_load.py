@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from quantkit_kernels.cpu import library
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -403,3 +404,18 @@ def test_a_running_model_is_never_dense_in_memory(wide_llamas, backend):
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1]) / dense
     assert grown < {"reference": 0.1, "torch": 0.35}[backend], f"grew by {grown:.2f} of the dense linears"
+
+
+@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+def test_saving_a_model_that_runs_natively_writes_what_it_was_loaded_from(
+    packed_llama, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
+    folder, _ = packed_llama(ASYM)
+    model = quantkit.load(folder)
+    assert {m.backend for m in packed(model).values()} == {"cpu"}
+    model.save_pretrained(tmp_path / "again")
+    before = quantkit.load(folder, backend="reference").state_dict()
+    after = quantkit.load(tmp_path / "again", backend="reference").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)

@@ -41,7 +41,16 @@ def test_importing_quantkit_is_inert():
 
 
 def test_verbs_are_those_of_the_readme():
-    assert set(cli.commands) == {"quantize", "eval", "generate", "inspect", "validate", "recipes"}
+    assert set(cli.commands) == {
+        "quantize",
+        "eval",
+        "generate",
+        "inspect",
+        "validate",
+        "recipes",
+        "kernels",
+        "bench",
+    }
 
 
 def test_recipes_lists_every_recipe_with_its_line(capsys):

@@ -6,6 +6,7 @@ import pytest
 import quantkit_kernels
 import torch
 from quantkit_kernels import BackendMissing, ops, pack_bits, wna16_linear
+from quantkit_kernels.cpu import library
 from quantkit_kernels.reference.wna16_linear import dequantize
 
 
@@ -81,11 +82,14 @@ def test_torch_backend_is_close_to_fp64(bits, n, k, group, symmetric, dtype, m):
 
 def test_select_names_the_backend_and_the_reason(monkeypatch):
     monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
-    assert quantkit_kernels.backends() == ("reference", "torch")
+    assert quantkit_kernels.backends() == ("cpu", "torch", "reference")
     assert quantkit_kernels.available("torch")
     assert not quantkit_kernels.available("marlin")
     scheme = (4, 128, True, 1, 64, 256)
-    assert quantkit_kernels.select("cpu", *scheme).name == "reference"
+    native = library.available()
+    assert quantkit_kernels.select("cpu", *scheme).name == ("cpu" if native else "torch")
+    assert quantkit_kernels.select("cpu", 6, 128, True, 1, 64, 256).name == "reference"
+    assert quantkit_kernels.select("cpu", *scheme, dtype=torch.float64).name == "reference"
     assert quantkit_kernels.select("xpu", *scheme).name == "reference"
     assert quantkit_kernels.select("cpu", *scheme, "torch") == ("torch", "asked for")
     monkeypatch.setenv("QUANTKIT_BACKEND", "torch")
@@ -94,7 +98,7 @@ def test_select_names_the_backend_and_the_reason(monkeypatch):
     with pytest.raises(BackendMissing, match=r"QUANTKIT_BACKEND says so.*on the CPU only, not on cuda"):
         quantkit_kernels.select("cuda", *scheme)
     monkeypatch.setenv("QUANTKIT_BACKEND", "marlin")
-    with pytest.raises(BackendMissing, match=r"unknown backend 'marlin'.*known: auto, reference, torch"):
+    with pytest.raises(BackendMissing, match=r"unknown backend 'marlin'.*known: auto, cpu, torch, reference"):
         quantkit_kernels.select("cpu", *scheme)
 
 

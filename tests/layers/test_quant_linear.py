@@ -1,5 +1,6 @@
 import pytest
 import torch
+from quantkit_kernels.cpu import library
 
 from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
@@ -22,6 +23,9 @@ def layer(scheme=W4, n=48, k=64, bias=True, dtype=torch.bfloat16):
 
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+NATIVE = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not library.available(), reason="the native library is not built")
+)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32, False), Scheme(3, 16, True), Scheme(8, None, True)])
@@ -71,7 +75,7 @@ def test_a_backend_that_cannot_run_is_an_error_and_changes_nothing():
     assert torch.equal(module(X), torch.nn.functional.linear(X, dense, shift))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", NATIVE])
 def test_casting_the_model_keeps_what_the_codes_were_computed_for(backend):
     module, _, _ = layer(dtype=torch.float32)
     module.prepare(backend, torch.float32)
@@ -86,10 +90,35 @@ def test_casting_the_model_keeps_what_the_codes_were_computed_for(backend):
     assert module.to("meta").get_buffer("weight_shape").is_meta
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", NATIVE])
 def test_compiles_without_a_break_and_equals_eager(backend):
     module, _, _ = layer()
     module.prepare(backend, torch.float32)
     traced = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.equal(traced(X), module(X))
     assert torch.equal(traced(X[:1, :3]), module(X[:1, :3]))
+
+
+@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32, False), Scheme(3, 64, True), Scheme(8, None, True), Scheme(2, 32, False)]
+)
+def test_the_native_layout_gives_the_stored_tensors_back(scheme):
+    module, _, _ = layer(scheme)
+    before = {name: tensor.clone() for name, tensor in module.stored().items()}
+    module.prepare("cpu", torch.float32)
+    assert module.weight_packed is None
+    after = module.stored()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+def test_int8_compute_is_close_and_only_native():
+    module, _, _ = layer(Scheme(4, 32, False))
+    truth = module(X)
+    with pytest.raises(BackendError, match="only the native CPU kernels"):
+        module.prepare("reference", torch.float32, "int8")
+    module.prepare("cpu", torch.float32, "int8")
+    off = ((module(X) - truth).square().mean() / truth.square().mean()).sqrt()
+    assert 1e-4 < off < 1e-2
