@@ -59,19 +59,22 @@ def table(chip: str) -> Table:
 
 
 def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
-    """Tiles wide enough to reuse x, and splits until every multiprocessor has two programs or K runs out."""
-    bm = bucket(m)
-    wide = bm > 16 or n >= 64 * 4 * processors // 2
-    bn = 128 if wide else 64
-    warps = 8 if bm == 128 else 4
-    unroll = 2 if bits == 4 and bm <= 32 and cut.chunks % 2 == 0 else 1
+    """Trips of 256 columns, and splits until every multiprocessor has two programs or one would get under 16 KiB."""
+    bm = min(bucket(m), 64) if bits == 3 else bucket(m)
+    warps = 8 if bm >= 64 else 4
+    stages = 4 if bm <= 64 else 3
+    if bits == 3:  # a chunk of 256 columns brings eight tiles of x
+        stages = 2 if bm == 64 else 3
+    unroll = 2 if bm <= 32 and cut.chunk <= 128 and bits in (2, 4) and cut.chunks % 2 == 0 else 1
     trips = cut.chunks // unroll
-    tiles = -(-n // bn) * -(-m // bm)
-    chunk_bytes = bn * cut.chunk * bits // 8 * unroll
-    fewest = -(-16384 // chunk_bytes)  # trips that move 16 KiB of weights
-    splits = max(1, min(-(-2 * processors // tiles), trips // fewest, 16))
+    for bn in (128, 64):
+        tiles = -(-n // bn) * -(-m // bm)
+        fewest = -(-16384 * 8 // (bn * cut.chunk * bits * unroll))  # trips that move 16 KiB of weights
+        splits = max(1, min(-(-2 * processors // tiles), trips // fewest, 16))
+        if tiles * splits >= processors or bm >= 64:
+            break
     each = -(-trips // splits)
-    return Config(bm, bn, unroll, -(-trips // each), warps, 3 if bm == 128 else 4)
+    return Config(bm, bn, unroll, -(-trips // each), warps, stages)
 
 
 def choose(

@@ -45,11 +45,17 @@ def _field(w, high, zero, f: tl.constexpr, half: tl.constexpr, BITS: tl.constexp
     return q.to(tl.float32) - zero
 
 
+@triton.constexpr_function
+def _assembly(blocks: str, i: int) -> str:
+    return blocks.split("|")[i]
+
+
 @triton.jit
 def _fields(
     w,
     high,
     zero,
+    i: tl.constexpr,
     ASM: tl.constexpr,
     STEP: tl.constexpr,
     BITS: tl.constexpr,
@@ -57,21 +63,30 @@ def _fields(
     HAS_ZEROS: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """STEP fields of the bytes w [BN, H] as q - z in the activations' type, by assembly."""
+    """STEP fields of the bytes w [BN, H] as q - z in the activations' type, by block i of the assembly."""
+    text: tl.constexpr = _assembly(ASM, 2 * i)
+    constraints: tl.constexpr = _assembly(ASM, 2 * i + 1)
     less = (-(BASE + zero)).to(KIND)[:, None]
     if BITS == 3:
         args = (w, high, less) if HAS_ZEROS else (w, high)
     else:
         args = (w, less) if HAS_ZEROS else (w,)
     if STEP == 1:
-        return tl.inline_asm_elementwise(ASM[0], ASM[1], args, dtype=less.dtype, is_pure=True, pack=4)
-    if STEP == 2:
-        return tl.inline_asm_elementwise(
-            ASM[0], ASM[1], args, dtype=(less.dtype, less.dtype), is_pure=True, pack=4
+        v = (tl.inline_asm_elementwise(text, constraints, args, dtype=less.dtype, is_pure=True, pack=4),)
+    elif STEP == 2:
+        v = tl.inline_asm_elementwise(
+            text, constraints, args, dtype=(less.dtype, less.dtype), is_pure=True, pack=4
         )
-    return tl.inline_asm_elementwise(
-        ASM[0], ASM[1], args, dtype=(less.dtype, less.dtype, less.dtype, less.dtype), is_pure=True, pack=4
-    )
+    else:
+        v = tl.inline_asm_elementwise(
+            text,
+            constraints,
+            args,
+            dtype=(less.dtype, less.dtype, less.dtype, less.dtype),
+            is_pure=True,
+            pack=4,
+        )
+    return v
 
 
 @triton.jit
@@ -97,7 +112,7 @@ def linear_kernel(
     zeros,  # uint8 [groups, N'] if HAS_ZEROS
     bias,  # [N] if HAS_BIAS
     y,  # [M, N]
-    parts,  # fp32 [tiles, SPLITS, BN, BM] if SPLITS > 1
+    parts,  # fp32 [tiles, SPLITS, BM, BN] if SPLITS > 1
     tickets,  # int32 [tiles], all 0 before and after
     n_m,
     n,
@@ -122,7 +137,7 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ASM: tl.constexpr,  # ((assembly, constraints), ...) or None
+    ASM: tl.constexpr,  # assembly|constraints|assembly|... or None
     STAGES: tl.constexpr,
 ):
     """Program (tile of M fastest, tile of N, split): y[tile] = x W^T + bias."""
@@ -169,14 +184,15 @@ def linear_kernel(
                                 w,
                                 high,
                                 zero,
-                                ASM[half * (FIELDS // STEP) + f // STEP],
+                                (half * FIELDS + f) // STEP,
+                                ASM,
                                 STEP,
                                 BITS,
                                 BASE,
                                 HAS_ZEROS,
                                 KIND,
                             )
-                        v = vs if STEP == 1 else vs[f % STEP]
+                        v = vs[f % STEP]
                     xt = _inputs(x, m, n_m, k, ldx, at, H, EVEN_K)
                     if GROUP == 0:
                         acc = tl.dot(v, xt, acc, input_precision="ieee")
@@ -190,16 +206,17 @@ def linear_kernel(
 
     final = True
     if SPLITS > 1:
-        inside = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        wanted = (m < n_m)[None, :]
+        inside = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
         mine = parts + tile.to(tl.int64) * (SPLITS * BN * BM) + inside
-        tl.store(mine + split * (BN * BM), acc, cache_modifier=".cg")
+        tl.store(mine + split * (BN * BM), acc, mask=wanted, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its ticket
         ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
         final = ticket == SPLITS - 1
         if final:
             acc = tl.zeros([BN, BM], tl.float32)
             for i in tl.range(0, SPLITS):
-                acc += tl.load(mine + i * (BN * BM), cache_modifier=".cg")
+                acc += tl.load(mine + i * (BN * BM), mask=wanted, other=0.0, cache_modifier=".cg")
             tl.store(tickets + tile, 0)
     if final:
         if HAS_BIAS:

@@ -81,7 +81,9 @@ def constants(bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: s
         "RUN": run,
         "STEP": step,
         "HAS_ZEROS": zero,
-        "ASM": unpack.blocks(lane, kind, None if zero else middle, step, fp8) if kind else None,
+        "ASM": "|".join(sum(unpack.blocks(lane, kind, None if zero else middle, step, fp8), ()))
+        if kind
+        else None,
         "EVEN_K": k == cut.chunks * cut.chunk,
     }
 

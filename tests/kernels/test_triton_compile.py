@@ -1,0 +1,71 @@
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory and
+instructions per weight of what the rule of `configs.py` would launch.
+
+An H200 receives 36 four-bit weights per clock and multiprocessor at 4.3 TB/s and issues 128 lane instructions: 3.56 per
+weight at 4 bits and 6.9 at 8 are the limits of memory-bound tiles (M <= 32); with more tokens the tensor cores set it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# (arch, bits, activations, zeros, fp8, group, M, N, K), most instructions per weight
+CASES = [
+    ((90, 4, "bf16", False, False, 128, 1, 4096, 4096), 2.9),
+    ((90, 4, "bf16", True, False, 128, 16, 28672, 4096), 3.0),
+    ((90, 4, "fp16", True, False, 64, 8, 4096, 14336), 3.4),
+    ((90, 4, "bf16", False, False, 128, 32, 6144, 4096), 3.2),
+    ((90, 4, "bf16", True, False, 128, 64, 28672, 4096), 4.6),
+    ((90, 4, "bf16", False, False, 128, 128, 28672, 4096), 5.3),
+    ((90, 8, "bf16", True, False, 128, 16, 4096, 4096), 4.4),
+    ((90, 8, "bf16", False, True, 128, 16, 4096, 4096), 4.2),
+    ((90, 2, "bf16", False, False, 128, 16, 4096, 4096), 2.9),
+    ((90, 3, "bf16", True, False, 128, 16, 4096, 4096), 4.1),
+    ((90, 3, "fp16", False, False, 128, 64, 4096, 4096), 5.5),
+    ((80, 4, "bf16", True, False, 128, 16, 4096, 4096), 3.6),
+    ((80, 4, "bf16", False, False, 128, 64, 4096, 4096), 7.6),
+    ((80, 8, "fp16", False, True, 128, 16, 4096, 4096), 5.1),
+    ((100, 4, "bf16", True, False, 128, 16, 28672, 4096), 2.9),
+    ((100, 4, "bf16", False, False, 128, 128, 28672, 4096), 7.4),
+    ((100, 8, "bf16", False, False, 128, 16, 4096, 4096), 6.9),
+]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What the child process says about every case."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
+    cases = json.dumps([case for case, _ in CASES])
+    done = subprocess.run(child, env=environment, input=cases, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip((case for case, _ in CASES), found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"), CASES, ids=lambda v: "-".join(map(str, v)) if type(v) is tuple else ""
+)
+def test_compiled_kernel_fits(reports, case, limit):
+    report = reports[case]
+    assert report["stack"] == 0, report
+    assert report["shared"] <= SHARED[case[0]], report
+    assert report["tensor"] >= 2, report
+    assert 1 < report["per_weight"] <= limit, report
+    if case[0] == 90:  # weights go from registers to the tensor cores
+        assert report["from_registers"], report
+    if case[6] <= 16:  # three programs of four warps on a multiprocessor
+        assert report["registers"] <= 168, report
+
+
+def test_a_zero_point_costs_next_to_nothing(reports):
+    plain, zeros = (reports[case]["per_weight"] for case, _ in CASES[:2])
+    assert zeros <= plain * 1.1

@@ -1,0 +1,97 @@
+"""Compiles linear kernels for GPUs that are not here; run by `test_triton_compile.py`.
+
+stdin: JSON [[arch, bits, activations, zeros, fp8, group, m, n, k], ...]; stdout: a JSON object per case with registers,
+stack (spilled bytes), shared (bytes), tensor (products in the loop) and per_weight (instructions per weight in it).
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import triton
+from quantkit_kernels.triton.configs import rule
+from quantkit_kernels.triton.layout import geometry
+from quantkit_kernels.triton.linear import linear_kernel
+from quantkit_kernels.triton.op import constants
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+INTEGERS = ("n_m", "n", "k", "ldx", "n_padded", "chunks", "trips")
+NOT_SIXTEENS = ("n_m", "chunks", "trips")
+
+
+def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
+    """The kernel that `op.launch` would run, for sm_`arch`; and its configuration."""
+    cut = geometry(bits, group, k)
+    config = rule(bits, m, n, cut, 132)
+    fixed = constants(bits, zeros, fp8, group, k, activations)
+    fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLITS": config.splits}
+    fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
+    pointers = {"codes": "*u8", "zeros": "*u8", "scales": "*bf16", "parts": "*fp32", "tickets": "*i32"}
+    kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations) | dict.fromkeys(INTEGERS, "i32")
+    names = linear_kernel.arg_names
+    source = ASTSource(
+        fn=linear_kernel,
+        signature={name: kinds.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={(names.index(a),): [["tt.divisibility", 16]] for a in kinds if a not in NOT_SIXTEENS},
+    )
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), config, cut
+
+
+def main_loop(sass: str) -> list[str]:
+    """Instructions of the smallest loop with tensor core products in it."""
+    labels, code, best = {}, [], []
+    for line in sass.splitlines()[1:]:
+        if re.fullmatch(r"LBB\d+:", line):
+            labels[line[:-1]] = len(code)
+        else:
+            code.append(re.sub(r"^@!?U?P\w+ ", "", line.split("\t")[-1]))
+    for i, text in enumerate(code):
+        jump = re.match(r"BRA\S* .*?(LBB\d+)", text)
+        if jump and labels[jump[1]] <= i:
+            body = code[labels[jump[1]] : i + 1]
+            if any("MMA" in t.split()[0] for t in body) and (not best or len(body) < len(best)):
+                best = body
+    return best
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) by the disassembler that triton ships."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return tuple(int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    assert nvidia  # the backend is part of triton, no driver is needed
+    for case in json.load(sys.stdin):
+        kernel, config, cut = compile_offline(*case)
+        loop = main_loop(kernel.asm["sass"])
+        registers, stack = usage(kernel.asm["cubin"])
+        weights = config.bn * cut.chunk * config.unroll / (32 * config.warps)
+        report = {
+            "registers": registers,
+            "stack": stack,
+            "shared": kernel.metadata.shared,
+            "tensor": sum("MMA" in t.split()[0] for t in loop),
+            "from_registers": bool(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", kernel.asm["sass"])),
+            "per_weight": round(len(loop) / weights, 2),
+            "config": config,
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The Triton kernels, interpreted on the CPU, against the reference; run by `test_triton_interpreter.py`."""
+
+import pytest
+import torch
+from quantkit_kernels import pack_bits
+from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.triton import layout
+from quantkit_kernels.triton.configs import Config
+from quantkit_kernels.triton.op import dequantize, launch, triton_linear
+
+
+def exact_weight(bits, n, k, group, symmetric):
+    """Stored tensors whose scales are powers of two, negative ones and zeros among them."""
+    g = torch.Generator().manual_seed(bits * n + k)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+    scale = 2.0 ** -torch.randint(0, 3, (n, k // group), generator=g) * torch.randint(
+        -1, 2, (n, k // group), generator=g
+    )
+    zero = None
+    if not symmetric:
+        zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
+        zero = pack_bits(zero, bits).T.contiguous()
+    return pack_bits(codes, bits), scale.to(torch.float16), zero
+
+
+def integers(*shape, seed=0):
+    """Small integers: with them every sum of products is exact in fp32, in any order."""
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+# bits, N, K, group: several groups per chunk, several chunks per group, groups that straddle chunks, ragged N and K
+SCHEMES = [
+    (4, 65, 256, 128),
+    (4, 64, 192, 64),
+    (4, 20, 96, 32),
+    (4, 33, 288, 96),
+    (4, 130, 100, 100),
+    (4, 64, 512, 256),
+    (2, 65, 256, 128),
+    (2, 64, 96, 32),
+    (2, 10, 104, 104),
+    (3, 65, 384, 128),
+    (3, 64, 64, 32),
+    (3, 7, 250, 250),
+    (8, 65, 256, 128),
+    (8, 64, 96, 32),
+    (8, 33, 100, 100),
+    (5, 64, 128, 64),
+    (7, 17, 130, 130),
+]
+
+
+@pytest.mark.parametrize(("bits", "n", "k", "group"), SCHEMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_linear_equals_reference(bits, n, k, group, symmetric):
+    stored = exact_weight(bits, n, k, group, symmetric)
+    built = layout.build(*stored, bits, n, k)
+    bias = integers(n, seed=1)
+    w = reference_dequantize(*stored, bits, n, k, torch.float64)
+    for m, dtype in ((3, torch.float32), (1, torch.float16)):
+        x = integers(m, k).to(dtype)
+        truth = x.double() @ w.T + bias.double()
+        y = triton_linear(x, *built, bias, bits, group, n, k)
+        assert y.dtype == dtype
+        assert torch.equal(y, truth.to(dtype))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 128), (4, 32), (4, 128), (8, 128)])
+@pytest.mark.parametrize(
+    "config", [Config(16, 64, 1, 3, 4, 1), Config(16, 128, 2, 2, 4, 1), Config(32, 128, 1, 1, 4, 1)]
+)
+def test_every_tiling_gives_the_same(bits, group, config):
+    n, k, m = 70, 512, 18
+    stored = exact_weight(bits, n, k, group, False)
+    built = layout.build(*stored, bits, n, k)
+    x = integers(m, k)
+    y = launch(x, *built, None, bits, group, n, k, config, torch.full((m, n), torch.nan))
+    assert torch.equal(y.double(), x.double() @ reference_dequantize(*stored, bits, n, k, torch.float64).T)
+    assert torch.equal(launch(x, *built, None, bits, group, n, k, config), y)  # the tickets are back at 0
+
+
+@pytest.mark.parametrize(("bits", "n", "k", "group"), SCHEMES)
+def test_dequantize_equals_reference(bits, n, k, group):
+    stored = exact_weight(bits, n, k, group, False)
+    built = layout.build(*stored, bits, n, k)
+    for dtype in (torch.float32, torch.float16):
+        w = dequantize(*built, bits, group, n, k, dtype)
+        assert torch.equal(w, reference_dequantize(*stored, bits, n, k, dtype))
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(65, 256, 128), (20, 96, 32), (33, 100, 100)])
+def test_fp8_is_every_value(n, k, group):
+    code = torch.arange(n * k).view(n, k) % 256
+    code[code % 128 == 127] = 0  # NaN
+    weight = code.to(torch.uint8).view(torch.float8_e4m3fn)
+    scale = 2.0 ** -torch.arange(n * (k // group)).view(n, -1).remainder(3)
+    built = layout.build_fp8(weight, scale)
+    w = weight.double() * scale.double().repeat_interleave(group, 1)
+    assert torch.equal(dequantize(*built, None, 8, group, n, k, torch.float32).double(), w)
+    y = triton_linear(torch.eye(k), *built, None, None, 8, group, n, k)
+    assert torch.equal(y.double(), w.T)
+
+
+def test_large_m_is_dequantized_once(monkeypatch):
+    stored = exact_weight(4, 20, 96, 32, False)
+    x = integers(800, 96)
+    monkeypatch.setattr("quantkit_kernels.triton.op.launch", None)
+    y = triton_linear(x, *layout.build(*stored, 4, 20, 96), None, 4, 32, 20, 96)
+    assert torch.equal(y, x @ reference_dequantize(*stored, 4, 20, 96, torch.float32).T)
