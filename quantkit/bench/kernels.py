@@ -34,7 +34,7 @@ BURST = 0.02  # seconds of calls of one op in one round, one call at least
 TOLERANCE = 0.03  # RMS error over RMS of the fp64 result; int8 activations alone give 0.01
 ROWS_CHECKED, TOKENS_CHECKED = 64, 16
 
-BF16, INT4 = "torch bf16", "torch int4 g128"  # what ratios are against
+BF16, INT4, LLAMA = "torch bf16", "torch int4 g128", "llama.cpp Q4_0"  # what ratios are against
 Weights = dict[str, Any]  # tensors by name, and constants
 
 
@@ -291,13 +291,17 @@ def relative_error(op: Op, source: Source, weights: Weights, x: torch.Tensor) ->
     return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-class _Lane(NamedTuple):
-    """An op ready to be timed in a cell: burst() runs some calls and gives seconds per call."""
+class Lane(NamedTuple):
+    """What is timed in a cell: burst() runs some calls and gives seconds per call. error: None if not checked."""
 
-    op: Op
+    name: str
+    kind: str
     n_bytes: int
-    error: float
+    error: float | None
     burst: Callable[[], float]
+
+
+Peers = Callable[[int, int, int, int], list[Lane]]  # (n, k, m, rotation) -> lanes of another engine
 
 
 def _cpu_burst(op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float) -> Callable[[], float]:
@@ -337,7 +341,7 @@ def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[]
     return replay
 
 
-def _lane(op: Op, n: int, k: int, m: int, device: str, rotation: int, burst: float) -> _Lane:
+def _lane(op: Op, n: int, k: int, m: int, device: str, rotation: int, burst: float) -> Lane:
     reason = op.refuses(m, n, k)
     if reason:
         raise Refused(reason)
@@ -353,7 +357,7 @@ def _lane(op: Op, n: int, k: int, m: int, device: str, rotation: int, burst: flo
     rotating = copies(op, weights, rotation)
     given = op.prepare(x) if op.prepare else x
     timed = _cpu_burst(op, rotating, given, burst) if device == "cpu" else _cuda_burst(op, rotating, given)
-    return _Lane(op, weight_bytes(weights), error, timed)
+    return Lane(op.name, op.kind, weight_bytes(weights), error, timed)
 
 
 def cell(
@@ -366,6 +370,7 @@ def cell(
     rounds: int = 7,
     rotation: int = ROTATION,
     burst: float = BURST,
+    peers: Peers | None = None,
 ) -> dict[str, Any]:
     """Time every op on one weight shape and number of tokens; refused ones are listed with the reason."""
     lanes, refused = [], {}
@@ -375,29 +380,30 @@ def cell(
                 lanes.append(_lane(op, n, k, m, device, rotation, burst))
             except Refused as reason:
                 refused[op.name] = str(reason)
+        lanes += peers(n, k, m, rotation) if peers else []
         read = read_bandwidth(device, buffer=rotation)
-        times: dict[str, list[float]] = {lane.op.name: [] for lane in lanes}
+        times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
         for _ in range(rounds):
             for lane in lanes:
-                times[lane.op.name].append(lane.burst())
+                times[lane.name].append(lane.burst())
     here = roofline._replace(read=read)
     rows = []
     for lane in lanes:
-        spent = times[lane.op.name]
+        spent = times[lane.name]
         middle = statistics.median(spent)
         rows.append(
             {
-                "op": lane.op.name,
+                "op": lane.name,
                 "us": middle * 1e6,
                 "us_min": min(spent) * 1e6,
                 "us_max": max(spent) * 1e6,
                 "weight_bytes": lane.n_bytes,
                 "share_of_read": lane.n_bytes / middle / read,
-                "share_of_roofline": here.seconds(lane.n_bytes, 2 * m * n * k, lane.op.kind) / middle,
+                "share_of_roofline": here.seconds(lane.n_bytes, 2 * m * n * k, lane.kind) / middle,
                 "relative_rms_error": lane.error,
                 "times_faster_than": {
                     peer: statistics.median(b / a for a, b in zip(spent, times[peer], strict=True))
-                    for peer in (BF16, INT4)
+                    for peer in (BF16, INT4, LLAMA)
                     if peer in times
                 },
             }
@@ -428,6 +434,7 @@ def run(
     rotation: int = ROTATION,
     write: Callable[[str], None] = print,
     save: Callable[[dict[str, Any]], None] = lambda _report: None,
+    peers: Peers | None = None,
 ) -> dict[str, Any]:
     """All cells, each printed by `write` and handed to `save` as soon as it is measured, so that none is lost.
 
@@ -448,7 +455,7 @@ def run(
     write(describe(roofline))
     for n, k in shapes(names):
         for m in tokens:
-            report["cells"].append(cell(ops, n, k, m, roofline, device, rounds, rotation))
+            report["cells"].append(cell(ops, n, k, m, roofline, device, rounds, rotation, peers=peers))
             write(table(report["cells"][-1]))
             save(report)
     return report
@@ -471,10 +478,10 @@ def table(measured: dict[str, Any]) -> str:
     lines = [
         f"\n[{measured['n']}, {measured['k']}] M={measured['m']}   "
         f"read {measured['read_bytes_per_s'] / 1e9:.1f} GB/s",
-        f"{'op':32}{'us':>10}{'min':>10}{'max':>10}{'read':>8}{'roofline':>10}{'x bf16':>8}{'x int4':>8}",
+        f"{'op':32}{'us':>10}{'min':>10}{'max':>10}{'read':>8}{'roofline':>10}{'x bf16':>8}{'x int4':>8}{'x llama':>8}",
     ]
     for row in sorted(measured["ops"], key=lambda row: row["us"]):
-        ratios = [row["times_faster_than"].get(peer) for peer in (BF16, INT4)]
+        ratios = [row["times_faster_than"].get(peer) for peer in (BF16, INT4, LLAMA)]
         lines.append(
             f"{row['op']:32}{row['us']:10.1f}{row['us_min']:10.1f}{row['us_max']:10.1f}"
             f"{row['share_of_read']:8.0%}{row['share_of_roofline']:10.0%}"

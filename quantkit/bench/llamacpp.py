@@ -1,11 +1,12 @@
 """llama.cpp and the native path, side by side on the same model.
 
     python -m quantkit.bench.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
+    python -m quantkit.bench.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json docs/benchmarks/ops.json
 
 Builds llama.cpp from the source package of llama-cpp-python in DIR, in an environment of its own (minutes, once);
 writes the synthetic Llama of quantkit.bench.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
 embedding too) and Q8_0 of it. Then both engines run in turns, each round all of them once: prefill of one prompt, and
-greedy decode from an empty cache.
+greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.kernels.
 
 On a processor with AMX one line is added to llama.cpp first: with gcc 12, `_tile_loadconfig` names 8 of the 64 bytes
 it reads, the compiler drops the other stores, and every quantized model crashes.
@@ -25,14 +26,14 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.bench import decode, gguf_file
-from quantkit.bench.kernels import where
+from quantkit.bench import decode, gguf_file, kernels
 from quantkit.bench.machine import machine
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
 
 PACKAGE = "llama-cpp-python"
 FORMATS = {"Q4_0": ["--pure"], "Q8_0": []}
+BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}  # of 32 weights
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "GGML_NATIVE": "ON",
@@ -49,10 +50,11 @@ GUARD = '    asm volatile("" :: "r"(&tc) : "memory");\n'
 
 
 class Built(NamedTuple):
-    """bench, quantize: llama.cpp's programs; python: of its environment; version: of the source package."""
+    """bench, quantize, ops: programs; python: of its environment; version: of the source package."""
 
     bench: Path
     quantize: Path
+    ops: Path
     python: Path
     version: str
     patched: bool
@@ -80,8 +82,18 @@ def build(work: Path, jobs: int = 1) -> Built:
         options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
         _run(cmake, "-S", source, "-B", tree, *options)
         _run(cmake, "--build", tree, "-j", jobs, "--target", "llama-bench", "llama-quantize")
+    ops = _build_ops(work / "ggml_ops", source / "ggml" / "include", tree / "ggml" / "src")
     version = folder.name.removeprefix("llama_cpp_python-")
-    return Built(bench, quantize, python, f"{PACKAGE} {version}", patched)
+    return Built(bench, quantize, ops, python, f"{PACKAGE} {version}", patched)
+
+
+def _build_ops(program: Path, include: Path, libraries: Path) -> Path:
+    source = Path(__file__).with_name("ggml_ops.cpp")
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        archives = [libraries / f"libggml{part}.a" for part in ("", "-cpu", "-base")]
+        system = ["-fopenmp", "-lpthread", "-ldl", "-lm"]
+        _run("c++", "-O2", "-std=c++17", f"-I{include}", source, *archives, *system, "-o", program)
+    return program
 
 
 def _cmake(environment: Path, python: Path) -> Path:
@@ -137,6 +149,42 @@ def read_bench(text: str) -> decode.Measured:
     return {kind: found[kind] for kind in ("decode", "prefill")}
 
 
+class Products:
+    """ggml_ops.cpp as a process that waits for commands: products with weights of one format."""
+
+    def __init__(self, program: Path, kind: str, threads: int) -> None:
+        self.kind = kind
+        self._process = subprocess.Popen(
+            [str(program), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, command: str) -> str:
+        print(command, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"llama.cpp's products ended at {command!r}")
+        return answer
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def lane(self, n: int, k: int, m: int, rotation: int) -> kernels.Lane:
+        """Ready to be timed; as many products in a graph as make a barrier each negligible."""
+        n_bytes = n * k // 32 * BLOCK_BYTES[self.kind]
+        per = 32 if m <= 4 else 8 if m <= 64 else 2
+        self.ask(f"open {self.kind} {n} {k} {m} {max(2, -(-rotation // n_bytes))} {per}")
+        calls = max(1, int(kernels.BURST / float(self.ask(f"run {per}"))))
+        return kernels.Lane(
+            f"llama.cpp {self.kind}", "int8", n_bytes, None, lambda: float(self.ask(f"run {calls}"))
+        )
+
+
 def _run(*command: object) -> str:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -144,6 +192,24 @@ def _run(*command: object) -> str:
             f"{command[0]} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
         )
     return done.stdout
+
+
+def _products(arguments: argparse.Namespace, built: Built) -> None:
+    """`--ops`: the kernels' benchmark with llama.cpp's products among the ops."""
+    engines = [Products(built.ops, kind, arguments.threads) for kind in FORMATS]
+    save = (lambda report: write_json(arguments.json, report)) if arguments.json else lambda report: None
+    try:
+        kernels.run(
+            arguments.shapes,
+            arguments.m,
+            only=arguments.only,
+            rounds=arguments.rounds,
+            save=save,
+            peers=lambda *cell: [engine.lane(*cell) for engine in engines],
+        )
+    finally:
+        for engine in engines:
+            engine.close()
 
 
 def main() -> None:
@@ -162,6 +228,12 @@ def main() -> None:
         "--ways", nargs="+", choices=decode.WAYS, metavar="NAME", help="ours; default: native"
     )
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--ops", action="store_true", help="matrix products instead of whole models")
+    parser.add_argument(
+        "--shapes", nargs="+", default=list(kernels.SHAPES), metavar="NAME|NxK", help="with --ops"
+    )
+    parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 16, 512], help="with --ops: tokens")
+    parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="with --ops: our ops named so")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -172,6 +244,9 @@ def main() -> None:
         return
     threads, prompt, new = arguments.threads, arguments.prompt, arguments.new
     torch.set_num_threads(threads)
+    if arguments.ops:
+        _products(arguments, built)
+        return
     checkpoints = decode.models(work, arguments.layers, SHAPES[arguments.shape])
     theirs = files(built, checkpoints["dense"])
     names = arguments.ways or [name for name, way in decode.WAYS.items() if way.native]
@@ -182,7 +257,7 @@ def main() -> None:
         everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
     report = {
         "schema": "quantkit-llamacpp/1",
-        "machine": machine() | where("cpu"),
+        "machine": machine() | kernels.where("cpu"),
         "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
         "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
         "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.bench import decode, gguf_file, llamacpp, synthetic
+from quantkit.bench import decode, gguf_file, kernels, llamacpp, synthetic
 
 TINY = synthetic.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)
 
@@ -36,7 +37,7 @@ def test_every_way_runs_on_the_same_packed_model_or_says_why(dense):
     ready, missing = decode.engines(decode.WAYS, made, prompt=5, new=3)
     assert {"eager bf16", "eager W4A16", "eager torch int4"} <= ready.keys()
     assert ready.keys() | missing.keys() == decode.WAYS.keys()
-    if llamacpp.where("cpu")["isa"]:
+    if kernels.native_available():
         assert missing == {}
     for run in ready.values():
         assert all(speed > 0 for speed in run().values())
@@ -156,3 +157,19 @@ def test_gguf_writer_needs_nothing_of_quantkit():
         if line.strip().startswith(("import", "from"))
     ]
     assert all("quantkit" not in line and "torch" not in line for line in imports)
+
+
+def test_another_engines_products_are_lanes(tmp_path):
+    program = tmp_path / "ops"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "for line in sys.stdin:\n"
+        "    open(sys.argv[0] + '.log', 'a').write(line)\n"
+        "    print('CPU' if line.startswith('open') else 0.25, flush=True)\n"
+    )
+    program.chmod(0o755)
+    engine = llamacpp.Products(program, "Q4_0", 1)
+    lane = engine.lane(64, 128, 1, rotation=10 * 64 * 128 // 32 * 18)
+    assert (lane.name, lane.n_bytes, lane.burst()) == (kernels.LLAMA, 64 * 128 // 32 * 18, 0.25)
+    engine.close()
+    assert (tmp_path / "ops.log").read_text().splitlines() == ["open Q4_0 64 128 1 10 32", "run 32", "run 1"]
