@@ -13,6 +13,7 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.decoder import COMPUTES, Decoder, Tables
 from torch import nn
 
+from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.rotary import Rotary
 from quantkit.runtime.tables import NotNative, tables
 
@@ -100,26 +101,34 @@ _making = threading.Lock()
 
 
 def native(
-    model: nn.Module, compute: str = "float", cache_dtype: torch.dtype = torch.float32
+    model: nn.Module, compute: str | None = None, cache_dtype: torch.dtype = torch.float32
 ) -> NativeDecoder | str:
     """The native decoder of a causal LM, or why there is none. Made once per model, anew if weights change.
 
-    compute: how packed linears are multiplied: "float", "int8" (activations in int8, one scale per token and
-    group), "int8_token". cache_dtype: of keys and values, fp32 or bf16.
+    compute: how packed linears are multiplied, "float", "int8" (activations in int8, one scale per token and group)
+    or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16.
     """
-    if compute not in COMPUTES:
+    if compute is not None and compute not in COMPUTES:
         raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
     if library.load() is None:
         return "the native CPU library is not built"
     with _making:
-        made = _made.setdefault(model, {})
-        stamp, key = _stamp(model), (compute, cache_dtype)
-        if key not in made or made[key][0] != stamp:
-            try:
-                made[key] = stamp, NativeDecoder(model, compute, cache_dtype)
-            except NotNative as reason:
-                return str(reason)
+        made, stamp = _made.setdefault(model, {}), _stamp(model)
+        try:
+            key = compute or _compute(model), cache_dtype
+            if key not in made or made[key][0] != stamp:
+                made[key] = stamp, NativeDecoder(model, *key)
+        except NotNative as reason:
+            return str(reason)
         return made[key][1]
+
+
+def _compute(model: nn.Module) -> str:
+    """What the packed linears were loaded with."""
+    asked = {module.compute for module in model.modules() if isinstance(module, QuantLinear)} or {"float"}
+    if len(asked) > 1:
+        raise NotNative(f"its linears were loaded with compute {' and '.join(sorted(asked))}")
+    return asked.pop()
 
 
 def _stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -133,7 +133,7 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 def _packed(name: str, module: QuantLinear) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
     scheme, n, k = module.scheme, module.out_features, module.in_features
-    packed = getattr(module, "cpu_packed", None)
+    packed = module.cpu_packed
     if packed is None:
         stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
         if stored[0] is None:

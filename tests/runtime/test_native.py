@@ -1,11 +1,15 @@
 """The native decoder against the eager model, on tiny random models of every family it knows."""
 
+import ctypes
+import shutil
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from quantkit_kernels.cpu import library, ops
+from quantkit_kernels.cpu import library
 from torch import nn
 
 from quantkit.algorithms.rtn import rtn
@@ -108,6 +112,42 @@ def test_every_instruction_set_gives_the_same_logits(path):
         library.set_isa(before)
 
 
+@pytest.fixture(scope="module")
+def widest(tmp_path_factory):
+    """The decoder's sources with the AVX-512 path's vectors, run by whatever this machine has. Dense matrices only."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("widest")
+    (folder / "rest.cpp").write_text(
+        '#include "common.h"\n'
+        'extern "C" int qk_isa() { return qk::AVX512; }\n'
+        "namespace qk {\n"
+        "bool supported(const Weight &) { return false; }\n"
+        "size_t scratch_bytes(const Weight &, int64_t, int) { return 0; }\n"
+        "void prepare_part(const Weight &, const void *, int, int64_t, int64_t, int, void *, int, int) {}\n"
+        "void run_part(const Weight &, const void *, int64_t, int, void *, int, int64_t, int, int) {}\n"
+        "}\n"
+    )
+    sources = Path(library.__file__).parent
+    command = [compiler, "-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-DQK_EMULATE"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{sources}", "-o", str(folder / "widest.so")]
+    subprocess.run([*command, *map(str, sources.glob("decode*.cpp")), str(folder / "rest.cpp")], check=True)
+    return ctypes.CDLL(str(folder / "widest.so"))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3-gqa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_avx512_sized_vectors_give_the_same_logits(widest, name, dtype, monkeypatch):
+    monkeypatch.setattr(library, "required", lambda: widest)
+    odd = {"hidden_size": 72, "head_dim": 20, "vocab_size": 101}
+    model, ids = tiny_models.FAMILIES[name](**odd), tiny_models.ids(60, vocabulary=101)[0]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    got = decoder(model).start().append(ids, keep=60)
+    assert_close(got, eager(model.float(), ids))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_within_a_family(variant):
     """Prompt, then token by token, as transformers does it: some rope types depend on that."""
@@ -181,7 +221,7 @@ def test_packed_linears(name, scheme):
     assert_close(got, truth, 2e-4)
 
 
-@pytest.mark.parametrize("compute", ["int8", "int8_token"])
+@pytest.mark.parametrize("compute", ["int8", "int8-token"])
 def test_int8_activations_are_near(compute):
     model = quantized(tiny_models.FAMILIES["llama-gqa"](), Scheme(4, 32, False))
     ids = tiny_models.ids(50)[0]
@@ -205,17 +245,24 @@ def test_a_mixed_model_runs_with_siblings_of_different_kinds():
     assert_close(decoder(model).start().append(ids, keep=50), eager(model, ids), 2e-4)
 
 
-def test_a_layout_that_is_built_already_is_used():
+def test_a_layout_that_is_built_already_is_used_without_a_copy():
     model, ids = quantized(tiny_models.FAMILIES["llama"](), Scheme(4, 32, False)), tiny_models.ids(30)[0]
-    truth = eager(model, ids)
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
-            module.cpu_packed = ops.pack(*stored, 4, module.out_features, module.in_features)
-            module.weight_packed = module.weight_scale = module.weight_zero_point = None
+    truth, packed = eager(model, ids), [m for m in model.modules() if isinstance(m, QuantLinear)]
+    for module in packed:
+        module.prepare("cpu", torch.float32, "int8")
     found = decoder(model)
-    assert found.tables.layers[1].down.weight is model.model.layers[1].mlp.down_proj.cpu_packed
-    assert_close(found.start().append(ids, keep=30), truth, 2e-4)
+    assert found.compute == "int8"
+    units = [m.weight.units for layer in found.tables.layers for m in (layer.o, layer.down)]
+    assert {u.data_ptr() for u in units} <= {m.cpu_packed.units.data_ptr() for m in packed}
+    assert_close(decoder(model, compute="float").start().append(ids, keep=30), truth, 2e-4)
+    packed[0].compute = "float"
+    assert "compute float and int8" in native(model)
+
+
+def test_a_layout_of_another_backend_is_refused_by_name():
+    model = quantized(tiny_models.FAMILIES["llama"](), Scheme(4, 32, False))
+    model.model.layers[2].mlp.up_proj.prepare("torch", torch.float32)
+    assert "model.layers.2.mlp.up_proj runs on backend 'torch'" in native(model)
 
 
 def test_eight_threads_with_a_sequence_each():

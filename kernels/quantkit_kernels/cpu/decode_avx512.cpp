@@ -4,16 +4,21 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#if defined(QK_EMULATE)
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own intrinsics start from a value they do not set
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wpsabi"
-#elif defined(__clang__)
+#endif
+#define LANES 16
+#if !defined(QK_EMULATE)
+#if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #endif
-#define LANES 16
-#if !defined(QK_EMULATE)
 #define FUSED _mm512_fmadd_ps
+#define WIDEN16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define WIDEN_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #endif
 #define QK_PATH math_avx512
 #include "decode_path.h"

@@ -35,18 +35,35 @@ void block(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx
         }
 }
 
+// Rows [first, last), which stay in the second-level cache while all tokens go over them.
+template <class T>
+void panel(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m, float *y,
+           int64_t ldy, int64_t first, int64_t last) {
+    for (int64_t t = 0; t < m; t += 3) {
+        const float *from = x + t * ldx;
+        for (int64_t n = first; n < last; n += 4) {
+            const float *b = bias ? bias + n : bias;
+            float *to = y + t * ldy + n;
+            if (m - t > 2)
+                block<T, 3>(w + n * k, b, k, from, ldx, to, ldy);
+            else if (m - t == 2)
+                block<T, 2>(w + n * k, b, k, from, ldx, to, ldy);
+            else
+                block<T, 1>(w + n * k, b, k, from, ldx, to, ldy);
+        }
+    }
+}
+
 template <class T>
 void dense_of(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m, float *y,
               int64_t ldy, int64_t first, int64_t last) {
-    int64_t n = first;
-    for (; m > 1 && n + 4 <= last; n += 4) {
-        const float *b = bias ? bias + n : bias;
-        int64_t t = 0;
-        for (; t + 3 <= m; t += 3) block<T, 3>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
-        if (m - t == 2) block<T, 2>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
-        if (m - t == 1) block<T, 1>(w + n * k, b, k, x + t * ldx, ldx, y + t * ldy + n, ldy);
-    }
-    for (; n < last; n++)
+    constexpr int64_t PANEL = 1 << 18;  // bytes
+    int64_t rows = PANEL / (k * (int64_t)sizeof(T)) / 4 * 4;
+    if (rows < 4) rows = 4;
+    const int64_t whole = m > 1 ? first + (last - first) / 4 * 4 : first;
+    for (int64_t n = first; n < whole; n += rows)
+        panel(w, bias, k, x, ldx, m, y, ldy, n, n + rows < whole ? n + rows : whole);
+    for (int64_t n = whole; n < last; n++)
         for (int64_t t = 0; t < m; t++)
             y[t * ldy + n] = dot(w + n * k, x + t * ldx, k) + (bias ? bias[n] : 0.0f);
 }

@@ -16,13 +16,22 @@ struct f16 {
 };
 
 inline vf load(const float *p) { return *(const vf_at *)p; }
-inline vf load(const bf16 *p) { return (vf)(__builtin_convertvector(*(const vh_at *)p, vu) << 16); }
+#if defined(WIDEN16)  // gcc 12 makes four instructions of __builtin_convertvector
+inline vu widen16(const void *p) { return (vu)WIDEN16(p); }
+#else
+inline vu widen16(const void *p) { return __builtin_convertvector(*(const vh_at *)p, vu); }
+#endif
+inline vf load(const bf16 *p) { return (vf)(widen16(p) << 16); }
+#if defined(WIDEN_F16)
+inline vf load(const f16 *p) { return (vf)WIDEN_F16(p); }
+#else
 // Exponent and mantissa moved into place and the exponent's bias corrected by a product; exact for all finite.
 inline vf load(const f16 *p) {
-    const vu h = __builtin_convertvector(*(const vh_at *)p, vu);
+    const vu h = widen16(p);
     const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
     return (vf)((vu)magnitude | (h & 0x8000) << 16);
 }
+#endif
 inline void store(float *p, vf v) { *(vf_at *)p = v; }
 
 inline float from_bits(uint32_t bits) {
@@ -43,6 +52,7 @@ inline void put(bf16 *p, float value) {  // to nearest, ties to even
     p->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// FUSED, WIDEN16 and WIDEN_F16 are a path's instructions for what the compiler does not find by itself.
 // a b + c, rounded once where the target can (the build does not let the compiler contract).
 inline vf fused(vf a, vf b, vf c) {
 #if defined(FUSED)
