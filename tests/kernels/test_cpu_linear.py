@@ -1,6 +1,17 @@
-"""The native CPU kernels against fp64, and every instruction set path against every other."""
+"""The native CPU kernels against fp64, and every instruction set path against every other.
 
+Paths that this machine lacks run as scalar twins of their intrinsics: the same sources, built with -DQK_EMULATE.
+"""
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
 import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +20,45 @@ from quantkit_kernels.cpu import library, ops
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
-PATHS = [
+SOURCES = Path(library.__file__).parent
+NATIVE = [
     name for i, name in enumerate(library.ISAS) if library.available() and library.load().qk_isa_available(i)
 ]
+PATHS = [*NATIVE, "emulated-avx512", "emulated-amx"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _restore_path():
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The library with AVX-512 and AMX emulated. QUANTKIT_CXXFLAGS: more flags, for sanitizers."""
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("needs g++")
+    out = tmp_path_factory.mktemp("emulated")
+    flags = "-DQK_EMULATE -O1 -std=c++17 -ffp-contract=off -fopenmp -fPIC -Wall -Wextra -Werror -Wno-unused-function"
+    command = [compiler, *flags.split(), *os.environ.get("QUANTKIT_CXXFLAGS", "").split()]
+    names = ("layout", "dispatch", "linear_portable", "linear_avx512", "linear_amx")
+
+    def build(name):
+        subprocess.run([*command, "-c", SOURCES / f"{name}.cpp", "-o", out / f"{name}.o"], check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(build, names))
+    subprocess.run(
+        [*command, "-shared", "-o", out / "lib.so", *(out / f"{name}.o" for name in names)], check=True
+    )
+    return library.open_library(out / "lib.so")
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Every path in turn is the one in use."""
+    if request.param.startswith("emulated"):
+        build = request.getfixturevalue("emulated")
+        monkeypatch.setattr(library, "load", lambda: build)
     before = library.isa()
-    yield
+    library.set_isa(request.param.removeprefix("emulated-"))
+    yield request.param
     library.set_isa(before)
 
 
@@ -39,9 +79,8 @@ def packed_weight(bits, n, k, group, symmetric, scale_dtype=torch.float16, seed=
 
 
 def run(weight, x, compute=ops.FLOAT, bias=None):
-    """The op; the output's memory was NaN before (the allocator hands it out again)."""
+    """What the bare call leaves in memory that held NaN, and the op as well."""
     poison = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
-    y = torch.empty_like(poison)
     ops.run(x, weight.weight(bias=bias), x.shape[0], compute, poison)
     y = ops.cpu_linear(
         x,
@@ -56,7 +95,7 @@ def run(weight, x, compute=ops.FLOAT, bias=None):
         weight.scale_factor,
         weight.wide_scales,
     )
-    assert torch.equal(y, poison)
+    torch.testing.assert_close(y, poison, rtol=0, atol=0, equal_nan=True)
     return y
 
 
@@ -69,7 +108,7 @@ def assert_close(name, found, truth, limit):
     assert worst <= 8 * limit, f"{name}: relative largest error {worst:.3g}"
 
 
-def int8_twin(x, w_codes, scale, zero, group, per_token):
+def int8_twin(x, group, per_token):
     """The formula of compute int8 in fp64: x quantized per token and chunk of min(group, 128) columns."""
     m, k = x.shape
     x = x.float()
@@ -78,7 +117,8 @@ def int8_twin(x, w_codes, scale, zero, group, per_token):
     most = blocks.abs().amax(-1, keepdim=True)
     if per_token:
         most = most.amax(1, keepdim=True).expand_as(most)
-    q = (blocks * torch.where(most > 0, 127 / most, 0)).round().double()
+    inverse = torch.full_like(most, 127) / most  # `127 / most` would be a reciprocal and a product
+    q = (blocks * torch.where(most > 0, inverse, 0)).round().double()
     return (q * (most / 127).double()).view(m, -1)[:, :k]
 
 
@@ -86,12 +126,10 @@ SHAPES = [(16, 128), (17, 384), (50, 640)]
 GROUPS = (32, 64, 128, 0)  # 0: per channel
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_float_is_close_to_fp64(path, bits, group, symmetric):
-    library.set_isa(path)
     for (n, k), m, dtype in zip(SHAPES * 2, (1, 2, 3, 8, 16, 33), DTYPES * 2, strict=True):
         packed, scale, zero, w = packed_weight(bits, n, k, group or k, symmetric)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
@@ -102,18 +140,16 @@ def test_float_is_close_to_fp64(path, bits, group, symmetric):
         assert_close(f"{path} {bits} bits g{group} [{n}, {k}] m={m} {dtype}", y, truth, limit)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("compute", [ops.INT8_GROUP, ops.INT8_TOKEN])
 def test_int8_is_its_formula(path, bits, group, compute):
-    library.set_isa(path)
     for (n, k), m, dtype in zip(SHAPES * 2, (1, 2, 3, 8, 16, 33), DTYPES * 2, strict=True):
         packed, scale, zero, w = packed_weight(bits, n, k, group or k, False)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
         x[0, : k // 2] = 0
         y = run(ops.pack(packed, scale, zero, bits, n, k), x, compute)
-        rounded = int8_twin(x, None, None, None, group or k, compute == ops.INT8_TOKEN)
+        rounded = int8_twin(x, group or k, compute == ops.INT8_TOKEN)
         limit = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
         assert_close(f"{path} {bits} bits g{group} [{n}, {k}] m={m} {dtype}", y, rounded @ w.T, limit)
 
@@ -130,6 +166,136 @@ def test_layout_converts_back_exactly(bits, group, scale_dtype):
             for before, after in zip(tensors, ops.unpack(weight), strict=True):
                 assert (before is None) == (after is None)
                 assert before is None or (before.dtype == after.dtype and torch.equal(before, after))
+
+
+@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("compute", [ops.FLOAT, ops.INT8_GROUP])
+def test_every_path_gives_the_bits_of_the_portable_one(path, bits, compute):
+    for group in GROUPS:
+        for m, dtype in zip(
+            (1, 3, 11, 40), (torch.bfloat16, torch.float32, torch.float16, torch.float16), strict=True
+        ):
+            packed, scale, zero, _ = packed_weight(bits, 21, 384, group or 384, False)
+            weight = ops.pack(packed, scale, zero, bits, 21, 384)
+            x = torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype)
+            y = run(weight, x, compute)
+            library.set_isa("portable")
+            expected = run(weight, x, compute)
+            library.set_isa(path.removeprefix("emulated-"))
+            assert torch.equal(y, expected), f"{bits} bits g{group} m={m} {dtype}"
+
+
+def test_a_nan_or_an_infinity_reaches_its_own_token_only(path):
+    weight = ops.pack(*packed_weight(4, 32, 256, 128, False)[:3], 4, 32, 256)
+    for compute in (ops.FLOAT, ops.INT8_GROUP, ops.INT8_TOKEN):
+        for m, dtype in ((3, torch.float32), (20, torch.bfloat16)):
+            for bad in (float("nan"), float("inf")):
+                x = torch.ones(m, 256, dtype=dtype)
+                x[1, 130] = bad
+                finite = run(weight, x, compute).isfinite()
+                assert finite[[0, 2]].all()
+                assert not finite[1].all()
+                assert bad == float("inf") or not finite[1].any()
+
+
+def test_zero_tokens_and_more_dimensions(path):
+    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
+    rest = (weight.units, None, 4, 32, 20, 64, True, 0, weight.scale_factor, weight.wide_scales)
+    assert ops.cpu_linear(torch.ones(0, 64), *rest).shape == (0, 20)
+    x = torch.randn(3, 2, 128)[..., ::2]
+    assert torch.equal(ops.cpu_linear(x, *rest).view(6, 20), run(weight, x.reshape(6, 64).contiguous()))
+
+
+@pytest.mark.parametrize(("table", "bits"), [("nf4", 4), ("fp8_e4m3", 8)])
+def test_tables_are_close_to_fp64(path, table, bits):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (50, 256), dtype=torch.uint8, generator=g)
+    if table == "nf4":  # quantiles of the normal distribution, the middle of which is 0
+        normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1)
+        half = 0.5 * (1 / 32 + 1 / 30)
+        upper = normal.icdf(torch.linspace(1 - half, 0.5, 9, dtype=torch.float64))[:-1]
+        lower = -normal.icdf(torch.linspace(1 - half, 0.5, 8, dtype=torch.float64))[:-1]
+        values = torch.cat([lower, torch.zeros(1), upper.flip(0)]) / upper.max()
+        limit_of_table = 2e-6
+    else:
+        codes[(codes & 127) == 127] = 0  # NaN
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        limit_of_table = 0
+    for group in (32, 128, 256):
+        scale = torch.rand(50, 256 // group, generator=g).half()
+        w = (values[codes.long()].view(50, -1, group) * scale.double()[:, :, None]).view(50, 256)
+        packed = pack_bits(codes, bits)
+        weight = ops.pack(packed, scale, None, bits, 50, 256, table)
+        assert all(torch.equal(a, b) for a, b in zip(ops.unpack(weight)[:2], (packed, scale), strict=True))
+        for m, dtype in zip((1, 5, 17), DTYPES, strict=True):
+            x = torch.randn(m, 256, generator=g).to(dtype)
+            y = torch.full((m, 50), float("nan"), dtype=dtype)
+            ops.run(x, weight.weight(), m, ops.FLOAT, y)
+            limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype] + limit_of_table
+            assert_close(f"{table} g{group} m={m}", y, x.double() @ w.T, limit)
+        with pytest.raises(RuntimeError, match="do not run with this compute"):
+            ops.run(x, weight.weight(), m, ops.INT8_GROUP, y)
+
+
+def test_schemes_that_do_not_fit_are_refused():
+    packed, scale, zero, _ = packed_weight(4, 20, 96, 48, True)
+    with pytest.raises(ValueError, match="groups of 32, 64, multiples of 128 or whole rows, not 48"):
+        ops.pack(packed, scale, zero, 4, 20, 96)
+    assert "not 5" in ops.refuses(5, 128, 256)
+    assert ops.refuses(3, 256, 256) is None
+    with pytest.raises(ValueError, match=r"scale of a 4-bit \[21, 96\] weight is \(21, 3\)"):
+        ops.pack(pack_bits(torch.zeros(21, 96, dtype=torch.uint8), 4), torch.ones(20, 3), None, 4, 21, 96)
+    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
+    with pytest.raises(RuntimeError, match="units of a 4-bit"):
+        ops.cpu_linear(torch.ones(1, 64), weight.units[1:], None, 4, 32, 20, 64, True, 0, 1.0, False)
+    with pytest.raises(RuntimeError, match="x has 32 features"):
+        ops.cpu_linear(torch.ones(1, 32), weight.units, None, 4, 32, 20, 64, True, 0, 1.0, False)
+    with pytest.raises(RuntimeError, match="bias must be fp32"):
+        ops.cpu_linear(
+            torch.ones(1, 64), weight.units, torch.ones(20).half(), 4, 32, 20, 64, True, 0, 1.0, False
+        )
+
+
+def test_isa_is_forced_by_the_environment():
+    code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).qk_isa())"
+    where = os.environ.get(library.LIBRARY) or SOURCES / "_quantkit_cpu.so"
+
+    def isa(name):
+        environment = {**os.environ, library.ENVIRONMENT: name}
+        done = subprocess.run(
+            [sys.executable, "-c", code, where], env=environment, capture_output=True, check=True
+        )
+        return int(done.stdout)
+
+    able = library.load().qk_isa_available
+    assert [isa(name) for name in library.ISAS] == [i if able(i) else -1 for i in range(4)]
+    assert isa("mmx") == -1
+    assert isa("") == max(i for i in range(4) if able(i))
+
+
+def test_a_missing_isa_is_an_error_that_lists_the_others(monkeypatch):
+    stub = types.SimpleNamespace(
+        qk_isa=lambda: -1, qk_isa_available=lambda i: i < 2, qk_cpu_flags=lambda: b"CPU"
+    )
+    monkeypatch.setattr(library, "load", lambda: stub)
+    monkeypatch.setenv(library.ENVIRONMENT, "amx")
+    with pytest.raises(
+        RuntimeError, match=r"QUANTKIT_ISA='amx' cannot run on this CPU \(CPU\); it has: portable, avx2"
+    ):
+        library.isa()
+
+
+def test_arena_places_and_outlives_itself():
+    arena = library.Arena(200)
+    a, b = arena.place(torch.arange(100, dtype=torch.uint8)), arena.place(torch.ones(72, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="do not fit"):
+        arena.place(torch.ones(1, dtype=torch.uint8))
+    assert a.data_ptr() % (2 << 20) == 0
+    assert b.data_ptr() == a.data_ptr() + 128
+    del arena
+    gc.collect()
+    assert torch.equal(a, torch.arange(100, dtype=torch.uint8))
+    assert b.eq(1).all()
 
 
 def test_op_passes_opcheck():

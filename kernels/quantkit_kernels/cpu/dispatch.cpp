@@ -29,7 +29,14 @@ struct Cpu {
     char text[128] = "";
 };
 
-#if defined(__x86_64__)
+#if defined(QK_EMULATE)  // the sources of AVX-512 and AMX on scalar twins of their intrinsics: for tests
+Cpu detect() {
+    Cpu cpu;
+    cpu.isa[AVX512] = cpu.isa[AMX] = true;
+    snprintf(cpu.text, sizeof cpu.text, "emulated");
+    return cpu;
+}
+#elif defined(__x86_64__)
 bool tiles_permitted() {
 #if defined(__linux__)
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
@@ -105,7 +112,9 @@ std::atomic<int> &current() {
 const Path &path() {
     switch (current().load(std::memory_order_relaxed)) {
 #if defined(__x86_64__)
+#ifndef QK_EMULATE
         case AVX2: return path_avx2;
+#endif
         case AVX512: return path_avx512;
         case AMX: return path_amx;
 #endif

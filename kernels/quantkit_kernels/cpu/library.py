@@ -51,9 +51,12 @@ _FUNCTIONS = {  # name: (result, arguments)
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """The library, or None if the installation was built without it."""
-    path = os.environ.get(LIBRARY) or Path(__file__).with_name("_quantkit_cpu.so")
-    if not Path(path).exists():
-        return None
+    path = Path(os.environ.get(LIBRARY) or Path(__file__).with_name("_quantkit_cpu.so"))
+    return open_library(path) if path.exists() else None
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """A library at `path`, its functions given their types."""
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)

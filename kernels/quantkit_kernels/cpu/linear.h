@@ -35,15 +35,15 @@ enum Kind : int32_t {
     A8,   // int8
     A16,  // int16, scaled by powers of two; fp32 inputs become two rows, the second what the first left over
     A32,  // fp32, for tables
-    B16,  // bf16 as it came, for bf16 tiles
+    B16,  // bf16 as it came, for bf16 tiles, in the order of int16; `scale` holds the chunk's sum
 };
 
-constexpr int MAX_STREAMS = 8, STREAMED_ROWS = 8, TOKEN_BLOCK = 64;
+constexpr int MAX_STREAMS = 8, STREAMED_ROWS = 8, TOKEN_BLOCK = 128;
 
 // The scratch: this header (64 bytes), values [rows][stride], scale [chunks][rows], sum [chunks][rows].
 struct Header {
     int32_t kind, planes, chunks, columns;  // columns of a chunk
-    int64_t rows, stride;                   // rows = m * planes, rounded up to 16 from 16 on; stride in bytes
+    int64_t rows, stride;                   // rows = m * planes, from 9 on whole tiles of 16; stride in bytes
 };
 
 struct Activations : Header {
@@ -57,7 +57,7 @@ struct Activations : Header {
 
 inline size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-inline int64_t padded_rows(int64_t rows) { return rows < 16 ? rows : (rows + 15) / 16 * 16; }
+inline int64_t padded_rows(int64_t rows) { return rows <= 8 ? rows : (rows + 15) / 16 * 16; }
 
 inline Header describe(const Weight &w, int x_type, int64_t m, int compute, bool tiles) {
     Header h;
@@ -182,7 +182,8 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
             uint16_t bits[128];
             float total = 0;
             for (int c = 0; c < h.columns; ++c) {
-                bits[c] = uint16_t(float_to_bits(buffer[c]) >> 16);
+                const int place = (c & ~3) | (c & 1) << 1 | (c >> 1 & 1);
+                bits[place] = uint16_t(float_to_bits(buffer[c]) >> 16);
                 total += buffer[c];
             }
             std::memcpy(to, bits, 2 * h.columns);
@@ -293,12 +294,13 @@ inline void prefetch(const uint8_t *from, size_t bytes) {
 }
 
 // The walk: row blocks [b0, b1), tokens in blocks that keep their accumulators in L1, chunks in order.
+// K::TILES says whether K runs B16;
 // K::rows<BITS, KIND, C>(unit, activations, chunk, r0, r1, acc) adds one unit to accumulators [r1 - r0][16].
 template <class K, int BITS, int KIND, int C>
 void run_blocks(const Weight &w, const Activations &a, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1,
                 Tuning tuning) {
-    alignas(64) float acc[MAX_STREAMS * STREAMED_ROWS * ROWS];
-    static_assert(MAX_STREAMS * STREAMED_ROWS >= TOKEN_BLOCK, "a token block takes the same space");
+    alignas(64) float acc[TOKEN_BLOCK * ROWS];
+    static_assert(TOKEN_BLOCK >= MAX_STREAMS * STREAMED_ROWS, "several row blocks share the space of one");
     const int64_t rows = m * a.planes;
     const int streams = rows <= STREAMED_ROWS ? tuning.streams : 1;
     const size_t unit = unit_bytes(w), block = block_bytes(w), head = per_channel(w) ? scale_bytes(w) : 0;
@@ -346,6 +348,16 @@ void run_kind(const Weight &w, const Activations &a, int64_t m, void *y, int y_t
     }
 }
 
+// bf16 tiles: only a K that has them is ever given such activations.
+template <class K>
+void run_tiles(const Weight &w, const Activations &a, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1,
+               Tuning tuning) {
+    if constexpr (K::TILES)
+        run_kind<K, B16>(w, a, m, y, y_type, ldy, b0, b1, tuning);
+    else
+        (void)w, (void)a, (void)m, (void)y, (void)y_type, (void)ldy, (void)b0, (void)b1, (void)tuning;
+}
+
 template <class K>
 void run_part_with(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int part,
                    int parts, Tuning tuning) {
@@ -356,7 +368,9 @@ void run_part_with(const Weight &w, const void *scratch, int64_t m, void *y, int
         run_kind<K, A8>(w, a, m, y, y_type, ldy, b0, b1, tuning);
     else if (a.kind == A16)
         run_kind<K, A16>(w, a, m, y, y_type, ldy, b0, b1, tuning);
-    else if (a.kind == A32)
+    else if (a.kind == B16)
+        run_tiles<K>(w, a, m, y, y_type, ldy, b0, b1, tuning);
+    else
         run_blocks<K, 0, A32, 0>(w, a, m, y, y_type, ldy, b0, b1, tuning);
 }
 

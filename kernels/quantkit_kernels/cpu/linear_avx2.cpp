@@ -35,6 +35,9 @@ inline __m256i four_bytes(const char *x) {
     return _mm256_set1_epi32(value);
 }
 
+// Sums stay in the order written: reassociated trees of them do not fit in the registers.
+inline void pin(__m256i &v) { __asm__("" : "+x"(v)); }
+
 // 32 columns of H halves (from `half`) and T rows of activations into sum.
 template <int BITS, int KIND, int T, int H>
 __attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int columns, int c, int half,
@@ -63,12 +66,15 @@ __attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int
                 if constexpr (KIND == A16) {
                     sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(code[h], a));
                     sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(upper[h], odd));
+                    pin(sum[h][t]);
                 } else {
                     const __m256i product = _mm256_maddubs_epi16(code[h], a);
                     narrow[h][t] = q ? _mm256_add_epi16(narrow[h][t], product) : product;
+                    pin(narrow[h][t]);
                     if constexpr (BITS == 8) {
                         const __m256i more = _mm256_maddubs_epi16(upper[h], a);
                         high[h][t] = q ? _mm256_add_epi16(high[h][t], more) : more;
+                        pin(high[h][t]);
                     }
                 }
             }
@@ -104,9 +110,11 @@ __attribute__((always_inline)) inline void scale_and_add(const Unit &u, const Ac
     }
 }
 
-// T rows of activations over a unit of C columns. One row: all of it unrolled, which reads memory fastest.
+// T rows of activations over a unit. One row: a constant number C of columns, all of it unrolled, which reads
+// memory fastest; else C = 0 and a loop.
 template <int BITS, int KIND, int T, int C>
-__attribute__((always_inline)) inline void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+__attribute__((always_inline)) inline void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
+                                                         float *acc) {
     constexpr int H = T <= 2 ? 2 : 1;
     const char *x[T];
     for (int t = 0; t < T; ++t) x[t] = a.at(row + t, i);
@@ -114,26 +122,33 @@ __attribute__((always_inline)) inline void tokens(const Unit &u, const Activatio
         __m256i sum[H][T];
         for (int h = 0; h < H; ++h)
             for (int t = 0; t < T; ++t) sum[h][t] = _mm256_setzero_si256();
-        if constexpr (T == 1) {
+        if constexpr (C > 0) {
 #pragma GCC unroll 4
             for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T, H>(u.codes, C, c, half, x, sum);
         } else {
 #pragma GCC unroll 1
-            for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T, H>(u.codes, C, c, half, x, sum);
+            for (int c = 0; c < a.columns / 32; ++c)
+                add_columns<BITS, KIND, T, H>(u.codes, a.columns, c, half, x, sum);
         }
         for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, half + h, sum[h], acc);
     }
 }
 
+template <int BITS, int KIND, int T>
+__attribute__((noinline)) void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
+}
+
 struct Avx2 {
+    static constexpr bool TILES = false;
     template <int BITS, int KIND, int C>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
         int64_t row = r0;
-        for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4, C>(u, a, i, row, acc);
+        for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4>(u, a, i, row, acc);
         switch (r1 - row) {
-            case 3: return tokens<BITS, KIND, 3, C>(u, a, i, row, acc);
-            case 2: return tokens<BITS, KIND, 2, C>(u, a, i, row, acc);
-            case 1: return tokens<BITS, KIND, 1, C>(u, a, i, row, acc);
+            case 3: return tokens<BITS, KIND, 3>(u, a, i, row, acc);
+            case 2: return tokens<BITS, KIND, 2>(u, a, i, row, acc);
+            case 1: return sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
             default: return;
         }
     }

@@ -28,24 +28,31 @@ struct Line {  // a line of 64 bytes as 16 dwords
 };
 
 struct Portable {
-    template <int BITS, int KIND, int C>
+    static constexpr bool TILES = false;
+    template <int BITS, int KIND, int>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
-        alignas(64) int16_t panel[C * ROWS];
+        unit<BITS, KIND>(u, a, i, r0, r1, acc);
+    }
+
+    template <int BITS, int KIND>
+    static void unit(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        alignas(64) int16_t panel[128 * ROWS];
+        const int columns = a.columns;
         alignas(64) float scale[ROWS], zero[ROWS];
         read_scales(u, scale, zero);
-        for (int q = 0; q < C / 4; ++q) {
-            const Line::type codes = quad<BITS, Line>(u.codes, C, q / 8, q % 8, 0);
+        for (int q = 0; q < columns / 4; ++q) {
+            const Line::type codes = quad<BITS, Line>(u.codes, columns, q / 8, q % 8, 0);
             for (int j = 0; j < 4; ++j) {
                 // int16 activations come in the order 0, 2, 1, 3.
-                const int column = KIND == A16 ? (j & 1) * 2 + (j >> 1) : j;
+                const int place = KIND == A16 ? (j & 1) * 2 + (j >> 1) : j;
                 for (int r = 0; r < ROWS; ++r)
-                    panel[(4 * q + column) * ROWS + r] = int16_t(codes.lane[r] >> (8 * j) & 255);
+                    panel[(4 * q + place) * ROWS + r] = int16_t(codes.lane[r] >> (8 * j) & 255);
             }
         }
         for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
             alignas(64) int32_t sum[ROWS] = {};
             const char *x = a.at(row, i);
-            for (int k = 0; k < C; ++k) {
+            for (int k = 0; k < columns; ++k) {
                 const int32_t value =
                     KIND == A8 ? reinterpret_cast<const int8_t *>(x)[k] : reinterpret_cast<const int16_t *>(x)[k];
                 for (int r = 0; r < ROWS; ++r) sum[r] += value * panel[k * ROWS + r];

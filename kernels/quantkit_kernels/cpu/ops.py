@@ -135,7 +135,7 @@ def unpack(weight: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | N
     return packed, (scale * weight.scale_factor).to(weight.scale_dtype), zero
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -> int:
     """Bytes of the units of a weight [N, K]: 16 rows x C columns each, and their scales."""
     columns = 128 if group_size == k or group_size % 128 == 0 else group_size

@@ -1,0 +1,133 @@
+// AVX-512 VNNI on whole units: shared by the avx512 path and, for few tokens, by the amx path.
+// The intrinsics come from <immintrin.h>, or from emulate.h on a machine without them.
+#pragma once
+
+#include "linear.h"
+
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#ifdef QK_EMULATE  // nothing to gain there, and minutes of compiling to lose
+#define QK_UNROLL(n)
+#define QK_INLINE inline
+#define QK_APART
+#else
+#define QK_PRAGMA(text) _Pragma(#text)
+#define QK_UNROLL(n) QK_PRAGMA(GCC unroll n)
+#define QK_INLINE inline __attribute__((always_inline))
+#define QK_APART __attribute__((noinline))
+#endif
+
+namespace qk {
+namespace {
+
+struct Whole {  // a line of 64 bytes
+    using type = __m512i;
+    static type load(const uint8_t *from) { return _mm512_loadu_si512(from); }
+    static type right(type v, int n) { return _mm512_srli_epi32(v, unsigned(n)); }
+    static type left(type v, int n) { return _mm512_slli_epi32(v, unsigned(n)); }
+    static type bits(type v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+    static type either(type v, type o) { return _mm512_or_si512(v, o); }
+};
+
+inline __m512i four_bytes_everywhere(const char *x) {
+    int32_t value;
+    std::memcpy(&value, x, 4);
+    return _mm512_set1_epi32(value);
+}
+
+inline __m512 sixteen_halves(const uint8_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+}
+
+inline __m512 unit_scales(const Unit &u) { return u.wide ? _mm512_loadu_ps(u.scales) : sixteen_halves(u.scales); }
+
+inline __m512i unit_zeros(const Unit &u) {
+    return _mm512_cvtps_epi32(sixteen_halves(u.scales + (u.wide ? 64 : 32)));
+}
+
+// acc[16] += (sum - z total) (s_w s_a).
+inline void scale_and_add(__m512i sum, __m512i zero, __m512 scale, int32_t total, float token_scale, float *acc) {
+    const __m512i offset = _mm512_mullo_epi32(zero, _mm512_set1_epi32(total));
+    const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset));
+    const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(token_scale));
+    _mm512_storeu_ps(acc, _mm512_add_ps(_mm512_loadu_ps(acc), _mm512_mul_ps(exact, both)));
+}
+
+// 32 columns and T rows of activations into sum.
+template <int BITS, int KIND, int T>
+QK_INLINE void add_columns(const uint8_t *codes, int columns, int c, const char *const *x,
+                                                       __m512i (&sum)[T]) {
+    constexpr int SIZE = KIND == A8 ? 1 : 2;
+QK_UNROLL(8)
+    for (int q = 0; q < 8; ++q) {
+        const __m512i code = quad<BITS, Whole>(codes, columns, c, q, 0);
+        if constexpr (KIND == A8) {
+QK_UNROLL(8)
+            for (int t = 0; t < T; ++t)
+                sum[t] = _mm512_dpbusd_epi32(sum[t], code, four_bytes_everywhere(x[t] + c * 32 + q * 4));
+        } else {
+            const __m512i even = _mm512_and_si512(code, _mm512_set1_epi32(0x00ff00ff));
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(code, 8), _mm512_set1_epi32(0x00ff00ff));
+QK_UNROLL(8)
+            for (int t = 0; t < T; ++t) {
+                const char *at = x[t] + (c * 32 + q * 4) * SIZE;
+                sum[t] = _mm512_dpwssd_epi32(sum[t], even, four_bytes_everywhere(at));
+                sum[t] = _mm512_dpwssd_epi32(sum[t], odd, four_bytes_everywhere(at + 4));
+            }
+        }
+    }
+}
+
+// T rows of activations over a unit. One row: a constant number C of columns, all of it unrolled, which reads
+// memory fastest; else C = 0 and a loop.
+template <int BITS, int KIND, int T, int C>
+QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
+                                                         float *acc) {
+    const char *x[T];
+    __m512i sum[T];
+    for (int t = 0; t < T; ++t) {
+        x[t] = a.at(row + t, i);
+        sum[t] = _mm512_setzero_si512();
+    }
+    if constexpr (C > 0) {
+QK_UNROLL(4)
+        for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T>(u.codes, C, c, x, sum);
+    } else {
+QK_UNROLL(1)
+        for (int c = 0; c < a.columns / 32; ++c) add_columns<BITS, KIND, T>(u.codes, a.columns, c, x, sum);
+    }
+    const __m512i zero = unit_zeros(u);
+    const __m512 scale = unit_scales(u);
+    const int64_t at = i * a.rows + row;
+    for (int t = 0; t < T; ++t) scale_and_add(sum[t], zero, scale, a.sum[at + t], a.scale[at + t], acc + t * ROWS);
+}
+
+template <int BITS, int KIND, int T>
+QK_APART void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
+}
+
+struct Vnni {
+    static constexpr bool TILES = false;
+    template <int BITS, int KIND, int C>
+    static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        int64_t row = r0;
+        for (; row + 8 <= r1; row += 8, acc += 8 * ROWS) tokens<BITS, KIND, 8>(u, a, i, row, acc);
+        if (r1 - row >= 4) {
+            tokens<BITS, KIND, 4>(u, a, i, row, acc);
+            row += 4, acc += 4 * ROWS;
+        }
+        switch (r1 - row) {
+            case 3: return tokens<BITS, KIND, 3>(u, a, i, row, acc);
+            case 2: return tokens<BITS, KIND, 2>(u, a, i, row, acc);
+            case 1: return sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
+            default: return;
+        }
+    }
+};
+
+}  // namespace
+}  // namespace qk
