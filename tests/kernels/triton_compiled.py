@@ -29,7 +29,7 @@ def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
     cut = geometry(bits, group, k)
     config = rule(bits, m, n, cut, 132)
     fixed = constants(bits, zeros, fp8, group, k, activations)
-    fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLITS": config.splits}
+    fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLIT": config.splits > 1}
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
     pointers = {"codes": "*u8", "zeros": "*u8", "scales": "*bf16", "parts": "*fp32", "tickets": "*i32"}
     kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations) | dict.fromkeys(INTEGERS, "i32")
@@ -53,9 +53,9 @@ def main_loop(sass: str) -> list[str]:
         else:
             code.append(re.sub(r"^@!?U?P\w+ ", "", line.split("\t")[-1]))
     for i, text in enumerate(code):
-        jump = re.match(r"BRA\S* .*?(LBB\d+)", text)
-        if jump and labels[jump[1]] <= i:
-            body = code[labels[jump[1]] : i + 1]
+        jump = re.match(r"BRA\S* .*?(LBB\d+|0x[0-9a-f]+)", text)  # an address if the predicate is uniform
+        if jump and (start := labels[jump[1]] if jump[1] in labels else int(jump[1], 16) // 16) <= i:
+            body = code[start : i + 1]
             if any("MMA" in t.split()[0] for t in body) and (not best or len(body) < len(best)):
                 best = body
     return best

@@ -63,8 +63,8 @@ def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
     bm = min(bucket(m), 64) if bits == 3 else bucket(m)
     warps = 8 if bm >= 64 else 4
     stages = 4 if bm <= 64 else 3
-    if bits == 3:  # a chunk of 256 columns brings eight tiles of x
-        stages = 2 if bm == 64 else 3
+    if bits == 3 and bm == 64:  # a chunk of 256 columns brings eight tiles of x
+        stages = 2
     unroll = 2 if bm <= 32 and cut.chunk <= 128 and bits in (2, 4) and cut.chunks % 2 == 0 else 1
     trips = cut.chunks // unroll
     for bn in (128, 64):

@@ -112,7 +112,7 @@ def linear_kernel(
     zeros,  # uint8 [groups, N'] if HAS_ZEROS
     bias,  # [N] if HAS_BIAS
     y,  # [M, N]
-    parts,  # fp32 [tiles, SPLITS, BM, BN] if SPLITS > 1
+    parts,  # fp32 [tiles, splits, BM, BN] if SPLIT
     tickets,  # int32 [tiles], all 0 before and after
     n_m,
     n,
@@ -133,7 +133,7 @@ def linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     UNROLL: tl.constexpr,  # chunks per trip
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether there are several programs per tile, then program_id(1) counts them
     EVEN_K: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -148,6 +148,7 @@ def linear_kernel(
     tiles_m = tl.cdiv(n_m, BM)
     tile = tl.program_id(0)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     pid_n = tile // tiles_m
     m = (tile % tiles_m) * BM + tl.arange(0, BM)
     rows = pid_n * BN + tl.arange(0, BN)
@@ -159,7 +160,7 @@ def linear_kernel(
     if HAS_ZEROS and GROUP == 0:
         zero = tl.load(zeros + stored).to(tl.float32)
     acc = tl.zeros([BN, BM], tl.float32)
-    each = tl.cdiv(trips, SPLITS)
+    each = tl.cdiv(trips, splits)
     for trip in tl.range(split * each, tl.minimum(split * each + each, trips), num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             chunk = trip * UNROLL + u
@@ -205,17 +206,17 @@ def linear_kernel(
         acc *= tl.load(scales + stored).to(tl.float32)[:, None]
 
     final = True
-    if SPLITS > 1:
+    if SPLIT:
         wanted = (m < n_m)[None, :]
         inside = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
-        mine = parts + tile.to(tl.int64) * (SPLITS * BN * BM) + inside
+        mine = parts + tile.to(tl.int64) * (splits * BN * BM) + inside
         tl.store(mine + split * (BN * BM), acc, mask=wanted, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its ticket
         ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
-        final = ticket == SPLITS - 1
+        final = ticket == splits - 1
         if final:
             acc = tl.zeros([BN, BM], tl.float32)
-            for i in tl.range(0, SPLITS):
+            for i in tl.range(0, splits):
                 acc += tl.load(mine + i * (BN * BM), mask=wanted, other=0.0, cache_modifier=".cg")
             tl.store(tickets + tile, 0)
     if final:

@@ -131,7 +131,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
         BM=bm,
         BN=bn,
         UNROLL=unroll,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         HAS_BIAS=bias is not None,
         STAGES=stages,
         num_warps=warps,

@@ -1,0 +1,191 @@
+"""Times tile sizes on this GPU and writes a table for `configs.py`.
+
+    python -m quantkit_kernels.triton.tune [--output FILE] [--bits 4 8] [--shapes 4096x4096 ...] [--seconds 480]
+
+Every candidate is first compared with the twin: a wrong one ends the run. Weights rotate through more memory than the
+cache holds, and a CUDA graph of all copies is timed, so that neither the cache nor Python is in the numbers. Shapes are
+[N]x[K]. The file is written after every shape; what the time did not suffice for keeps the rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit_kernels.triton.configs import BUCKETS, DEQUANTIZE_FROM, TABLES, Config, rule
+from quantkit_kernels.triton.layout import ROWS, Geometry, geometry
+from quantkit_kernels.triton.op import _twin, dequantize, launch
+
+SHAPES = [
+    "6144x4096",
+    "4096x4096",
+    "28672x4096",
+    "4096x14336",
+]  # fused q/k/v, o, fused gate/up, down of Llama-3-8B
+CROSSOVER = (192, 256, 384, 512, 768, 1024, 1536)
+_ROTATE = 256 << 20  # bytes, five times the cache of an H200
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight shape in as many random copies as fill `_ROTATE`."""
+
+    bits: int
+    group: int
+    n: int
+    k: int
+    cut: Geometry
+    copies: list[tuple[torch.Tensor, torch.Tensor]]  # codes, scales
+
+    @classmethod
+    def random(cls, bits: int, group: int, n: int, k: int, device: torch.device) -> Problem:
+        """Symmetric codes; zeros cost the same."""
+        cut = geometry(bits, group, k)
+        blocks = -(-n // ROWS)
+        shape = (blocks, cut.chunks, cut.planes, ROWS // 2, 2 * cut.h)
+        copies = []
+        count = max(2, -(-_ROTATE * 8 // (n * k * bits)))
+        for _ in range(count):
+            codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            scales = torch.randn(cut.groups, blocks * ROWS, device=device, dtype=torch.bfloat16) / k**0.5
+            copies.append((codes, scales))
+        return cls(bits, group, n, k, cut, copies)
+
+    def run(self, x: torch.Tensor, copy: int, config: Config) -> torch.Tensor:
+        """The kernel on one copy."""
+        codes, scales = self.copies[copy]
+        return launch(x, codes, scales, None, None, self.bits, self.group, self.n, self.k, config)
+
+    def dense(self, x: torch.Tensor, copy: int) -> torch.Tensor:
+        """W written out, then PyTorch's matmul."""
+        codes, scales = self.copies[copy]
+        w = dequantize(codes, scales, None, self.bits, self.group, self.n, self.k, x.dtype)
+        return torch.nn.functional.linear(x, w)
+
+
+def candidates(bits: int, bucket: int, n: int, cut: Geometry, processors: int) -> list[Config]:
+    """The rule's choice and its neighbours, the rule first."""
+    first = rule(bits, bucket, n, cut, processors)
+    found = [first]
+    tiles = [first.bm, 8] if bucket == 16 else [first.bm]
+    for bm in tiles:
+        for bn in (64, 128) if bm < 64 else (128,):
+            for unroll in (1, 2) if bm <= 32 else (1,):
+                for warps in (4, 8) if bm >= 64 else (4,):
+                    for stages in (3, 4, 6) if bm <= 32 else (2, 3, 4):
+                        trips = cut.chunks // unroll
+                        blocks = -(-n // bn) * -(-bucket // bm)
+                        wanted = {1, max(1, processors // blocks), max(1, 2 * processors // blocks)}
+                        wanted.add(max(1, 3 * processors // blocks))
+                        for splits in sorted(min(s, trips, 16) for s in wanted):
+                            found.append(Config(bm, bn, unroll, splits, warps, stages))
+    fits = (c for c in found if cut.chunks % c.unroll == 0)
+    return list(dict.fromkeys(fits))
+
+
+def microseconds(call: Callable[[int], object], copies: int, rounds: int = 5) -> float:
+    """Median time of one call in a CUDA graph of one call per copy."""
+    call(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            call(copy)
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / copies)
+    return statistics.median(times)
+
+
+def best(problem: Problem, bucket: int, deadline: float) -> tuple[Config, float] | None:
+    """The fastest candidate at M = bucket that agrees with the twin, and its time; None if there was no time."""
+    device = problem.copies[0][0].device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    x = torch.randn(bucket, problem.k, device=device).bfloat16()
+    codes, scales = problem.copies[0]
+    truth = _twin(x.float(), codes, scales, None, None, problem.bits, problem.group, problem.n, problem.k)
+    found: tuple[Config, float] | None = None
+    for config in candidates(problem.bits, bucket, problem.n, problem.cut, processors):
+        if time.monotonic() > deadline:
+            break
+        try:
+            y = problem.run(x, 0, config)
+        except Exception as error:  # shared memory or registers: triton has its own type in each version
+            if type(error).__name__ != "OutOfResources":
+                raise
+            continue
+        off = ((y.float() - truth).norm() / truth.norm()).item()
+        if not off < 4e-3:
+            sys.exit(f"{config} is wrong on {problem.bits} bits [{problem.n}, {problem.k}]: off by {off:.3g}")
+        took = microseconds(lambda copy, c=config: problem.run(x, copy, c), len(problem.copies))
+        if found is None or took < found[1]:
+            found = config, took
+    return found
+
+
+def crossover(problem: Problem) -> int:
+    """The first M of CROSSOVER from which writing W out is faster; beyond the last if it never is."""
+    device = problem.copies[0][0].device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for m in CROSSOVER:
+        x = torch.randn(m, problem.k, device=device).bfloat16()
+        config = rule(problem.bits, m, problem.n, problem.cut, processors)
+        fused = microseconds(lambda copy, x=x, c=config: problem.run(x, copy, c), 2)
+        if microseconds(lambda copy, x=x: problem.dense(x, copy), 2) < fused:
+            return m
+    return 2 * CROSSOVER[-1]
+
+
+def main() -> None:
+    """Parse, tune, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--seconds", type=float, default=480)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device")
+    import triton
+
+    chip = torch.cuda.get_device_name()
+    output = arguments.output or TABLES / (chip.lower().replace(" ", "-") + ".json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + arguments.seconds
+    table = {"chip": chip, "triton": triton.__version__, "torch": torch.__version__}
+    table |= {"dequantize_from": DEQUANTIZE_FROM, "entries": []}
+    for bits in arguments.bits:
+        for shape in arguments.shapes:
+            n, k = (int(size) for size in shape.split("x"))
+            problem = Problem.random(bits, arguments.group, n, k, torch.device("cuda"))
+            if not table["entries"]:
+                table["dequantize_from"] = crossover(problem)
+            for bucket in BUCKETS:
+                if found := best(problem, bucket, deadline):
+                    config, took = found
+                    entry = [bits, arguments.group, False, bucket, n, k, list(config), round(took, 2)]
+                    table["entries"].append(entry)
+                    gigabytes = n * k * bits / 8e3 / took
+                    print(f"W{bits} [{n}, {k}] M={bucket}: {took:.1f} us, {gigabytes:.0f} GB/s, {config}")
+            output.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps({"table": str(output), "entries": len(table["entries"])}))
+
+
+if __name__ == "__main__":
+    main()
