@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "quantize": ("quantkit.pipeline", "quantize"),
+    "generate": ("quantkit.runtime", "generate"),
     "load": ("quantkit.checkpoint.load", "load"),
     "evaluate": ("quantkit_eval", "evaluate"),
     "inspect": ("quantkit.checkpoint.inspect", "inspect_checkpoint"),

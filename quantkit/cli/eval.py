@@ -10,7 +10,7 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.opening import device_option, dtype_option, open_model
+from quantkit.cli.opening import backend_option, compute_option, device_option, dtype_option, open_model
 from quantkit.cli.output import json_option, make_console, write_report
 
 
@@ -27,6 +27,8 @@ from quantkit.cli.output import json_option, make_console, write_report
 @click.option("--context", type=click.IntRange(2), help="Tokens per window; default: min(2048, the model's).")
 @click.option("--stride", type=click.IntRange(1), help="Default: the context.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
+@backend_option
+@compute_option
 @device_option
 @dtype_option
 @json_option
@@ -37,6 +39,8 @@ def command(
     context: int | None,
     stride: int | None,
     max_tokens: int | None,
+    backend: str,
+    compute: str,
     device: str,
     dtype: str,
     json_file: str | None,
@@ -44,7 +48,7 @@ def command(
     """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement."""
     from quantkit_eval import evaluate
 
-    candidate, tokenizer = open_model(model, device, dtype)
+    candidate, tokenizer = open_model(model, device, dtype, backend, compute)
     reference, its_tokenizer = open_model(baseline, device, dtype) if baseline else (None, None)
     report = evaluate(
         candidate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from quantkit.cli.opening import device_option, dtype_option, open_model
+from quantkit.cli.opening import backend_option, compute_option, device_option, dtype_option, open_model
 
 
 @click.command("generate")
@@ -15,6 +15,8 @@ from quantkit.cli.opening import device_option, dtype_option, open_model
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@backend_option
+@compute_option
 @device_option
 @dtype_option
 def command(
@@ -25,15 +27,26 @@ def command(
     top_k: int,
     top_p: float,
     seed: int,
+    backend: str,
+    compute: str,
     device: str,
     dtype: str,
 ) -> None:
-    """Continue a prompt with MODEL (a folder or hub id), token by token."""
+    """Continue a prompt with MODEL (a folder or hub id), token by token.
+
+    On the CPU a family that the native path knows runs in it, whole steps in one call; others run in transformers.
+    """
     from quantkit_eval import generate_stream
 
-    opened, tokenizer = open_model(model, device, dtype)
+    from quantkit.runtime import native
+
+    opened, tokenizer = open_model(model, device, dtype, backend, compute)
+    runner = native(opened, compute) if opened.device.type == "cpu" else "no native path on this device"
+    if isinstance(runner, str):
+        click.echo(f"in transformers: {runner}", err=True)
+        runner = opened
     done = generate_stream(
-        opened,
+        runner,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,

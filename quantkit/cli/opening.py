@@ -18,6 +18,19 @@ dtype_option = click.option(
     show_default=True,
     help="auto: the checkpoint's on CUDA, float32 on CPU.",
 )
+backend_option = click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="Kernels of packed linears; `quantkit kernels` lists them.",
+)
+compute_option = click.option(
+    "--compute",
+    type=click.Choice(["float", "int8", "int8-token"]),
+    default="float",
+    show_default=True,
+    help="Activations in the native CPU kernels: as they are, or rounded per token and group, or per token.",
+)
 
 
 def resolve(path_or_id: str) -> Path:
@@ -25,7 +38,9 @@ def resolve(path_or_id: str) -> Path:
     return resolve_model(path_or_id, Path(path_or_id))
 
 
-def open_model(path_or_id: str, device: str, dtype: str) -> tuple[Any, Any]:
+def open_model(
+    path_or_id: str, device: str, dtype: str, backend: str = "auto", compute: str = "float"
+) -> tuple[Any, Any]:
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
     from transformers import AutoTokenizer
@@ -33,7 +48,13 @@ def open_model(path_or_id: str, device: str, dtype: str) -> tuple[Any, Any]:
     from quantkit.checkpoint.load import load
 
     path = resolve(path_or_id)
-    model = load(path, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    model = load(
+        path,
+        device=device,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        backend=backend,
+        compute=compute,
+    )
     click.echo(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
