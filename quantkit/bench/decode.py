@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
 WAYS: dict[str, Way] = {
     "native W4A8": Way("packed", True, "int8"),
-    "native W4A8 per token": Way("packed", True, "int8_token"),
+    "native W4A8 per token": Way("packed", True, "int8-token"),
     "native W4A16": Way("packed", True),
     "eager W4A8": Way("packed", compute="int8"),
     "eager W4A16": Way("packed"),
