@@ -453,12 +453,45 @@ def run(
         "cells": [],
     }
     write(describe(roofline))
+    if device == "cpu" and native_available():
+        report["call_overhead_us"] = call_overhead()
+        write(
+            "overhead of a call: {op:.1f} us, by bare ctypes {ctypes:.1f} us".format(
+                **report["call_overhead_us"]
+            )
+        )
     for n, k in shapes(names):
         for m in tokens:
             report["cells"].append(cell(ops, n, k, m, roofline, device, rounds, rotation, peers=peers))
             write(table(report["cells"][-1]))
             save(report)
     return report
+
+
+def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
+    """Microseconds per call on one unit of 16 x 128, warm, one thread: the torch op, and the C function by ctypes.
+
+    The bare call gets addresses that are known and an output that is there; the op checks shapes and makes its own.
+    """
+    from quantkit_kernels.cpu import library, ops
+
+    packed = ops.pack(*Source.random(16, 128, 4, 128, "cpu")[:2], None, 4, 16, 128)
+    x, y, weight = torch.zeros(1, 128), torch.empty(1, 16), packed.weight()
+    linear, x_at, y_at = library.required().qk_linear, x.data_ptr(), y.data_ptr()
+    facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.wide_scales)
+    runs = {
+        "ctypes": lambda: linear(weight, x_at, 0, 1, ops.FLOAT, y_at, 0, 1),
+        "op": lambda: torch.ops.quantkit.cpu_linear(x, packed.units, None, *facts),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, once in runs.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    once()
+                times[name].append((time.perf_counter() - start) / calls * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def where(device: str) -> dict[str, Any]:

@@ -98,3 +98,10 @@ def test_roofline_measures_something():
     found = measure(threads=1, buffer=1 << 21, rounds=1)
     assert found.read > 1e8
     assert found.peak["fp32"] > 0
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native CPU library is not built")
+def test_call_overhead_times_the_op_and_the_bare_call():
+    found = kernels.call_overhead(calls=3, rounds=1)
+    assert found.keys() == {"op", "ctypes"}
+    assert all(us > 0 for us in found.values())
