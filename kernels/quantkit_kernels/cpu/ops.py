@@ -144,52 +144,41 @@ def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -
 
 
 def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
-    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
-    torch._check(x.dtype in _TYPES, lambda: f"x must be fp32, bf16 or fp16, got {x.dtype}")
+    """TypeError or ValueError unless memory is what the native code takes it for."""
+    if x.shape[-1] != k:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {k}")
+    if x.dtype not in _TYPES:
+        raise TypeError(f"x must be fp32, bf16 or fp16, got {x.dtype}")
     size = units_bytes(bits, group_size, n, k, wide_scales)
-    torch._check(
-        units.numel() == size and units.dtype == torch.uint8,
-        lambda: (
-            f"units of a {bits}-bit [{n}, {k}] weight are uint8 [{size}], got {units.dtype} {list(units.shape)}"
-        ),
-    )
-    if bias is not None:
-        torch._check(
-            tuple(bias.shape) == (n,) and bias.dtype == torch.float32,
-            lambda: f"bias must be fp32 [{n}], got {bias.dtype} {list(bias.shape)}",
-        )
+    if units.numel() != size or units.dtype != torch.uint8 or not units.is_contiguous():
+        got = f"{units.dtype} {list(units.shape)}"
+        raise ValueError(f"units of a {bits}-bit [{n}, {k}] weight are contiguous uint8 [{size}], got {got}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
+        raise ValueError(f"bias must be contiguous fp32 [{n}], got {bias.dtype} {list(bias.shape)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales) -> library.Weight:
+    """The C struct of these numbers; kept, as making one takes longer than the rest of a call."""
+    return library.Weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales)
 
 
 def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
     _check(x, units, bias, bits, group_size, n, k, wide_scales)
-    x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
-    weight = library.Weight(
-        units.data_ptr(),
-        bias.data_ptr() if bias is not None else None,
-        scale_factor,
-        n,
-        k,
-        group_size,
-        bits,
-        wide_scales,
-    )
+    bias_at = None if bias is None else bias.data_ptr()
+    weight = _weight(units.data_ptr(), bias_at, scale_factor, n, k, group_size, bits, wide_scales)
     run(x, weight, x.numel() // k, compute, y)
     return y
 
 
 def run(x: torch.Tensor, weight: library.Weight, m: int, compute: int, y: torch.Tensor) -> None:
-    """y [M, N] = x [M, K] W^T + bias, both contiguous; the bare call, for weights of tables too."""
-    status = library.required().qk_linear(
-        weight,
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        m,
-        compute,
-        y.data_ptr(),
-        _TYPES[y.dtype],
-        torch.get_num_threads(),
-    )
+    """y [M, N] = x [M, K] W^T + bias, both contiguous and of one dtype; the bare call, for weights of tables too."""
+    kind = _TYPES[x.dtype]
+    linear = library.required().qk_linear
+    status = linear(weight, x.data_ptr(), kind, m, compute, y.data_ptr(), kind, torch.get_num_threads())
     if status:
         library.isa()  # says so if the forced instruction set is missing
         raise RuntimeError(
