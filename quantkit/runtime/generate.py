@@ -56,8 +56,13 @@ def stream(
     tokens of the generation config) or `max_new_tokens`. Draws from a generator of its own; seed None: a new one
     each time. On a CPU a model that the native path does not know runs eager, with a warning that says why.
 
-    ModelError for an empty or too long prompt; EvalError for tokens that the model does not have.
+    ModelError for an empty or too long prompt and options out of range; EvalError for tokens that the model does not
+    have.
     """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ModelError(
+            f"temperature and top_k are at least 0, top_p in (0, 1]; got {temperature}, {top_k} and {top_p}"
+        )
     runner = model if isinstance(model, NativeDecoder) else _runner(model)
     prompt = _prompt(input_ids)
     check_vocabulary(runner, prompt.tolist())

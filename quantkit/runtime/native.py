@@ -29,6 +29,8 @@ class Sequence:
     def append(self, tokens: torch.Tensor, keep: int = 1, chunk: int = CHUNK) -> torch.Tensor:
         """Run tokens [M], `chunk` at a time; fp32 logits [keep, vocabulary] of the last `keep`."""
         start, length = len(self), len(tokens)
+        if not length:
+            raise ValueError("there are no tokens to append")
         logits = []
         for first in range(0, length, chunk):
             part = tokens[first : first + chunk]

@@ -135,6 +135,12 @@ def test_prompts_that_do_not_fit_are_errors(ids, new, error):
         stream(tiny_models.FAMILIES["llama"](), ids, new)
 
 
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_options_out_of_range_are_errors(options):
+    with pytest.raises(ModelError, match="top_p in"):
+        stream(tiny_models.FAMILIES["llama"](), torch.tensor([3]), 5, **options)
+
+
 @needs_library
 def test_a_token_the_model_does_not_have_is_an_error():
     with pytest.raises(EvalError, match="token 128"):

@@ -1,9 +1,11 @@
 """The native decoder against the eager model, on tiny random models of every family it knows."""
 
 import ctypes
+import gc
 import shutil
 import subprocess
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -343,6 +345,15 @@ def test_the_tables_are_made_once_and_anew_when_a_weight_changes():
     model.model.layers[0].mlp.up_proj.weight.data = torch.zeros(128, 64)
     assert decoder(model) is not first
     assert_close(decoder(model).start().append(ids, keep=20), eager(model, ids))
+
+
+def test_a_dropped_model_is_freed():
+    model = tiny_models.FAMILIES["llama"]()
+    decoder(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_token_outside_the_vocabulary_is_an_error():

@@ -3,42 +3,44 @@
 // A tile is up to tile_rows() query vectors of one kv head, which read each page together. Keys lie transposed
 // ([head_dim, PAGE]), so scores and outputs are both sums of scaled vectors, without sums across lanes.
 
-// out[r][0..width) += sum over i < count of coefficient[r][i] * rows[i][0..width), for R rows r; width is a
-// multiple of LANES. Both products have this form: q K (i a dimension) and p V (i a position).
-template <int R, class T>
-void combine(const float *coefficient, int ldc, const T *rows, int ldr, int count, float *out, int ldo,
-             int width) {
-    constexpr int WIDE = 2;
-    int c = 0;
-    for (; c + WIDE * LANES <= width; c += WIDE * LANES) {
-        vf acc[R][WIDE];
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < WIDE; w++) acc[r][w] = load(out + r * ldo + c + w * LANES);
-        for (int i = 0; i < count; i++)
-            for (int w = 0; w < WIDE; w++) {
-                const vf row = load(rows + (int64_t)i * ldr + c + w * LANES);
-                for (int r = 0; r < R; r++) acc[r][w] = fused(row, all(coefficient[r * ldc + i]), acc[r][w]);
-            }
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < WIDE; w++) store(out + r * ldo + c + w * LANES, acc[r][w]);
-    }
-    for (; c < width; c += LANES)
+// One block of R rows and WIDE vectors of combine_rows.
+template <int R, int WIDE, class T>
+void combine(const float *coefficient, int ldc, const T *rows, int ldr, int count, float *out, int ldo) {
+    vf acc[R][WIDE];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < WIDE; w++) acc[r][w] = load(out + r * ldo + w * LANES);
+    for (int i = 0; i < count; i++) {
+        vf row[WIDE];
+        for (int w = 0; w < WIDE; w++) row[w] = load(rows + (int64_t)i * ldr + w * LANES);
         for (int r = 0; r < R; r++) {
-            vf acc = load(out + r * ldo + c);
-            for (int i = 0; i < count; i++)
-                acc = fused(load(rows + (int64_t)i * ldr + c), all(coefficient[r * ldc + i]), acc);
-            store(out + r * ldo + c, acc);
+            const vf by = all(coefficient[r * ldc + i]);
+            for (int w = 0; w < WIDE; w++) acc[r][w] = fused(row[w], by, acc[r][w]);
         }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < WIDE; w++) store(out + r * ldo + w * LANES, acc[r][w]);
 }
 
+// out[r][0..width) += sum over i < count of coefficient[r][i] * rows[i][0..width); width is a multiple of LANES.
+// Both products have this form: q K (i a dimension) and p V (i a position). All rows go over one column block
+// before the next, which then comes from the first-level cache.
 template <class T>
 void combine_rows(int count_rows, const float *coefficient, int ldc, const T *rows, int ldr, int count,
                   float *out, int ldo, int width) {
-    int r = 0;
-    for (; r + 4 <= count_rows; r += 4)
-        combine<4>(coefficient + r * ldc, ldc, rows, ldr, count, out + r * ldo, ldo, width);
-    for (; r < count_rows; r++)
-        combine<1>(coefficient + r * ldc, ldc, rows, ldr, count, out + r * ldo, ldo, width);
+    constexpr int R = 4, WIDE = 2;
+    int c = 0;
+    for (; c + WIDE * LANES <= width; c += WIDE * LANES) {
+        int r = 0;
+        for (; r + R <= count_rows; r += R)
+            combine<R, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+        for (; r + 2 <= count_rows; r += 2)
+            combine<2, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+        for (; r < count_rows; r++)
+            combine<1, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+    }
+    for (; c < width; c += LANES)
+        for (int r = 0; r < count_rows; r++)
+            combine<1, 1>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
 }
 
 // scores [PAGE] of one row, of which [low, high) count, become probabilities against the running maximum;
