@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from typing import NamedTuple
@@ -158,9 +159,9 @@ def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales) -> library.Weight:
-    """The C struct of these numbers; kept, as making one takes longer than the rest of a call."""
-    return library.Weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales)
+def _weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales):
+    """A reference to the C struct of these numbers; kept, as making one takes longer than the rest of a call."""
+    return ctypes.byref(library.Weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales))
 
 
 def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
