@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import shutil
 import subprocess
 import threading
@@ -134,6 +135,7 @@ def widest(tmp_path_factory):
     sources = Path(library.__file__).parent
     command = [compiler, "-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-DQK_EMULATE"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{sources}", "-o", str(folder / "widest.so")]
+    command += os.environ.get("QUANTKIT_CXXFLAGS", "").split()
     subprocess.run([*command, *map(str, sources.glob("decode*.cpp")), str(folder / "rest.cpp")], check=True)
     return ctypes.CDLL(str(folder / "widest.so"))
 

@@ -15,6 +15,7 @@ struct f16 {
     uint16_t bits;
 };
 
+// FUSED, WIDEN16 and WIDEN_F16 are a path's instructions for what the compiler does not find by itself.
 inline vf load(const float *p) { return *(const vf_at *)p; }
 #if defined(WIDEN16)  // gcc 12 makes four instructions of __builtin_convertvector
 inline vu widen16(const void *p) { return (vu)WIDEN16(p); }
@@ -52,7 +53,6 @@ inline void put(bf16 *p, float value) {  // to nearest, ties to even
     p->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// FUSED, WIDEN16 and WIDEN_F16 are a path's instructions for what the compiler does not find by itself.
 // a b + c, rounded once where the target can (the build does not let the compiler contract).
 inline vf fused(vf a, vf b, vf c) {
 #if defined(FUSED)
