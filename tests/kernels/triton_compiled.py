@@ -44,21 +44,25 @@ def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), config, cut
 
 
+def products(code: list[str]) -> int:
+    """Tensor core products among instructions."""
+    return sum("MMA" in text.split()[0] for text in code)
+
+
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the smallest loop with tensor core products in it."""
-    labels, code, best = {}, [], []
+    """Instructions of the loop with the most products in it, the shortest if several have as many."""
+    labels, code = {}, []
     for line in sass.splitlines()[1:]:
         if re.fullmatch(r"LBB\d+:", line):
             labels[line[:-1]] = len(code)
         else:
             code.append(re.sub(r"^@!?U?P\w+ ", "", line.split("\t")[-1]))
+    loops = [[]]
     for i, text in enumerate(code):
         jump = re.match(r"BRA\S* .*?(LBB\d+|0x[0-9a-f]+)", text)  # an address if the predicate is uniform
         if jump and (start := labels[jump[1]] if jump[1] in labels else int(jump[1], 16) // 16) <= i:
-            body = code[start : i + 1]
-            if any("MMA" in t.split()[0] for t in body) and (not best or len(body) < len(best)):
-                best = body
-    return best
+            loops.append(code[start : i + 1])
+    return max(loops, key=lambda body: (products(body), -len(body)))
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -85,7 +89,7 @@ def main() -> None:
             "registers": registers,
             "stack": stack,
             "shared": kernel.metadata.shared,
-            "tensor": sum("MMA" in t.split()[0] for t in loop),
+            "tensor": products(loop),
             "from_registers": bool(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", kernel.asm["sass"])),
             "per_weight": round(len(loop) / weights, 2),
             "config": config,

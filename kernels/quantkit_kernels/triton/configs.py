@@ -1,6 +1,6 @@
 """Which tile sizes run: a table of what `tune` measured on a chip, else a rule.
 
-A table is JSON in `tables/`, named after the chip ("nvidia-h200.json"):
+A table is a JSON file beside this one, named after the chip ("nvidia-h200.json"):
 
     {"chip": ..., "triton": ..., "torch": ..., "dequantize_from": M,
      "entries": [[bits, group, fp8, bucket, N, K, [bm, bn, unroll, splits, warps, stages], microseconds], ...]}
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from quantkit_kernels.triton.layout import Geometry
 
-TABLES = Path(__file__).parent / "tables"
+TABLES = Path(__file__).parent
 ENVIRONMENT = "QUANTKIT_TRITON_TABLE"  # a file used instead of the shipped one
 BUCKETS = (16, 32, 64, 128)
 DEQUANTIZE_FROM = 768  # tokens from which W is written out once for PyTorch's matmul
@@ -62,10 +62,10 @@ def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
     """Trips of 256 columns, and splits until every multiprocessor has two programs or one would get under 16 KiB."""
     bm = min(bucket(m), 64) if bits == 3 else bucket(m)
     warps = 8 if bm >= 64 else 4
-    stages = 4 if bm <= 64 else 3
+    unroll = 2 if bm <= 32 and cut.chunk <= 128 and bits in (2, 4) and cut.chunks % 2 == 0 else 1
+    stages = 3 if unroll == 2 or bm == 128 else 4
     if bits == 3 and bm == 64:  # a chunk of 256 columns brings eight tiles of x
         stages = 2
-    unroll = 2 if bm <= 32 and cut.chunk <= 128 and bits in (2, 4) and cut.chunks % 2 == 0 else 1
     trips = cut.chunks // unroll
     for bn in (128, 64):
         tiles = -(-n // bn) * -(-m // bm)

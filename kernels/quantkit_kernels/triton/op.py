@@ -136,6 +136,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
         STAGES=stages,
         num_warps=warps,
         num_stages=stages,
+        enable_fp_fusion=True,
     )
     return y
 
@@ -160,6 +161,7 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
         chunks,
         **{name: fixed[name] for name in names},
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -184,10 +186,11 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 
 def _cuda(x, *rest):
-    if torch.is_autocast_enabled("cuda"):
-        with torch.autocast("cuda", enabled=False):
-            return _run(x, *rest)
-    return _run(x, *rest)
+    with torch.cuda.device(x.device):  # triton launches on the current device
+        if torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cuda", enabled=False):
+                return _run(x, *rest)
+        return _run(x, *rest)
 
 
 def _other(x, *rest):

@@ -166,7 +166,6 @@ def main() -> None:
 
     chip = torch.cuda.get_device_name()
     output = arguments.output or TABLES / (chip.lower().replace(" ", "-") + ".json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + arguments.seconds
     table = {"chip": chip, "triton": triton.__version__, "torch": torch.__version__}
     table |= {"dequantize_from": DEQUANTIZE_FROM, "entries": []}
