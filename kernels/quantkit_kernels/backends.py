@@ -44,6 +44,7 @@ class _Backend(NamedTuple):
     run: Callable[..., torch.Tensor] | None = None
     restore: Callable[[Layout], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] | None = None
     computes: tuple[str, ...] = ("float",)
+    unverified: str | None = None  # why "auto" passes it by
 
 
 def _torch_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
@@ -128,8 +129,30 @@ def _cpu_restore(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return ops.unpack(ops.Packed(**layout))
 
 
+def _triton_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
+    from quantkit_kernels.triton import backend
+
+    return backend.refuses(device, bits, group_size, symmetric, n, k)
+
+
+def _triton_prepare(packed, scale, zero_packed, bits: int, n: int, k: int, dtype: torch.dtype) -> Layout:
+    from quantkit_kernels.triton import backend
+
+    return backend.prepare(packed, scale, zero_packed, bits, n, k, dtype)
+
+
+def _triton_run(
+    x: torch.Tensor, layout: Layout, group_size: int, bias: torch.Tensor | None, compute: str
+) -> torch.Tensor:
+    from quantkit_kernels.triton import backend
+
+    y = backend.run(x, layout, group_size)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 _BACKENDS: dict[str, _Backend] = {
     "cpu": _Backend(_cpu_refuses, _cpu_prepare, _cpu_run, _cpu_restore, COMPUTES),
+    "triton": _Backend(_triton_refuses, _triton_prepare, _triton_run, unverified="not run on a GPU yet"),
     "torch": _Backend(_torch_refuses, _torch_prepare, _torch_run),
     "reference": _Backend(lambda *_: None),
 }
@@ -181,7 +204,7 @@ def select(
 def _first(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> Choice:
     reasons = []
     for name, backend in _BACKENDS.items():
-        reason = backend.refuses(device, bits, group_size, symmetric, n, k)
+        reason = backend.refuses(device, bits, group_size, symmetric, n, k) or backend.unverified
         if reason is None:
             return Choice(name, "; ".join(reasons) or "the fastest that is built for this device")
         reasons.append(f"not {name}: {reason}")

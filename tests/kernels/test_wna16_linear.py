@@ -82,7 +82,7 @@ def test_torch_backend_is_close_to_fp64(bits, n, k, group, symmetric, dtype, m):
 
 def test_select_names_the_backend_and_the_reason(monkeypatch):
     monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
-    assert quantkit_kernels.backends() == ("cpu", "torch", "reference")
+    assert quantkit_kernels.backends() == ("cpu", "triton", "torch", "reference")
     assert quantkit_kernels.available("torch")
     assert not quantkit_kernels.available("marlin")
     scheme = (4, 128, True, 1, 64, 256)
@@ -91,6 +91,10 @@ def test_select_names_the_backend_and_the_reason(monkeypatch):
     assert quantkit_kernels.select("cpu", 6, 128, True, 1, 64, 256).name == "reference"
     assert quantkit_kernels.select("cpu", *scheme, dtype=torch.float64).name == "reference"
     assert quantkit_kernels.select("xpu", *scheme).name == "reference"
+    by_default, why = quantkit_kernels.select("cuda", *scheme)
+    assert by_default == "reference"
+    assert "not triton: not run on a GPU yet" in why
+    assert quantkit_kernels.select("cuda", *scheme, "triton") == ("triton", "asked for")
     assert quantkit_kernels.select("cpu", *scheme, "torch") == ("torch", "asked for")
     monkeypatch.setenv("QUANTKIT_BACKEND", "torch")
     assert quantkit_kernels.select("cpu", *scheme) == ("torch", "QUANTKIT_BACKEND says so")
@@ -98,7 +102,7 @@ def test_select_names_the_backend_and_the_reason(monkeypatch):
     with pytest.raises(BackendMissing, match=r"QUANTKIT_BACKEND says so.*on the CPU only, not on cuda"):
         quantkit_kernels.select("cuda", *scheme)
     monkeypatch.setenv("QUANTKIT_BACKEND", "marlin")
-    with pytest.raises(BackendMissing, match=r"unknown backend 'marlin'.*known: auto, cpu, torch, reference"):
+    with pytest.raises(BackendMissing, match=r"unknown backend 'marlin'.*known: auto, cpu, triton, torch, reference"):
         quantkit_kernels.select("cpu", *scheme)
 
 
