@@ -155,6 +155,19 @@ def test_int8_is_its_formula(path, bits, group, compute):
 
 
 @pytest.mark.parametrize("bits", ops.BITS)
+def test_rows_of_any_length_per_channel(path, bits):
+    for n, k in ((3, 1), (17, 101), (16, 130), (33, 31)):
+        tensors = packed_weight(bits, n, k, k, False)
+        weight = ops.pack(*tensors[:3], bits, n, k)
+        for before, after in zip(tensors[:3], ops.unpack(weight), strict=True):
+            assert torch.equal(before, after)
+        x = torch.randn(9, k, generator=torch.Generator().manual_seed(k))
+        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x), x.double() @ tensors[3].T, 1e-6)
+        rounded = int8_twin(x, k, False)
+        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x, ops.INT8_GROUP), rounded @ tensors[3].T, 2e-6)
+
+
+@pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_layout_converts_back_exactly(bits, group, scale_dtype):

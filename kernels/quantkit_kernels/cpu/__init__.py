@@ -1,5 +1,4 @@
-"""Native CPU kernels, one file per op: C++ source here, its reference twin in `../reference/`.
+"""Native CPU kernels: C++ sources behind a plain C ABI (`quantkit_cpu.h`), bound by `library.py`, ops in `ops.py`.
 
-None is built yet; the reference runs. A kernel that comes is an entry in `../backends.py` (when it can run,
-its layout in `../layouts.py`, how to run it) and nothing else changes.
+The reference twin is `../reference/wna16_linear.py`; the packed layout is described in `layout.cpp`.
 """

@@ -28,43 +28,51 @@ size_t weight_bytes(const Weight &w) { return supported(w) ? row_blocks(w) * blo
 
 namespace {
 
-uint32_t get_bits(const uint8_t *stream, int64_t index, int bits) {
+// Four codes from `index` on (a multiple of 4) of a row's bit string, a byte each; only the first `valid` exist.
+uint32_t get_four(const uint8_t *stream, int64_t index, int bits, int valid) {
     const int64_t at = index * bits;
-    const int shift = int(at & 7);
-    uint32_t value = stream[at >> 3] >> shift;
-    if (shift + bits > 8) value |= uint32_t(stream[(at >> 3) + 1]) << (8 - shift);
-    return value & ((1u << bits) - 1);
+    const int shift = int(at & 7), end = shift + valid * bits;
+    uint64_t window = 0;
+    for (int i = 0; 8 * i < end; ++i) window |= uint64_t(stream[(at >> 3) + i]) << (8 * i);
+    uint32_t four = 0;
+    for (int j = 0; j < valid; ++j)
+        four |= uint32_t(window >> (shift + j * bits) & ((1u << bits) - 1)) << (8 * j);
+    return four;
 }
 
-void or_bits(uint8_t *stream, int64_t index, int bits, uint32_t value) {
+void or_four(uint8_t *stream, int64_t index, int bits, int valid, uint32_t four) {
     const int64_t at = index * bits;
-    const int shift = int(at & 7);
-    stream[at >> 3] |= uint8_t(value << shift);
-    if (shift + bits > 8) stream[(at >> 3) + 1] |= uint8_t(value >> (8 - shift));
+    const int shift = int(at & 7), end = shift + valid * bits;
+    uint64_t window = 0;
+    for (int j = 0; j < valid; ++j) window |= uint64_t(four >> (8 * j) & 255) << (shift + j * bits);
+    for (int i = 0; 8 * i < end; ++i) stream[(at >> 3) + i] |= uint8_t(window >> (8 * i));
 }
 
-// The code of (row, column) of a unit.
-uint32_t get_code(const uint8_t *unit, int c, int bits, int row, int column) {
-    const int j = column % 4;
-    const auto byte = [&](int line) { return uint32_t(unit[line * 64 + row * 4 + j]); };
-    if (bits == 8) return byte(column / 4);
-    if (bits == 4) return byte(column / 8) >> (column / 4 % 2 * 4) & 15;
-    const uint32_t low = byte(column / 16) >> (column / 4 % 4 * 2) & 3;
+uint32_t get_lane(const uint8_t *unit, int line, int row) {
+    uint32_t lane;
+    std::memcpy(&lane, unit + line * 64 + row * 4, 4);
+    return lane;
+}
+
+void or_lane(uint8_t *unit, int line, int row, uint32_t value) {
+    const uint32_t lane = get_lane(unit, line, row) | value;
+    std::memcpy(unit + line * 64 + row * 4, &lane, 4);
+}
+
+// The codes of columns 4q .. 4q+3 of one row of a unit of `columns`, a byte each.
+uint32_t get_quad(const uint8_t *unit, int columns, int bits, int row, int q) {
+    if (bits == 8) return get_lane(unit, q, row);
+    if (bits == 4) return get_lane(unit, q / 2, row) >> (q % 2 * 4) & 0x0f0f0f0f;
+    const uint32_t low = get_lane(unit, q / 4, row) >> (q % 4 * 2) & 0x03030303;
     if (bits == 2) return low;
-    return low | (byte(c / 16 + column / 32) >> (column / 4 % 8) & 1) << 2;
+    return low | (get_lane(unit, columns / 16 + q / 8, row) >> (q % 8) & 0x01010101) << 2;
 }
 
-void or_code(uint8_t *unit, int c, int bits, int row, int column, uint32_t code) {
-    const int j = column % 4;
-    const auto byte = [&](int line) -> uint8_t & { return unit[line * 64 + row * 4 + j]; };
-    if (bits == 8) {
-        byte(column / 4) = uint8_t(code);
-    } else if (bits == 4) {
-        byte(column / 8) |= uint8_t(code << (column / 4 % 2 * 4));
-    } else {
-        byte(column / 16) |= uint8_t((code & 3) << (column / 4 % 4 * 2));
-        if (bits == 3) byte(c / 16 + column / 32) |= uint8_t((code >> 2) << (column / 4 % 8));
-    }
+void or_quad(uint8_t *unit, int columns, int bits, int row, int q, uint32_t four) {
+    if (bits == 8) return or_lane(unit, q, row, four);
+    if (bits == 4) return or_lane(unit, q / 2, row, four << (q % 2 * 4));
+    or_lane(unit, q / 4, row, (four & 0x03030303) << (q % 4 * 2));
+    if (bits == 3) or_lane(unit, columns / 16 + q / 8, row, (four >> 2 & 0x01010101) << (q % 8));
 }
 
 void put_scale(uint8_t *line, bool wide, int row, float scale, float zero) {
@@ -113,8 +121,10 @@ void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const fl
         for (int row = 0; row < ROWS && block * ROWS + row < w.n; ++row) {
             const int n = block * ROWS + row, g = i * c / w.group;
             const auto *stream = reinterpret_cast<const uint8_t *>(packed + n * words(w.k, w.bits));
-            for (int j = 0; j < c && i * c + j < w.k; ++j)
-                or_code(unit, c, w.bits, row, j, get_bits(stream, i * c + j, w.bits));
+            for (int q = 0; q < c / 4 && i * c + 4 * q < w.k; ++q) {
+                const int column = i * c + 4 * q, valid = w.k - column < 4 ? w.k - column : 4;
+                or_quad(unit, c, w.bits, row, q, get_four(stream, column, w.bits, valid));
+            }
             float zero = w.table ? 0.f : float(1 << (w.bits - 1));
             if (zeros) {  // bit strings run down the columns of [words, groups]
                 uint32_t pair[2] = {0, 0};
@@ -151,8 +161,10 @@ extern "C" void qk_unpack(const qk_weight *w, int32_t *packed, float *scale, int
         auto *stream = reinterpret_cast<uint8_t *>(packed + n * words(w->k, w->bits));
         for (int i = 0; i < chunks(*w); ++i) {
             const uint8_t *unit = w->units + unit_at(*w, n / ROWS, i);
-            for (int j = 0; j < c && i * c + j < w->k; ++j)
-                or_bits(stream, i * c + j, w->bits, get_code(unit, c, w->bits, n % ROWS, j));
+            for (int q = 0; q < c / 4 && i * c + 4 * q < w->k; ++q) {
+                const int column = i * c + 4 * q, valid = w->k - column < 4 ? w->k - column : 4;
+                or_four(stream, column, w->bits, valid, get_quad(unit, c, w->bits, n % ROWS, q));
+            }
         }
         for (int g = 0; g < groups; ++g) {
             float zero;
