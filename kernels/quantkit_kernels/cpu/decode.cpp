@@ -226,7 +226,8 @@ void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share s
     const int64_t n = model.intermediate, ld = 2 * n;
     Siblings<2>{{&layer.gate, &layer.up}}.run(math, normed.floats(), m, model.compute, scratch.bytes(),
                                               gate_up.floats(), ld, share);
-    const int64_t first = share.first(n / PAD) * PAD, last = share.part + 1 == share.parts ? n : share.last(n / PAD) * PAD;
+    const int64_t first = share.first(n / PAD) * PAD;
+    const int64_t last = share.part + 1 == share.parts ? n : share.last(n / PAD) * PAD;
     for (int64_t t = 0; t < m; t++) {
         const float *gate = gate_up.floats() + t * ld;
         math.swiglu(gate + first, gate + n + first, gated.floats() + t * n + first, last - first);
@@ -261,14 +262,16 @@ void qk_decoder::run(const int64_t *tokens, int64_t m, const float *cos, const f
 namespace {
 
 bool sensible(const qk_model &m) {
-    if (m.layer_count < 1 || m.heads <= 0 || m.kv_heads <= 0 || m.heads % m.kv_heads || m.head_dim <= 0) return false;
+    if (m.layer_count < 1 || m.heads <= 0 || m.kv_heads <= 0 || m.head_dim <= 0) return false;
+    if (m.heads % m.kv_heads) return false;
     if (m.rotary_dim < 0 || m.rotary_dim % 2 || m.rotary_dim > m.head_dim) return false;
     if (m.cache_type != F32 && m.cache_type != BF16) return false;
     const auto is = [](const qk_matrix &matrix, int64_t n, int64_t k) {
         return matrix.weight.n == n && matrix.weight.k == k && (matrix.dense >= 0 || supported(matrix.weight));
     };
     const auto are = [&](const qk_matrix &first, int64_t n, const qk_matrix &second, int64_t more) {
-        return absent(second) ? is(first, n + more, m.hidden) : is(first, n, m.hidden) && is(second, more, m.hidden);
+        if (absent(second)) return is(first, n + more, m.hidden);
+        return is(first, n, m.hidden) && is(second, more, m.hidden);
     };
     const int64_t query = int64_t(m.heads) * m.head_dim, kv = int64_t(m.kv_heads) * m.head_dim;
     for (int i = 0; i < m.layer_count; i++) {
@@ -279,7 +282,8 @@ bool sensible(const qk_model &m) {
         if (!is(l.o, m.hidden, query) || !is(l.down, m.hidden, m.intermediate)) return false;
         if (l.window < 0) return false;
     }
-    return m.embedding.dense >= 0 && is(m.embedding, m.head.weight.n, m.hidden) && is(m.head, m.head.weight.n, m.hidden);
+    const int64_t vocabulary = m.head.weight.n;
+    return m.embedding.dense >= 0 && is(m.embedding, vocabulary, m.hidden) && is(m.head, vocabulary, m.hidden);
 }
 
 }  // namespace
