@@ -94,6 +94,10 @@ def _cpu_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: in
         return f"the native kernels run on the CPU, not on {device}"
     if not library.available():
         return "the native library was not built (no C++ compiler at install time)"
+    try:
+        library.isa()
+    except RuntimeError as error:  # QUANTKIT_ISA names a path that cannot run: also "auto" must not go on
+        raise BackendMissing(str(error)) from error
     return ops.refuses(bits, group_size, k)
 
 

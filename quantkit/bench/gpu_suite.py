@@ -1,14 +1,18 @@
 """Everything that needs a CUDA device, in one command.
 
-    python -m quantkit.bench.gpu_suite --work DIR --json docs/benchmarks/gpu.json
+    python -m quantkit.bench.gpu_suite --work DIR --json docs/benchmarks/gpu.json [--steps tests tune bench compare]
 
-First the tests marked `gpu`; then the embedded model is quantized on the device and on the CPU by the same recipe, and
-both are evaluated there. Exits 1 if a test fails, or if the two differ by more than their standard errors allow.
+tests: those marked `gpu`, the Triton kernels against fp64 among them. tune: a table of tile sizes for this chip. bench:
+`quantkit bench --kernels --device cuda`. compare: the embedded model is quantized on the device and on the CPU by the
+same recipe, and both are evaluated there. Each step takes less than ten minutes and can be run alone. Exits 1 if a
+test fails, or if the two models differ by more than their standard errors allow.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +24,7 @@ from quantkit.bench.machine import machine
 from quantkit.checkpoint.shards import write_json
 from quantkit.pipeline import quantize
 
+STEPS = ("tests", "tune", "bench", "compare")
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq")
 
 
@@ -46,7 +51,7 @@ def agree(rows: list[dict[str, Any]]) -> bool:
     return all(
         abs(found[n, "cuda"]["kl_mean"] - found[n, "cpu"]["kl_mean"])
         <= 3 * (found[n, "cuda"]["kl_mean_se"] + found[n, "cpu"]["kl_mean_se"])
-        for n in RECIPES
+        for n in {name for name, _ in found}
     )
 
 
@@ -56,17 +61,34 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
-    status = tests()
-    rows = compare(arguments.work)
-    where = machine() | {"gpu": torch.cuda.get_device_name()}
-    if arguments.json:
-        write_json(
-            arguments.json, {"schema": "quantkit-gpu/1", "machine": where, "tests": status, "rows": rows}
+    steps, arguments.work = arguments.steps, arguments.work.resolve()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    status = tests() if "tests" in steps else None
+    if "tune" in steps:
+        table = arguments.work / "triton-table.json"
+        subprocess.run(
+            [sys.executable, "-m", "quantkit_kernels.triton.tune", "--output", str(table)], check=True
         )
-    sys.exit(status or not agree(rows))
+        os.environ["QUANTKIT_TRITON_TABLE"] = str(table)
+    timed = arguments.work / "kernels.json"
+    if "bench" in steps:
+        verb = ["bench", "--kernels", "--device", "cuda", "--m", "1,16,64,256,2048", "--json", str(timed)]
+        subprocess.run([sys.executable, "-m", "quantkit", *verb], check=True)
+    rows = compare(arguments.work) if "compare" in steps else []
+    if arguments.json:
+        report = {
+            "schema": "quantkit-gpu/1",
+            "machine": machine() | {"gpu": torch.cuda.get_device_name()},
+            "tests": status,
+            "kernels": json.loads(timed.read_text()) if "bench" in steps else None,
+            "rows": rows,
+        }
+        write_json(arguments.json, report)
+    sys.exit(bool(status) or not agree(rows))
 
 
 if __name__ == "__main__":

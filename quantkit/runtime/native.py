@@ -13,6 +13,7 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.decoder import COMPUTES, Decoder, Tables
 from torch import nn
 
+from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.rotary import Rotary
 from quantkit.runtime.tables import NotNative, tables
@@ -114,6 +115,10 @@ def native(
         raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
     if library.load() is None:
         return "the native CPU library is not built"
+    try:
+        library.isa()
+    except RuntimeError as error:  # QUANTKIT_ISA names a path that this machine lacks
+        raise BackendError(str(error)) from error
     with _making:
         made, stamp = _made.setdefault(model, {}), _stamp(model)
         try:
