@@ -102,7 +102,9 @@ def test_select_names_the_backend_and_the_reason(monkeypatch):
     with pytest.raises(BackendMissing, match=r"QUANTKIT_BACKEND says so.*on the CPU only, not on cuda"):
         quantkit_kernels.select("cuda", *scheme)
     monkeypatch.setenv("QUANTKIT_BACKEND", "marlin")
-    with pytest.raises(BackendMissing, match=r"unknown backend 'marlin'.*known: auto, cpu, triton, torch, reference"):
+    with pytest.raises(
+        BackendMissing, match=r"unknown backend 'marlin'.*known: auto, cpu, triton, torch, reference"
+    ):
         quantkit_kernels.select("cpu", *scheme)
 
 
