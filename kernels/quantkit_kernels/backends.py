@@ -142,6 +142,8 @@ def _triton_refuses(device: str, bits: int, group_size: int, symmetric: bool, n:
 def _triton_prepare(packed, scale, zero_packed, bits: int, n: int, k: int, dtype: torch.dtype) -> Layout:
     from quantkit_kernels.triton import backend
 
+    if dtype not in backend.DTYPES:
+        raise BackendMissing(f"backend 'triton' takes bf16 or fp16 activations, not {dtype}")
     return backend.prepare(packed, scale, zero_packed, bits, n, k, dtype)
 
 

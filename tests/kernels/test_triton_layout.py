@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import quantkit_kernels
 import torch
 from quantkit_kernels import BackendMissing, pack_bits
 from quantkit_kernels.reference.wna16_linear import wna16_linear
@@ -98,7 +99,7 @@ def test_backend_prepares_and_runs():
     x = torch.randn(3, 256).bfloat16()
     assert torch.equal(backend.run(x, prepared, 128), wna16_linear(x, *tensors, None, 4, 20, 256))
     with pytest.raises(BackendMissing, match="float32"):
-        backend.prepare(*tensors, 4, 20, 256, torch.float32)
+        quantkit_kernels.prepare("triton", *tensors, 4, 20, 256, torch.float32)
 
 
 def test_backend_says_what_it_cannot_run():

@@ -9,6 +9,8 @@ import torch
 from quantkit_kernels.triton.layout import build
 from quantkit_kernels.triton.op import tickets, triton_linear
 
+DTYPES = (torch.bfloat16, torch.float16)
+
 
 def refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
     """Why these kernels cannot run a scheme on a device, or None."""
@@ -31,10 +33,6 @@ def prepare(
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The layout (`layout.py`) for bf16 or fp16 activations, and `scheme`, an empty tensor of shape (bits, N, 0)."""
-    from quantkit_kernels.backends import BackendMissing
-
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise BackendMissing(f"backend 'triton' takes bf16 or fp16 activations, not {dtype}")
     codes, scales, zeros = build(packed, scale, zero_packed, bits, n, k)
     if codes.device.type == "cuda":
         tickets(codes.device, 0)  # makes the ring, which a captured graph may not
