@@ -159,12 +159,12 @@ def interleave(
                 speeds = ", ".join(f"{kind} {speed:.1f}" for kind, speed in measured.items())
                 write(f"round {number}  {name:24} {speeds} tokens/s")
     rows = {
-        name: {kind: _spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
+        name: {kind: spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
     }
     return {"read_bytes_per_s": reads, "engines": rows}
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def spread(values: list[float]) -> dict[str, Any]:
     return {
         "median": statistics.median(values),
         "min": min(values),

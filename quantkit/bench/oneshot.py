@@ -1,0 +1,59 @@
+"""llm-compressor's GPTQ or AWQ on given token windows, for quantkit.bench.cost.
+
+    PYTHON -I quantkit/bench/oneshot.py MODEL WINDOWS.json gptq|awq
+
+Runs in the environment of llm-compressor and knows nothing of quantkit: one thread, fp32, nothing saved. WINDOWS.json
+is a list of lists of token ids. The last line of stdout is {"cpu_seconds": of the oneshot call, "versions": {..}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+
+
+def modifier(method: str) -> Any:
+    """What `method` is called there: all linears but the head, 4 bits in groups of 128."""
+    if method == "gptq":
+        from llmcompressor.modifiers.quantization import GPTQModifier
+
+        return GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    from llmcompressor.modifiers.awq import AWQModifier
+
+    return AWQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"])
+
+
+def main(model: str, windows: str, method: str) -> None:
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    if not torch.accelerator.is_available():  # AWQ pins its cache all the same, and 0.14 fails at it
+        torch.Tensor.pin_memory = lambda tensor: tensor
+    ids = json.loads(Path(windows).read_text())
+    text = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(window) for window in ids]})
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    recipe = [modifier(method)]
+    start = time.process_time()
+    oneshot(
+        model=network,
+        dataset=text,
+        recipe=recipe,
+        max_seq_length=len(ids[0]),
+        num_calibration_samples=len(ids),
+        log_dir=None,
+    )
+    seconds = time.process_time() - start
+    print(json.dumps({"cpu_seconds": seconds, "versions": {name: version(name) for name in PACKAGES}}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
