@@ -1,7 +1,7 @@
 // AVX2: int8 activations through maddubs with 16-bit sums widened every 32 columns, int16 ones through madd.
 //
-// One or two rows of activations go over whole lines; three or four over one half of the unit and then the
-// other (16 registers do not hold more), which is then in L1.
+// Up to four rows of activations go over whole lines. With four the 32-bit sums are spilled every 32 columns, which
+// costs less than going over halves of the unit and broadcasting every activation twice.
 #include "common.h"
 
 #if defined(__x86_64__)
@@ -19,6 +19,8 @@
 
 namespace qk {
 namespace {
+
+constexpr int H = 2;  // vectors of a line
 
 struct Half {  // half a line
     using type = __m256i;
@@ -38,10 +40,10 @@ inline __m256i four_bytes(const char *x) {
 // Sums stay in the order written: reassociated trees of them do not fit in the registers.
 inline void pin(__m256i &v) { __asm__("" : "+x"(v)); }
 
-// 32 columns of H halves (from `half`) and T rows of activations into sum.
-template <int BITS, int KIND, int T, int H>
-__attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int columns, int c, int half,
-                                                       const char *const *x, __m256i (&sum)[H][T]) {
+// 32 columns of both halves and T rows of activations into sum.
+template <int BITS, int KIND, int T>
+__attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int columns, int c, const char *const *x,
+                                                       __m256i (&sum)[H][T]) {
     constexpr int SIZE = KIND == A8 ? 1 : 2;
     const __m256i bytes = _mm256_set1_epi16(255);
     __m256i narrow[H][T], high[H][T];  // 16-bit sums; of the high nibbles
@@ -49,7 +51,7 @@ __attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int
     for (int q = 0; q < 8; ++q) {
         __m256i code[H], upper[H];
         for (int h = 0; h < H; ++h) {
-            code[h] = quad<BITS, Half>(codes, columns, c, q, (half + h) * 32);
+            code[h] = quad<BITS, Half>(codes, columns, c, q, h * 32);
             if (KIND == A8 && BITS == 8) {  // 255 * 127 twice would overflow
                 upper[h] = Half::bits(Half::right(code[h], 4), 15);
                 code[h] = Half::bits(code[h], 15);
@@ -115,23 +117,19 @@ __attribute__((always_inline)) inline void scale_and_add(const Unit &u, const Ac
 template <int BITS, int KIND, int T, int C>
 __attribute__((always_inline)) inline void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
                                                          float *acc) {
-    constexpr int H = T <= 2 ? 2 : 1;
     const char *x[T];
     for (int t = 0; t < T; ++t) x[t] = a.at(row + t, i);
-    for (int half = 0; half < 2; half += H) {
-        __m256i sum[H][T];
-        for (int h = 0; h < H; ++h)
-            for (int t = 0; t < T; ++t) sum[h][t] = _mm256_setzero_si256();
-        if constexpr (C > 0) {
+    __m256i sum[H][T];
+    for (int h = 0; h < H; ++h)
+        for (int t = 0; t < T; ++t) sum[h][t] = _mm256_setzero_si256();
+    if constexpr (C > 0) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T, H>(u.codes, C, c, half, x, sum);
-        } else {
+        for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T>(u.codes, C, c, x, sum);
+    } else {
 #pragma GCC unroll 1
-            for (int c = 0; c < a.columns / 32; ++c)
-                add_columns<BITS, KIND, T, H>(u.codes, a.columns, c, half, x, sum);
-        }
-        for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, half + h, sum[h], acc);
+        for (int c = 0; c < a.columns / 32; ++c) add_columns<BITS, KIND, T>(u.codes, a.columns, c, x, sum);
     }
+    for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, h, sum[h], acc);
 }
 
 template <int BITS, int KIND, int T>
