@@ -2,24 +2,27 @@
 
     python -m quantkit.bench.memory --work DIR --json docs/benchmarks/memory.json
 
-Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) at two depths, each in a process
+Runs RTN, GPTQ and GPTQ with re-target on a synthetic Llama (quantkit.bench.synthetic) of 24 layers, each in a process
 of its own, and polls RssAnon every 10 ms. Shares are of the 24-layer checkpoint, whatever the depth. Limits: 28 %,
-45 % and 60 %, and at 24 layers at most 1.05 times the peak at 12. `--layers` and `--runs` choose less.
+45 % and 60 %, and the whole run's peak at most 1.05 times that of its first half. `--layers` and `--runs` choose less.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quantkit.bench.machine import machine
 from quantkit.bench.synthetic import make
+from quantkit.checkpoint.journal import FOLDER
 from quantkit.checkpoint.shards import write_json
 
 FULL_DEPTH = 24
@@ -31,23 +34,26 @@ RUNS: dict[str, tuple[str, list[str], float]] = {
 }
 
 
-def peak_anonymous(command: list[str]) -> tuple[int, float]:
-    """(peak RssAnon in bytes, seconds) of a command; RuntimeError if it fails."""
+def peak_anonymous(command: list[str], output: Path) -> tuple[list[int], float]:
+    """(peak RssAnon in bytes after each finished block and at the end, seconds); RuntimeError if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    status = Path(f"/proc/{process.pid}/status")
-    peak = 0
+    status, journal = Path(f"/proc/{process.pid}/status"), output / FOLDER / "journal.jsonl"
+    peak, peaks = 0, []
     while process.poll() is None:
         try:
             found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
         except OSError:
             break
         peak = max(peak, int(found[1]) * 1024 if found else 0)
+        with contextlib.suppress(OSError):
+            if journal.read_bytes().count(b"\n") - 1 > len(peaks):  # the first line is not a block
+                peaks.append(peak)
         time.sleep(0.01)
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{command} failed: {errors[-2000:]}")
-    return peak, time.perf_counter() - start
+    return [*peaks, peak], time.perf_counter() - start
 
 
 def full_size(model: Path) -> int:
@@ -56,7 +62,7 @@ def full_size(model: Path) -> int:
     return FULL_DEPTH * sizes[0] + sizes[-1]
 
 
-def measure(work: Path, depths: tuple[int, int], runs: list[str]) -> dict[str, Any]:
+def measure(work: Path, depths: Sequence[int], runs: list[str]) -> dict[str, Any]:
     """One row per run and depth."""
     rows = []
     for layers in depths:
@@ -67,7 +73,8 @@ def measure(work: Path, depths: tuple[int, int], runs: list[str]) -> dict[str, A
             out = work / f"out-{name}-{layers}"
             command = [sys.executable, "-m", "quantkit", "quantize", recipe, "--model", str(model)]
             command += ["--output", str(out), "--no-eval", *(f"--set={o}" for o in overrides)]
-            peak, seconds = peak_anonymous(command)
+            peaks, seconds = peak_anonymous(command, out)
+            peak = peaks[-1]
             shutil.rmtree(out)
             rows.append(
                 {
@@ -75,6 +82,8 @@ def measure(work: Path, depths: tuple[int, int], runs: list[str]) -> dict[str, A
                     "layers": layers,
                     "checkpoint_bytes_at_24_layers": size,
                     "peak_anonymous_bytes": peak,
+                    "peak_after_block": peaks[:layers],
+                    "over_first_half": peak / peaks[layers // 2 - 1] if layers > 1 else 1.0,
                     "share": peak / size,
                     "limit": limit,
                     "seconds": seconds,
@@ -85,14 +94,7 @@ def measure(work: Path, depths: tuple[int, int], runs: list[str]) -> dict[str, A
                 flush=True,
             )
         shutil.rmtree(model)
-    deep = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == max(depths)}
-    flat = {r["run"]: r["peak_anonymous_bytes"] for r in rows if r["layers"] == min(depths)}
-    return {
-        "schema": "quantkit-memory/1",
-        "machine": machine(),
-        "rows": rows,
-        "deep_over_shallow": {name: deep[name] / flat[name] for name in deep},
-    }
+    return {"schema": "quantkit-memory/2", "machine": machine(), "rows": rows}
 
 
 def main() -> None:
@@ -100,11 +102,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 6 GB free")
-    parser.add_argument("--layers", type=int, nargs=2, default=(12, 24))
+    parser.add_argument("--layers", type=int, nargs="+", default=[24])
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments.work, tuple(arguments.layers), arguments.runs)
+    result = measure(arguments.work, arguments.layers, arguments.runs)
     if arguments.json:
         write_json(arguments.json, result)
 
