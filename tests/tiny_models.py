@@ -17,6 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from quantkit.models.fold import ScalingGroup
+
 _COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -115,6 +117,23 @@ def captured_calls(model: nn.Module, ids: torch.Tensor) -> list[tuple[torch.Tens
     for handle in handles:
         handle.remove()
     return calls
+
+
+def block_and_call(
+    name: str, length: int = 12, index: int = 0, **overrides: Any
+) -> tuple[nn.Module, tuple[torch.Tensor, tuple, dict[str, Any]]]:
+    """One block of `FAMILIES[name]` and its call for `length` tokens."""
+    model = build(name, **overrides)
+    return blocks(model)[index], captured_calls(model, ids(length))[index]
+
+
+def random_scales(
+    block: nn.Module, group: ScalingGroup, seed: int = 7, low: float = 0.2, high: float = 5.0
+) -> torch.Tensor:
+    """One scale for every channel of a scaling group: float64 [channels]."""
+    channels = block.get_submodule(group.producer).weight.numel() if group.rows is None else len(group.rows)
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(channels, generator=generator, dtype=torch.float64)
 
 
 def ids(length: int, batch: int = 1, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.held import HeldLinear
 from quantkit.errors import ModelError
-from quantkit.models.discover import Trace, trace
+from quantkit.models.trace import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
 CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults

@@ -22,7 +22,7 @@ from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
-from quantkit.models.discover import is_linear
+from quantkit.models.trace import is_linear
 from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
 

@@ -11,8 +11,9 @@ from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.walk import BlockRun, refusing
 from quantkit.errors import NumericalError
-from quantkit.models.discover import ScalingGroup, discover, fold
+from quantkit.models.discover import discover
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
+from quantkit.models.fold import ScalingGroup, fold
 from quantkit.plan import LayerPlan
 from quantkit.transforms.awq import clip, search_scale
 from quantkit.transforms.config import AwqConfig

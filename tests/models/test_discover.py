@@ -5,8 +5,9 @@ import tiny_models
 import torch
 from torch import nn
 
-from quantkit.errors import NumericalError
-from quantkit.models.discover import ScalingGroup, check_invariance, discover, fold, matrix, trace
+from quantkit.models.discover import discover
+from quantkit.models.fold import fold
+from quantkit.models.trace import matrix
 
 LENGTH = 12
 HEADS, HEAD_DIM = 4, 16
@@ -127,21 +128,6 @@ def expected(block, row):
     return producer, how if rows is None else "rows", consumers, rows, expand, inspect
 
 
-def block_and_call(name, length=LENGTH, index=0, **overrides):
-    model = tiny_models.FAMILIES[name](**overrides)
-    calls = tiny_models.captured_calls(model, tiny_models.ids(length))
-    return tiny_models.blocks(model)[index], calls[index]
-
-
-def channels(block, group):
-    return block.get_submodule(group.producer).weight.numel() if group.rows is None else len(group.rows)
-
-
-def random_scales(block, group, seed=7, low=0.2, high=5.0):
-    generator = torch.Generator().manual_seed(seed)
-    return low + (high - low) * torch.rand(channels(block, group), generator=generator, dtype=torch.float64)
-
-
 def test_every_family_is_in_the_table():
     assert set(EXPECTED) == set(tiny_models.FAMILIES)
 
@@ -159,7 +145,7 @@ def test_groups_are_exact_and_folding_them_keeps_the_logits(name):
     before = model(input_ids=ids).logits
     for seed, (block, group) in enumerate(found):
         weights = [matrix(block.get_submodule(n)).clone() for n in (*group.consumers,)]
-        fold(block, group, random_scales(block, group, seed))
+        fold(block, group, tiny_models.random_scales(block, group, seed))
         for name_, old in zip(group.consumers, weights, strict=True):
             assert not torch.allclose(matrix(block.get_submodule(name_)), old, rtol=0.1)
     after = model(input_ids=ids).logits
@@ -168,7 +154,7 @@ def test_groups_are_exact_and_folding_them_keeps_the_logits(name):
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt2", "falcon"])
 def test_tied_heads_change_nothing_inside_blocks(name):
-    block, call = block_and_call(name, tie_word_embeddings=True)
+    block, call = tiny_models.block_and_call(name, tie_word_embeddings=True)
     groups, _ = discover(block, *call)
     assert [described(block, g) for g in groups] == [expected(block, row) for row in EXPECTED[name]]
 
@@ -184,70 +170,16 @@ def test_tied_heads_change_nothing_inside_blocks(name):
     ],
 )
 def test_what_is_not_invariant_is_tried_and_refused(name, pair):
-    block, call = block_and_call(name)
+    block, call = tiny_models.block_and_call(name)
     _, refused = discover(block, *call)
     assert "moves the block's output" in dict(refused)[pair]
-
-
-def gemma_post_attention_norm(block):
-    mlp = ("mlp.gate_proj", "mlp.up_proj")
-    return ScalingGroup(mlp, "post_attention_layernorm", "one_plus_gamma", None, None, "mlp")
-
-
-def heads_shared_in_turns(block):
-    """As if query head h read value head h % 2, not h // 2."""
-    expand, rows = torch.arange(64) % 32, torch.arange(32)
-    return ScalingGroup(("self_attn.o_proj",), "self_attn.v_proj", "rows", rows, expand, "self_attn.o_proj")
-
-
-def only_two_of_three(block):
-    consumers = ("self_attn.q_proj", "self_attn.k_proj")
-    return ScalingGroup(consumers, "input_layernorm", "gamma", None, None, "self_attn")
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("gemma2", gemma_post_attention_norm),
-        ("llama-gqa", heads_shared_in_turns),
-        ("llama", only_two_of_three),
-    ],
-)
-def test_check_invariance_stops_a_wrong_fold(name, wrong):
-    block, call = block_and_call(name)
-    group = wrong(block)
-    s = random_scales(block, group)
-    with pytest.raises(NumericalError, match="moved the block's output"):
-        check_invariance(block, *call, lambda b: fold(b, group, s), 1e-3)
-
-
-def test_independent_scales_per_query_head_change_the_output():
-    block, call = block_and_call("llama-gqa")
-    generator = torch.Generator().manual_seed(0)
-    s = 0.5 + torch.rand(64, generator=generator)
-
-    def apart(b):
-        b.self_attn.v_proj.weight.data /= s[:32, None]
-        b.self_attn.o_proj.weight.data *= s
-
-    with pytest.raises(NumericalError):
-        check_invariance(block, *call, apart, 1e-3)
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gemma3", "opt"])
-def test_check_invariance_passes_right_folds_in_fp32(name):
-    block, call = block_and_call(name)
-    for group in discover(block, *call)[0]:
-        s = random_scales(block, group).float()
-        moved = check_invariance(block, *call, lambda b, g=group, s=s: fold(b, g, s), 1e-5)
-        assert moved < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "falcon-alibi"])
 @pytest.mark.parametrize("length", [48, 64])
 def test_long_calls_are_cut_and_give_the_same_groups(name, length):
     """64 is also the hidden size."""
-    block, call = block_and_call(name, length)
+    block, call = tiny_models.block_and_call(name, length)
     groups, _ = discover(block, *call)
     assert [described(block, g) for g in groups] == [expected(block, row) for row in EXPECTED[name]]
 
@@ -261,7 +193,7 @@ def lengths_seen(block, call):
 
 
 def test_proofs_run_on_few_tokens():
-    block, call = block_and_call("llama-gqa", 48)
+    block, call = tiny_models.block_and_call("llama-gqa", 48)
     assert lengths_seen(block, call)[0] == {32}
 
 
@@ -281,7 +213,7 @@ def test_a_call_that_cannot_be_cut_is_used_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_discover_leaves_block_and_random_state_untouched(dtype):
-    block, (hidden, args, kwargs) = block_and_call("gpt-neox")
+    block, (hidden, args, kwargs) = tiny_models.block_and_call("gpt-neox")
     block.to(dtype)
     weights = {n: p.clone() for n, p in block.named_parameters()}
     state = torch.get_rng_state()
@@ -292,110 +224,16 @@ def test_discover_leaves_block_and_random_state_untouched(dtype):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
 
 
-@pytest.mark.parametrize(
-    ("name", "producer"),
-    [("llama", "input_layernorm"), ("gemma2", "pre_feedforward_layernorm"), ("gpt2", "ln_2")],
-)
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
-def test_a_norm_stored_in_half_precision_keeps_the_function(name, producer, storage):
-    block, call = block_and_call(name)
-    norm = block.get_submodule(producer)
-    norm.weight.data = norm.weight.data.to(storage).float()
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.data.zero_()  # a bias has no consumer to take what its rounding leaves
-    group = next(g for g in discover(block, *call)[0] if g.producer == producer)
-    s = random_scales(block, group, low=0.5, high=2.0).float()
-    folded = {}
-    check_invariance(block, *call, lambda b: folded.update(s=fold(b, group, s, storage)), 2e-6)
-    assert torch.equal(norm.weight, norm.weight.to(storage).float())
-    assert torch.allclose(folded["s"], s, rtol=0.05)
-    assert not torch.equal(folded["s"], s)
-
-
-@pytest.mark.parametrize("producer", ["ln_1", "attn.c_attn"])
-def test_a_bias_is_what_will_be_stored(producer):
-    block, call = block_and_call("gpt2")
-    block.get_submodule(producer).bias.data.copy_(block.get_submodule(producer).bias.bfloat16())
-    group = next(g for g in discover(block, *call)[0] if g.producer == producer)
-    s = random_scales(block, group).float()
-    check_invariance(block, *call, lambda b: fold(b, group, s, torch.bfloat16), 1e-2)
-    bias = block.get_submodule(producer).bias
-    assert torch.equal(bias, bias.bfloat16().float())
-
-
-def test_dead_and_overflowing_channels_keep_their_weight():
-    block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
-    block[0].weight.data = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    before = block[1].weight.data.clone()
-    group = ScalingGroup(("1",), "0", "gamma", None, None, "1")
-    s = fold(block, group, torch.tensor([2.0, 1e-6, 1e9, 2.0]), torch.float16)
-    assert s.tolist() == [1.0, 1.0, 1.0, 2.0]
-    assert block[0].weight.tolist() == [0.0, 1.0, 1.0, 0.5]
-    assert torch.equal(block[1].weight, before * s)
-
-
-@pytest.mark.parametrize(
-    ("name", "parents"),
-    [
-        ("llama", {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}),
-        ("gpt2", {"attn": "attn.c_proj", "mlp": "mlp.c_proj"}),
-        ("opt", {"self_attn": "self_attn.out_proj"}),
-        ("falcon", {"self_attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"}),
-    ],
-)
-def test_trace_knows_whose_output_a_submodule_returns(name, parents):
-    block, call = block_and_call(name)
-    assert trace(block, *call).output_of == parents
-
-
-def test_trace_orders_stages_by_execution():
-    block, call = block_and_call("falcon")
-    seen = trace(block, *call)
-    assert seen.stages == (
-        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
-        ("self_attention.dense",),
-        ("mlp.dense_4h_to_h",),
-    )
-    assert seen.norms == {seen.stages[0]: "input_layernorm"}
-
-
-class Toy(nn.Module):
-    """Linears a, b of 8 channels and whatever `run` does with them."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.inner = nn.Sequential(nn.Linear(8, 8))
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-@pytest.mark.parametrize(
-    ("run", "stages"),
-    [
-        (lambda m, x: m.a(x) + m.b(x), [("a", "b")]),
-        (lambda m, x: m.a(x) + m.b(x.view(-1, 8)).view(x.shape), [("a", "b")]),  # the same rows
-        (lambda m, x: m.a(x.clone()) + m.b(x.clone()), [("a",), ("b",)]),  # equal, not the same
-        (lambda m, x: m.a(x) + m.b(x.mul_(2)), [("a",), ("b",)]),  # the same memory, written in between
-    ],
-)
-def test_trace_shares_by_identity(run, stages):
-    torch.manual_seed(0)
-    assert trace(Toy(run), torch.randn(1, 9, 8), (), {}).stages == tuple(stages)
-
-
-def test_trace_does_not_call_a_changed_output_the_linears():
-    toy = Toy(lambda m, x: m.inner(x))
-    assert trace(toy, torch.ones(1, 3, 8), (), {}).output_of == {"inner": "inner.0"}
-    toy.inner.append(nn.ReLU(inplace=True))
-    assert trace(toy, torch.ones(1, 3, 8), (), {}).output_of == {}
-
-
 def test_a_linear_that_runs_twice_is_refused():
-    toy = Toy(lambda m, x: m.b(torch.relu(m.a(torch.relu(m.a(x))))) + x)
-    groups, refused = discover(toy, torch.ones(1, 9, 8), (), {})
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(torch.relu(self.a(x))))) + x
+
+    groups, refused = discover(Twice(), torch.ones(1, 9, 8), (), {})
     assert groups == []
     assert refused == [("? -> a", "a runs more than once")]
 
@@ -461,7 +299,7 @@ class Marked(nn.Module):
 
 
 def test_marked_modules_count_as_linears():
-    block, call = block_and_call("llama-bias")
+    block, call = tiny_models.block_and_call("llama-bias")
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, leaf = name.rpartition(".")

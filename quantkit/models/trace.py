@@ -1,0 +1,121 @@
+"""Which tensor goes where in one decoder block: read off one forward by identity, whatever the modules are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward of a block has shown. Names are module names inside the block.
+
+    stages: linears that read the same tensor, in the order of execution. calls: every call of a linear, in
+    order. norms: stage -> the norm whose output it reads. output_of: submodule -> the linear inside it whose
+    output it returns unchanged (alone, or first in a tuple of None); of two nested ones the inner comes
+    first.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    calls: tuple[str, ...]
+    norms: dict[tuple[str, ...], str]
+    output_of: dict[str, str]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer: nn.Linear, transformers' Conv1D, or a module that says so by `is_linear = True`."""
+    return isinstance(module, (nn.Linear, Conv1D)) or getattr(module, "is_linear", False)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A module that may scale channels: all it has is a vector `weight` and perhaps a vector `bias`."""
+    parameters = dict(module.named_parameters())
+    named = set(parameters) in ({"weight"}, {"weight", "bias"})
+    return named and not is_linear(module) and all(p.dim() == 1 for p in parameters.values())
+
+
+def matrix(linear: nn.Module) -> torch.Tensor:
+    """The weight as [out, in], sharing memory with the parameter (Conv1D stores [in, out])."""
+    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+
+
+@torch.no_grad()
+def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Trace:
+    """Run `block(hidden, *args, **kwargs)` once and see which tensor goes where.
+
+    The block is in eval mode, and the call has no KV cache.
+    """
+    stages: dict[tuple, list[str]] = {}
+    norms: dict[tuple, str] = {}
+    calls: list[str] = []
+    made: dict[str, tuple[torch.Tensor, int]] = {}  # linear -> its output and the version it had then
+    output_of: dict[str, str] = {}
+    alive: list[
+        torch.Tensor
+    ] = []  # a tensor that died would lend its memory, and so its identity, to another
+
+    def reads(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            alive.append(x)
+            if name not in calls:
+                stages.setdefault(_identity(x), []).append(name)
+            calls.append(name)
+
+        return hook
+
+    def makes(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+            made[name] = (out, _version(out))
+
+        return hook
+
+    def normalises(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+            alive.append(out)
+            norms[_identity(out)] = name
+
+        return hook
+
+    def returns(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, out: Any) -> None:
+            if isinstance(out, tuple) and out and all(item is None for item in out[1:]):
+                out = out[0]
+            for linear, (tensor, version) in made.items():
+                if out is tensor and _version(tensor) == version and linear.startswith(f"{name}."):
+                    output_of[name] = linear
+
+        return hook
+
+    handles = []
+    for name, module in block.named_modules():
+        if is_linear(module):
+            handles.append(module.register_forward_pre_hook(reads(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(makes(name)))
+        elif is_norm(module):
+            handles.append(module.register_forward_hook(normalises(name)))
+        elif name and any(module.children()):
+            handles.append(module.register_forward_hook(returns(name)))
+    try:
+        block(hidden, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_stage = {tuple(names): norms[key] for key, names in stages.items() if key in norms}
+    return Trace(tuple(tuple(names) for names in stages.values()), tuple(calls), by_stage, output_of)
+
+
+def _identity(x: torch.Tensor) -> tuple:
+    """Equal for two living tensors exactly if they are the same rows in the same memory, not rewritten."""
+    layout = (x.numel(), x.shape[-1]) if x.is_contiguous() else (tuple(x.shape), x.stride())
+    return x.data_ptr(), _version(x), x.dtype, layout
+
+
+def _version(x: torch.Tensor) -> int:
+    """Counts writes in place; tensors made in inference mode do not count."""
+    return 0 if x.is_inference() else x._version
