@@ -34,17 +34,22 @@ def command(
 ) -> None:
     """Continue a prompt with MODEL (a folder or hub id), token by token.
 
-    On the CPU a family that the native path knows runs in it, whole steps in one call; others run in transformers.
+    On the CPU a family that the native path knows runs in it, whole steps in one call; on CUDA steps after the prompt
+    are replays of a graph. Others run in transformers.
     """
     from quantkit_eval import generate_stream
 
-    from quantkit.runtime import native
+    from quantkit.runtime import GraphDecoder, graphed, native
 
     opened, tokenizer = open_model(model, device, dtype, backend, compute)
-    runner = native(opened, compute) if opened.device.type == "cpu" else "no native path on this device"
+    if opened.device.type == "cpu":
+        runner = native(opened, compute)
+    else:
+        runner = graphed(opened, max_new_tokens)
+    how = "in a CUDA graph" if isinstance(runner, GraphDecoder) else "native"
     if isinstance(runner, str):
         click.echo(f"in transformers: {runner}", err=True)
-        runner = opened
+        runner, how = opened, "in transformers"
     done = generate_stream(
         runner,
         tokenizer,
@@ -57,10 +62,12 @@ def command(
         write=lambda text: click.echo(text, nl=False),
     )
     click.echo()
+    if isinstance(runner, GraphDecoder) and runner.why_eager:  # the warning said why
+        how = "in transformers"
     decode = done.decode_tokens_per_second
     speed = f"{decode:.1f} tokens/s" if decode else "nothing to time"
     click.echo(
         f"prompt: {done.prompt_tokens} tokens, {done.prompt_tokens_per_second:.1f} tokens/s; "
-        f"decode: {done.new_tokens} tokens, {speed}",
+        f"decode {how}: {done.new_tokens} tokens, {speed}",
         err=True,
     )

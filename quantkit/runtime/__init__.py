@@ -1,6 +1,7 @@
-"""Running a model token by token: natively on the CPU where its family fits, else as transformers does."""
+"""Running a model token by token: native on the CPU, in a CUDA graph on a GPU, else as transformers does."""
 
 from quantkit.runtime.generate import generate, stream
+from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
 
-__all__ = ["NativeDecoder", "generate", "native", "stream"]
+__all__ = ["GraphDecoder", "NativeDecoder", "generate", "graphed", "native", "stream"]

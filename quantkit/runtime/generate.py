@@ -1,4 +1,4 @@
-"""`generate`: one sequence, token by token, on the native path where there is one."""
+"""`generate`: one sequence, token by token, native on the CPU and in a CUDA graph on a GPU where the model allows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from quantkit_eval.sampler import pick
 from torch import nn
 
 from quantkit.errors import ModelError
+from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
 
 
 def generate(
-    model: nn.Module | NativeDecoder,
+    model: nn.Module | NativeDecoder | GraphDecoder,
     input_ids: torch.Tensor,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -41,7 +42,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module | NativeDecoder,
+    model: nn.Module | NativeDecoder | GraphDecoder,
     input_ids: torch.Tensor,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -54,7 +55,8 @@ def stream(
 
     temperature 0 is greedy; top_k 0 and top_p 1 leave every token in. Ends after a token of `stop` (None: the end
     tokens of the generation config) or `max_new_tokens`. Draws from a generator of its own; seed None: a new one
-    each time. On a CPU a model that the native path does not know runs eager, with a warning that says why.
+    each time. On a CPU a model that the native path does not know runs eager, with a warning that says why, and so
+    does one on CUDA whose step cannot be captured in a graph.
 
     ModelError for an empty or too long prompt and options out of range; EvalError for tokens that the model does not
     have.
@@ -63,7 +65,7 @@ def stream(
         raise ModelError(
             f"temperature and top_k are at least 0, top_p in (0, 1]; got {temperature}, {top_k} and {top_p}"
         )
-    runner = model if isinstance(model, NativeDecoder) else _runner(model)
+    runner = model if isinstance(model, NativeDecoder | GraphDecoder) else _runner(model, max_new_tokens)
     prompt = _prompt(input_ids)
     check_vocabulary(runner, prompt.tolist())
     most = longest_context(runner)
@@ -99,10 +101,11 @@ def _steps(
         tokens = torch.tensor([[token]])
 
 
-def _runner(model: nn.Module) -> Any:
-    if device_of(model).type != "cpu":
+def _runner(model: nn.Module, new_tokens: int) -> Any:
+    device = device_of(model).type
+    if device not in ("cpu", "cuda"):
         return model
-    found = native(model)
+    found = native(model) if device == "cpu" else graphed(model, new_tokens)
     if isinstance(found, str):
         warnings.warn(f"runs eager: {found}", stacklevel=4)
         return model

@@ -20,7 +20,7 @@ def test_a_llama_runs_natively(capsys):
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "in transformers" not in captured.err
-    assert "decode: 4 tokens" in captured.err
+    assert "decode native: 4 tokens" in captured.err
 
 
 @NATIVE
