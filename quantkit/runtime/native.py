@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from quantkit_kernels import COMPUTES
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.decoder import COMPUTES, Decoder, Tables
+from quantkit_kernels.cpu.decoder import Decoder, Tables
 from torch import nn
 
 from quantkit.errors import BackendError
@@ -65,7 +66,8 @@ class NativeDecoder:
 
     def __init__(self, model: nn.Module, compute: str, cache_dtype: torch.dtype) -> None:
         self.tables: Tables = tables(model)
-        self.compute, self.cache_dtype = compute, cache_dtype
+        halves = compute == "float" and model.dtype in (torch.bfloat16, torch.float16)
+        self.compute, self.cache_dtype = "halves" if halves else compute, cache_dtype
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
         self._rotary = model.model.rotary_emb
         self.start()  # a model the decoder does not take says so here

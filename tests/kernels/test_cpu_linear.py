@@ -140,6 +140,18 @@ def test_float_is_close_to_fp64(path, bits, group, symmetric):
         assert_close(f"{path} {bits} bits g{group} [{n}, {k}] m={m} {dtype}", y, truth, limit)
 
 
+@pytest.mark.parametrize("m", [1, 5, 24])
+def test_fp32_that_stands_for_halves_is_closer_than_halves(path, m):
+    """16 bits of each activation; on AMX bf16 tiles, whose result is that of rounding first."""
+    packed, scale, zero, w = packed_weight(4, 40, 256, 128, False)
+    weight = ops.pack(packed, scale, zero, 4, 40, 256)
+    x = torch.randn(m, 256, generator=torch.Generator().manual_seed(1))
+    y = run(weight, x, ops.HALVES)
+    assert_close(path, y, x.double() @ w.T, 4e-3 if "amx" in path and m >= 16 else 1e-4)
+    rounded = run(weight, x.bfloat16().float(), ops.HALVES)
+    assert torch.equal(rounded.bfloat16(), run(weight, x.bfloat16(), ops.FLOAT))
+
+
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("compute", [ops.INT8_GROUP, ops.INT8_TOKEN])

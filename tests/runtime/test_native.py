@@ -152,6 +152,15 @@ def test_avx512_sized_vectors_give_the_same_logits(widest, name, dtype, monkeypa
     assert_close(got, eager(model.float(), ids))
 
 
+def test_a_half_precision_model_keeps_more_than_eager_does():
+    """Packed linears of a bf16 model take 16 bits of each activation; eager rounds everything to bf16."""
+    scheme, ids = Scheme(4, 32, True), tiny_models.ids(60)[0]
+    model = quantized(tiny_models.FAMILIES["llama-gqa"](), scheme).to(torch.bfloat16)
+    got, rounded = decoder(model).start().append(ids, keep=60), eager(model, ids).float()
+    exact = eager(model.float(), ids)
+    assert 0 < float((got - exact).norm()) < float((rounded - exact).norm()) / 10
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_within_a_family(variant):
     """Prompt, then token by token, as transformers does it: some rope types depend on that."""

@@ -10,8 +10,11 @@ enum Compute : int {
     FLOAT = 0,       // activations as 16-bit (fp32: 2 x 16-bit) block integers, floats for tables
     INT8_GROUP = 1,  // int8 activations, one scale per token and chunk of min(group, 128) columns
     INT8_TOKEN = 2,  // int8 activations, one scale per token
+    HALVES = 3,      // as FLOAT, but fp32 activations stand for halves (a bf16 or fp16 model's) and keep 16 bits
 };
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+
+inline bool is_int8(int compute) { return compute == INT8_GROUP || compute == INT8_TOKEN; }
 
 using Weight = ::qk_weight;
 

@@ -17,7 +17,7 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.ops import Packed
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
-COMPUTES = {"float": 0, "int8": 1, "int8-token": 2}  # qk::Compute
+COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3}  # qk::Compute
 
 
 class _Matrix(ctypes.Structure):
@@ -146,7 +146,8 @@ class Tables:
 class Decoder:
     """One sequence. Not for two threads at once; several decoders may share their tables and run together.
 
-    compute: how packed matrices are multiplied ("float", "int8", "int8-token"). cache_dtype: fp32 or bf16.
+    compute: how packed matrices are multiplied: "float", "int8", "int8-token", or "halves", float with 16 bits of
+    each activation, for models whose own type is bf16 or fp16. cache_dtype: fp32 or bf16.
     """
 
     def __init__(

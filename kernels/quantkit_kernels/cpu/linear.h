@@ -61,8 +61,9 @@ inline int64_t padded_rows(int64_t rows) { return rows <= 8 ? rows : (rows + 15)
 
 inline Header describe(const Weight &w, int x_type, int64_t m, int compute, bool tiles) {
     Header h;
-    h.kind = w.table ? A32 : compute != FLOAT ? A8 : tiles && x_type == BF16 && m >= 16 ? B16 : A16;
-    h.planes = h.kind == A16 && x_type == F32 ? 2 : 1;
+    const bool bfloats = x_type == BF16 || (x_type == F32 && compute == HALVES);
+    h.kind = w.table ? A32 : is_int8(compute) ? A8 : tiles && bfloats && m >= 16 ? B16 : A16;
+    h.planes = h.kind == A16 && x_type == F32 && compute != HALVES ? 2 : 1;
     h.columns = chunk(w);
     h.chunks = chunks(w);
     h.rows = padded_rows(m * h.planes);
@@ -183,8 +184,8 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
             float total = 0;
             for (int c = 0; c < h.columns; ++c) {
                 const int place = (c & ~3) | (c & 1) << 1 | (c >> 1 & 1);
-                bits[place] = uint16_t(float_to_bits(buffer[c]) >> 16);
-                total += buffer[c];
+                bits[place] = float_to_bfloat(buffer[c]);
+                total += bfloat_to_float(bits[place]);
             }
             std::memcpy(to, bits, 2 * h.columns);
             *scale = total;
