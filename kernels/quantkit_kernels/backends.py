@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from quantkit_kernels.cpu import library, ops
 from quantkit_kernels.layouts import Layout, torch_int4, torch_int8
 
 ENVIRONMENT = "QUANTKIT_BACKEND"
@@ -88,8 +89,6 @@ def _torch_run(
 
 
 def _cpu_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
-    from quantkit_kernels.cpu import library, ops
-
     if device != "cpu":
         return f"the native kernels run on the CPU, not on {device}"
     if not library.available():
@@ -102,8 +101,6 @@ def _cpu_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: in
 
 
 def _cpu_prepare(packed, scale, zero_packed, bits: int, n: int, k: int, dtype: torch.dtype) -> Layout:
-    from quantkit_kernels.cpu import ops
-
     if dtype not in _FLOATS:
         raise BackendMissing(f"backend 'cpu' takes fp32, bf16 or fp16 activations, not {dtype}")
     return ops.pack(packed, scale, zero_packed, bits, n, k)._asdict()
@@ -112,7 +109,7 @@ def _cpu_prepare(packed, scale, zero_packed, bits: int, n: int, k: int, dtype: t
 def _cpu_run(
     x: torch.Tensor, layout: Layout, group_size: int, bias: torch.Tensor | None, compute: str
 ) -> torch.Tensor:
-    return torch.ops.quantkit.cpu_linear(
+    return ops.linear(
         x,
         layout["units"],
         None if bias is None else bias.float(),
@@ -128,8 +125,6 @@ def _cpu_run(
 
 
 def _cpu_restore(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    from quantkit_kernels.cpu import ops
-
     return ops.unpack(ops.Packed(**layout))
 
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from quantkit.errors import BackendError, ModelError
 from quantkit.formats.compressed_tensors import METHOD, parse_config
 from quantkit.models import families
 from quantkit.models.headers import TensorInfo, named, read_tensors, resolve_model
+
+if TYPE_CHECKING:
+    from quantkit.layers.quant_linear import QuantLinear
 
 
 def load(
@@ -175,8 +178,9 @@ def _finish(
     """Check what only the values show and build the layouts of the backend, layer by layer."""
     from quantkit.checkpoint.plugin import packed_linears
     from quantkit.layers.quant_linear import huge_pages
+    from quantkit.layers.siblings import Siblings
 
-    linears = packed_linears(model)
+    linears, siblings = _siblings_together(packed_linears(model))
     arena = None
     for name, module in linears:
         offloaded = module.weight_packed.is_meta
@@ -193,3 +197,16 @@ def _finish(
             if arena is None:
                 arena = huge_pages([module for _, module in linears])
             module.move_layout(arena.place)
+    for group in siblings:
+        Siblings.join(group)
+
+
+def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list, list[list[QuantLinear]]]:
+    """(the linears, siblings behind each other; the groups of siblings)."""
+    groups: dict[Any, list[tuple[str, QuantLinear]]] = {}
+    for name, module in linears:
+        parent, _, leaf = name.rpartition(".")
+        kind = next((names for names in families.FUSED if leaf in names), leaf)
+        groups.setdefault((parent, kind), []).append((name, module))
+    ordered = [each for group in groups.values() for each in group]
+    return ordered, [[module for _, module in group] for group in groups.values() if len(group) > 1]

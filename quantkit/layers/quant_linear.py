@@ -7,10 +7,12 @@ from typing import Any
 
 import quantkit_kernels
 import torch
+from quantkit_kernels.cpu import library, ops
 from torch import nn
 
 from quantkit.errors import BackendError
 from quantkit.formats.compressed_tensors import DTYPES, pack, stored_shapes
+from quantkit.layers.siblings import UNITS, Siblings
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
@@ -24,6 +26,9 @@ class QuantLinear(nn.Module):
     weight_zero_point (None
     if symmetric); bias: Parameter [N] or None. x [..., K] of any float dtype; y has x's dtype.
     """
+
+    siblings: Siblings | None = None  # those that natively run together with this one
+    _bound: tuple[torch.Tensor, int, Callable[..., torch.Tensor]] | None = None  # units, address, call
 
     def __init__(
         self,
@@ -104,11 +109,7 @@ class QuantLinear(nn.Module):
     @property
     def cpu_packed(self) -> Any:
         """The native layout (`quantkit_kernels.cpu.ops.Packed`), or None on another backend."""
-        if self.backend != "cpu":
-            return None
-        from quantkit_kernels.cpu.ops import Packed
-
-        return Packed(**self.layout)
+        return ops.Packed(**self.layout) if self.backend == "cpu" else None
 
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
@@ -129,8 +130,14 @@ class QuantLinear(nn.Module):
         }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.backend == "cpu" and ops.direct(x) and x.dtype is self._dtype:
+            y = self._direct(x)
+            if y is not None:
+                return y
         group = self.scheme.group(self.in_features)
         if self.prepared:
+            if x.shape[-1] != self.in_features:
+                raise ValueError(f"x has {x.shape[-1]} features, the weight takes {self.in_features}")
             rows = x.reshape(-1, self.in_features).to(self._dtype)
             y = quantkit_kernels.run(self.backend, rows, self.layout, group, self.bias, self.compute)
             return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -145,6 +152,27 @@ class QuantLinear(nn.Module):
             self.out_features,
             self.in_features,
         )
+
+    def _direct(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the op gives, together with the siblings and past torch's dispatcher; None if it may not be."""
+        bias, units, bound = self.bias, self._buffers[UNITS], self._bound
+        if bias is not None and not ops.plain(bias):
+            return None
+        if self.siblings is not None:
+            y = self.siblings.run(self, x, bias)
+            if y is not None:
+                return y
+        if bound is None or bound[0] is not units or bound[1] != units.data_ptr():
+            if not ops.plain(units):
+                return None
+            self._bound = bound = units, units.data_ptr(), ops.bind(self.cpu_packed, self._dtype)
+        return bound[2](x, bias, quantkit_kernels.COMPUTES.index(self.compute))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what holds addresses; it is made anew at the next call."""
+        state = self.__dict__.copy()
+        state.pop("_bound", None)
+        return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves go through; casts stop at scales and layouts, for which the codes were computed."""
@@ -162,10 +190,8 @@ class QuantLinear(nn.Module):
         )
 
 
-def huge_pages(modules: Iterable[QuantLinear]) -> Any:
+def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
     """One arena for the native layouts of all these modules: a page fault per 2 MiB, and one forward stream."""
-    from quantkit_kernels.cpu import library, ops
-
     size = 0
     for module in modules:
         n, k, bits = module.out_features, module.in_features, module.scheme.bits

@@ -3,6 +3,9 @@
 `quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)`
     x [..., K] fp32, bf16 or fp16; units uint8 [B] from `pack`; bias fp32 [N] or None; returns [..., N] in
     x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token.
+
+The dispatcher and an implementation in Python take longer than a small weight does. So `linear` is the same without
+them where they would add nothing, and `bind` is that for one weight, checked once.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from quantkit_kernels.bits import words
 from quantkit_kernels.cpu import library
 
-FLOAT, INT8_GROUP, INT8_TOKEN = 0, 1, 2
+FLOAT, INT8_GROUP, INT8_TOKEN, HALVES = range(4)  # qk::Compute
 BITS = (2, 3, 4, 8)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TABLES = {None: 0, "nf4": 1, "fp8_e4m3": 2}
 _SCHEMA = (
     "(Tensor x, Tensor units, Tensor? bias, int bits, int group_size, int n, int k, bool symmetric, "
@@ -146,8 +153,7 @@ def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -
 
 def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
     """TypeError or ValueError unless memory is what the native code takes it for."""
-    if x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {k}")
+    _check_features(x.shape[-1], k)
     if x.dtype not in _TYPES:
         raise TypeError(f"x must be fp32, bf16 or fp16, got {x.dtype}")
     size = units_bytes(bits, group_size, n, k, wide_scales)
@@ -156,6 +162,11 @@ def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
         raise ValueError(f"units of a {bits}-bit [{n}, {k}] weight are contiguous uint8 [{size}], got {got}")
     if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
         raise ValueError(f"bias must be contiguous fp32 [{n}], got {bias.dtype} {list(bias.shape)}")
+
+
+def _check_features(features: int, k: int) -> None:
+    if features != k:
+        raise ValueError(f"x has {features} features, the weight takes {k}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -168,7 +179,8 @@ def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_facto
     _check(x, units, bias, bits, group_size, n, k, wide_scales)
     if not x.is_contiguous():
         x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], n))
+    *lead, _ = x.shape
+    y = x.new_empty(*lead, n)  # sizes one by one parse twice as fast as a tuple
     bias_at = None if bias is None else bias.data_ptr()
     weight = _weight(units.data_ptr(), bias_at, scale_factor, n, k, group_size, bits, wide_scales)
     run(x, weight, x.numel() // k, compute, y)
@@ -181,10 +193,80 @@ def run(x: torch.Tensor, weight: library.Weight, m: int, compute: int, y: torch.
     linear = library.required().qk_linear
     status = linear(weight, x.data_ptr(), kind, m, compute, y.data_ptr(), kind, torch.get_num_threads())
     if status:
-        library.isa()  # says so if the forced instruction set is missing
-        raise RuntimeError(
-            "no memory" if status == 2 else "tables and odd groups do not run with this compute"
+        raise _failure(status)
+
+
+def _failure(status: int) -> Exception:
+    library.isa()  # says so if the forced instruction set is missing
+    return RuntimeError("no memory" if status == 2 else "tables and odd groups do not run with this compute")
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether a tensor is ordinary memory of the CPU that needs no gradient."""
+    return (
+        type(x) in _PLAIN
+        and x.is_cpu
+        and not x.is_neg()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def direct(x: torch.Tensor) -> bool:
+    """Whether x is `plain` and nobody traces, transforms or intercepts what is called with it."""
+    return (
+        not torch.compiler.is_compiling()
+        and plain(x)
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and peek_interpreter_stack() is None
+        and _get_tracing_state() is None
+    )
+
+
+def linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+    """`cpu_linear`, past the dispatcher if it may be."""
+    past = direct(x) and plain(units) and (bias is None or plain(bias))
+    call = _run if past else cpu_linear
+    return call(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)
+
+
+def bind(weight: Packed, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """`cpu_linear` on one weight: call(x, bias, compute) -> y for x of `dtype`, bias of any, both `plain`.
+
+    Calls must be `direct`; they hold as long as `weight.units` stays in its place.
+    """
+    units, n, k, kind = weight.units, weight.n, weight.k, _TYPES[dtype]
+    facts = (weight.scale_factor, n, k, weight.group_size, weight.bits, weight.wide_scales)
+    _check(units.new_empty(0, k, dtype=dtype), units, None, weight.bits, weight.group_size, n, k, facts[-1])
+    # Without argtypes ctypes converts nothing: half the cost of the call. An int is a C int.
+    native, pointer, threads = library.required()["qk_linear"], ctypes.c_void_p, torch.get_num_threads
+    bare = ctypes.byref(weight.weight())
+    last = ((), (), ctypes.c_int64())  # of the shapes before: x, y, M
+
+    def call(x: torch.Tensor, bias: torch.Tensor | None, compute: int) -> torch.Tensor:
+        nonlocal last
+        shapes = last
+        if shapes[0] != x.shape:
+            *lead, features = x.shape
+            _check_features(features, k)
+            last = shapes = x.shape, (*lead, n), ctypes.c_int64(x.numel() // k)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        struct = bare
+        if bias is not None:
+            bias = bias.float().contiguous()
+            if bias.shape != (n,):
+                raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
+            struct = _weight(units.data_ptr(), bias.data_ptr(), *facts)
+        y = x.new_empty(*shapes[1])
+        status = native(
+            struct, pointer(x.data_ptr()), kind, shapes[2], compute, pointer(y.data_ptr()), kind, threads()
         )
+        if status:
+            raise _failure(status)
+        return y
+
+    return call
 
 
 def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
