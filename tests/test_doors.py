@@ -21,7 +21,7 @@ DOORS: dict[str, set[str] | None] = {
     "models": {"layers"},
     "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
     "plan": {"recipe", "models"},
-    "calibration": {"models", "numerics"},
+    "calibration": {"models", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets
     "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
     "checkpoint": {"layers", "models", "formats", "numerics"},
     "runtime": {

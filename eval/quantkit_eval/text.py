@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from quantkit_eval.dataset import is_saved, reader
 from quantkit_eval.errors import EvalError
 
 DOCUMENTS = "\n\n"  # between rows, empty ones too, as WikiText-2 perplexities are measured
@@ -56,20 +57,8 @@ def _file_text(path: Path) -> str:
 
 def _dataset_text(source: str, folder: Path | None) -> str:
     """Rows of a dataset, joined; `folder` is None for a dataset of the hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise EvalError(f"{source} needs the package `datasets`; install it or give a text file") from None
-    try:
+    with reader(source, EvalError) as datasets:
         rows = _hub_rows(datasets, source) if folder is None else _folder_rows(datasets, folder)
-    except EvalError:
-        raise
-    except Exception as error:  # readers of many formats and the network, each with errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise EvalError(
-            f"dataset {source} cannot be read: {type(error).__name__}: {reason}; check name, config, split and "
-            "network, or give a text file"
-        ) from error
     if _FIELD not in rows.column_names:
         raise EvalError(f"dataset {source} has no field {_FIELD!r} but {', '.join(rows.column_names)}")
     documents = rows[_FIELD]
@@ -87,8 +76,8 @@ def _hub_rows(datasets: Any, source: str) -> Any:
 
 
 def _folder_rows(datasets: Any, folder: Path) -> Any:
-    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-    data = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+    load = datasets.load_from_disk if is_saved(folder) else datasets.load_dataset
+    data = load(str(folder))
     if isinstance(data, dict):
         return data["test"] if "test" in data else next(iter(data.values()))
     return data

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from quantkit_eval.dataset import is_saved, reader
 
 from quantkit.errors import DataError
 
@@ -245,14 +246,10 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _dataset(source: DataSource, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, record) of a dataset folder or hub dataset, streamed, not fetched or cached whole."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{source.source} is a dataset; install it with `pip install datasets`") from None
     local = path.is_dir()
     split = source.split or "train"
-    try:
-        if local and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+    with reader(f"{source.source} (split {split})", DataError) as datasets:
+        if local and is_saved(path):
             rows = datasets.load_from_disk(str(path))
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
@@ -261,14 +258,6 @@ def _dataset(source: DataSource, path: Path) -> Iterator[tuple[str, Mapping[str,
             )
         for number, record in enumerate(rows):
             yield f"{source.source}[{number}]", record
-    except DataError:
-        raise
-    except Exception as error:  # readers of many formats and the network, each with errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"dataset {source.source} (split {split}) cannot be read: {type(error).__name__}: {reason}; "
-            "check name, config, split and network, or give a text or JSONL file"
-        ) from error
 
 
 def _joined(records: Iterable[tuple[str, Mapping[str, Any]]], reading: _Reading, tokenizer: Any) -> str:

@@ -358,8 +358,10 @@ def test_without_the_datasets_package(tokenizer, monkeypatch):
 
 
 def test_datasets_is_imported_lazily():
+    import os
     import subprocess
     import sys
 
     code = "import sys, quantkit.calibration.text; assert 'datasets' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
