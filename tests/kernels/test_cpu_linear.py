@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_weights import packed_weight
 from quantkit_kernels import pack_bits
 from quantkit_kernels.cpu import library, ops
 
@@ -60,22 +61,6 @@ def path(request, monkeypatch):
     library.set_isa(request.param.removeprefix("emulated-"))
     yield request.param
     library.set_isa(before)
-
-
-def packed_weight(bits, n, k, group, symmetric, scale_dtype=torch.float16, seed=0):
-    """(packed, scale, zero_packed, W in fp64), random, with negative scales and an all-zero group."""
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
-    codes[0] = 2**bits - 1
-    codes[1] = 0
-    scale = (torch.randn(n, k // group, generator=g) * 0.05).to(scale_dtype)
-    scale[0, 0] = 0
-    zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, zero.shape, dtype=torch.uint8, generator=g)
-    w = (codes.double().view(n, -1, group) - zero.double()[:, :, None]) * scale.double()[:, :, None]
-    zero_packed = None if symmetric else pack_bits(zero.T.contiguous(), bits).T.contiguous()
-    return pack_bits(codes, bits), scale, zero_packed, w.view(n, k)
 
 
 def run(weight, x, compute=ops.FLOAT, bias=None):

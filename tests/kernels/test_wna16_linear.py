@@ -5,23 +5,10 @@ import importlib.util
 import pytest
 import quantkit_kernels
 import torch
-from quantkit_kernels import BackendMissing, ops, pack_bits, wna16_linear
+from packed_weights import packed_weight
+from quantkit_kernels import BackendMissing, ops, wna16_linear
 from quantkit_kernels.cpu import library
 from quantkit_kernels.reference.wna16_linear import dequantize
-
-
-def packed_weight(bits, n, k, group, symmetric, dtype=torch.float32, seed=0):
-    """(packed, scale, zero_packed, W in fp64), random, with negative scales and an all-zero group."""
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
-    scale = (torch.randn(n, k // group, generator=g) * 0.05).to(dtype)
-    scale[0, 0] = 0
-    zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, zero.shape, dtype=torch.uint8, generator=g)
-    w = (codes.double().view(n, -1, group) - zero.double()[:, :, None]) * scale.double()[:, :, None]
-    zero_packed = None if symmetric else pack_bits(zero.T.contiguous(), bits).T.contiguous()
-    return pack_bits(codes, bits), scale, zero_packed, w.view(n, k)
 
 
 def rms_error(name, found, truth, limit):
