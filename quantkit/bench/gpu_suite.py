@@ -1,11 +1,15 @@
 """Everything that needs a CUDA device, in one command.
 
-    python -m quantkit.bench.gpu_suite --work DIR --json docs/benchmarks/gpu.json [--steps tests tune bench compare]
+    python -m quantkit.bench.gpu_suite --work DIR [--steps tests decode] [--seconds 570] [--json FILE]
 
-tests: those marked `gpu`, the Triton kernels against fp64 among them. tune: a table of tile sizes for this chip. bench:
-`quantkit bench --kernels --device cuda`. compare: the embedded model is quantized on the device and on the CPU by the
-same recipe, and both are evaluated there. Each step takes less than ten minutes and can be run alone. Exits 1 if a
-test fails, or if the two models differ by more than their standard errors allow.
+tests: those marked `gpu`, the Triton kernels against fp64 among them, in several processes because most of the time is
+compilation. decode: whole steps of a 32-layer Llama-3-8B shape, bf16 and packed, with CUDA graphs and without. tune: a
+table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --kernels --device cuda`.
+compare: the embedded model is quantized on the device and on the CPU by the same recipe, and both are evaluated there.
+
+Where a command may take ten minutes: `tests decode`, then `tune bench`, then `compare`. Each step leaves DIR/STEP.json,
+a step that the time did not suffice for says so there, and the report is made of all that lie in DIR. Nothing is
+fetched. Exits 1 if a step fails or has no time, also if the two models differ by more than their standard errors allow.
 """
 
 from __future__ import annotations
@@ -15,8 +19,11 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -24,25 +31,92 @@ from quantkit.bench.machine import machine
 from quantkit.checkpoint.shards import write_json
 from quantkit.pipeline import quantize
 
-STEPS = ("tests", "tune", "bench", "compare")
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq")
+TESTS = ("tests",)
+PROCESSES = 8
+TABLE = "triton-table.json"
+_PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 
 
-def tests() -> int:
-    """Exit status of the GPU tests."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], check=False
-    ).returncode
+def tests(work: Path, deadline: float) -> dict[str, Any]:
+    """The tests marked `gpu`, dealt out to processes."""
+    listing = subprocess.run(
+        [*_PYTEST, "--collect-only", *TESTS], capture_output=True, text=True, check=False
+    )
+    names = [line for line in listing.stdout.splitlines() if "::" in line]
+    if not names:
+        return {"ok": False, "output": (listing.stdout + listing.stderr)[-4000:]}
+    hands = [names[i::PROCESSES] for i in range(min(PROCESSES, len(names)))]
+    files = [work / f"tests-{i}.xml" for i in range(len(hands))]
+    logs = [work / f"tests-{i}.log" for i in range(len(hands))]
+    running = []
+    for hand, file, log in zip(hands, files, logs, strict=True):
+        file.unlink(missing_ok=True)
+        with log.open("w") as out:
+            command = [*_PYTEST, f"--junitxml={file}", *hand]
+            running.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+    late = []
+    for i, process in enumerate(running):
+        try:
+            process.wait(max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            late += hands[i]
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for suite in (
+        suite for file in files if file.exists() for suite in ElementTree.parse(file).iter("testsuite")
+    ):
+        counts = {name: value + int(suite.get(name, 0)) for name, value in counts.items()}
+    failed = [
+        line for log in logs for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))
+    ]
+    passed = counts["tests"] == len(names) and not (counts["failures"] or counts["errors"])
+    return {"ok": passed, "collected": len(names)} | counts | {"failed": failed, "late": late}
 
 
-def compare(work: Path) -> list[dict[str, Any]]:
+def _child(work: Path, deadline: float, name: str, *arguments: str) -> dict[str, Any]:
+    """`python -m ... --json FILE`, stopped at the deadline; what it wrote."""
+    file = work / f"{name}-report.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", *arguments, str(file)]
+    try:
+        status = subprocess.run(command, check=False, timeout=max(deadline - time.monotonic(), 1)).returncode
+    except subprocess.TimeoutExpired:
+        status = "out of time"
+    report = json.loads(file.read_text()) if file.exists() else None
+    return {"ok": status == 0 and report is not None, "status": status, "report": report}
+
+
+def decode(work: Path, deadline: float) -> dict[str, Any]:
+    """Whole steps with graphs and without."""
+    return _child(work, deadline, "decode", "quantkit.bench.gpu_decode", "--json")
+
+
+def tune(work: Path, deadline: float) -> dict[str, Any]:
+    """A table of tile sizes, as far as three quarters of the time carry."""
+    seconds = str(max(int((deadline - time.monotonic()) * 0.7), 30))
+    done = _child(work, deadline, "tune", "quantkit_kernels.triton.tune", "--seconds", seconds, "--output")
+    if done["report"]:
+        write_json(work / TABLE, done["report"])
+    return done
+
+
+def bench(work: Path, deadline: float) -> dict[str, Any]:
+    """The ops against what is installed."""
+    verb = ("quantkit", "bench", "--kernels", "--device", "cuda", "--m", "1,16,64,256,2048", "--rounds", "5")
+    return _child(work, deadline, "bench", *verb, "--shapes", "llama-3-8b", "--json")
+
+
+def compare(work: Path, deadline: float) -> dict[str, Any]:
     """The same recipes on CUDA and CPU, with their evaluations."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for recipe in RECIPES:
+        if time.monotonic() > deadline:
+            break
         for device in ("cuda", "cpu"):
             report = quantize(recipe, output=work / f"{recipe}-{device}", device=device).report
             rows.append({"recipe": recipe, "device": device} | report)
-    return rows
+    return {"ok": len(rows) == 2 * len(RECIPES) and agree(rows), "rows": rows}
 
 
 def agree(rows: list[dict[str, Any]]) -> bool:
@@ -55,40 +129,55 @@ def agree(rows: list[dict[str, Any]]) -> bool:
     )
 
 
+STEPS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
+    "tests": tests,
+    "decode": decode,
+    "tune": tune,
+    "bench": bench,
+    "compare": compare,
+}
+
+
+def run(work: Path, steps: list[str], seconds: float) -> dict[str, Any]:
+    """Run steps one after another, each with what is left of the time; {step: what its file says} of all in `work`."""
+    deadline = time.monotonic() + seconds
+    for i, name in enumerate(steps):
+        if (work / TABLE).exists():
+            os.environ["QUANTKIT_TRITON_TABLE"] = str(work / TABLE)
+        left = deadline - time.monotonic()
+        if left < 5:
+            found = {"ok": False, "status": "out of time"}
+        else:
+            share = time.monotonic() + (left if i == len(steps) - 1 else left * 0.6)
+            start = time.monotonic()
+            found = STEPS[name](work, share) | {"seconds": round(time.monotonic() - start, 1)}
+        write_json(work / f"{name}.json", found)
+        print(f"{name}: {'ok' if found['ok'] else 'FAILED'}", flush=True)
+    written = [name for name in STEPS if (work / f"{name}.json").exists()]
+    return {name: json.loads((work / f"{name}.json").read_text()) for name in written}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--seconds", type=float, default=3000)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
-    steps, arguments.work = arguments.steps, arguments.work.resolve()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    status = tests() if "tests" in steps else None
-    if "tune" in steps:
-        table = arguments.work / "triton-table.json"
-        subprocess.run(
-            [sys.executable, "-m", "quantkit_kernels.triton.tune", "--output", str(table)], check=True
-        )
-        os.environ["QUANTKIT_TRITON_TABLE"] = str(table)
-    timed = arguments.work / "kernels.json"
-    if "bench" in steps:
-        verb = ["bench", "--kernels", "--device", "cuda", "--m", "1,16,64,256,2048", "--json", str(timed)]
-        subprocess.run([sys.executable, "-m", "quantkit", *verb], check=True)
-    rows = compare(arguments.work) if "compare" in steps else []
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    found = run(work, arguments.steps, arguments.seconds)
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    report = {"schema": "quantkit-gpu/2", "machine": machine() | gpu} | found
+    write_json(work / "gpu.json", report)
     if arguments.json:
-        report = {
-            "schema": "quantkit-gpu/1",
-            "machine": machine() | {"gpu": torch.cuda.get_device_name()},
-            "tests": status,
-            "kernels": json.loads(timed.read_text()) if "bench" in steps else None,
-            "rows": rows,
-        }
         write_json(arguments.json, report)
-    sys.exit(bool(status) or not agree(rows))
+    sys.exit(not all(found[step]["ok"] for step in arguments.steps))
 
 
 if __name__ == "__main__":

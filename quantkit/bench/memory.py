@@ -4,8 +4,8 @@
 
 Runs RTN, GPTQ without the parts that only take time, GPTQ, and GPTQ with re-target on a synthetic Llama
 (quantkit.bench.synthetic) of 24 layers, each in a process of its own, and polls RssAnon every 10 ms. Shares are of the
-24-layer checkpoint, whatever the depth. Limits: 28 %, 45 % and 60 %, and the whole run's peak at most 1.05 times that of
-its first half. `--layers` and `--runs` choose less.
+24-layer checkpoint, whatever the depth. Limits: 28 %, 45 % and 60 %, and the whole run's peak at most 1.05 times that
+of its first half. `--layers` and `--runs` choose less.
 """
 
 from __future__ import annotations
