@@ -255,5 +255,5 @@ def run(
     bias: torch.Tensor | None = None,
     compute: str = "float",
 ) -> torch.Tensor:
-    """x [M, K] -> [M, N] on a prepared layout; x has the dtype it was prepared for."""
+    """x [M, K] -> [M, N] on a prepared layout; x has the dtype it was prepared for. "cpu": x [..., K]."""
     return _BACKENDS[name].run(x, layout, group_size, bias, compute)

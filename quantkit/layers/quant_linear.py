@@ -17,6 +17,7 @@ from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
 _LAYOUT = "layout_"
+_NUMBERS = {name: number for number, name in enumerate(quantkit_kernels.COMPUTES)}
 
 
 class QuantLinear(nn.Module):
@@ -115,6 +116,7 @@ class QuantLinear(nn.Module):
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
         for part in self.prepared:
             setattr(self, _LAYOUT + part, place(getattr(self, _LAYOUT + part)))
+        self._forget()
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The packed tensors as on disk, given back by the layout if there is one. BackendError if it cannot."""
@@ -136,10 +138,10 @@ class QuantLinear(nn.Module):
                 return y
         group = self.scheme.group(self.in_features)
         if self.prepared:
-            if x.shape[-1] != self.in_features:
-                raise ValueError(f"x has {x.shape[-1]} features, the weight takes {self.in_features}")
-            rows = x.reshape(-1, self.in_features).to(self._dtype)
-            y = quantkit_kernels.run(self.backend, rows, self.layout, group, self.bias, self.compute)
+            rows = x if self.backend == "cpu" else x.reshape(-1, self.in_features)
+            y = quantkit_kernels.run(
+                self.backend, rows.to(self._dtype), self.layout, group, self.bias, self.compute
+            )
             return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
         return quantkit_kernels.wna16_linear(
             x,
@@ -159,14 +161,20 @@ class QuantLinear(nn.Module):
         if bias is not None and not ops.plain(bias):
             return None
         if self.siblings is not None:
-            y = self.siblings.run(self, x, bias)
+            y = self.siblings.run(self, x, units, bias)
             if y is not None:
                 return y
         if bound is None or bound[0] is not units or bound[1] != units.data_ptr():
             if not ops.plain(units):
                 return None
-            self._bound = bound = units, units.data_ptr(), ops.bind(self.cpu_packed, self._dtype)
-        return bound[2](x, bias, quantkit_kernels.COMPUTES.index(self.compute))
+            self._bound = bound = units, units.data_ptr(), self.cpu_packed.bind(self._dtype)
+        return bound[2](x, bias, _NUMBERS[self.compute])
+
+    def _forget(self) -> None:
+        """Let go of a layout that was replaced."""
+        self._bound = None
+        if self.siblings is not None:
+            self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds addresses; it is made anew at the next call."""
@@ -182,6 +190,7 @@ class QuantLinear(nn.Module):
         for name, dtype in kept.items():
             if getattr(self, name).dtype != dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
+        self._forget()
         return self
 
     def extra_repr(self) -> str:

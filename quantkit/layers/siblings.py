@@ -2,15 +2,17 @@
 
 The first that is called multiplies x by the rows of all, whose native units lie behind each other, and keeps the
 other outputs for those who will be called with the very same x. Anything else is multiplied again. The results
-are the same bits: every row of a weight is summed by itself.
+are the same bits: every row of a weight is summed by itself. With more than one token they are slices of the last
+dimension, so not contiguous.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from quantkit_kernels import COMPUTES
@@ -25,28 +27,23 @@ _PATIENCE = 4  # times in a row that outputs may be left over
 
 
 class _Joint(NamedTuple):
-    """The weights of all as one, as long as they stay where they are."""
+    """The weights of all as one."""
 
-    members: tuple[weakref.ref[QuantLinear], ...]  # in the order of their rows
-    units: tuple[torch.Tensor, ...]
-    at: int  # of the first, the others have its storage
-    sizes: tuple[int, ...] = ()  # rows of each
+    units: dict[int, torch.Tensor]  # by id of the member, in the order of the rows
+    first: torch.Tensor  # of these; its storage is that of all
+    at: int  # its address
+    members: tuple[weakref.ref[QuantLinear], ...] = ()
+    sizes: tuple[int, ...] = ()  # out_features
     call: Callable[..., torch.Tensor] | None = None  # None: they do not fit together
 
 
-class _Slot(NamedTuple):
-    """Outputs that were not asked for yet, and what they were computed from.
+class _Local(threading.local):
+    """What waits in a thread: (x, its version and more, joint, stamps of the biases if there are any, outputs).
 
-    outputs: {id of the member: (y, its units, its bias, version of that)}.
+    The last two by id of the member. A plain tuple, as a named one takes half a microsecond.
     """
 
-    x: torch.Tensor
-    state: tuple[int | None, bool, str]  # version of x, inference mode, compute
-    outputs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int | None]]
-
-
-class _Local(threading.local):
-    slot: _Slot | None = None
+    slot: tuple[torch.Tensor, tuple, _Joint, dict[int, tuple], dict[int, torch.Tensor]] | None = None
 
 
 class Siblings:
@@ -71,98 +68,95 @@ class Siblings:
             member.siblings = group
         return True
 
-    def run(self, member: QuantLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    def run(
+        self, member: QuantLinear, x: torch.Tensor, units: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """The member's output for an x that may go to the C function; None: it has to run alone."""
-        local = self._local
-        slot = local.slot
-        state = (None if x.is_inference() else x._version, is_inference_mode_enabled(), member.compute)
+        local, name, compute = self._local, id(member), member.compute
+        slot, state = local.slot, (x.data_ptr(), _version(x), is_inference_mode_enabled(), compute)
         if slot is not None:
-            found = slot.outputs.pop(id(member), None) if slot.x is x and slot.state == state else None
-            if found is not None:
-                y, units, used, version = found
-                if units is member._buffers[UNITS] and used is bias and version == _version(bias):
-                    if not slot.outputs:
-                        local.slot, self._left_over = None, 0
-                    return y
+            kept, then, joint, biases, outputs = slot
+            if (
+                kept is x
+                and then == state
+                and name in outputs
+                and joint.units[name] is units
+                and (biases[name] == _stamp(bias) if biases else bias is None)
+            ):
+                if len(outputs) == 1:
+                    local.slot, self._left_over = None, 0
+                return outputs.pop(name)
             local.slot = None
             self._left_over += 1
         if self._left_over >= _PATIENCE:  # they are not called as siblings are
             return None
-        outputs = self._together(x, bias, state[-1])
-        if outputs is None:
-            return None
-        y = outputs.pop(id(member))[0]
-        local.slot = _Slot(x, state, outputs)
-        return y
-
-    def _together(self, x: torch.Tensor, bias: torch.Tensor | None, compute: str) -> dict[int, Any] | None:
-        """Every member's output as in `_Slot`; None if they do not fit together (any more)."""
-        joint = self._current()
-        if joint is None or joint.call is None:
-            return None
-        biases = [member().bias for member in joint.members]
-        if bias is not None:
-            if not all(each is not None and ops.plain(each) for each in biases):
+        joint = self._made
+        if joint is None or joint.units.get(name) is not units or joint.first.data_ptr() != joint.at:
+            members = [found for ref in self._members if (found := ref()) is not None]
+            if len(members) < len(self._members) or member not in members:  # a copy of a member is none
                 return None
-            bias = torch.cat(biases)
-        elif any(each is not None for each in biases):
+            self._made = joint = _joint(members)
+        if joint.call is None:
             return None
+        biases = {}
+        if bias is not None:
+            found = [getattr(ref(), "bias", None) for ref in joint.members]
+            if not all(each is not None and ops.plain(each) for each in found):
+                return None
+            biases = {key: _stamp(each) for key, each in zip(joint.units, found, strict=True)}
+            bias = torch.cat(found)
         y = joint.call(x, bias, COMPUTES.index(compute))
         parts = y.unsafe_split_with_sizes(joint.sizes, -1)  # unsafe: no views that know of each other
-        return {
-            id(member()): (part.contiguous(), units, each, _version(each))
-            for member, part, units, each in zip(joint.members, parts, joint.units, biases, strict=True)
-        }
+        outputs = dict(zip(joint.units, parts, strict=True))
+        mine = outputs.pop(name)
+        local.slot = x, state, joint, biases, outputs
+        return mine
 
-    def _current(self) -> _Joint | None:
-        """The members' weights as they are now; None if a member is gone."""
-        joint = self._made
-        if joint is not None and joint.units[0].data_ptr() == joint.at:
-            for member, units in zip(joint.members, joint.units, strict=True):
-                if (found := member()) is None or found._buffers[UNITS] is not units:
-                    break
-            else:
-                return joint
-        members = [found for member in self._members if (found := member()) is not None]
-        self._made = _joint(members) if len(members) == len(self._members) else None
-        return self._made
+    def forget(self) -> None:
+        """Let go of all tensors, in every thread."""
+        self._local, self._made = _Local(), None
 
     def __getstate__(self) -> dict[str, list[QuantLinear]]:
-        return {"members": [member for ref in self._members if (member := ref()) is not None]}
+        return {"members": [found for ref in self._members if (found := ref()) is not None]}
 
     def __setstate__(self, state: dict[str, list[QuantLinear]]) -> None:
         self.__init__(state["members"])
 
 
-def _version(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _version(tensor: torch.Tensor) -> int | None:
+    """Changes with every change in place, as far as torch counts them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _stamp(bias: torch.Tensor | None) -> tuple[int | None, ...]:
+    """What tells a bias that was replaced or written to."""
+    return () if bias is None else (id(bias), bias.data_ptr(), _version(bias))
 
 
 def _joint(members: Sequence[QuantLinear]) -> _Joint:
     """The members as one weight, or without `call` if they are of several kinds or do not lie behind each other."""
+    units = {id(member): member._buffers[UNITS] for member in members}
+    first, *_ = units.values()
+    if not all(ops.plain(tensor) for tensor in units.values()):
+        return _Joint(units, first, 0)
     members = sorted(members, key=lambda member: member._buffers[UNITS].data_ptr())
-    units = tuple(member._buffers[UNITS] for member in members)
-    at, weights = [tensor.data_ptr() for tensor in units], [member.cpu_packed for member in members]
-    joint = _Joint(tuple(weakref.ref(member) for member in members), units, at[0])
+    units = {id(member): member._buffers[UNITS] for member in members}
+    first, *_ = units.values()
+    at, packed = first.data_ptr(), [member.cpu_packed for member in members]
     kinds = {
-        (weight._replace(units=None, n=0), member._dtype)
-        for weight, member in zip(weights, members, strict=True)
+        (p._replace(units=None, n=0), m._dtype, m.bias is None) for p, m in zip(packed, members, strict=True)
     }
+    ends = itertools.accumulate((tensor.numel() for tensor in units.values()), initial=at)
     if (
-        not all(ops.plain(tensor) for tensor in units)
-        or len(kinds) > 1
-        or any(weight.n % 16 for weight in weights)
-        or len({tensor.untyped_storage().data_ptr() for tensor in units}) > 1
-        or any(a + tensor.numel() != b for a, tensor, b in zip(at, units, at[1:], strict=False))
+        len(kinds) > 1
+        or any(each.n % 16 for each in packed)
+        or len({tensor.untyped_storage().data_ptr() for tensor in units.values()}) > 1
+        or any(tensor.data_ptr() != end for tensor, end in zip(units.values(), ends, strict=False))
     ):
-        return joint
-    rows = (
-        units[0]
-        .new_empty(0)
-        .set_(
-            units[0].untyped_storage(), units[0].storage_offset(), (sum(tensor.numel() for tensor in units),)
-        )
-    )
-    sizes = tuple(weight.n for weight in weights)
-    packed = weights[0]._replace(units=rows, n=sum(sizes))
-    return joint._replace(sizes=sizes, call=ops.bind(packed, members[0]._dtype))
+        return _Joint(units, first, at)
+    rows = torch.empty(0, dtype=torch.uint8)
+    length = sum(tensor.numel() for tensor in units.values())
+    rows.set_(first.untyped_storage(), first.storage_offset(), (length,))
+    sizes = tuple(each.n for each in packed)
+    call = packed[0]._replace(units=rows, n=sum(sizes)).bind(members[0]._dtype)
+    return _Joint(units, first, at, tuple(map(weakref.ref, members)), sizes, call)

@@ -1,6 +1,14 @@
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
-from quantkit_kernels.cpu import library
+from quantkit_kernels.cpu import library, ops
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
@@ -23,9 +31,8 @@ def layer(scheme=W4, n=48, k=64, bias=True, dtype=torch.bfloat16):
 
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
-NATIVE = pytest.param(
-    "cpu", marks=pytest.mark.skipif(not library.available(), reason="the native library is not built")
-)
+needs_native = pytest.mark.skipif(not library.available(), reason="the native library is not built")
+NATIVE = pytest.param("cpu", marks=needs_native)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32, False), Scheme(3, 16, True), Scheme(8, None, True)])
@@ -99,7 +106,7 @@ def test_compiles_without_a_break_and_equals_eager(backend):
     assert torch.equal(traced(X[:1, :3]), module(X[:1, :3]))
 
 
-@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+@needs_native
 @pytest.mark.parametrize(
     "scheme", [Scheme(4, 32, False), Scheme(3, 64, True), Scheme(8, None, True), Scheme(2, 32, False)]
 )
@@ -113,7 +120,7 @@ def test_the_native_layout_gives_the_stored_tensors_back(scheme):
     assert all(torch.equal(after[n], before[n]) for n in before)
 
 
-@pytest.mark.skipif(not library.available(), reason="the native library is not built")
+@needs_native
 def test_int8_compute_is_close_and_only_native():
     module, _, _ = layer(Scheme(4, 32, False))
     truth = module(X)
@@ -122,3 +129,129 @@ def test_int8_compute_is_close_and_only_native():
     module.prepare("cpu", torch.float32, "int8")
     off = ((module(X) - truth).square().mean() / truth.square().mean()).sqrt()
     assert 1e-4 < off < 1e-2
+
+
+class Ops(TorchDispatchMode):
+    """Notes the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def native(**kind):
+    module, _, _ = layer(**kind)
+    module.prepare("cpu", torch.float32)
+    return module
+
+
+def by_the_op(module, x):
+    with Ops() as ops:
+        y = module(x)
+    assert "quantkit.cpu_linear.default" in ops.names
+    return y
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [True, False])
+def test_eager_calls_pass_the_dispatcher_by_with_the_same_result(bias, monkeypatch):
+    module = native(bias=bias)
+    shapes = ((64,), (1, 1, 64), (2, 5, 64), (0, 64), (3, 64))
+    inputs = [X[0, 0].expand(shape).clone().mul_(i + 1) for i, shape in enumerate(shapes)]
+    inputs += [X.transpose(0, 1), X[:, ::2], torch._neg_view(X), X.double(), X.bfloat16(), nn.Parameter(X)]
+    expected = [by_the_op(module, x) for x in inputs]
+
+    def refuse(*_):
+        raise AssertionError("called the op")
+
+    with torch.no_grad():
+        for x, y in zip(inputs, expected, strict=True):
+            assert torch.equal(module(x), y)
+        monkeypatch.setattr(ops, "cpu_linear", refuse)
+        for x in (*inputs[:7], inputs[-1]):
+            module(x)
+        with pytest.raises(AssertionError, match="called the op"):
+            module(torch._neg_view(X))
+
+
+@needs_native
+def test_input_of_the_wrong_width_is_named():
+    module = native()
+    for bad in (torch.ones(2, 32), torch.ones(4, 128), torch.ones(2, 32).bfloat16()):
+        with pytest.raises(ValueError, match=f"x has {bad.shape[1]} features, the weight takes 64"):
+            module(bad)
+
+
+@needs_native
+def test_whoever_traces_or_transforms_gets_the_op():
+    module = native()
+    y = module(X)
+    exported = torch.export.export(module, (X,), strict=True)
+    assert "quantkit.cpu_linear" in str(exported.graph)
+    assert torch.equal(exported.module()(X), y)
+    graph = make_fx(module)(X)
+    assert "quantkit.cpu_linear" in graph.code
+    assert torch.equal(graph(X * 2), module(X * 2))
+    assert torch.equal(torch.func.functionalize(module)(X), y)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert module(mode.from_tensor(X)).shape == y.shape
+    assert module(X.requires_grad_()).requires_grad != module(X.detach()).requires_grad
+    X.requires_grad_(False)
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_tracing_records_the_op():
+    module = native()
+    traced = torch.jit.trace(module, X, check_trace=False)
+    assert torch.equal(traced(X * 2), module(X * 2))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_bias_is_used(dtype):
+    module, x = native(), X[0]
+    module.bias.data = module.bias.data.to(dtype)
+    y = module(x)
+    module.bias.data.add_(1)
+    torch.testing.assert_close(module(x), y + 1, rtol=0, atol=0.1)
+    module.bias = nn.Parameter(module.bias + 1, requires_grad=False)
+    torch.testing.assert_close(module(x), y + 2, rtol=0, atol=0.1)
+    module.bias = None
+    assert torch.equal(module(x), native(bias=False)(x))
+    module.bias = nn.Parameter(torch.ones(1), requires_grad=False)
+    with pytest.raises(ValueError, match=r"bias must be contiguous fp32 \[48\]"):
+        module(x)
+
+
+@needs_native
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_do_not_use_the_memory_of_the_original(copied):
+    module = native()
+    y = module(X)
+    twin = copied(module)
+    if copied is not copy.copy:
+        module.layout_units.zero_()
+    del module
+    assert torch.equal(twin(X), y)
+
+
+@needs_native
+def test_a_replaced_layout_is_used_and_the_old_one_let_go():
+    module = native()
+    y = module(X)
+    old = weakref.ref(module.layout_units)
+    module.move_layout(torch.clone)
+    assert old() is None
+    assert torch.equal(module(X), y)
+    module.layout_units.data = module.layout_units.data.clone()
+    assert torch.equal(module(X), y)
+    module.layout_units = torch.zeros_like(module.layout_units)
+    assert torch.equal(module(X), module.bias.expand(2, 5, 48))
+    module.layout_units = module.layout_units[1:]
+    with pytest.raises(ValueError, match="units of a 4-bit"):
+        module(X)

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from quantkit_kernels.bits import words
 from quantkit_kernels.cpu import library
@@ -61,6 +63,16 @@ class Packed(NamedTuple):
             self.wide_scales,
             _TABLES[self.table],
         )
+
+    def bind(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+        """`cpu_linear` on this weight: call(x, bias, compute) -> y for `plain` x of `dtype` and `plain` bias of any.
+
+        Calls must be `direct`, and `units` stay alive and in its place.
+        """
+        units, facts = self.units, (self.bits, self.group_size, self.n, self.k)
+        _check_units(units, *facts, self.wide_scales)
+        c, scales = library.required(), (self.scale_factor, self.wide_scales)
+        return _bound(c, units.data_ptr(), units.numel(), dtype, *facts, *scales)
 
 
 def refuses(bits: int, group_size: int, k: int) -> str | None:
@@ -156,12 +168,9 @@ def _check(x, units, bias, bits, group_size, n, k, wide_scales) -> None:
     _check_features(x.shape[-1], k)
     if x.dtype not in _TYPES:
         raise TypeError(f"x must be fp32, bf16 or fp16, got {x.dtype}")
-    size = units_bytes(bits, group_size, n, k, wide_scales)
-    if units.numel() != size or units.dtype != torch.uint8 or not units.is_contiguous():
-        got = f"{units.dtype} {list(units.shape)}"
-        raise ValueError(f"units of a {bits}-bit [{n}, {k}] weight are contiguous uint8 [{size}], got {got}")
-    if bias is not None and (bias.shape != (n,) or bias.dtype != torch.float32 or not bias.is_contiguous()):
-        raise ValueError(f"bias must be contiguous fp32 [{n}], got {bias.dtype} {list(bias.shape)}")
+    _check_units(units, bits, group_size, n, k, wide_scales)
+    if bias is not None:
+        _check_bias(bias, n)
 
 
 def _check_features(features: int, k: int) -> None:
@@ -169,22 +178,71 @@ def _check_features(features: int, k: int) -> None:
         raise ValueError(f"x has {features} features, the weight takes {k}")
 
 
-@functools.lru_cache(maxsize=4096)
-def _weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales):
-    """A reference to the C struct of these numbers; kept, as making one takes longer than the rest of a call."""
-    return ctypes.byref(library.Weight(units, bias, scale_factor, n, k, group_size, bits, wide_scales))
+def _check_units(units, bits, group_size, n, k, wide_scales) -> None:
+    size = units_bytes(bits, group_size, n, k, wide_scales)
+    if units.numel() != size or units.dtype != torch.uint8 or not units.is_contiguous():
+        got = f"{units.dtype} {list(units.shape)}"
+        raise ValueError(f"units of a {bits}-bit [{n}, {k}] weight are contiguous uint8 [{size}], got {got}")
+
+
+def _check_bias(bias, n) -> None:
+    if bias.shape != (n,) or bias.dtype != torch.float32 or not bias.is_contiguous():
+        raise ValueError(f"bias must be contiguous fp32 [{n}], got {bias.dtype} {list(bias.shape)}")
 
 
 def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
-    _check(x, units, bias, bits, group_size, n, k, wide_scales)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    *lead, _ = x.shape
-    y = x.new_empty(*lead, n)  # sizes one by one parse twice as fast as a tuple
-    bias_at = None if bias is None else bias.data_ptr()
-    weight = _weight(units.data_ptr(), bias_at, scale_factor, n, k, group_size, bits, wide_scales)
-    run(x, weight, x.numel() // k, compute, y)
-    return y
+    if bias is not None:
+        _check_bias(bias, n)
+    weight = (x.dtype, bits, group_size, n, k, scale_factor, wide_scales)
+    call = None
+    if units.dtype is torch.uint8 and units.is_contiguous():
+        call = _bound(library.required(), units.data_ptr(), units.numel(), *weight)
+    if call is None:
+        _check(x, units, bias, bits, group_size, n, k, wide_scales)
+    return call(x, bias, compute)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound(c, at, size, dtype, bits, group_size, n, k, scale_factor, wide_scales):
+    """call(x, bias, compute) on the `size` bytes of units at an address; None if that or dtype is wrong.
+
+    Kept, as making the C struct alone takes longer than what it is for.
+    """
+    if dtype not in _TYPES or size != units_bytes(bits, group_size, n, k, wide_scales):
+        return None
+    kind, numbers = _TYPES[dtype], (scale_factor, n, k, group_size, bits, wide_scales)
+    # Without argtypes ctypes converts nothing, which is half the cost of the call. A Python int is a C int then.
+    native, pointer, threads = c["qk_linear"], ctypes.c_void_p, torch.get_num_threads
+    bare = ctypes.byref(library.Weight(at, None, *numbers))
+    # Of the call before. Each is one tuple that is read and replaced whole: threads share them.
+    shapes, biased = ((), (), ctypes.c_int64()), (0, bare)  # of x, of y, M; address of the bias, struct
+
+    def call(x: torch.Tensor, bias: torch.Tensor | None, compute: int) -> torch.Tensor:
+        nonlocal shapes, biased
+        shape, sizes, m = shapes
+        if x.shape != shape:
+            *lead, features = shape = x.shape
+            _check_features(features, k)
+            shapes = shape, sizes, m = shape, (*lead, n), ctypes.c_int64(x.numel() // k)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        struct = bare
+        if bias is not None:
+            bias = bias.float()
+            _check_bias(bias, n)
+            there, struct = biased
+            if bias.data_ptr() != there:
+                there = bias.data_ptr()
+                biased = there, struct = there, ctypes.byref(library.Weight(at, there, *numbers))
+        y = x.new_empty(*sizes)
+        status = native(
+            struct, pointer(x.data_ptr()), kind, m, compute, pointer(y.data_ptr()), kind, threads()
+        )
+        if status:
+            raise _failure(status)
+        return y
+
+    return call
 
 
 def run(x: torch.Tensor, weight: library.Weight, m: int, compute: int, y: torch.Tensor) -> None:
@@ -203,19 +261,17 @@ def _failure(status: int) -> Exception:
 
 def plain(x: torch.Tensor) -> bool:
     """Whether a tensor is ordinary memory of the CPU that needs no gradient."""
-    return (
-        type(x) in _PLAIN
-        and x.is_cpu
-        and not x.is_neg()
-        and not (x.requires_grad and torch.is_grad_enabled())
-    )
+    return type(x) in _PLAIN and x.is_cpu and not x.is_neg() and not (x.requires_grad and is_grad_enabled())
 
 
 def direct(x: torch.Tensor) -> bool:
     """Whether x is `plain` and nobody traces, transforms or intercepts what is called with it."""
     return (
-        not torch.compiler.is_compiling()
-        and plain(x)
+        not is_compiling()
+        and type(x) in _PLAIN
+        and x.is_cpu
+        and not x.is_neg()
+        and not (x.requires_grad and is_grad_enabled())
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
@@ -228,45 +284,6 @@ def linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_fac
     past = direct(x) and plain(units) and (bias is None or plain(bias))
     call = _run if past else cpu_linear
     return call(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)
-
-
-def bind(weight: Packed, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """`cpu_linear` on one weight: call(x, bias, compute) -> y for x of `dtype`, bias of any, both `plain`.
-
-    Calls must be `direct`; they hold as long as `weight.units` stays in its place.
-    """
-    units, n, k, kind = weight.units, weight.n, weight.k, _TYPES[dtype]
-    facts = (weight.scale_factor, n, k, weight.group_size, weight.bits, weight.wide_scales)
-    _check(units.new_empty(0, k, dtype=dtype), units, None, weight.bits, weight.group_size, n, k, facts[-1])
-    # Without argtypes ctypes converts nothing: half the cost of the call. An int is a C int.
-    native, pointer, threads = library.required()["qk_linear"], ctypes.c_void_p, torch.get_num_threads
-    bare = ctypes.byref(weight.weight())
-    last = ((), (), ctypes.c_int64())  # of the shapes before: x, y, M
-
-    def call(x: torch.Tensor, bias: torch.Tensor | None, compute: int) -> torch.Tensor:
-        nonlocal last
-        shapes = last
-        if shapes[0] != x.shape:
-            *lead, features = x.shape
-            _check_features(features, k)
-            last = shapes = x.shape, (*lead, n), ctypes.c_int64(x.numel() // k)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        struct = bare
-        if bias is not None:
-            bias = bias.float().contiguous()
-            if bias.shape != (n,):
-                raise ValueError(f"bias must be [{n}], got {list(bias.shape)}")
-            struct = _weight(units.data_ptr(), bias.data_ptr(), *facts)
-        y = x.new_empty(*shapes[1])
-        status = native(
-            struct, pointer(x.data_ptr()), kind, shapes[2], compute, pointer(y.data_ptr()), kind, threads()
-        )
-        if status:
-            raise _failure(status)
-        return y
-
-    return call
 
 
 def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
