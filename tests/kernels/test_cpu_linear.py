@@ -38,7 +38,7 @@ def emulated(tmp_path_factory):
     out = tmp_path_factory.mktemp("emulated")
     flags = "-DQK_EMULATE -O1 -std=c++17 -ffp-contract=off -fopenmp -fPIC -Wall -Wextra -Werror -Wno-unused-function"
     command = [compiler, *flags.split(), *os.environ.get("QUANTKIT_CXXFLAGS", "").split()]
-    names = ("layout", "dispatch", "linear_portable", "linear_avx512", "linear_amx")
+    names = ("layout", "dispatch", "selfcheck", "linear_portable", "linear_avx512", "linear_amx")
 
     def build(name):
         subprocess.run([*command, "-c", SOURCES / f"{name}.cpp", "-o", out / f"{name}.o"], check=True)
@@ -64,10 +64,10 @@ def path(request, monkeypatch):
 
 
 def run(weight, x, compute=ops.FLOAT, bias=None):
-    """What the bare call leaves in memory that held NaN, and the op as well."""
+    """What the bare call leaves in memory that held NaN, and the op as well, through the dispatcher and past it."""
     poison = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
     ops.run(x, weight.weight(bias=bias), x.shape[0], compute, poison)
-    y = ops.cpu_linear(
+    args = (
         x,
         weight.units,
         bias,
@@ -80,7 +80,9 @@ def run(weight, x, compute=ops.FLOAT, bias=None):
         weight.scale_factor,
         weight.wide_scales,
     )
-    torch.testing.assert_close(y, poison, rtol=0, atol=0, equal_nan=True)
+    y = ops.cpu_linear(*args)
+    for found in (y, ops.linear(*args), weight.bind(x.dtype)(x, bias, compute)):
+        torch.testing.assert_close(found, poison, rtol=0, atol=0, equal_nan=True)
     return y
 
 
@@ -241,6 +243,7 @@ def test_tables_are_close_to_fp64(path, table, bits):
             x = torch.randn(m, 256, generator=g).to(dtype)
             y = torch.full((m, 50), float("nan"), dtype=dtype)
             ops.run(x, weight.weight(), m, ops.FLOAT, y)
+            assert torch.equal(weight.bind(dtype)(x, None, ops.FLOAT), y)
             limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype] + limit_of_table
             assert_close(f"{table} g{group} m={m}", y, x.double() @ w.T, limit)
         with pytest.raises(RuntimeError, match="do not run with this compute"):
@@ -266,6 +269,20 @@ def test_schemes_that_do_not_fit_are_refused():
         )
 
 
+def test_a_bound_call_refuses_what_the_op_refuses():
+    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
+    call = weight.bind(torch.float32)
+    with pytest.raises(ValueError, match="x has 32 features, the weight takes 64"):
+        call(torch.ones(1, 32), None, 0)
+    with pytest.raises(ValueError, match=r"bias must be contiguous fp32 \[20\]"):
+        call(torch.ones(1, 64), torch.ones(21), 0)
+    with pytest.raises(ValueError, match="units of a 4-bit"):
+        weight._replace(units=weight.units[1:]).bind(torch.float32)
+    facts = (weight.units, None, 4, 32, 20, 64, True, 0, weight.scale_factor, weight.wide_scales)
+    with pytest.raises(TypeError, match="x must be fp32, bf16 or fp16"):
+        ops.linear(torch.ones(1, 64).double(), *facts)
+
+
 def test_isa_is_forced_by_the_environment():
     code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).qk_isa())"
     where = os.environ.get(library.LIBRARY) or SOURCES / "_quantkit_cpu.so"
@@ -281,6 +298,35 @@ def test_isa_is_forced_by_the_environment():
     assert [isa(name) for name in library.ISAS] == [i if able(i) else -1 for i in range(4)]
     assert isa("mmx") == -1
     assert isa("") == max(i for i in range(4) if able(i))
+
+
+def test_a_path_that_computes_something_else_is_found_out(tmp_path):
+    """The last bit of one output of one token is wrong."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    (tmp_path / "main.cpp").write_text(
+        """
+#include "linear.h"
+namespace qk {
+const float *table_values(int) { return nullptr; }
+size_t scratch_bytes(const Weight &w, int64_t m, int compute) { return bytes_of(describe(w, F32, m, compute, false)); }
+}
+using namespace qk;
+void wrong(const Weight &w, const void *scratch, int64_t m, void *y, int type, int64_t ldy, int part, int parts,
+           Tuning tuning) {
+    path_portable.run(w, scratch, m, y, type, ldy, part, parts, tuning);
+    if (w.bits == 3 && m > 2) static_cast<uint32_t *>(y)[ldy + 1] ^= 1;
+}
+int main() {
+    if (!agrees_with_portable(path_portable)) return 1;
+    return agrees_with_portable({path_portable.prepare, wrong}) ? 2 : 0;
+}
+"""
+    )
+    names = (SOURCES / f"{name}.cpp" for name in ("layout", "linear_portable", "selfcheck"))
+    command = ["g++", "-std=c++17", "-O1", "-fopenmp", f"-I{SOURCES}", tmp_path / "main.cpp", *names]
+    subprocess.run([*command, "-o", tmp_path / "check"], check=True)
+    assert subprocess.run([tmp_path / "check"], check=False).returncode == 0
 
 
 def test_a_missing_isa_is_an_error_that_lists_the_others(monkeypatch):

@@ -72,7 +72,7 @@ class Packed(NamedTuple):
         units, facts = self.units, (self.bits, self.group_size, self.n, self.k)
         _check_units(units, *facts, self.wide_scales)
         c, scales = library.required(), (self.scale_factor, self.wide_scales)
-        return _bound(c, units.data_ptr(), units.numel(), dtype, *facts, *scales)
+        return _bound(c, units.data_ptr(), units.numel(), dtype, *facts, *scales, _TABLES[self.table])
 
 
 def refuses(bits: int, group_size: int, k: int) -> str | None:
@@ -203,14 +203,14 @@ def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_facto
 
 
 @functools.lru_cache(maxsize=4096)
-def _bound(c, at, size, dtype, bits, group_size, n, k, scale_factor, wide_scales):
+def _bound(c, at, size, dtype, bits, group_size, n, k, scale_factor, wide_scales, table=0):
     """call(x, bias, compute) on the `size` bytes of units at an address; None if that or dtype is wrong.
 
     Kept, as making the C struct alone takes longer than what it is for.
     """
     if dtype not in _TYPES or size != units_bytes(bits, group_size, n, k, wide_scales):
         return None
-    kind, numbers = _TYPES[dtype], (scale_factor, n, k, group_size, bits, wide_scales)
+    kind, numbers = _TYPES[dtype], (scale_factor, n, k, group_size, bits, wide_scales, table)
     # Without argtypes ctypes converts nothing, which is half the cost of the call. A Python int is a C int then.
     native, pointer, threads = c["qk_linear"], ctypes.c_void_p, torch.get_num_threads
     bare = ctypes.byref(library.Weight(at, None, *numbers))
