@@ -26,7 +26,7 @@ const char *const NAMES[ISAS] = {"portable", "avx2", "avx512", "amx"};
 struct Cpu {
     bool isa[ISAS] = {true, false, false, false};
     bool amd = false;
-    char text[128] = "";
+    char text[256] = "";
 };
 
 #if defined(QK_EMULATE)  // the sources of AVX-512 and AMX on scalar twins of their intrinsics: for tests
@@ -84,8 +84,32 @@ Cpu detect() {
 }
 #endif
 
+const Path &path_of(int isa) {
+    switch (isa) {
+#if defined(__x86_64__)
+#ifndef QK_EMULATE
+        case AVX2: return path_avx2;
+#endif
+        case AVX512: return path_avx512;
+        case AMX: return path_amx;
+#endif
+        default: return path_portable;
+    }
+}
+
+// What the processor says it has, less what does not compute as it should.
+Cpu checked(Cpu found) {
+    for (int isa = AVX2; isa < ISAS; ++isa)
+        if (found.isa[isa] && !agrees_with_portable(path_of(isa))) {
+            found.isa[isa] = false;
+            const size_t used = strlen(found.text);
+            snprintf(found.text + used, sizeof found.text - used, "; %s fails its self-check", NAMES[isa]);
+        }
+    return found;
+}
+
 const Cpu &cpu() {
-    static const Cpu found = detect();
+    static const Cpu found = checked(detect());
     return found;
 }
 
@@ -109,18 +133,7 @@ std::atomic<int> &current() {
     return isa;
 }
 
-const Path &path() {
-    switch (current().load(std::memory_order_relaxed)) {
-#if defined(__x86_64__)
-#ifndef QK_EMULATE
-        case AVX2: return path_avx2;
-#endif
-        case AVX512: return path_avx512;
-        case AMX: return path_amx;
-#endif
-        default: return path_portable;
-    }
-}
+const Path &path() { return path_of(current().load(std::memory_order_relaxed)); }
 
 // AMD's prefetchers follow one stream and are disturbed by more; Intel's leave room for several.
 Tuning tuning() {

@@ -27,6 +27,7 @@ struct Path {
 };
 
 extern const Path path_portable, path_avx2, path_avx512, path_amx;
+bool agrees_with_portable(const Path &);  // on small weights of every width
 const float *table_values(int table);  // fp32 value of every code of a table
 
 namespace {
