@@ -28,10 +28,10 @@ def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
     """The kernel that `op.launch` would run, for sm_`arch`; and its configuration."""
     cut = geometry(bits, group, k)
     config = rule(bits, m, n, cut, 132)
-    fixed = constants(bits, zeros, fp8, group, k, activations)
+    fixed = constants(bits, zeros, fp8, group, k, activations, "bf16")
     fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLIT": config.splits > 1}
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
-    pointers = {"codes": "*u8", "zeros": "*u8", "scales": "*bf16", "parts": "*fp32", "tickets": "*i32"}
+    pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "parts": "*fp32", "tickets": "*i32"}
     kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations) | dict.fromkeys(INTEGERS, "i32")
     names = linear_kernel.arg_names
     source = ASTSource(

@@ -4,17 +4,20 @@ W [N, K] is padded to N' (a multiple of 64) and K' (a multiple of the chunk C) a
 columns, stored one after the other along K, then N, so that a program streams one contiguous range:
 
     codes  uint8 [N'/64, K'/C, planes, 32, 2H]; float8_e4m3fn with the same shape for FP8 weights
-    scales [groups, N'] in the stored dtype, 0 where padded
-    zeros  uint8 [groups, N'], or None where every zero is 2^(bits-1)
+    scales [words, N', 2] in the stored dtype (fp32: [words, N', 1]), 0 where padded
+    zeros  the same, as floats, or None where every zero is 2^(bits-1)
+
+The last axis of scales and zeros goes over groups that follow each other: 32 bits are the least that a thread can copy
+to shared memory ahead of use. A trip of the loop over K usually takes both.
 
 A plane is a tile of bytes [64, H]. Byte j of a row holds, from its low bits up, the columns j, j + H, j + 2H, ...: a
 field is thus a [64, H] operand of its own and nothing is ever interleaved.
 
     bits  H                C    planes
     4     64, or 32        2H   1: two fields of 4 bits
-    2     32               128  1: four fields of 2 bits
+    2     64, or 32        4H   1: four fields of 2 bits
     3     32               256  3: low 2 bits of columns 0-127, of columns 128-255, then bit 2 of column j + 32 i as
-                                bit i of byte j
+                                bit HIGH_BITS[i] of byte j
     5-8   up to 128        H    1: one field
 
 Within a plane the 16-byte unit of thread (c, g) of a warp holds what it feeds into two m16n8k16 products: byte
@@ -31,6 +34,7 @@ import torch
 from quantkit_kernels.bits import pack_bits, unpack_bits
 
 ROWS = 64  # of a chunk
+HIGH_BITS = (2, 3, 6, 7, 0, 1, 4, 5)  # two fields of a half meet their third bits at once, in bits 2 and 6
 
 
 class Geometry(NamedTuple):
@@ -51,7 +55,7 @@ def geometry(bits: int, group_size: int, k: int) -> Geometry:
     group = 0 if group_size == k else group_size
     if group % 32:
         raise ValueError(f"groups of {group_size} are not a multiple of 32")
-    h, fields, planes = {4: (gcd(group, 64), 2, 1), 2: (32, 4, 1), 3: (32, 8, 3)}.get(
+    h, fields, planes = {4: (gcd(group, 64), 2, 1), 2: (gcd(group, 64), 4, 1), 3: (32, 8, 3)}.get(
         bits, (gcd(group, 128) or 128, 1, 1)
     )
     h = h or 64
@@ -65,6 +69,7 @@ def _fields_to_planes(q: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes (N', chunks, fields, H) to bytes (N', chunks, planes, H)."""
     if bits == 3:
         low, high = q & 3, q >> 2
+        high = high[:, :, [HIGH_BITS.index(bit) for bit in range(8)]]
         planes = [_join(low[:, :, :4], 2), _join(low[:, :, 4:], 2), _join(high, 1)]
         return torch.stack(planes, 2)
     return _join(q, bits)[:, :, None]
@@ -74,7 +79,7 @@ def _planes_to_fields(planes: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_fields_to_planes`."""
     if bits == 3:
         low = torch.cat([_cut(planes[:, :, 0], 2, 4), _cut(planes[:, :, 1], 2, 4)], 2)
-        return low | _cut(planes[:, :, 2], 1, 8) << 2
+        return low | _cut(planes[:, :, 2], 1, 8)[:, :, list(HIGH_BITS)] << 2
     width = bits if bits < 5 else 8
     return _cut(planes[:, :, 0], width, 8 // width)
 
@@ -106,12 +111,18 @@ def from_fragments(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(t: torch.Tensor | None, n: int, groups: int) -> torch.Tensor | None:
-    """[N, K/G] to [groups, N'], padded with 0."""
+    """[N, K/G] to [words, N', groups per word], padded with 0."""
     if t is None:
         return None
-    out = torch.zeros(groups, -(-n // ROWS) * ROWS, dtype=t.dtype, device=t.device)
+    each = 4 // t.element_size()
+    out = torch.zeros(-(-groups // each) * each, -(-n // ROWS) * ROWS, dtype=t.dtype, device=t.device)
     out[: t.shape[1], :n] = t.T
-    return out
+    return out.view(-1, each, out.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rows(words: torch.Tensor, n: int, groups: int) -> torch.Tensor:
+    """The inverse of `_columns`: [N, K/G]."""
+    return words.transpose(1, 2).flatten(0, 1)[:groups, :n].T.contiguous()
 
 
 def _codes(q: torch.Tensor, cut: Geometry, bits: int) -> torch.Tensor:
@@ -131,7 +142,7 @@ def build(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scales, zeros) from the stored tensors (see `../ops.py`)."""
     cut = geometry(bits, k // scale.shape[1], k)
-    zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T
+    zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T.to(scale.dtype)
     codes = _codes(unpack_bits(packed, bits, k), cut, bits)
     return codes, _columns(scale, n, cut.groups), _columns(zero, n, cut.groups)
 
@@ -148,8 +159,10 @@ def restore(
     """The inverse of `build`, bit for bit: (packed, scale, zero_packed)."""
     q = _planes_to_fields(from_fragments(codes), bits).flatten(1)[:n, :k]
     groups = k // group_size
-    scale = scales[:groups, :n].T.contiguous()
-    zero = None if zeros is None else pack_bits(zeros[:groups, :n].contiguous(), bits).T.contiguous()
+    scale = _rows(scales, n, groups)
+    zero = (
+        None if zeros is None else pack_bits(_rows(zeros, n, groups).T.to(torch.uint8), bits).T.contiguous()
+    )
     return pack_bits(q.contiguous(), bits), scale, zero
 
 
@@ -168,4 +181,4 @@ def restore_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `build_fp8`: (weight [N, K], scale [N, K/G])."""
     q = from_fragments(codes.view(torch.uint8)).flatten(1)[:n, :k]
-    return q.contiguous().view(torch.float8_e4m3fn), scales[: k // group_size, :n].T.contiguous()
+    return q.contiguous().view(torch.float8_e4m3fn), _rows(scales, n, k // group_size)

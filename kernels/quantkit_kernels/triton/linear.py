@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit_kernels.triton.layout import HIGH_BITS
+
 
 @triton.jit
 def _plane(codes, block, last, chunk, chunks, plane, BN: tl.constexpr, H: tl.constexpr, PLANES: tl.constexpr):
@@ -24,6 +26,11 @@ def _plane(codes, block, last, chunk, chunks, plane, BN: tl.constexpr, H: tl.con
     tile = tl.load(at[:, None] + tl.arange(0, 2 * H)[None, :], eviction_policy="evict_first")
     tile = tile.reshape(BN // 16, 8, H // 32, 4, 2, 2, 2, 2)
     return tl.trans(tile, 0, 6, 1, 2, 4, 5, 3, 7).reshape(BN, H)
+
+
+@triton.constexpr_function
+def _high_bit(field: int) -> int:
+    return HIGH_BITS[field]
 
 
 @triton.jit
@@ -41,13 +48,23 @@ def _field(w, high, zero, f: tl.constexpr, half: tl.constexpr, BITS: tl.constexp
     if BITS < 4:
         q = (w >> (2 * f)) & 3
     if BITS == 3:
-        q = q | (((high >> (4 * half + f)) & 1) << 2)
+        q = q | (((high >> _high_bit(4 * half + f)) & 1) << 2)
     return q.to(tl.float32) - zero
 
 
 @triton.constexpr_function
-def _assembly(blocks: str, i: int) -> str:
-    return blocks.split("|")[i]
+def _part(text: str, i: int) -> str:
+    return text.split("|")[i]
+
+
+@triton.constexpr_function
+def _count(text: str) -> int:
+    return text.count("|") + 1
+
+
+@triton.constexpr_function
+def _number(text: str, i: int) -> float:
+    return float(text.split("|")[i])
 
 
 @triton.jit
@@ -59,18 +76,19 @@ def _fields(
     ASM: tl.constexpr,
     STEP: tl.constexpr,
     BITS: tl.constexpr,
-    BASE: tl.constexpr,
+    BASES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """STEP fields of the bytes w [BN, H] as q - z in the activations' type, by block i of the assembly."""
-    text: tl.constexpr = _assembly(ASM, 2 * i)
-    constraints: tl.constexpr = _assembly(ASM, 2 * i + 1)
-    less = (-(BASE + zero)).to(KIND)[:, None]
-    if BITS == 3:
-        args = (w, high, less) if HAS_ZEROS else (w, high)
-    else:
-        args = (w, less) if HAS_ZEROS else (w,)
+    text: tl.constexpr = _part(ASM, 2 * i)
+    constraints: tl.constexpr = _part(ASM, 2 * i + 1)
+    less = (-(_number(BASES, 0) + zero)).to(KIND)[:, None]
+    args = (w, high) if BITS == 3 else (w,)
+    if HAS_ZEROS:
+        args = args + (less,)  # noqa: RUF005, Triton knows no unpacking
+        for j in tl.static_range(1, _count(BASES)):
+            args = args + ((-(_number(BASES, j) + zero)).to(KIND)[:, None],)  # noqa: RUF005
     if STEP == 1:
         v = (tl.inline_asm_elementwise(text, constraints, args, dtype=less.dtype, is_pure=True, pack=4),)
     elif STEP == 2:
@@ -87,6 +105,28 @@ def _fields(
             pack=4,
         )
     return v
+
+
+@triton.jit
+def _group(at, inside: tl.constexpr, TRIP: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr):
+    """The group of column `at`, counted from the first one of a word; a constant if trips begin with a word."""
+    if TRIP % SHARE == 0:
+        group = inside % SHARE // GROUP
+    else:
+        group = at // GROUP
+    return group
+
+
+@triton.jit
+def _float(word, g, SCALES: tl.constexpr):
+    """The scale or zero point of group g as fp32, out of 32 bits that hold it. SCALES: the type they have."""
+    if SCALES == "fp32":
+        value = word.to(tl.float32, bitcast=True)
+    elif SCALES == "bf16":
+        value = ((word >> (g % 2 * 16)) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = (word >> (g % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -108,8 +148,8 @@ def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
 def linear_kernel(
     x,  # [M, K], rows ldx apart
     codes,  # uint8 [N'/64, chunks, planes, 32, 2H]
-    scales,  # [groups, N']
-    zeros,  # uint8 [groups, N'] if HAS_ZEROS
+    scales,  # int32 [words, N'], each word those of one or two groups
+    zeros,  # the same if HAS_ZEROS
     bias,  # [N] if HAS_BIAS
     y,  # [M, N]
     parts,  # fp32 [tiles, splits, BM, BN] if SPLIT
@@ -124,7 +164,8 @@ def linear_kernel(
     BITS: tl.constexpr,  # 2, 3, 4, 8: what is stored
     FP8: tl.constexpr,
     ZERO: tl.constexpr,  # of all groups if not HAS_ZEROS
-    BASE: tl.constexpr,  # see unpack.base
+    BASES: tl.constexpr,  # see unpack.bases
+    SCALES: tl.constexpr,  # their type: bf16, fp16, fp32
     GROUP: tl.constexpr,  # 0: one scale per row
     H: tl.constexpr,
     PLANES: tl.constexpr,
@@ -144,6 +185,8 @@ def linear_kernel(
     FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
     CHUNK: tl.constexpr = H * FIELDS * HALVES
+    TRIP: tl.constexpr = CHUNK * UNROLL
+    SHARE: tl.constexpr = GROUP * (1 if SCALES == "fp32" else 2)  # columns of a word of scales
     KIND: tl.constexpr = x.dtype.element_ty
     tiles_m = tl.cdiv(n_m, BM)
     tile = tl.program_id(0)
@@ -158,7 +201,7 @@ def linear_kernel(
 
     zero = tl.full([BN], ZERO, tl.float32)
     if HAS_ZEROS and GROUP == 0:
-        zero = tl.load(zeros + stored).to(tl.float32)
+        zero = _float(tl.load(zeros + stored), 0, SCALES)
     acc = tl.zeros([BN, BM], tl.float32)
     each = tl.cdiv(trips, splits)
     for trip in tl.range(split * each, tl.minimum(split * each + each, trips), num_stages=STAGES):
@@ -173,10 +216,15 @@ def linear_kernel(
                 for f in tl.static_range(FIELDS):
                     at = chunk * CHUNK + (half * FIELDS + f) * H
                     if GROUP > 0 and f % RUN == 0:
-                        g = (at // GROUP).to(tl.int64) * n_padded
-                        scale = tl.load(scales + g + stored).to(tl.float32)
+                        g = _group(at, ((u * HALVES + half) * FIELDS + f) * H, TRIP, SHARE, GROUP)
+                        if TRIP % SHARE > 0 or (((u * HALVES + half) * FIELDS + f) * H) % SHARE == 0:
+                            word = (at // SHARE).to(tl.int64) * n_padded + stored
+                            s_word = tl.load(scales + word)
+                            if HAS_ZEROS:
+                                z_word = tl.load(zeros + word)
+                        scale = _float(s_word, g, SCALES)
                         if HAS_ZEROS:
-                            zero = tl.load(zeros + g + stored).to(tl.float32)
+                            zero = _float(z_word, g, SCALES)
                     if ASM is None:
                         v = _field(w, high, zero[:, None], f, half, BITS, FP8).to(KIND)
                     else:
@@ -189,7 +237,7 @@ def linear_kernel(
                                 ASM,
                                 STEP,
                                 BITS,
-                                BASE,
+                                BASES,
                                 HAS_ZEROS,
                                 KIND,
                             )
@@ -203,13 +251,13 @@ def linear_kernel(
                             acc += part * scale[:, None]
                             part = tl.zeros([BN, BM], tl.float32)
     if GROUP == 0:
-        acc *= tl.load(scales + stored).to(tl.float32)[:, None]
+        acc *= _float(tl.load(scales + stored), 0, SCALES)[:, None]
 
     final = True
     if SPLIT:
         wanted = (m < n_m)[None, :]
-        inside = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
-        mine = parts + tile.to(tl.int64) * (splits * BN * BM) + inside
+        place = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
+        mine = parts + tile.to(tl.int64) * (splits * BN * BM) + place
         tl.store(mine + split * (BN * BM), acc, mask=wanted, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its ticket
         ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
@@ -242,6 +290,7 @@ def dequantize_kernel(
     BITS: tl.constexpr,
     FP8: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALES: tl.constexpr,
     GROUP: tl.constexpr,
     H: tl.constexpr,
     PLANES: tl.constexpr,
@@ -250,6 +299,7 @@ def dequantize_kernel(
     """Program (chunk, 64 rows): out = (q - z) * s in fp32, rounded once."""
     FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
+    SHARED: tl.constexpr = 1 if SCALES == "fp32" else 2
     KIND: tl.constexpr = out.dtype.element_ty
     chunk = tl.program_id(0)
     block = tl.program_id(1)
@@ -262,10 +312,10 @@ def dequantize_kernel(
         w = _plane(codes, block, block, chunk, chunks, half, 64, H, PLANES)
         for f in tl.static_range(FIELDS):
             at = chunk * (H * FIELDS * HALVES) + (half * FIELDS + f) * H
-            g = (at // GROUP if GROUP > 0 else 0) * n_padded
-            scale = tl.load(scales + g + rows).to(tl.float32)
+            g = at // GROUP if GROUP > 0 else 0
+            scale = _float(tl.load(scales + g // SHARED * n_padded + rows), g, SCALES)
             if HAS_ZEROS:
-                zero = tl.load(zeros + g + rows).to(tl.float32)
+                zero = _float(tl.load(zeros + g // SHARED * n_padded + rows), g, SCALES)
             column = at + tl.arange(0, H)
             v = _field(w, high, zero[:, None], f, half, BITS, FP8) * scale[:, None]
             where = out + rows.to(tl.int64)[:, None] * k + column[None, :]

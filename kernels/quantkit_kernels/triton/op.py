@@ -62,8 +62,10 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
     return _rings[device][start : start + count]
 
 
-def constants(bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None) -> dict:
-    """The kernel's constants of a scheme; kind None: no assembly."""
+def constants(
+    bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None, scales: str
+) -> dict:
+    """The kernel's constants of a scheme; kind None: no assembly. scales: their type."""
     cut = geometry(bits, group_size, k)
     lane = bits if bits < 5 else 8
     per_plane = {2: 4, 3: 4, 4: 2, 8: 1}[lane]
@@ -74,7 +76,8 @@ def constants(bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: s
         "BITS": lane,
         "FP8": fp8,
         "ZERO": middle,
-        "BASE": unpack.base(lane, kind) if kind else 0,
+        "BASES": "|".join(map(str, unpack.bases(lane, kind))) if kind else "0",
+        "SCALES": scales,
         "GROUP": cut.group,
         "H": cut.h,
         "PLANES": cut.planes,
@@ -90,9 +93,17 @@ def constants(bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: s
 
 @cache
 def _plan(
-    device: torch.device, bits: int, zero: bool, fp8: bool, group_size: int, n: int, k: int, kind: str | None
+    device: torch.device,
+    bits: int,
+    zero: bool,
+    fp8: bool,
+    group_size: int,
+    n: int,
+    k: int,
+    kind: str | None,
+    scales: torch.dtype,
 ) -> dict:
-    return constants(bits, zero, fp8, group_size, k, kind)
+    return constants(bits, zero, fp8, group_size, k, kind, _KINDS.get(scales, "fp32"))
 
 
 def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
@@ -101,7 +112,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
 
     fp8 = codes.dtype == torch.float8_e4m3fn
     kind = None if torch.version.hip or x.device.type != "cuda" else _KINDS.get(x.dtype)
-    fixed = _plan(x.device, bits, zeros is not None, fp8, group_size, n, k, kind)
+    fixed = _plan(x.device, bits, zeros is not None, fp8, group_size, n, k, kind, scales.dtype)
     chunks, n_padded = codes.shape[1], scales.shape[1]
     bm, bn, unroll, splits, warps, stages = config
     m = x.shape[0]
@@ -114,8 +125,8 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
     linear_kernel[(tiles, splits)](
         x,
         codes.view(torch.uint8),
-        scales,
-        scales if zeros is None else zeros,
+        scales.view(torch.int32),
+        (scales if zeros is None else zeros).view(torch.int32),
         y if bias is None else bias,
         y,
         parts,
@@ -146,14 +157,14 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     from quantkit_kernels.triton.linear import dequantize_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
-    fixed = _plan(codes.device, bits, zeros is not None, fp8, group_size, n, k, None)
-    names = ("BITS", "FP8", "ZERO", "GROUP", "H", "PLANES", "HAS_ZEROS")
+    fixed = _plan(codes.device, bits, zeros is not None, fp8, group_size, n, k, None, scales.dtype)
+    names = ("BITS", "FP8", "ZERO", "SCALES", "GROUP", "H", "PLANES", "HAS_ZEROS")
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     blocks, chunks = codes.shape[:2]
     dequantize_kernel[(chunks, blocks)](
         codes.view(torch.uint8),
-        scales,
-        scales if zeros is None else zeros,
+        scales.view(torch.int32),
+        (scales if zeros is None else zeros).view(torch.int32),
         out,
         n,
         k,
