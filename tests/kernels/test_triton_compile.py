@@ -2,7 +2,9 @@
 instructions per weight of what the rule of `configs.py` would launch.
 
 An H200 receives 36 four-bit weights per clock and multiprocessor at 4.3 TB/s and issues 128 lane instructions: 3.56 per
-weight at 4 bits and 6.9 at 8 are the limits of memory-bound tiles (M <= 32); with more tokens the tensor cores set it.
+weight at 4 bits, 6.9 at 8, 2.7 at 3 and 1.8 at 2 is what memory-bound tiles (M <= 32) have; with more tokens the tensor
+cores set the limit. 2 and 3 bits need more than that, and so do 4 bits on sm_100 (2.25): half an instruction is the
+exact subtraction of the zero point, a fifth are descriptors and barriers of the tensor cores.
 """
 
 import json
@@ -18,20 +20,24 @@ pytest.importorskip("triton")
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # (arch, bits, activations, zeros, fp8, group, M, N, K), most instructions per weight
 CASES = [
-    ((90, 4, "bf16", False, False, 128, 1, 4096, 4096), 2.9),
-    ((90, 4, "bf16", True, False, 128, 16, 28672, 4096), 3.0),
-    ((90, 4, "fp16", True, False, 64, 8, 4096, 14336), 3.4),
-    ((90, 4, "bf16", True, False, 128, 64, 28672, 4096), 4.6),
-    ((90, 4, "bf16", False, False, 128, 128, 28672, 4096), 5.3),
-    ((90, 8, "bf16", True, False, 128, 16, 4096, 4096), 4.4),
-    ((90, 8, "bf16", False, True, 128, 16, 4096, 4096), 4.2),
-    ((90, 2, "bf16", False, False, 128, 16, 4096, 4096), 2.9),
-    ((90, 3, "bf16", True, False, 128, 16, 4096, 4096), 4.1),
-    ((80, 4, "bf16", True, False, 128, 16, 4096, 4096), 3.6),
-    ((80, 4, "bf16", False, False, 128, 64, 4096, 4096), 7.6),
+    ((90, 4, "bf16", False, False, 128, 1, 4096, 4096), 2.65),
+    ((90, 4, "bf16", True, False, 128, 16, 28672, 4096), 2.75),
+    ((90, 4, "fp16", True, False, 64, 8, 4096, 14336), 2.85),
+    ((90, 4, "bf16", True, False, 128, 64, 28672, 4096), 3.95),
+    ((90, 4, "bf16", False, False, 128, 128, 28672, 4096), 5.25),
+    ((90, 8, "bf16", True, False, 128, 16, 4096, 4096), 4.3),
+    ((90, 8, "bf16", False, True, 128, 16, 4096, 4096), 4.05),
+    ((90, 8, "bf16", True, False, 128, 64, 28672, 4096), 5.4),
+    ((90, 2, "bf16", False, False, 128, 16, 4096, 4096), 2.3),
+    ((90, 2, "bf16", True, False, 128, 16, 4096, 4096), 2.4),
+    ((90, 2, "bf16", True, False, 128, 128, 28672, 4096), 3.6),
+    ((90, 3, "bf16", True, False, 128, 16, 4096, 4096), 3.1),
+    ((80, 4, "bf16", True, False, 128, 16, 4096, 4096), 3.5),
+    ((80, 4, "bf16", False, False, 128, 64, 4096, 4096), 7.0),
     ((80, 8, "fp16", False, True, 128, 16, 4096, 4096), 5.1),
-    ((100, 4, "bf16", True, False, 128, 16, 28672, 4096), 4.4),
-    ((100, 8, "bf16", False, False, 128, 16, 4096, 4096), 6.9),
+    ((100, 4, "bf16", True, False, 128, 16, 28672, 4096), 3.05),
+    ((100, 8, "bf16", False, False, 128, 16, 4096, 4096), 3.7),
+    ((100, 2, "bf16", True, False, 128, 16, 28672, 4096), 2.65),
 ]
 
 
@@ -57,6 +63,7 @@ def test_compiled_kernel_fits(reports, case, limit):
     assert report["shared"] <= SHARED[case[0]], report
     assert report["tensor"] >= 2, report
     assert 1 < report["per_weight"] <= limit, report
+    assert report["late_loads"] == 0, report  # nothing in the loop waits for memory: all is copied ahead
     if case[0] == 90:  # weights go from registers to the tensor cores
         assert report["from_registers"], report
     if case[6] <= 16:  # two programs of four warps on a multiprocessor

@@ -27,18 +27,22 @@ def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
     [(64, 256, 128), (1, 32, 32), (65, 192, 64), (70, 288, 96), (33, 100, 100), (5, 7, 7)],
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_layout_round_trip(bits, n, k, group, symmetric):
+@pytest.mark.parametrize("by_row", [True, False])
+def test_layout_round_trip(bits, n, k, group, symmetric, by_row):
     tensors = stored(bits, n, k, group, symmetric)
-    back = layout.restore(*layout.build(*tensors, bits, n, k), bits, group, n, k)
+    built = layout.build(*tensors, bits, n, k, by_row)
+    assert layout.is_by_row(built[0]) == by_row
+    back = layout.restore(*built, bits, group, n, k)
     for before, after in zip(tensors, back, strict=True):
         assert (before is None and after is None) or torch.equal(before, after)
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 128), (65, 96, 32), (33, 100, 100)])
-def test_fp8_layout_round_trip(n, k, group):
+@pytest.mark.parametrize("by_row", [True, False])
+def test_fp8_layout_round_trip(n, k, group, by_row):
     weight = torch.randn(n, k).to(torch.float8_e4m3fn)
     scale = torch.rand(n, k // group)
-    codes, scales = layout.build_fp8(weight, scale)
+    codes, scales = layout.build_fp8(weight, scale, by_row)
     back, scale_back = layout.restore_fp8(codes, scales, group, n, k)
     assert torch.equal(back.view(torch.uint8), weight.view(torch.uint8))
     assert torch.equal(scale_back, scale)
@@ -60,6 +64,22 @@ def test_a_thread_finds_its_fragment_in_16_bytes():
             for pair in (0, 1)
         ]
         assert units[c, g].tolist() == expected
+
+
+def test_by_row_a_thread_finds_its_row_in_16_bytes():
+    planes = (torch.arange(64)[:, None] * 64 + torch.arange(64)).view(64, 1, 1, 64)
+    units = layout.to_fragments(planes, by_row=True)[0, 0, 0].view(4, 64, 16)
+    for i, r in ((0, 0), (3, 5), (2, 63)):
+        assert units[i, r].tolist() == [64 * r + 16 * i + j for j in range(16)]
+
+
+def test_groups_that_follow_each_other_share_a_word():
+    _, scales, zeros = layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320)
+    _, scale, _ = layout.restore(*layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320), 4, 64, 64, 320)
+    assert scales.shape == zeros.shape == (3, 64, 2)  # the last word is half empty
+    assert torch.equal(scales[1, :, 0], scale[:, 2])
+    assert torch.equal(scales[1, :, 1], scale[:, 3])
+    assert not scales[2, :, 1].any()
 
 
 def test_w4_g128_is_half_a_byte_per_weight():
@@ -136,7 +156,7 @@ def test_rule_covers_every_shape(bits, n, k, m):
     assert cut.chunks % config.unroll == 0
     assert (config.splits - 1) * each < trips <= config.splits * each  # no split is empty
     assert -(-n // config.bn) * -(-m // config.bm) <= 4096 or config.splits == 1
-    assert config.bm == (min(bucket(m), 64) if bits == 3 else bucket(m))
+    assert config.bm == (min(bucket(m), 64) if bits in (2, 3) else bucket(m))
 
 
 def test_a_measured_entry_wins_over_the_rule(tmp_path, monkeypatch):

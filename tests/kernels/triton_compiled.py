@@ -1,7 +1,8 @@
 """Compiles linear kernels for GPUs that are not here; run by `test_triton_compile.py`.
 
 stdin: JSON [[arch, bits, activations, zeros, fp8, group, m, n, k], ...]; stdout: a JSON object per case with registers,
-stack (spilled bytes), shared (bytes), tensor (products in the loop) and per_weight (instructions per weight in it).
+stack (spilled bytes), shared (bytes) and, of the loop, tensor (products), per_weight (instructions per weight) and
+late_loads (from global memory into registers).
 """
 
 import json
@@ -27,8 +28,8 @@ NOT_SIXTEENS = ("n_m", "chunks", "trips")
 def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
     """The kernel that `op.launch` would run, for sm_`arch`; and its configuration."""
     cut = geometry(bits, group, k)
-    config = rule(bits, m, n, cut, 132)
-    fixed = constants(bits, zeros, fp8, group, k, activations, "bf16")
+    config = rule(bits, m, n, cut, 132, arch // 10)
+    fixed = constants(bits, zeros, fp8, group, k, activations, "bf16", arch // 10 == 10)
     fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLIT": config.splits > 1}
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
     pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "parts": "*fp32", "tickets": "*i32"}
@@ -92,6 +93,7 @@ def main() -> None:
             "tensor": products(loop),
             "from_registers": bool(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", kernel.asm["sass"])),
             "per_weight": round(len(loop) / weights, 2),
+            "late_loads": sum(text.startswith("LDG.") for text in loop),
             "config": config,
         }
         print(json.dumps(report), flush=True)

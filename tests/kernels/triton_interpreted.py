@@ -101,6 +101,28 @@ def test_fp8_is_every_value(n, k, group):
     assert torch.equal(y.double(), w.T)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 32), (4, 128), (8, 128)])
+def test_the_order_by_row_gives_the_same(bits, group):
+    stored = exact_weight(bits, 70, 512, group, False)
+    built = layout.build(*stored, bits, 70, 512, True)
+    w = reference_dequantize(*stored, bits, 70, 512, torch.float32)
+    x = integers(3, 512)
+    assert torch.equal(dequantize(*built, bits, group, 70, 512, torch.float32), w)
+    assert torch.equal(triton_linear(x, *built, None, bits, group, 70, 512), x @ w.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_every_type(dtype, symmetric):
+    """The interpreter cannot add bf16, but scales are words until they are fp32. An odd number of groups."""
+    packed, scale, zero = exact_weight(4, 65, 320, 64, symmetric)
+    stored = packed, scale.to(dtype), zero
+    built = layout.build(*stored, 4, 65, 320)
+    x = integers(3, 320)
+    y = triton_linear(x, *built, None, 4, 64, 65, 320)
+    assert torch.equal(y.double(), x.double() @ reference_dequantize(*stored, 4, 65, 320, torch.float64).T)
+
+
 def test_large_m_is_dequantized_once(monkeypatch):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(800, 96)

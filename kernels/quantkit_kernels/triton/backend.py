@@ -23,6 +23,13 @@ def refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k:
     return None if 2 <= bits <= 8 else f"2 to 8 bits, not {bits}"
 
 
+def by_row(device: torch.device) -> bool:
+    """The order that a device's tensor cores want (`layout.py`)."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 10
+    )
+
+
 def prepare(
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -33,7 +40,7 @@ def prepare(
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The layout (`layout.py`) for bf16 or fp16 activations, and `scheme`, an empty tensor of shape (bits, N, 0)."""
-    codes, scales, zeros = build(packed, scale, zero_packed, bits, n, k)
+    codes, scales, zeros = build(packed, scale, zero_packed, bits, n, k, by_row(packed.device))
     if codes.device.type == "cuda":
         tickets(codes.device, 0)  # makes the ring, which a captured graph may not
     layout = {"codes": codes, "scales": scales, "scheme": codes.new_empty(bits, n, 0)}

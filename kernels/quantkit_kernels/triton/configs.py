@@ -58,14 +58,18 @@ def table(chip: str) -> Table:
     return Table(data["dequantize_from"], {tuple(e[:6]): Config(*e[6]) for e in data["entries"]})
 
 
-def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
-    """Trips of 256 columns, and splits until every multiprocessor has two programs or one would get under 16 KiB."""
-    bm = min(bucket(m), 64) if bits == 3 else bucket(m)
+def rule(bits: int, m: int, n: int, cut: Geometry, processors: int, major: int = 9) -> Config:
+    """Trips of 256 columns, and splits until every multiprocessor has two programs or one would get under 16 KiB.
+
+    major: of the compute capability; below 9 accumulators and weights share the registers of a warp.
+    """
+    bm = min(bucket(m), 64) if bits in (2, 3) or major < 9 else bucket(m)
     warps = 8 if bm >= 64 else 4
-    unroll = 2 if bm <= 32 and cut.chunk <= 128 and bits in (2, 4) and cut.chunks % 2 == 0 else 1
+    two = {2: bm <= 32, 3: False, 4: bm <= 64}.get(bits, bm == 64 and major >= 9)
+    unroll = 2 if two and cut.chunk <= 128 and cut.chunks % 2 == 0 else 1
     stages = 3 if unroll == 2 or bm == 128 else 4
-    if bits == 3 and bm == 64:  # a chunk of 256 columns brings eight tiles of x
-        stages = 2
+    if bits in (2, 3) and bm == 64:  # a chunk of 256 columns brings four or eight tiles of x
+        stages = 2 if bits == 3 else 3
     trips = cut.chunks // unroll
     for bn in (128, 64):
         tiles = -(-n // bn) * -(-m // bm)
@@ -78,8 +82,17 @@ def rule(bits: int, m: int, n: int, cut: Geometry, processors: int) -> Config:
 
 
 def choose(
-    chip: str, bits: int, group: int, fp8: bool, m: int, n: int, k: int, cut: Geometry, processors: int
+    chip: str,
+    bits: int,
+    group: int,
+    fp8: bool,
+    m: int,
+    n: int,
+    k: int,
+    cut: Geometry,
+    processors: int,
+    major: int = 9,
 ) -> Config:
     """The measured configuration of a shape, else the rule's."""
     found = table(chip).entries.get((bits, group, fp8, bucket(m), n, k))
-    return found or rule(bits, m, n, cut, processors)
+    return found or rule(bits, m, n, cut, processors, major)

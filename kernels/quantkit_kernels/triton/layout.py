@@ -22,6 +22,9 @@ field is thus a [64, H] operand of its own and nothing is ever interleaved.
 
 Within a plane the 16-byte unit of thread (c, g) of a warp holds what it feeds into two m16n8k16 products: byte
 (e, f, b, h) is row c + 8 b, column 16 e + 8 f + 2 g + h.
+
+The tensor cores of sm_100 take a row from each thread. There (`by_row`) a plane is [H/16, 1024] instead of [32, 2H]:
+unit (i, r) holds the columns 16 i to 16 i + 15 of row r. Everything else is the same.
 """
 
 from __future__ import annotations
@@ -95,19 +98,30 @@ def _cut(byte: torch.Tensor, width: int, count: int) -> torch.Tensor:
     return torch.stack([(byte >> (width * i)) & (2**width - 1) for i in range(count)], 2)
 
 
-def to_fragments(planes: torch.Tensor) -> torch.Tensor:
-    """Bytes (N', chunks, planes, H) to (N'/64, chunks, planes, 32, 2H)."""
+def to_fragments(planes: torch.Tensor, by_row: bool = False) -> torch.Tensor:
+    """Bytes (N', chunks, planes, H) to (N'/64, chunks, planes, 32, 2H), by_row (N'/64, chunks, planes, H/16, 1024)."""
     n, chunks, count, h = planes.shape
+    if by_row:
+        t = planes.reshape(n // ROWS, ROWS, chunks, count, h // 16, 16)
+        return t.permute(0, 2, 3, 4, 1, 5).reshape(n // ROWS, chunks, count, h // 16, ROWS * 16)
     # axes: block, 16 rows, row + 8 b, row c, chunk, plane, 32 columns, e, f, g, h
     t = planes.reshape(n // ROWS, 4, 2, 8, chunks, count, h // 32, 2, 2, 4, 2)
     return t.permute(0, 4, 5, 1, 3, 6, 9, 7, 8, 2, 10).reshape(n // ROWS, chunks, count, ROWS // 2, 2 * h)
 
 
 def from_fragments(codes: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_fragments`."""
+    """The inverse of `to_fragments`, of either kind."""
     blocks, chunks, count, _, h2 = codes.shape
+    if is_by_row(codes):
+        t = codes.reshape(blocks, chunks, count, -1, ROWS, 16).permute(0, 4, 1, 2, 3, 5)
+        return t.reshape(blocks * ROWS, chunks, count, -1)
     t = codes.reshape(blocks, chunks, count, 4, 8, h2 // 64, 4, 2, 2, 2, 2)
     return t.permute(0, 3, 9, 4, 1, 2, 5, 7, 8, 6, 10).reshape(blocks * ROWS, chunks, count, h2 // 2)
+
+
+def is_by_row(codes: torch.Tensor) -> bool:
+    """Which of the two orders codes are in."""
+    return codes.shape[3] != ROWS // 2
 
 
 def _columns(t: torch.Tensor | None, n: int, groups: int) -> torch.Tensor | None:
@@ -125,11 +139,12 @@ def _rows(words: torch.Tensor, n: int, groups: int) -> torch.Tensor:
     return words.transpose(1, 2).flatten(0, 1)[:groups, :n].T.contiguous()
 
 
-def _codes(q: torch.Tensor, cut: Geometry, bits: int) -> torch.Tensor:
+def _codes(q: torch.Tensor, cut: Geometry, bits: int, by_row: bool) -> torch.Tensor:
     n, k = q.shape
     padded = torch.zeros(-(-n // ROWS) * ROWS, cut.chunks * cut.chunk, dtype=torch.uint8, device=q.device)
     padded[:n, :k] = q
-    return to_fragments(_fields_to_planes(padded.view(len(padded), cut.chunks, cut.fields, cut.h), bits))
+    planes = _fields_to_planes(padded.view(len(padded), cut.chunks, cut.fields, cut.h), bits)
+    return to_fragments(planes, by_row)
 
 
 def build(
@@ -139,11 +154,12 @@ def build(
     bits: int,
     n: int,
     k: int,
+    by_row: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scales, zeros) from the stored tensors (see `../ops.py`)."""
     cut = geometry(bits, k // scale.shape[1], k)
     zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T.to(scale.dtype)
-    codes = _codes(unpack_bits(packed, bits, k), cut, bits)
+    codes = _codes(unpack_bits(packed, bits, k), cut, bits, by_row)
     return codes, _columns(scale, n, cut.groups), _columns(zero, n, cut.groups)
 
 
@@ -166,14 +182,16 @@ def restore(
     return pack_bits(q.contiguous(), bits), scale, zero
 
 
-def build_fp8(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def build_fp8(
+    weight: torch.Tensor, scale: torch.Tensor, by_row: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) from float8_e4m3fn [N, K] and scale [N, K/G]. NaN is no weight: its codes are refused."""
     n, k = weight.shape
     cut = geometry(8, k // scale.shape[1], k)
     raw = weight.view(torch.uint8)
     if bool((raw & 0x7F == 0x7F).any()):
         raise ValueError("FP8 weights contain NaN")
-    return _codes(raw, cut, 8).view(torch.float8_e4m3fn), _columns(scale, n, cut.groups)
+    return _codes(raw, cut, 8, by_row).view(torch.float8_e4m3fn), _columns(scale, n, cut.groups)
 
 
 def restore_fp8(

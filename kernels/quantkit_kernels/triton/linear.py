@@ -18,14 +18,28 @@ from quantkit_kernels.triton.layout import HIGH_BITS
 
 
 @triton.jit
-def _plane(codes, block, last, chunk, chunks, plane, BN: tl.constexpr, H: tl.constexpr, PLANES: tl.constexpr):
+def _plane(
+    codes,
+    block,
+    last,
+    chunk,
+    chunks,
+    plane,
+    BN: tl.constexpr,
+    H: tl.constexpr,
+    PLANES: tl.constexpr,
+    BY_ROW: tl.constexpr,
+):
     """Bytes [BN, H] of one plane, rows from 64 * block on; blocks past the last one repeat it."""
     row = tl.arange(0, BN // 2)
     where = tl.minimum(block + row // 32, last).to(tl.int64) * chunks + chunk
     at = codes + (where * PLANES + plane) * (64 * H) + (row % 32) * (2 * H)
     tile = tl.load(at[:, None] + tl.arange(0, 2 * H)[None, :], eviction_policy="evict_first")
-    tile = tile.reshape(BN // 16, 8, H // 32, 4, 2, 2, 2, 2)
-    return tl.trans(tile, 0, 6, 1, 2, 4, 5, 3, 7).reshape(BN, H)
+    if BY_ROW:
+        tile = tl.trans(tile.reshape(BN // 64, H // 16, 64, 16), 0, 2, 1, 3)
+    else:
+        tile = tl.trans(tile.reshape(BN // 16, 8, H // 32, 4, 2, 2, 2, 2), 0, 6, 1, 2, 4, 5, 3, 7)
+    return tile.reshape(BN, H)
 
 
 @triton.constexpr_function
@@ -147,7 +161,7 @@ def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
 @triton.jit(do_not_specialize=["n_m"])
 def linear_kernel(
     x,  # [M, K], rows ldx apart
-    codes,  # uint8 [N'/64, chunks, planes, 32, 2H]
+    codes,  # uint8 [N'/64, chunks, planes, 32, 2H], or [..., H/16, 1024] if BY_ROW
     scales,  # int32 [words, N'], each word those of one or two groups
     zeros,  # the same if HAS_ZEROS
     bias,  # [N] if HAS_BIAS
@@ -169,6 +183,7 @@ def linear_kernel(
     GROUP: tl.constexpr,  # 0: one scale per row
     H: tl.constexpr,
     PLANES: tl.constexpr,
+    BY_ROW: tl.constexpr,  # the order of the bytes in a plane
     RUN: tl.constexpr,  # fields in a row that share a group
     STEP: tl.constexpr,  # fields that one block of assembly unpacks
     BM: tl.constexpr,
@@ -209,9 +224,9 @@ def linear_kernel(
             chunk = trip * UNROLL + u
             high = None
             if BITS == 3:
-                high = _plane(codes, block, last, chunk, chunks, 2, BN, H, PLANES)
+                high = _plane(codes, block, last, chunk, chunks, 2, BN, H, PLANES, BY_ROW)
             for half in tl.static_range(HALVES):
-                w = _plane(codes, block, last, chunk, chunks, half, BN, H, PLANES)
+                w = _plane(codes, block, last, chunk, chunks, half, BN, H, PLANES, BY_ROW)
                 part = tl.zeros([BN, BM], tl.float32)
                 for f in tl.static_range(FIELDS):
                     at = chunk * CHUNK + (half * FIELDS + f) * H
@@ -294,6 +309,7 @@ def dequantize_kernel(
     GROUP: tl.constexpr,
     H: tl.constexpr,
     PLANES: tl.constexpr,
+    BY_ROW: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
 ):
     """Program (chunk, 64 rows): out = (q - z) * s in fp32, rounded once."""
@@ -307,9 +323,9 @@ def dequantize_kernel(
     zero = tl.full([64], ZERO, tl.float32)
     high = None
     if BITS == 3:
-        high = _plane(codes, block, block, chunk, chunks, 2, 64, H, PLANES)
+        high = _plane(codes, block, block, chunk, chunks, 2, 64, H, PLANES, BY_ROW)
     for half in tl.static_range(HALVES):
-        w = _plane(codes, block, block, chunk, chunks, half, 64, H, PLANES)
+        w = _plane(codes, block, block, chunk, chunks, half, 64, H, PLANES, BY_ROW)
         for f in tl.static_range(FIELDS):
             at = chunk * (H * FIELDS * HALVES) + (half * FIELDS + f) * H
             g = at // GROUP if GROUP > 0 else 0

@@ -18,7 +18,7 @@ import torch
 from quantkit_kernels.reference.wna16_linear import wna16_linear
 from quantkit_kernels.triton import unpack
 from quantkit_kernels.triton.configs import Config, choose, table
-from quantkit_kernels.triton.layout import geometry, restore, restore_fp8
+from quantkit_kernels.triton.layout import geometry, is_by_row, restore, restore_fp8
 
 _SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
@@ -41,12 +41,12 @@ def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 
 @cache
-def _processors(device: torch.device) -> tuple[str, int]:
-    """Name and number of multiprocessors; the interpreter plays an H200."""
+def _chip(device: torch.device) -> tuple[str, int, int]:
+    """Name, number of multiprocessors, first number of the capability; the interpreter plays an H200."""
     if device.type != "cuda":
-        return "interpreter", 132
+        return "interpreter", 132, 9
     found = torch.cuda.get_device_properties(device)
-    return found.name, found.multi_processor_count
+    return found.name, found.multi_processor_count, found.major
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:
@@ -63,9 +63,9 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
 
 
 def constants(
-    bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None, scales: str
+    bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None, scales: str, by_row: bool
 ) -> dict:
-    """The kernel's constants of a scheme; kind None: no assembly. scales: their type."""
+    """The kernel's constants of a scheme. kind None: no assembly; scales: their type; by_row: the order of codes."""
     cut = geometry(bits, group_size, k)
     lane = bits if bits < 5 else 8
     per_plane = {2: 4, 3: 4, 4: 2, 8: 1}[lane]
@@ -81,6 +81,7 @@ def constants(
         "GROUP": cut.group,
         "H": cut.h,
         "PLANES": cut.planes,
+        "BY_ROW": by_row,
         "RUN": run,
         "STEP": step,
         "HAS_ZEROS": zero,
@@ -102,8 +103,9 @@ def _plan(
     k: int,
     kind: str | None,
     scales: torch.dtype,
+    by_row: bool,
 ) -> dict:
-    return constants(bits, zero, fp8, group_size, k, kind, _KINDS.get(scales, "fp32"))
+    return constants(bits, zero, fp8, group_size, k, kind, _KINDS.get(scales, "fp32"), by_row)
 
 
 def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
@@ -112,7 +114,9 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
 
     fp8 = codes.dtype == torch.float8_e4m3fn
     kind = None if torch.version.hip or x.device.type != "cuda" else _KINDS.get(x.dtype)
-    fixed = _plan(x.device, bits, zeros is not None, fp8, group_size, n, k, kind, scales.dtype)
+    fixed = _plan(
+        x.device, bits, zeros is not None, fp8, group_size, n, k, kind, scales.dtype, is_by_row(codes)
+    )
     chunks, n_padded = codes.shape[1], scales.shape[1]
     bm, bn, unroll, splits, warps, stages = config
     m = x.shape[0]
@@ -157,8 +161,10 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     from quantkit_kernels.triton.linear import dequantize_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
-    fixed = _plan(codes.device, bits, zeros is not None, fp8, group_size, n, k, None, scales.dtype)
-    names = ("BITS", "FP8", "ZERO", "SCALES", "GROUP", "H", "PLANES", "HAS_ZEROS")
+    fixed = _plan(
+        codes.device, bits, zeros is not None, fp8, group_size, n, k, None, scales.dtype, is_by_row(codes)
+    )
+    names = ("BITS", "FP8", "ZERO", "SCALES", "GROUP", "H", "PLANES", "BY_ROW", "HAS_ZEROS")
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     blocks, chunks = codes.shape[:2]
     dequantize_kernel[(chunks, blocks)](
@@ -184,14 +190,14 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
         return x.new_empty(*x.shape[:-1], n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chip, processors = _processors(x.device)
+    chip, processors, major = _chip(x.device)
     if m >= table(chip).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
         w = dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
         y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
     else:
         fp8 = codes.dtype == torch.float8_e4m3fn
         cut = geometry(bits, group_size, k)
-        config = choose(chip, bits, group_size, fp8, m, n, k, cut, processors)
+        config = choose(chip, bits, group_size, fp8, m, n, k, cut, processors, major)
         y = launch(rows, codes, scales, zeros, bias, bits, group_size, n, k, config)
     return y.view(*x.shape[:-1], n)
 

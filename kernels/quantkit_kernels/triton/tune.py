@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from quantkit_kernels.triton.backend import by_row
 from quantkit_kernels.triton.configs import BUCKETS, DEQUANTIZE_FROM, TABLES, Config, rule
 from quantkit_kernels.triton.layout import ROWS, Geometry, geometry
 from quantkit_kernels.triton.op import _twin, dequantize, launch
@@ -50,7 +51,8 @@ class Problem:
         """Symmetric codes; zeros cost the same."""
         cut = geometry(bits, group, k)
         blocks = -(-n // ROWS)
-        shape = (blocks, cut.chunks, cut.planes, ROWS // 2, 2 * cut.h)
+        plane = (cut.h // 16, 16 * ROWS) if by_row(device) else (ROWS // 2, 2 * cut.h)
+        shape = (blocks, cut.chunks, cut.planes, *plane)
         copies = []
         count = max(2, -(-_ROTATE * 8 // (n * k * bits)))
         for _ in range(count):
