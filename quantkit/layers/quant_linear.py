@@ -132,10 +132,24 @@ class QuantLinear(nn.Module):
         }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.backend == "cpu" and ops.direct(x) and x.dtype is self._dtype:
-            y = self._direct(x)
+        bias = self.bias
+        if self.backend != "cpu" or not ops.direct(x) or x.dtype is not self._dtype:
+            return self._dispatched(x)
+        units, bound = self._buffers[UNITS], self._bound
+        if bias is not None and not ops.plain(bias):
+            return self._dispatched(x)
+        if self.siblings is not None:
+            y = self.siblings.run(self, x, units, bias)
             if y is not None:
                 return y
+        if bound is None or bound[0] is not units or bound[1] != units.data_ptr():
+            if not ops.plain(units):
+                return self._dispatched(x)
+            self._bound = bound = units, units.data_ptr(), self.cpu_packed.bind(self._dtype)
+        return bound[2](x, bias, _NUMBERS[self.compute])
+
+    def _dispatched(self, x: torch.Tensor) -> torch.Tensor:
+        """The result by the ops; what `forward` gives without torch's dispatcher where nobody looks at it."""
         group = self.scheme.group(self.in_features)
         if self.prepared:
             rows = x if self.backend == "cpu" else x.reshape(-1, self.in_features)
@@ -154,21 +168,6 @@ class QuantLinear(nn.Module):
             self.out_features,
             self.in_features,
         )
-
-    def _direct(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the op gives, together with the siblings and past torch's dispatcher; None if it may not be."""
-        bias, units, bound = self.bias, self._buffers[UNITS], self._bound
-        if bias is not None and not ops.plain(bias):
-            return None
-        if self.siblings is not None:
-            y = self.siblings.run(self, x, units, bias)
-            if y is not None:
-                return y
-        if bound is None or bound[0] is not units or bound[1] != units.data_ptr():
-            if not ops.plain(units):
-                return None
-            self._bound = bound = units, units.data_ptr(), self.cpu_packed.bind(self._dtype)
-        return bound[2](x, bias, _NUMBERS[self.compute])
 
     def _forget(self) -> None:
         """Let go of a layout that was replaced."""

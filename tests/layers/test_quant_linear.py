@@ -8,6 +8,7 @@ from quantkit_kernels.cpu import library, ops
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import BackendError
@@ -143,6 +144,18 @@ class Ops(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+class Calls(TorchFunctionMode):
+    """Notes the functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def native(**kind):
     module, _, _ = layer(**kind)
     module.prepare("cpu", torch.float32)
@@ -163,7 +176,7 @@ def test_eager_calls_pass_the_dispatcher_by_with_the_same_result(bias, monkeypat
     shapes = ((64,), (1, 1, 64), (2, 5, 64), (0, 64), (3, 64))
     inputs = [X[0, 0].expand(shape).clone().mul_(i + 1) for i, shape in enumerate(shapes)]
     inputs += [X.transpose(0, 1), X[:, ::2], torch._neg_view(X), X.double(), X.bfloat16(), nn.Parameter(X)]
-    expected = [by_the_op(module, x) for x in inputs]
+    expected = [by_the_op(module, x.contiguous()) for x in inputs]
 
     def refuse(*_):
         raise AssertionError("called the op")
@@ -197,10 +210,17 @@ def test_whoever_traces_or_transforms_gets_the_op():
     assert "quantkit.cpu_linear" in graph.code
     assert torch.equal(graph(X * 2), module(X * 2))
     assert torch.equal(torch.func.functionalize(module)(X), y)
+    with Calls() as calls:
+        module(X)
+    assert "quantkit.cpu_linear.default" in calls.names
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert module(mode.from_tensor(X)).shape == y.shape
     assert module(X.requires_grad_()).requires_grad != module(X.detach()).requires_grad
     X.requires_grad_(False)
+    module.bias.requires_grad_()
+    assert module(X).requires_grad
+    with torch.no_grad():
+        assert torch.equal(module(X), y)
 
 
 @needs_native
@@ -252,6 +272,6 @@ def test_a_replaced_layout_is_used_and_the_old_one_let_go():
     assert torch.equal(module(X), y)
     module.layout_units = torch.zeros_like(module.layout_units)
     assert torch.equal(module(X), module.bias.expand(2, 5, 48))
-    module.layout_units = module.layout_units[1:]
+    module.layout_units = module.layout_units[:-1]
     with pytest.raises(ValueError, match="units of a 4-bit"):
         module(X)

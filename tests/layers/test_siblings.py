@@ -137,6 +137,26 @@ def test_a_change_of_x_in_place_is_seen(mode):
         assert_equal([fused[1](x), fused[2](x)], [single[1](x), single[2](x)])
 
 
+def test_another_view_of_x_and_new_memory_of_x_are_seen():
+    fused, single = together(), alone()
+    x = tokens(2, 3)
+    fused[0](x)
+    assert torch.equal(fused[1](x[0]), single[1](x[0]))
+    fused[0](x)
+    same = x.view(6, 64)
+    assert torch.equal(fused[1](same), single[1](same))
+    fused[0](x)
+    x.data = tokens(2, 3, seed=1)
+    assert torch.equal(fused[1](x), single[1](x))
+
+
+def test_what_was_computed_in_inference_mode_stays_there():
+    fused, x = together(), tokens(1)
+    with torch.inference_mode():
+        assert fused[0](x).is_inference()
+    assert not fused[1](x).is_inference()
+
+
 def test_a_bias_changed_or_replaced_in_between_is_seen():
     fused, single = together(bias=True), alone(bias=True)
     x = tokens(1)
@@ -159,8 +179,11 @@ def test_a_layout_replaced_in_between_is_seen():
     fused[1].move_layout(lambda _: other.layout_units.clone())
     assert torch.equal(fused[1](x), other(x))
     assert_equal([fused[2](x), fused[0](x)], [single[2](x), single[0](x)])
+    fused = together()
+    fused[0](x)
     fused[2].layout_units = linear(ROWS[2], seed=8).layout_units
     assert torch.equal(fused[2](x), linear(ROWS[2], seed=8)(x))
+    assert_equal([fused[1](x), fused[0](x)], [single[1](x), single[0](x)])
 
 
 def test_compute_changed_in_between_is_seen():
@@ -226,11 +249,11 @@ def test_copies_run_together_on_their_own(calls, copied, called):
     calls.clear()
     assert_equal([m(x) for m in twins], expected)
     assert calls == [sum(ROWS)]
+    assert torch.equal(copy.copy(twins[1])(x), expected[1])  # a copy that shares all is no sibling
     one = copied(twins[1])
     del twins
     gc.collect()
     assert torch.equal(one(x), expected[1])
-    assert torch.equal(copy.copy(one)(x), expected[1])
 
 
 @pytest.mark.parametrize("change", [nn.Module.bfloat16, nn.Module.share_memory, nn.Module.float])
