@@ -67,7 +67,9 @@ def word(values: list[int]) -> int:
 
 
 @pytest.mark.parametrize("kind", list(DTYPES))
-@pytest.mark.parametrize(("bits", "step"), [(4, 2), (4, 1), (2, 4), (2, 2), (2, 1), (3, 4), (3, 2), (3, 1), (8, 1)])
+@pytest.mark.parametrize(
+    ("bits", "step"), [(4, 2), (4, 1), (2, 4), (2, 2), (2, 1), (3, 4), (3, 2), (3, 1), (8, 1)]
+)
 @pytest.mark.parametrize("zero", ["middle", "own"])
 def test_every_code_is_unpacked_exactly(kind, bits, step, zero):
     width = {3: 2}.get(bits, bits)
