@@ -186,3 +186,24 @@ def test_the_compiled_graph_is_the_eager_result():
     arguments = (*built, None, 4, 128, n, k)
     compiled = torch.compile(lambda t: triton_linear(t, *arguments), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), triton_linear(x, *arguments))
+
+
+def test_captured_launches_share_no_tickets_with_others():
+    """A graph on one stream, eager launches on another, more of them than the ring has room for."""
+    n, k = 1024, 4096
+    tensors = stored(4, n, k, 128, False)
+    prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
+    x = activations(1, k, torch.bfloat16)
+    truth = backend.run(x, prepared, 128)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [backend.run(x, prepared, 128) for _ in range(100)]
+    side = torch.cuda.Stream()
+    eager = []
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(side):
+            eager.append([backend.run(x, prepared, 128) for _ in range(100)][-1])
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, truth) for y in (*found, eager[-1]))

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import quantkit_kernels
 import torch
 from quantkit_kernels import BackendMissing, pack_bits
 from quantkit_kernels.reference.wna16_linear import wna16_linear
-from quantkit_kernels.triton import backend, layout
+from quantkit_kernels.triton import backend, layout, op
 from quantkit_kernels.triton.configs import DEQUANTIZE_FROM, Config, bucket, choose, rule, table
 from quantkit_kernels.triton.op import tickets, triton_linear
 
@@ -139,10 +140,16 @@ def test_import_is_inert():
     )
 
 
-def test_tickets_of_calls_in_flight_do_not_overlap():
-    first, second = tickets(torch.device("cpu"), 4096), tickets(torch.device("cpu"), 100)
-    assert first.data_ptr() + 4 * 4096 <= second.data_ptr() or second.data_ptr() + 400 <= first.data_ptr()
-    assert not first.any()
+def test_tickets_of_calls_in_flight_do_not_overlap(monkeypatch):
+    device = torch.device("cpu")
+    taken = [tickets(device, count) for count in (4096, 100, 1, 448)]
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * len(t)) for t in taken)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert not any(t.any() or t.data_ptr() % 16 for t in taken)
+    monkeypatch.setitem(op._next, (device, False), op._TICKETS - 10)
+    assert len(tickets(device, 11)) == 11  # begins again, in one piece
+    with pytest.raises(ValueError, match="at most"):
+        tickets(device, op._TICKETS + 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -9,8 +9,8 @@ before capturing a CUDA graph: the first call compiles, and makes the ring of ti
 
 from __future__ import annotations
 
-import itertools
 import os
+import threading
 from functools import cache
 
 import torch
@@ -25,9 +25,10 @@ _SCHEMA = (
     "int bits, int group_size, int n, int k) -> Tensor"
 )
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_TICKETS = 1 << 20
-_turn = itertools.count()
+_TICKETS = 1 << 19
+_turn = threading.Lock()
 _rings: dict[torch.device, torch.Tensor] = {}
+_next: dict[tuple[torch.device, bool], int] = {}
 
 
 def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
@@ -50,16 +51,24 @@ def _chip(device: torch.device) -> tuple[str, int, int]:
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:
-    """`count` counters that are 0 and that no launch in flight uses: the next ones of a ring, 4 MiB per device."""
+    """`count` counters that are 0 and that no launch in flight uses: the next ones of a ring, 4 MiB per device.
+
+    Graphs keep what they were captured with, so captured launches have a ring of their own.
+    """
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if device not in _rings:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captured:
             raise RuntimeError("call triton_linear once on this device before capturing a CUDA graph")
-        _rings[device] = torch.zeros(_TICKETS, dtype=torch.int32, device=device)
-    rounds = _TICKETS // 4096
-    if count > 4096:
-        raise ValueError(f"a split launch has at most 4096 tiles, got {count}")
-    start = next(_turn) % rounds * 4096
-    return _rings[device][start : start + count]
+        _rings[device] = torch.zeros(2, _TICKETS, dtype=torch.int32, device=device)
+    if count > _TICKETS:
+        raise ValueError(f"a split launch has at most {_TICKETS} tiles, got {count}")
+    with _turn:
+        start = _next.get((device, captured), 0)
+        start = 0 if start + count > _TICKETS else start
+        _next[device, captured] = (
+            start + -(-count // 32) * 32
+        )  # aligned: triton compiles for the alignment, too
+    return _rings[device][int(captured), start : start + count]
 
 
 def constants(
