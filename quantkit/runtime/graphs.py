@@ -118,8 +118,8 @@ class _Layer(CacheLayerMixin):
 class Buffers:
     """The memory of one sequence of at most `length` tokens and the captured step on it; reused by later sequences."""
 
-    def __init__(self, layers: int, length: int, device: torch.device) -> None:
-        self.length, self.device = length, device
+    def __init__(self, layers: int, length: int, device: torch.device, stamp: Any = None) -> None:
+        self.length, self.device, self.stamp = length, device, stamp
         with torch.inference_mode(False):  # they are written to later, in whatever mode
             self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros((), dtype=torch.int64, device=device)
@@ -235,7 +235,7 @@ class GraphDecoder:
         buffers = shelf.take(self.model, len(tokens) + self.room, self.device)
         logits = buffers.prompt(self.model, input_ids, **options)
         sequence = Sequence(buffers, tokens)
-        weakref.finalize(sequence, shelf.give_back, buffers)
+        weakref.finalize(sequence, shelf.give_back, buffers).atexit = False
         return SimpleNamespace(logits=logits, past_key_values=sequence)
 
     def _steps(self, input_ids: torch.Tensor, sequence: Sequence) -> Any:
@@ -264,7 +264,6 @@ class _Shelf:
         self.failed: str | None = None
         self._lock = threading.Lock()
         self._buffers: Buffers | None = None
-        self._stamp: Any = None
 
     def take(self, model: nn.Module, tokens: int, device: torch.device) -> Buffers:
         """Buffers for `tokens` tokens: the kept ones if they fit, not twice too long and made for these weights."""
@@ -272,12 +271,10 @@ class _Shelf:
         stamp = _stamp(model)
         with self._lock:
             kept, self._buffers = self._buffers, None
-            fits = kept is not None and length <= kept.length <= 2 * length and self._stamp == stamp
-            self._stamp = stamp
-        if fits:
+        if kept is not None and length <= kept.length <= 2 * length and kept.stamp == stamp:
             return kept
         del kept  # its memory first
-        return Buffers(len(_cache_layers(model)), length, device)
+        return Buffers(len(_cache_layers(model)), length, device, stamp)
 
     def give_back(self, buffers: Buffers) -> None:
         if buffers.replay is not None:

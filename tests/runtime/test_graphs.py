@@ -12,11 +12,15 @@ from unittest import mock
 import pytest
 import tiny_models
 import torch
+from quantkit_eval import generate_stream
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer
 
+import quantkit
 from quantkit.algorithms.rtn import rtn
+from quantkit.assets import default_model
 from quantkit.errors import ModelError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import GraphDecoder, generate, graphed, graphs, stream
@@ -211,6 +215,31 @@ def test_options_are_heeded(tape):
     stopped = generate(decoder, ids, 16, temperature=1.0, top_k=20, seed=4, stop={end})
     assert stopped[0].tolist() == drawn[0, : stopped.shape[1]].tolist()
     assert stopped[0, -1] == end
+
+
+def test_buffers_of_other_weights_are_not_reused(tape):
+    """Given back late, after the weights changed."""
+    model, ids = tiny_models.FAMILIES["llama"](), tiny_models.ids(6)
+    early = stream(GraphDecoder(model, 9), ids, 9, stop=())
+    next(early)
+    next(early)
+    layer = tiny_models.blocks(model)[0].mlp.down_proj
+    layer.weight = nn.Parameter(-layer.weight, requires_grad=False)
+    found = decode(GraphDecoder(model, 9), ids, 9)[0]
+    del early
+    gc.collect()
+    assert decode(GraphDecoder(model, 9), ids, 9)[0] == found == decode(model, ids, 9)[0]
+    assert len(tape) == 3
+
+
+def test_the_text_is_that_of_the_eager_model(tape):
+    """The decoder in the place of the model, as `quantkit generate` uses it."""
+    model = quantkit.load(default_model())
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    options = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 20, "top_p": 0.95, "seed": 3}
+    wanted = generate_stream(model, tokenizer, "It was a", **options)
+    found = generate_stream(GraphDecoder(model, 30), tokenizer, "It was a", **options)
+    assert (found.text, found.decode_steps) == (wanted.text, wanted.decode_steps)
 
 
 def test_nothing_keeps_a_model_alive(tape):
