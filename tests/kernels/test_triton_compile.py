@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory and
+"""The Triton kernels compiled for sm_80, sm_90, sm_100 and gfx942, without a GPU: registers, spills, shared memory and
 instructions per weight of what the rule of `configs.py` would launch.
 
 An H200 receives 36 four-bit weights per clock and multiprocessor at 4.3 TB/s and issues 128 lane instructions: 3.56 per
@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 942: 64 << 10}
 # (arch, bits, activations, zeros, fp8, group, M, N, K), most instructions per weight
 CASES = [
     ((90, 4, "bf16", False, False, 128, 1, 4096, 4096), 2.65),
@@ -41,17 +41,25 @@ CASES = [
 ]
 
 
+AMD = [
+    (942, 4, "bf16", True, False, 128, 16, 4096, 4096),
+    (942, 8, "fp16", False, True, 128, 128, 4096, 4096),
+]
+
+
 @pytest.fixture(scope="module")
 def reports():
     """What the child process says about every case."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
-    cases = json.dumps([case for case, _ in CASES])
-    done = subprocess.run(child, env=environment, input=cases, capture_output=True, text=True, check=False)
+    cases = [case for case, _ in CASES] + AMD
+    done = subprocess.run(
+        child, env=environment, input=json.dumps(cases), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    return dict(zip((case for case, _ in CASES), found, strict=True))
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,13 @@ def test_compiled_kernel_fits(reports, case, limit):
         assert report["from_registers"], report
     if case[6] <= 16:  # two programs of four warps on a multiprocessor
         assert report["registers"] <= 224, report
+
+
+@pytest.mark.parametrize("case", AMD, ids=lambda v: "-".join(map(str, v)))
+def test_compiled_kernel_fits_amd(reports, case):
+    """Without assembly, only that it compiles and fits."""
+    assert reports[case]["stack"] == 0
+    assert reports[case]["shared"] <= SHARED[case[0]], reports[case]
 
 
 def test_a_zero_point_costs_next_to_nothing(reports):

@@ -26,10 +26,10 @@ NOT_SIXTEENS = ("n_m", "chunks", "trips")
 
 
 def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
-    """The kernel that `op.launch` would run, for sm_`arch`; and its configuration."""
-    cut = geometry(bits, group, k)
-    config = rule(bits, m, n, cut, 132, arch // 10)
-    fixed = constants(bits, zeros, fp8, group, k, activations, "bf16", arch // 10 == 10)
+    """The kernel that `op.launch` would run, for sm_`arch` or gfx`arch`; and its configuration."""
+    cut, amd = geometry(bits, group, k), arch >= 900
+    config = rule(bits, m, n, cut, 132, 0 if amd else arch // 10)
+    fixed = constants(bits, zeros, fp8, group, k, None if amd else activations, "bf16", arch // 10 == 10)
     fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "SPLIT": config.splits > 1}
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
     pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "parts": "*fp32", "tickets": "*i32"}
@@ -42,7 +42,8 @@ def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
         attrs={(names.index(a),): [["tt.divisibility", 16]] for a in kinds if a not in NOT_SIXTEENS},
     )
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), config, cut
+    target = GPUTarget("hip", f"gfx{arch}", 64) if amd else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options), config, cut
 
 
 def products(code: list[str]) -> int:
@@ -83,6 +84,12 @@ def main() -> None:
     assert nvidia  # the backend is part of triton, no driver is needed
     for case in json.load(sys.stdin):
         kernel, config, cut = compile_offline(*case)
+        if "amdgcn" in kernel.asm:
+            spills = int(re.search(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+            print(
+                json.dumps({"stack": spills, "shared": kernel.metadata.shared, "config": config}), flush=True
+            )
+            continue
         loop = main_loop(kernel.asm["sass"])
         registers, stack = usage(kernel.asm["cubin"])
         weights = config.bn * cut.chunk * config.unroll / (32 * config.warps)

@@ -61,7 +61,7 @@ def table(chip: str) -> Table:
 def rule(bits: int, m: int, n: int, cut: Geometry, processors: int, major: int = 9) -> Config:
     """Trips of 256 columns, and splits until every multiprocessor has two programs or one would get under 16 KiB.
 
-    major: of the compute capability; below 9 accumulators and weights share the registers of a warp.
+    major: of the compute capability, 0 on AMD; below 9 accumulators and weights share the registers of a warp.
     """
     bm = min(bucket(m), 64) if bits in (2, 3) or major < 9 else bucket(m)
     warps = 8 if bm >= 64 else 4
@@ -70,6 +70,8 @@ def rule(bits: int, m: int, n: int, cut: Geometry, processors: int, major: int =
     stages = 3 if unroll == 2 or bm == 128 else 4
     if bits in (2, 3) and bm == 64:  # a chunk of 256 columns brings four or eight tiles of x
         stages = 2 if bits == 3 else 3
+    if major == 0:  # 64 KiB of shared memory
+        stages = 2
     trips = cut.chunks // unroll
     for bn in (128, 64):
         tiles = -(-n // bn) * -(-m // bm)

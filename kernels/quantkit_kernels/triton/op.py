@@ -43,11 +43,11 @@ def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 @cache
 def _chip(device: torch.device) -> tuple[str, int, int]:
-    """Name, number of multiprocessors, first number of the capability; the interpreter plays an H200."""
+    """Name, number of multiprocessors, first number of the capability (AMD: 0); the interpreter plays an H200."""
     if device.type != "cuda":
         return "interpreter", 132, 9
     found = torch.cuda.get_device_properties(device)
-    return found.name, found.multi_processor_count, found.major
+    return found.name, found.multi_processor_count, 0 if torch.version.hip else found.major
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:
