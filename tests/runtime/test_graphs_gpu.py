@@ -137,8 +137,7 @@ def test_a_capture_that_fails_leaves_eager_decoding():
     )
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         assert generate(model, ids, 12, stop=())[0, 6:].tolist() == wanted
-    assert "runs eager" not in graphs._shelf(model).failed
-    assert graphed(model, 12) == graphs._shelf(model).failed
+    assert graphed(model, 12) == graphs._shelf(model).failed  # the reason, not asked again
     hook.remove()
     torch.cuda.synchronize()
     other = tiny_models.FAMILIES["qwen3"]().cuda()  # captures still work
