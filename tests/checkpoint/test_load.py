@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -512,13 +512,10 @@ def test_eight_threads_with_one_model_give_the_serial_results(packed_llama):
     def work(i):
         wrong.extend(i for _ in range(8) if not torch.equal(logits(model, texts[i]), serial[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
     finally:
         sys.setswitchinterval(interval)
     assert not wrong

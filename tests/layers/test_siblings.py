@@ -4,8 +4,8 @@ import copy
 import gc
 import io
 import sys
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -118,6 +118,16 @@ def test_any_order_serves_and_other_calls_are_computed_again(calls):
     assert check((0, other), (1, other.clone()), (2, other)) == 2  # one waited
 
 
+def test_members_may_be_given_in_any_order(calls):
+    first, second, third = placed([linear(n, seed) for seed, n in enumerate(ROWS)])
+    assert Siblings.join([third, first, second])
+    x = tokens(1)
+    expected = [m(x) for m in alone()]
+    calls.clear()
+    assert_equal([m(x) for m in (first, second, third)], expected)
+    assert calls == [sum(ROWS)]
+
+
 def test_a_sibling_called_alone_is_soon_left_alone(calls):
     fused, single = together(), alone()
     for i in range(10):
@@ -145,6 +155,7 @@ def test_another_view_of_x_and_new_memory_of_x_are_seen():
     fused[0](x)
     same = x.view(6, 64)
     assert torch.equal(fused[1](same), single[1](same))
+    fused = together()
     fused[0](x)
     x.data = tokens(2, 3, seed=1)
     assert torch.equal(fused[1](x), single[1](x))
@@ -276,6 +287,11 @@ def test_gone_and_replaced_members_leave_the_others_right():
     gc.collect()
     for _ in range(6):
         assert_equal([fused[0](x), fused[2](x)], [single[0](x), single[2](x)])
+    fused[0].siblings.__init__([fused[0], fused[2]])
+    fused[2] = nn.Identity()
+    gc.collect()
+    assert torch.equal(fused[0](x), single[0](x))
+    assert waiting(fused) is None
 
 
 def test_hooks_see_every_call():
@@ -311,6 +327,8 @@ def test_only_what_fits_together_is_joined():
         assert not Siblings.join(modules)
         assert all(module.siblings is None for module in modules)
     assert not Siblings.join([linear(16), linear(16, 1)])
+    first, _, last = placed([linear(16, i) for i in range(3)])
+    assert not Siblings.join([first, last])
     stored = QuantLinear(64, 16, ASYM, False, torch.bfloat16)
     assert not Siblings.join([stored, stored])
 
@@ -325,6 +343,16 @@ def test_bad_input_is_the_same_error_and_leaves_nothing():
     assert_equal([m(x) for m in fused], [m(x) for m in single])
     x = tokens(3).double()
     assert_equal([m(x) for m in fused], [m(x) for m in single])
+
+
+def test_what_waits_in_a_thread_is_its_own(calls):
+    fused, single = together(), alone()
+    x, other = tokens(1), tokens(1, seed=1)
+    fused[0](x)
+    with ThreadPoolExecutor(1) as pool:
+        assert_equal(pool.map(lambda m: m(other), fused), [m(other) for m in single])
+    assert_equal([fused[1](x), fused[2](x)], [single[1](x), single[2](x)])
+    assert calls.count(sum(ROWS)) == 2
 
 
 def test_threads_at_once_give_the_serial_results():
@@ -345,13 +373,10 @@ def test_threads_at_once_give_the_serial_results():
             if i == 0 and turn % 10 == 0:
                 fused[0].siblings.forget()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
