@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import quantkit
+from quantkit.checkpoint import plugin
 from quantkit.errors import BackendError, ModelError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.scheme import Scheme
@@ -463,6 +464,20 @@ def test_siblings_run_as_one_with_the_same_bits(pack_config, family, joined, com
         assert group._made.call is not None  # it did run
         assert group._local.slot is None  # and nothing waits
         assert group._left_over == 0
+
+
+@needs_native
+def test_siblings_lie_behind_each_other_whatever_the_order_of_the_modules(packed_llama, monkeypatch):
+    folder, _ = packed_llama(ASYM)
+    listed = plugin.packed_linears
+
+    def by_leaf(model):
+        return sorted(listed(model), key=lambda each: each[0].rpartition(".")[2])
+
+    monkeypatch.setattr(plugin, "packed_linears", by_leaf)
+    model = quantkit.load(folder, backend="cpu")
+    assert sorted(map(len, groups(model).values())) == [2, 2, 3, 3]
+    assert torch.equal(logits(model), logits(without_siblings(quantkit.load(folder, backend="cpu"))))
 
 
 @needs_native
