@@ -7,7 +7,7 @@ compilation. decode: whole steps of a 32-layer Llama-3-8B shape, bf16 and packed
 table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --kernels --device cuda`.
 compare: the embedded model is quantized on the device and on the CPU by the same recipe, and both are evaluated there.
 
-Where a command may take ten minutes: `tests decode`, then `tune bench`, then `compare`. Each step leaves DIR/STEP.json,
+Where a command may take ten minutes: `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each step leaves DIR/STEP.json,
 a step that the time did not suffice for says so there, and the report is made of all that lie in DIR. Nothing is
 fetched. Exits 1 if a step fails or has no time, also if the two models differ by more than their standard errors allow.
 """
@@ -93,8 +93,8 @@ def decode(work: Path, deadline: float) -> dict[str, Any]:
 
 
 def tune(work: Path, deadline: float) -> dict[str, Any]:
-    """A table of tile sizes, as far as three quarters of the time carry."""
-    seconds = str(max(int((deadline - time.monotonic()) * 0.7), 30))
+    """A table of tile sizes, as far as the time carries."""
+    seconds = str(max(int((deadline - time.monotonic()) * 0.85), 30))
     done = _child(work, deadline, "tune", "quantkit_kernels.triton.tune", "--seconds", seconds, "--output")
     if done["report"]:
         write_json(work / TABLE, done["report"])

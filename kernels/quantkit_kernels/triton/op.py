@@ -42,7 +42,7 @@ def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 
 @cache
-def _chip(device: torch.device) -> tuple[str, int, int]:
+def chip(device: torch.device) -> tuple[str, int, int]:
     """Name, number of multiprocessors, first number of the capability (AMD: 0); the interpreter plays an H200."""
     if device.type != "cuda":
         return "interpreter", 132, 9
@@ -199,14 +199,14 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
         return x.new_empty(*x.shape[:-1], n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    chip, processors, major = _chip(x.device)
-    if m >= table(chip).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
+    name, processors, major = chip(x.device)
+    if m >= table(name).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
         w = dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
         y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
     else:
         fp8 = codes.dtype == torch.float8_e4m3fn
         cut = geometry(bits, group_size, k)
-        config = choose(chip, bits, group_size, fp8, m, n, k, cut, processors, major)
+        config = choose(name, bits, group_size, fp8, m, n, k, cut, processors, major)
         y = launch(rows, codes, scales, zeros, bias, bits, group_size, n, k, config)
     return y.view(*x.shape[:-1], n)
 

@@ -23,7 +23,7 @@ import torch
 from quantkit_kernels.triton.backend import by_row
 from quantkit_kernels.triton.configs import BUCKETS, DEQUANTIZE_FROM, TABLES, Config, rule
 from quantkit_kernels.triton.layout import ROWS, Geometry, geometry
-from quantkit_kernels.triton.op import _twin, dequantize, launch
+from quantkit_kernels.triton.op import _twin, chip, dequantize, launch
 
 SHAPES = [
     "6144x4096",
@@ -73,9 +73,9 @@ class Problem:
         return torch.nn.functional.linear(x, w)
 
 
-def candidates(bits: int, bucket: int, n: int, cut: Geometry, processors: int) -> list[Config]:
+def candidates(bits: int, bucket: int, n: int, cut: Geometry, processors: int, major: int) -> list[Config]:
     """The rule's choice and its neighbours, the rule first."""
-    first = rule(bits, bucket, n, cut, processors)
+    first = rule(bits, bucket, n, cut, processors, major)
     found = [first]
     tiles = [first.bm, 8] if bucket == 16 else [first.bm]
     for bm in tiles:
@@ -115,12 +115,12 @@ def microseconds(call: Callable[[int], object], copies: int, rounds: int = 5) ->
 def best(problem: Problem, bucket: int, deadline: float) -> tuple[Config, float] | None:
     """The fastest candidate at M = bucket that agrees with the twin, and its time; None if there was no time."""
     device = problem.copies[0][0].device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    _, processors, major = chip(device)
     x = torch.randn(bucket, problem.k, device=device).bfloat16()
     codes, scales = problem.copies[0]
     truth = _twin(x.float(), codes, scales, None, None, problem.bits, problem.group, problem.n, problem.k)
     found: tuple[Config, float] | None = None
-    for config in candidates(problem.bits, bucket, problem.n, problem.cut, processors):
+    for config in candidates(problem.bits, bucket, problem.n, problem.cut, processors, major):
         if time.monotonic() > deadline:
             break
         try:
@@ -141,10 +141,10 @@ def best(problem: Problem, bucket: int, deadline: float) -> tuple[Config, float]
 def crossover(problem: Problem) -> int:
     """The first M of CROSSOVER from which writing W out is faster; beyond the last if it never is."""
     device = problem.copies[0][0].device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    _, processors, major = chip(device)
     for m in CROSSOVER:
         x = torch.randn(m, problem.k, device=device).bfloat16()
-        config = rule(problem.bits, m, problem.n, problem.cut, processors)
+        config = rule(problem.bits, m, problem.n, problem.cut, processors, major)
         fused = microseconds(lambda copy, x=x, c=config: problem.run(x, copy, c), 2)
         if microseconds(lambda copy, x=x: problem.dense(x, copy), 2) < fused:
             return m
@@ -166,10 +166,10 @@ def main() -> None:
         sys.exit("no CUDA device")
     import triton
 
-    chip = torch.cuda.get_device_name()
-    output = arguments.output or TABLES / (chip.lower().replace(" ", "-") + ".json")
+    name = torch.cuda.get_device_name()
+    output = arguments.output or TABLES / (name.lower().replace(" ", "-") + ".json")
     deadline = time.monotonic() + arguments.seconds
-    table = {"chip": chip, "triton": triton.__version__, "torch": torch.__version__}
+    table = {"chip": name, "triton": triton.__version__, "torch": torch.__version__}
     table |= {"dequantize_from": DEQUANTIZE_FROM, "entries": []}
     for bits in arguments.bits:
         for shape in arguments.shapes:
