@@ -7,9 +7,10 @@ compilation. decode: whole steps of a 32-layer Llama-3-8B shape, bf16 and packed
 table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --kernels --device cuda`.
 compare: the embedded model is quantized on the device and on the CPU by the same recipe, and both are evaluated there.
 
-Where a command may take ten minutes: `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each step leaves DIR/STEP.json,
-a step that the time did not suffice for says so there, and the report is made of all that lie in DIR. Nothing is
-fetched. Exits 1 if a step fails or has no time, also if the two models differ by more than their standard errors allow.
+Where a command may take ten minutes: `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each step
+leaves DIR/STEP.json, a step that the time did not suffice for says so there, and the report is made of all that lie in
+DIR. Nothing is fetched. Exits 1 if a step fails or has no time, also if the two models differ by more than their
+standard errors allow.
 """
 
 from __future__ import annotations
