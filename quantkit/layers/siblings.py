@@ -12,18 +12,27 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from quantkit_kernels import COMPUTES
 from quantkit_kernels.cpu import ops
 from torch import is_inference_mode_enabled
 
-if TYPE_CHECKING:
-    from quantkit.layers.quant_linear import QuantLinear
-
 UNITS = "layout_units"  # the buffer that holds a native layout
 _PATIENCE = 4  # times in a row that outputs may be left over
+
+
+class Member(Protocol):
+    """What a `QuantLinear` is to its siblings."""
+
+    backend: str
+    compute: str
+    cpu_packed: Any
+    bias: torch.Tensor | None
+    siblings: Siblings | None
+    _buffers: dict[str, torch.Tensor]
+    _dtype: torch.dtype
 
 
 class _Joint(NamedTuple):
@@ -32,7 +41,7 @@ class _Joint(NamedTuple):
     units: dict[int, torch.Tensor]  # by id of the member, in the order of the rows
     first: torch.Tensor  # of these; its storage is that of all
     at: int  # its address
-    members: tuple[weakref.ref[QuantLinear], ...] = ()
+    members: tuple[weakref.ref[Member], ...] = ()
     sizes: tuple[int, ...] = ()  # out_features
     call: Callable[..., torch.Tensor] | None = None  # None: they do not fit together
 
@@ -52,14 +61,14 @@ class Siblings:
     In-place changes of x in between are seen by its version; inference tensors have none.
     """
 
-    def __init__(self, members: Sequence[QuantLinear]) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         self._members = tuple(weakref.ref(member) for member in members)
         self._local = _Local()
         self._made: _Joint | None = None
         self._left_over = 0
 
     @classmethod
-    def join(cls, members: Sequence[QuantLinear]) -> bool:
+    def join(cls, members: Sequence[Member]) -> bool:
         """Run these as one from now on, if they are of one kind and their units lie behind each other."""
         if len(members) < 2 or any(each.backend != "cpu" for each in members) or _joint(members).call is None:
             return False
@@ -69,7 +78,7 @@ class Siblings:
         return True
 
     def run(
-        self, member: QuantLinear, x: torch.Tensor, units: torch.Tensor, bias: torch.Tensor | None
+        self, member: Member, x: torch.Tensor, units: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The member's output for an x that may go to the C function; None: it has to run alone."""
         local, name, compute = self._local, id(member), member.compute
@@ -116,10 +125,10 @@ class Siblings:
         """Let go of all tensors, in every thread."""
         self._local, self._made = _Local(), None
 
-    def __getstate__(self) -> dict[str, list[QuantLinear]]:
+    def __getstate__(self) -> dict[str, list[Member]]:
         return {"members": [found for ref in self._members if (found := ref()) is not None]}
 
-    def __setstate__(self, state: dict[str, list[QuantLinear]]) -> None:
+    def __setstate__(self, state: dict[str, list[Member]]) -> None:
         self.__init__(state["members"])
 
 
@@ -133,7 +142,7 @@ def _stamp(bias: torch.Tensor | None) -> tuple[int | None, ...]:
     return () if bias is None else (id(bias), bias.data_ptr(), _version(bias))
 
 
-def _joint(members: Sequence[QuantLinear]) -> _Joint:
+def _joint(members: Sequence[Member]) -> _Joint:
     """The members as one weight, or without `call` if they are of several kinds or do not lie behind each other."""
     units = {id(member): member._buffers[UNITS] for member in members}
     first, *_ = units.values()
