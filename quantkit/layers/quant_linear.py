@@ -100,7 +100,9 @@ class QuantLinear(nn.Module):
                 else:
                     self._facts[part] = value
             self.prepared = tuple(part for part in layout if part not in self._facts)
-            self.weight_packed = self.weight_scale = self.weight_zero_point = None
+            for stored in ("weight_packed", "weight_scale", "weight_zero_point"):
+                delattr(self, stored)
+                setattr(self, stored, None)  # no buffer any more: torch.export stumbles over buffers that are None
 
     @property
     def layout(self) -> dict[str, Any]:
