@@ -240,8 +240,10 @@ class BlockRun:
             self.module.get_submodule(name).register_forward_hook(self._note_arity(name))
 
     def _note_arity(self, name: str) -> Callable:
+        arity = self._arity  # and not self: a hook stays with the module, which self holds
+
         def hook(module: nn.Module, args: object, out: object) -> None:
-            self._arity.setdefault(name, len(out) if isinstance(out, tuple) else 0)
+            arity.setdefault(name, len(out) if isinstance(out, tuple) else 0)
 
         return hook
 
