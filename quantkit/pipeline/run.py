@@ -22,6 +22,7 @@ from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.evaluation import evaluate_pair
+from quantkit.pipeline.memory import large_blocks_apart
 from quantkit.pipeline.produce import Producer
 from quantkit.pipeline.publish import publish, report_of
 from quantkit.plan import build_plan
@@ -71,6 +72,7 @@ def quantize(
     """
     progress = progress or Silent()
     clock = Clock()
+    large_blocks_apart()
     with clock("load"):
         name, checked = _recipe(recipe, overrides)
         embedded = assets.default_model()
