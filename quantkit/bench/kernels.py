@@ -31,6 +31,7 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {  # (N, K); the last of each: 
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 ROTATION = 256 << 20  # bytes
 BURST = 0.02  # seconds of calls of one op in one round, one call at least
+PAUSE = 0.02  # seconds between bursts: another engine's threads spin on for a while
 TOLERANCE = 0.03  # RMS error over RMS of the fp64 result; int8 activations alone give 0.01
 ROWS_CHECKED, TOKENS_CHECKED = 64, 16
 
@@ -385,6 +386,8 @@ def cell(
         times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
         for _ in range(rounds):
             for lane in lanes:
+                time.sleep(PAUSE)
+                lane.burst()  # warm
                 times[lane.name].append(lane.burst())
     here = roofline._replace(read=read)
     rows = []
