@@ -101,8 +101,8 @@ class QuantLinear(nn.Module):
                     self._facts[part] = value
             self.prepared = tuple(part for part in layout if part not in self._facts)
             for stored in ("weight_packed", "weight_scale", "weight_zero_point"):
-                delattr(self, stored)
-                setattr(self, stored, None)  # no buffer any more: torch.export stumbles over buffers that are None
+                delattr(self, stored)  # torch.export stumbles over buffers that are None
+                setattr(self, stored, None)
 
     @property
     def layout(self) -> dict[str, Any]:
