@@ -25,11 +25,9 @@ from quantkit.models.trace import Trace, trace
 from quantkit.numerics.statistics import Statistics
 
 CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
-KEPT_BYTES = (
-    160 << 20
-)  # inputs kept so that a finished attention or MLP need not run again: at least this much,
-SPARE_BYTES = 512 << 20  # and what the matrices of the widest linear (H, its factor, the drift) leave of this
-
+# Inputs kept so that a finished attention or MLP need not run again: at least KEPT_BYTES, and what the matrices of the
+# widest linear (H, its factor, the drift) leave of SPARE_BYTES.
+KEPT_BYTES, SPARE_BYTES = 128 << 20, 480 << 20
 
 # What a forward raises that was not written for this walk.
 _FORWARD_ERRORS = (
