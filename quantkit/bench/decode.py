@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.bench.kernels import where
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import machine, where
 from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.synthetic import SHAPES, Shape, make
 from quantkit.checkpoint.shards import write_json

@@ -6,7 +6,7 @@
 Builds llama.cpp from the source package of llama-cpp-python in DIR, in an environment of its own (minutes, once);
 writes the synthetic Llama of quantkit.bench.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
 embedding too) and Q8_0 of it. Then both engines run in turns, each round all of them once: prefill of one prompt, and
-greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.kernels.
+greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.ops.
 
 On a processor with AMX one line is added to llama.cpp first: with gcc 12, `_tile_loadconfig` names 8 of the 64 bytes
 it reads, the compiler drops the other stores, and every quantized model crashes.
@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 
 from quantkit.bench import decode, gguf_file, kernels
-from quantkit.bench.machine import machine
+from quantkit.bench.lane import BURST, Lane
+from quantkit.bench.machine import machine, where
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
 
@@ -174,15 +175,13 @@ class Products:
         self._process.stdout.close()
         self._process.wait()
 
-    def lane(self, n: int, k: int, m: int, rotation: int) -> kernels.Lane:
+    def lane(self, n: int, k: int, m: int, rotation: int) -> Lane:
         """Ready to be timed; as many products in a graph as make a barrier each negligible."""
         n_bytes = n * k // 32 * BLOCK_BYTES[self.kind]
         per = 32 if m <= 4 else 8 if m <= 64 else 2
         self.ask(f"open {self.kind} {n} {k} {m} {max(2, -(-rotation // n_bytes))} {per}")
-        calls = max(1, int(kernels.BURST / float(self.ask(f"run {per}"))))
-        return kernels.Lane(
-            f"llama.cpp {self.kind}", "int8", n_bytes, None, lambda: float(self.ask(f"run {calls}"))
-        )
+        calls = max(1, int(BURST / float(self.ask(f"run {per}"))))
+        return Lane(f"llama.cpp {self.kind}", "int8", n_bytes, None, lambda: float(self.ask(f"run {calls}")))
 
 
 def _run(*command: object) -> str:
@@ -257,7 +256,7 @@ def main() -> None:
         everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
     report = {
         "schema": "quantkit-llamacpp/1",
-        "machine": machine() | kernels.where("cpu"),
+        "machine": machine() | where("cpu"),
         "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
         "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
         "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},

@@ -50,3 +50,26 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip()
+
+
+def native_available() -> bool:
+    """Whether the native CPU library is built and loads."""
+    try:
+        from quantkit_kernels.cpu.library import available
+    except ImportError:
+        return False
+    return available()
+
+
+def where(device: str) -> dict[str, Any]:
+    """The path that runs, for the head of the JSON."""
+    import torch
+
+    facts: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "isa": None}
+    if device != "cpu":
+        return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    if native_available():
+        from quantkit_kernels.cpu.library import isa
+
+        facts["isa"] = isa()
+    return facts

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.bench import decode, gguf_file, kernels, llamacpp, synthetic
+from quantkit.bench import decode, gguf_file, llamacpp, synthetic
+from quantkit.bench.machine import native_available
+from quantkit.bench.ops import LLAMA
 
 TINY = synthetic.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)
 
@@ -38,7 +40,7 @@ def test_every_way_runs_on_the_same_packed_model_or_says_why(dense):
     ready, missing = decode.engines(decode.WAYS, made, prompt=5, new=3)
     assert {"eager bf16", "eager W4A16", "eager torch int4"} <= ready.keys()
     assert ready.keys() | missing.keys() == decode.WAYS.keys()
-    if kernels.native_available():
+    if native_available():
         assert missing == {}
     for run in ready.values():
         assert all(speed > 0 for speed in run().values())
@@ -172,6 +174,6 @@ def test_another_engines_products_are_lanes(tmp_path):
     program.chmod(0o755)
     engine = llamacpp.Products(program, "Q4_0", 1)
     lane = engine.lane(64, 128, 1, rotation=10 * 64 * 128 // 32 * 18)
-    assert (lane.name, lane.n_bytes, lane.burst()) == (kernels.LLAMA, 64 * 128 // 32 * 18, 0.25)
+    assert (lane.name, lane.n_bytes, lane.burst()) == (LLAMA, 64 * 128 // 32 * 18, 0.25)
     engine.close()
     assert (tmp_path / "ops.log").read_text().splitlines() == ["open Q4_0 64 128 1 10 32", "run 32", "run 1"]

@@ -3,22 +3,24 @@ import json
 import pytest
 import torch
 
-from quantkit.bench import kernels
+from quantkit.bench import kernels, lane, ops, overhead
+from quantkit.bench.cell import cell
+from quantkit.bench.machine import native_available
 from quantkit.bench.roofline import Roofline, measure
 
 ROOFLINE = Roofline(1e10, {"int8": 1e12, "fp32": 1e11, "bf16": 0.0}, "made up")
 
 
-def small(ops, n=32, k=256, m=2):
-    return kernels.cell(ops, n, k, m, ROOFLINE, rounds=3, rotation=1 << 16, burst=0.0)
+def small(given, n=32, k=256, m=2):
+    return cell(given, n, k, m, ROOFLINE, rounds=3, rotation=1 << 16, burst=0.0)
 
 
 def test_every_cpu_op_is_right_or_says_why_not():
-    measured = small(kernels.cpu_ops(), m=1)
+    measured = small(ops.cpu_ops(), m=1)
     assert measured["refused"] == {}
-    assert {kernels.BF16, kernels.INT4} <= {row["op"] for row in measured["ops"]}
+    assert {ops.BF16, ops.INT4} <= {row["op"] for row in measured["ops"]}
     for row in measured["ops"]:
-        assert 0 <= row["relative_rms_error"] < kernels.TOLERANCE, row["op"]
+        assert 0 <= row["relative_rms_error"] < lane.TOLERANCE, row["op"]
         assert row["us_min"] <= row["us"] <= row["us_max"]
         assert row["share_of_read"] == pytest.approx(
             row["weight_bytes"] / (row["us"] * 1e-6) / measured["read_bytes_per_s"]
@@ -26,7 +28,7 @@ def test_every_cpu_op_is_right_or_says_why_not():
 
 
 def test_a_wrong_op_is_not_timed():
-    right = kernels._dense_op("right", torch.float32, "fp32")
+    right = ops._dense_op("right", torch.float32, "fp32")
     wrong = right._replace(name="wrong", run=lambda x, weights: 1.1 * (x @ weights["w"].T))
     unfinished = right._replace(name="nan", run=lambda x, weights: x @ weights["w"].T * float("nan"))
     measured = small([right, wrong, unfinished])
@@ -36,21 +38,19 @@ def test_a_wrong_op_is_not_timed():
 
 
 def test_rotation_is_filled_with_memory_of_its_own():
-    op = kernels._dense_op("dense", torch.float32, "fp32")
+    op = ops._dense_op("dense", torch.float32, "fp32")
     weights = {"w": torch.ones(16, 64), "constant": "kept"}
-    rotating = kernels.copies(op, weights, 20 * 16 * 64 * 4 - 1)
+    rotating = lane.copies(op, weights, 20 * 16 * 64 * 4 - 1)
     assert len(rotating) == 20
     assert {copy["constant"] for copy in rotating} == {"kept"}
     assert len({copy["w"].data_ptr() for copy in rotating}) == 20
-    assert kernels.weight_bytes(weights) == 16 * 64 * 4
+    assert lane.weight_bytes(weights) == 16 * 64 * 4
 
 
 def test_every_weight_of_the_rotation_is_used_in_turn():
     used = []
-    op = kernels._dense_op("dense", torch.float32, "fp32")._replace(
-        run=lambda x, weights: used.append(weights)
-    )
-    burst = kernels._cpu_burst(op, [{"w": letter} for letter in "abc"], torch.ones(1), 0.0)
+    op = ops._dense_op("dense", torch.float32, "fp32")._replace(run=lambda x, weights: used.append(weights))
+    burst = lane._cpu_burst(op, [{"w": letter} for letter in "abc"], torch.ones(1), 0.0)
     used.clear()
     for _ in range(4):
         burst()
@@ -60,9 +60,9 @@ def test_every_weight_of_the_rotation_is_used_in_turn():
 
 
 def test_schemes_that_do_not_fit_are_refused_by_reason():
-    ops = [op for op in kernels.cpu_ops() if op.name == kernels.INT4]
-    assert "divisible by 128" in small(ops, k=192)["refused"][kernels.INT4]
-    assert "N divisible by 16" in small(ops, n=24)["refused"][kernels.INT4]
+    int4 = [op for op in ops.cpu_ops() if op.name == ops.INT4]
+    assert "divisible by 128" in small(int4, k=192)["refused"][ops.INT4]
+    assert "N divisible by 16" in small(int4, n=24)["refused"][ops.INT4]
 
 
 def test_shapes_are_names_or_literals():
@@ -82,7 +82,7 @@ def test_run_saves_after_every_cell(capsys):
         save=lambda report: saved.append(len(report["cells"])),
     )
     assert saved == [1, 2]
-    assert {row["op"] for row in report["cells"][0]["ops"]} == {kernels.BF16, kernels.INT4}
+    assert {row["op"] for row in report["cells"][0]["ops"]} == {ops.BF16, ops.INT4}
     assert {"cpu", "torch", "commit", "threads", "isa"} <= report["machine"].keys()
     json.dumps(report)
     assert "M=3" in capsys.readouterr().out
@@ -100,8 +100,8 @@ def test_roofline_measures_something():
     assert found.peak["fp32"] > 0
 
 
-@pytest.mark.skipif(not kernels.native_available(), reason="the native CPU library is not built")
+@pytest.mark.skipif(not native_available(), reason="the native CPU library is not built")
 def test_call_overhead_times_every_way_of_calling():
-    found = kernels.call_overhead(calls=3, rounds=1)
+    found = overhead.call_overhead(calls=3, rounds=1)
     assert found.keys() == {"ctypes", "forward", "layer", "run", "op"}
     assert all(us > 0 for us in found.values())

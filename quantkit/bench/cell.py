@@ -1,0 +1,71 @@
+"""One cell of `quantkit bench --kernels`: all ops on one (N, K, M), in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from quantkit.bench.lane import BURST, ROTATION, Lane, ready
+from quantkit.bench.ops import BF16, INT4, LLAMA, Op, Refused
+from quantkit.bench.roofline import Roofline, read_bandwidth
+
+PAUSE = 0.02  # seconds between bursts: another engine's threads spin on for a while
+Peers = Callable[[int, int, int, int], list[Lane]]  # (n, k, m, rotation) -> lanes of another engine
+
+
+def cell(
+    ops: Iterable[Op],
+    n: int,
+    k: int,
+    m: int,
+    roofline: Roofline,
+    device: str = "cpu",
+    rounds: int = 7,
+    rotation: int = ROTATION,
+    burst: float = BURST,
+    peers: Peers | None = None,
+) -> dict[str, Any]:
+    """Time every op on one weight shape and number of tokens; refused ones are listed with the reason."""
+    lanes, refused = [], {}
+    with torch.inference_mode():
+        for op in ops:
+            try:
+                lanes.append(ready(op, n, k, m, device, rotation, burst))
+            except Refused as reason:
+                refused[op.name] = str(reason)
+        lanes += peers(n, k, m, rotation) if peers else []
+        read = read_bandwidth(device, buffer=rotation)
+        times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
+        for _ in range(rounds):
+            for lane in lanes:
+                time.sleep(PAUSE)
+                lane.burst()  # warm
+                times[lane.name].append(lane.burst())
+    here = roofline._replace(read=read)
+    rows = [_row(lane, times, here, 2 * m * n * k) for lane in lanes]
+    return {"n": n, "k": k, "m": m, "read_bytes_per_s": read, "ops": rows, "refused": refused}
+
+
+def _row(lane: Lane, times: dict[str, list[float]], roofline: Roofline, operations: int) -> dict[str, Any]:
+    """What the report says of a lane; times: seconds per call of all lanes, round by round."""
+    spent = times[lane.name]
+    middle = statistics.median(spent)
+    return {
+        "op": lane.name,
+        "us": middle * 1e6,
+        "us_min": min(spent) * 1e6,
+        "us_max": max(spent) * 1e6,
+        "weight_bytes": lane.n_bytes,
+        "share_of_read": lane.n_bytes / middle / roofline.read,
+        "share_of_roofline": roofline.seconds(lane.n_bytes, operations, lane.kind) / middle,
+        "relative_rms_error": lane.error,
+        "times_faster_than": {
+            peer: statistics.median(b / a for a, b in zip(spent, times[peer], strict=True))
+            for peer in (BF16, INT4, LLAMA)
+            if peer in times
+        },
+    }

@@ -1,0 +1,223 @@
+"""The ways to multiply by a packed weight that `quantkit bench --kernels` compares: ours and what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import quantkit_kernels
+import torch
+from quantkit_kernels.reference.wna16_linear import dequantize
+
+from quantkit.bench.machine import native_available
+
+BF16, INT4, LLAMA = "torch bf16", "torch int4 g128", "llama.cpp Q4_0"  # what ratios are against
+Weights = dict[str, Any]  # tensors by name, and constants
+
+
+class Refused(Exception):
+    """An op that cannot run this cell; the message says why."""
+
+
+class Source(NamedTuple):
+    """A weight as it is stored: codes packed, scales bf16, symmetric; `dense` gives it back in any dtype."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+    n: int
+    k: int
+
+    @classmethod
+    def random(cls, n: int, k: int, bits: int, group: int | None, device: str) -> Source:
+        random = torch.Generator().manual_seed(n + k + bits)
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=random)
+        groups = k // (group or k)
+        scale = torch.rand(n, groups, generator=random).add_(0.5).div_(2**bits * k**0.5).bfloat16()
+        return cls(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), bits, n, k)
+
+    def dense(self, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
+        """The first `rows` rows (all of them: None), dequantized."""
+        n = self.n if rows is None else min(rows, self.n)
+        return dequantize(self.packed[:n], self.scale[:n], None, self.bits, n, self.k, dtype)
+
+
+class Op(NamedTuple):
+    """One way to multiply.
+
+    build(source, dtype of x) -> weights, the tensors among them are what is copied; run(x, weights) -> y [M, N].
+    kind: the peak that bounds it. dtype: of x. prepare(x): outside the time, for ops that take other activations;
+    finish(y, weights): to the scale of x W^T, for the check only. refuses(m, n, k) -> reason or None.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    kind: str
+    build: Callable[[Source, torch.dtype], Weights]
+    run: Callable[[torch.Tensor, Weights], torch.Tensor]
+    dtype: torch.dtype = torch.bfloat16
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
+    finish: Callable[[torch.Tensor, Weights], torch.Tensor] | None = None
+    refuses: Callable[[int, int, int], str | None] = lambda _m, _n, _k: None
+    place: Callable[[list[Weights]], list[Weights]] | None = None  # where the copies live
+
+
+def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
+    return Op(
+        name,
+        8,
+        None,
+        kind,
+        lambda source, dtype: {"w": source.dense(dtype)},
+        lambda x, weights: torch.nn.functional.linear(x, weights["w"]),
+        dtype,
+    )
+
+
+def _backend_op(
+    name: str, bits: int, group: int | None, label: str, compute: str = "float", slow: bool = False
+) -> Op:
+    """A backend of quantkit_kernels, through the calls a loaded model makes."""
+
+    def build(source: Source, dtype: torch.dtype) -> Weights:
+        packed, scale, _, n, k = source
+        columns = group or k
+        try:
+            quantkit_kernels.select(packed.device.type, bits, columns, True, 1, n, k, name)
+            layout = quantkit_kernels.prepare(name, packed, scale, None, bits, n, k, dtype)
+        except quantkit_kernels.BackendMissing as error:
+            raise Refused(str(error)) from error
+        return {"packed": packed, "scale": scale, "n": n, "k": k} if layout is None else layout
+
+    def run(x: torch.Tensor, layout: Weights) -> torch.Tensor:
+        return quantkit_kernels.run(name, x, layout, group or x.shape[1], None, compute)
+
+    def run_stored(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        packed, scale, n, k = weights.values()
+        return quantkit_kernels.wna16_linear(x, packed, scale, None, None, bits, group or k, n, k)
+
+    def refuses(m: int, _n: int, _k: int) -> str | None:
+        return "the reference is timed at M=1 only" if slow and m > 1 else None
+
+    return Op(
+        label,
+        bits,
+        group,
+        "bf16" if compute == "float" else "int8",
+        build,
+        run_stored if name == "reference" else run,
+        refuses=refuses,
+        place=in_huge_pages if name == "cpu" else None,
+    )
+
+
+def _int_mm_op(device: str) -> Op:
+    """Products only: activations are int8 already and nobody scales the result."""
+
+    def refuses(m: int, n: int, k: int) -> str | None:
+        if device == "cuda" and (m <= 16 or n % 8 or k % 8):
+            return "on CUDA it needs M > 16 and N, K divisible by 8"
+        return None
+
+    return Op(
+        "torch int8 products only",
+        8,
+        None,
+        "int8",
+        lambda source, _: {"codes": _int8_codes(source).T, "scale": source.scale[:, 0].float()},
+        lambda x, weights: torch._int_mm(x, weights["codes"]),
+        prepare=lambda x: (x.float() * 31).round().clamp(-127, 127).to(torch.int8),
+        finish=lambda y, weights: y / 31 * weights["scale"],
+        refuses=refuses,
+    )
+
+
+def _int8_codes(source: Source) -> torch.Tensor:
+    """int8 [N, K] of an 8-bit weight."""
+    return (quantkit_kernels.unpack_bits(source.packed, 8, source.k) ^ 128).view(torch.int8)
+
+
+def _fp8_op() -> Op:
+    """Rowwise-scaled FP8 products, activations FP8 already; tensor cores do them at the rate of int8."""
+    fp8 = torch.float8_e4m3fn
+
+    def build(source: Source, _: torch.dtype) -> Weights:
+        w = source.dense(torch.float32)
+        scale = w.abs().amax(1, keepdim=True) / 448
+        return {"w": (w / scale).to(fp8).T, "scale": scale.T.contiguous()}
+
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        ones = x.new_ones(x.shape[0], 1, dtype=torch.float32)
+        return torch._scaled_mm(
+            x, weights["w"], scale_a=ones, scale_b=weights["scale"], out_dtype=torch.bfloat16
+        )
+
+    return Op("torch fp8 products only", 8, None, "int8", build, run, prepare=lambda x: x.to(fp8))
+
+
+def _gemlite_op() -> Op:
+    def build(source: Source, _: torch.dtype) -> Weights:
+        from gemlite.core import DType, GemLiteLinearTriton
+
+        linear = GemLiteLinearTriton(
+            source.bits,
+            group_size=source.k // source.scale.shape[1],
+            in_features=source.k,
+            out_features=source.n,
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        codes = quantkit_kernels.unpack_bits(source.packed, source.bits, source.k)
+        linear.pack(codes, source.scale, 2 ** (source.bits - 1), bias=None)
+        return {"linear": linear}
+
+    return Op("gemlite W4A16 g128", 4, 128, "bf16", build, lambda x, weights: weights["linear"](x))
+
+
+def in_huge_pages(copies: list[Weights]) -> list[Weights]:
+    """The same weights with their units in one arena, as a loaded model has them."""
+    from quantkit_kernels.cpu.library import Arena
+
+    arena = Arena(sum(-(-weights["units"].numel() // 64) * 64 for weights in copies))
+    return [weights | {"units": arena.place(weights["units"])} for weights in copies]
+
+
+def cpu_ops() -> list[Op]:
+    """Ours first, then PyTorch's; a library that is not built is left out."""
+    ours = []
+    if native_available():
+        for bits, group in ((4, 128), (8, None), (3, 128), (2, 64)):
+            scheme = f"g{group}" if group else "channel"
+            ours += [
+                _backend_op("cpu", bits, group, f"quantkit W{bits}A16 {scheme}"),
+                _backend_op("cpu", bits, group, f"quantkit W{bits}A8 {scheme}", "int8"),
+            ]
+        ours.append(_backend_op("cpu", 4, 128, "quantkit W4A8 g128 per token", "int8-token"))
+    return [
+        *ours,
+        _backend_op("reference", 4, 128, "quantkit reference W4A16 g128", slow=True),
+        _dense_op(BF16, torch.bfloat16, "bf16"),
+        _dense_op("torch fp32", torch.float32, "fp32"),
+        _backend_op("torch", 4, 128, INT4),
+        _backend_op("torch", 8, None, "torch int8 channel"),
+        _int_mm_op("cpu"),
+    ]
+
+
+def cuda_ops() -> list[Op]:
+    """Ours, PyTorch's, and gemlite where it can be imported."""
+    ours = []
+    for name in quantkit_kernels.backends():
+        if name not in ("cpu", "reference", "torch"):
+            ours += [
+                _backend_op(name, 4, 128, f"quantkit {name} W4A16 g128"),
+                _backend_op(name, 8, None, f"quantkit {name} W8A16 channel"),
+            ]
+    peers = [_dense_op(BF16, torch.bfloat16, "bf16"), _int_mm_op("cuda")]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        peers.append(_fp8_op())
+    if importlib.util.find_spec("gemlite"):
+        peers.append(_gemlite_op())
+    return ours + peers

@@ -1,0 +1,50 @@
+"""What a call costs before it multiplies anything."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import quantkit_kernels
+import torch
+
+from quantkit.bench.ops import Source
+
+
+def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
+    """Microseconds per call on one unit of 16 x 128, warm, one thread, by way of calling.
+
+    ctypes: the C function with addresses that are known and an output that is there; forward, layer: what a
+    `QuantLinear` and its `__call__` take, which is what a loaded model pays; run: the backend's function, which the
+    cells time; op: the torch op, which compiled and exported models contain.
+    """
+    from quantkit_kernels.cpu import library, ops
+
+    from quantkit.layers.quant_linear import QuantLinear
+    from quantkit.scheme import Scheme
+
+    packed = ops.pack(*Source.random(16, 128, 4, 128, "cpu")[:2], None, 4, 16, 128)
+    x, y, weight = torch.zeros(1, 128), torch.empty(1, 16), packed.weight()
+    linear, x_at, y_at = library.required().qk_linear, x.data_ptr(), y.data_ptr()
+    facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.wide_scales)
+    layout = packed._asdict()
+    layer = QuantLinear(128, 16, Scheme(4, 128, True), False, torch.float16)
+    for stored in (layer.weight_packed, layer.weight_scale):
+        stored.zero_()
+    layer.prepare("cpu", torch.float32)
+    runs = {
+        "ctypes": lambda: linear(weight, x_at, 0, 1, ops.FLOAT, y_at, 0, 1),
+        "forward": lambda: layer.forward(x),
+        "layer": lambda: layer(x),
+        "run": lambda: quantkit_kernels.run("cpu", x, layout, 128, None, "float"),
+        "op": lambda: torch.ops.quantkit.cpu_linear(x, packed.units, None, *facts),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, once in runs.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    once()
+                times[name].append((time.perf_counter() - start) / calls * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
