@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-from quantkit.bench.lane import BURST, ROTATION, Lane, ready
-from quantkit.bench.ops import BF16, INT4, LLAMA, Op, Refused
+from quantkit.bench.lane import BURST, ROTATION, Lane, Loaded
+from quantkit.bench.ops import BF16, INT4, LLAMA, Refused
 from quantkit.bench.roofline import Roofline, read_bandwidth
 
 PAUSE = 0.02  # seconds between bursts: another engine's threads spin on for a while
+LONG_ROUNDS = 3  # at most, of calls that take longer than a second
 Peers = Callable[[int, int, int, int], list[Lane]]  # (n, k, m, rotation) -> lanes of another engine
 
 
 def cell(
-    ops: Iterable[Op],
+    loaded: Iterable[Loaded],
     n: int,
     k: int,
     m: int,
@@ -29,21 +30,27 @@ def cell(
     burst: float = BURST,
     peers: Peers | None = None,
 ) -> dict[str, Any]:
-    """Time every op on one weight shape and number of tokens; refused ones are listed with the reason."""
+    """Time every op, loaded with weights [N, K], on M tokens; refused ones are listed with the reason.
+
+    A call that takes longer than a second has at most LONG_ROUNDS rounds, each one call without another to warm it.
+    """
     lanes, refused = [], {}
     with torch.inference_mode():
-        for op in ops:
+        for one in loaded:
             try:
-                lanes.append(ready(op, n, k, m, device, rotation, burst))
+                lanes.append(one.lane(m, burst))
             except Refused as reason:
-                refused[op.name] = str(reason)
+                refused[one.op.name] = str(reason)
         lanes += peers(n, k, m, rotation) if peers else []
         read = read_bandwidth(device, buffer=rotation)
         times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
-        for _ in range(rounds):
+        for i in range(rounds):
             for lane in lanes:
+                if lane.long and i >= LONG_ROUNDS:
+                    continue
                 time.sleep(PAUSE)
-                lane.burst()  # warm
+                if not lane.long:
+                    lane.burst()  # warm
                 times[lane.name].append(lane.burst())
     here = roofline._replace(read=read)
     rows = [_row(lane, times, here, 2 * m * n * k) for lane in lanes]
@@ -59,12 +66,13 @@ def _row(lane: Lane, times: dict[str, list[float]], roofline: Roofline, operatio
         "us": middle * 1e6,
         "us_min": min(spent) * 1e6,
         "us_max": max(spent) * 1e6,
+        "rounds": len(spent),
         "weight_bytes": lane.n_bytes,
         "share_of_read": lane.n_bytes / middle / roofline.read,
         "share_of_roofline": roofline.seconds(lane.n_bytes, operations, lane.kind) / middle,
         "relative_rms_error": lane.error,
         "times_faster_than": {
-            peer: statistics.median(b / a for a, b in zip(spent, times[peer], strict=True))
+            peer: statistics.median(b / a for a, b in zip(spent, times[peer], strict=False))  # rounds of both
             for peer in (BF16, INT4, LLAMA)
             if peer in times
         },

@@ -5,6 +5,9 @@ its weight from memory. All ops of a cell run in turns, round after round; a tim
 the median of the ratios within each round. The read bandwidth is measured in the same cell, and an op whose result
 is wrong is not timed.
 
+So that all shapes of a model end in half an hour, calls of more than a second have three rounds, not warmed, and the
+slower ones of PyTorch's ops are refused where a call would take more than five.
+
 On a GPU one round of an op is the replay of a CUDA graph that holds a call per copy.
 """
 
@@ -14,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from quantkit.bench.cell import Peers, cell
-from quantkit.bench.lane import ROTATION
+from quantkit.bench.lane import ROTATION, Loaded
 from quantkit.bench.machine import machine, native_available, where
 from quantkit.bench.ops import BF16, INT4, LLAMA, cpu_ops, cuda_ops
 from quantkit.bench.overhead import call_overhead
@@ -76,8 +79,9 @@ def run(
             + ", ".join(f"{name} {us:.1f} us" for name, us in report["call_overhead_us"].items())
         )
     for n, k in shapes(names):
+        loaded = [Loaded(op, n, k, device, rotation) for op in ops]
         for m in tokens:
-            report["cells"].append(cell(ops, n, k, m, roofline, device, rounds, rotation, peers=peers))
+            report["cells"].append(cell(loaded, n, k, m, roofline, device, rounds, rotation, peers=peers))
             write(table(report["cells"][-1]))
             save(report)
     return report

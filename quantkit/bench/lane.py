@@ -1,10 +1,11 @@
-"""An op made ready to be timed on one (N, K, M): checked, its weights copied, a burst of calls as a function."""
+"""An op made ready to be timed: its weights made and copied, its result checked, a burst of calls as a function."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,26 @@ ROTATION = 256 << 20  # bytes
 BURST = 0.02  # seconds of calls of one op in one round, one call at least
 TOLERANCE = 0.03  # RMS error over RMS of the fp64 result; int8 activations alone give 0.01
 ROWS_CHECKED, TOKENS_CHECKED = 64, 16
+TOKENS_TRIED = 64  # by which the time of a call is estimated
+LONG = 1.0  # seconds; calls that take longer are not repeated to wake things up
 
 
 class Lane(NamedTuple):
-    """What is timed in a cell: burst() runs some calls and gives seconds per call. error: None if not checked."""
+    """What is timed in a cell: burst() runs some calls and gives seconds per call.
+
+    error: None if not checked. seconds: what a call took before the timing, 0 where nobody looked.
+    """
 
     name: str
     kind: str
     n_bytes: int
     error: float | None
     burst: Callable[[], float]
+    seconds: float = 0.0
+
+    @property
+    def long(self) -> bool:
+        return self.seconds > LONG
 
 
 def weight_bytes(weights: Weights) -> int:
@@ -49,21 +60,10 @@ def copies(op: Op, weights: Weights, rotation: int) -> list[Weights]:
     ]
 
 
-def relative_error(op: Op, source: Source, weights: Weights, x: torch.Tensor) -> float:
-    """RMS error of the op over the RMS of the fp64 result, on some rows of the weight and of x [M, K]."""
-    x = x[:TOKENS_CHECKED]
-    if op.refuses(x.shape[0], source.n, source.k):
-        x = x.repeat(-(-TOKENS_CHECKED * 2 // x.shape[0]), 1)
-    given = op.prepare(x) if op.prepare else x
-    y = op.run(given, weights)
-    if op.finish:
-        y = op.finish(y, weights)
-    exact = x.double() @ source.dense(torch.float64, ROWS_CHECKED).T
-    wrong = y[:, :ROWS_CHECKED].double() - exact
-    return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def _cpu_burst(op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float) -> Callable[[], float]:
+def _cpu_burst(
+    op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float, expected: float
+) -> tuple[Callable[[], float], float]:
+    """The burst of about `seconds`, and the seconds of one call; `expected` are those a guess gives."""
     position = 0
 
     def calls(number: int) -> float:
@@ -74,9 +74,11 @@ def _cpu_burst(op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float)
         position += number
         return (time.perf_counter() - start) / number
 
-    number = max(1, int(seconds / calls(1)))
-    number = max(1, int(seconds / calls(min(number, len(rotating)))))  # the first call also woke things up
-    return lambda: calls(number)
+    once = expected if expected > 2 * LONG else calls(1)
+    if once <= LONG:  # the first call also woke things up
+        once = calls(min(max(1, int(seconds / once)), len(rotating)))
+    number = max(1, int(seconds / once))
+    return lambda: calls(number), once
 
 
 def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[], float]:
@@ -100,21 +102,57 @@ def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[]
     return replay
 
 
-def ready(op: Op, n: int, k: int, m: int, device: str, rotation: int, burst: float) -> Lane:
-    """The lane of an op whose result is right; Refused with the reason otherwise."""
-    reason = op.refuses(m, n, k)
-    if reason:
-        raise Refused(reason)
-    if op.group and k % op.group:
-        raise Refused(f"K={k} is not divisible by {op.group}")
-    random = torch.Generator().manual_seed(m)
-    x = torch.randn(m, k, generator=random).to(device, op.dtype)
-    source = Source.random(n, k, op.bits, op.group, device)
-    weights = op.build(source, op.dtype)
-    error = relative_error(op, source, weights, x)
-    if not error <= TOLERANCE:
-        raise Refused(f"wrong: relative RMS error {error:.3g}, more than {TOLERANCE}")
-    rotating = copies(op, weights, rotation)
-    given = op.prepare(x) if op.prepare else x
-    timed = _cpu_burst(op, rotating, given, burst) if device == "cpu" else _cuda_burst(op, rotating, given)
-    return Lane(op.name, op.kind, weight_bytes(weights), error, timed)
+class Loaded:
+    """An op and one random weight [N, K]; made when it is first needed, for every number of tokens."""
+
+    def __init__(self, op: Op, n: int, k: int, device: str = "cpu", rotation: int = ROTATION) -> None:
+        self.op, self.n, self.k, self.device, self.rotation = op, n, k, device, rotation
+
+    @cached_property
+    def weights(self) -> tuple[list[Weights], torch.Tensor]:
+        """The copies, all the same, and the first rows [ROWS_CHECKED, K] in fp64."""
+        source = Source.random(self.n, self.k, self.op.bits, self.op.group, self.device)
+        rotating = copies(self.op, self.op.build(source, self.op.dtype), self.rotation)
+        return rotating, source.dense(torch.float64, ROWS_CHECKED)
+
+    def lane(self, m: int, burst: float = BURST) -> Lane:
+        """Ready to be timed on M tokens; Refused with the reason if that cannot be, or is not worth the time."""
+        op = self.op
+        reason = op.refuses(m, self.n, self.k)
+        if reason:
+            raise Refused(reason)
+        if op.group and self.k % op.group:
+            raise Refused(f"K={self.k} is not divisible by {op.group}")
+        x = torch.randn(m, self.k, generator=torch.Generator().manual_seed(m)).to(self.device, op.dtype)
+        error = self._relative_error(x)
+        if not error <= TOLERANCE:
+            raise Refused(f"wrong: relative RMS error {error:.3g}, more than {TOLERANCE}")
+        x = op.prepare(x) if op.prepare else x
+        rotating, _ = self.weights
+        lane = partial(Lane, op.name, op.kind, weight_bytes(rotating[0]), error)
+        if self.device != "cpu":
+            return lane(_cuda_burst(op, rotating, x))
+        expected = self._expected(x)
+        if op.patience is not None and expected > op.patience:
+            raise Refused(f"a call would take {expected:.1f} s, more than {op.patience:g}")
+        return lane(*_cpu_burst(op, rotating, x, burst, expected))
+
+    def _relative_error(self, x: torch.Tensor) -> float:
+        """RMS error of the op over the RMS of the fp64 result, on some rows of the weight and of x [M, K]."""
+        (weights, *_), rows = self.weights
+        op, x = self.op, x[:TOKENS_CHECKED]
+        if op.refuses(x.shape[0], self.n, self.k):
+            x = x.repeat(-(-TOKENS_CHECKED * 2 // x.shape[0]), 1)
+        y = op.run(op.prepare(x) if op.prepare else x, weights)
+        if op.finish:
+            y = op.finish(y, weights)
+        exact = x.double() @ rows.T
+        wrong = y[:, :ROWS_CHECKED].double() - exact
+        return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
+
+    def _expected(self, x: torch.Tensor) -> float:
+        """Seconds of a call on x [M, K], by one on its first tokens."""
+        some = x[:TOKENS_TRIED]
+        start = time.perf_counter()
+        self.op.run(some, self.weights[0][0])
+        return (time.perf_counter() - start) * x.shape[0] / some.shape[0]

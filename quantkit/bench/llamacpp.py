@@ -180,8 +180,11 @@ class Products:
         n_bytes = n * k // 32 * BLOCK_BYTES[self.kind]
         per = 32 if m <= 4 else 8 if m <= 64 else 2
         self.ask(f"open {self.kind} {n} {k} {m} {max(2, -(-rotation // n_bytes))} {per}")
-        calls = max(1, int(BURST / float(self.ask(f"run {per}"))))
-        return Lane(f"llama.cpp {self.kind}", "int8", n_bytes, None, lambda: float(self.ask(f"run {calls}")))
+        seconds = float(self.ask(f"run {per}"))
+        calls = max(1, int(BURST / seconds))
+        return Lane(
+            f"llama.cpp {self.kind}", "int8", n_bytes, None, lambda: float(self.ask(f"run {calls}")), seconds
+        )
 
 
 def _run(*command: object) -> str:

@@ -13,6 +13,7 @@ from quantkit_kernels.reference.wna16_linear import dequantize
 from quantkit.bench.machine import native_available
 
 BF16, INT4, LLAMA = "torch bf16", "torch int4 g128", "llama.cpp Q4_0"  # what ratios are against
+PATIENCE = 5.0  # seconds for a call of an op that no ratio is against
 Weights = dict[str, Any]  # tensors by name, and constants
 
 
@@ -62,6 +63,7 @@ class Op(NamedTuple):
     finish: Callable[[torch.Tensor, Weights], torch.Tensor] | None = None
     refuses: Callable[[int, int, int], str | None] = lambda _m, _n, _k: None
     place: Callable[[list[Weights]], list[Weights]] | None = None  # where the copies live
+    patience: float | None = None  # seconds that a call may take; None: any
 
 
 def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
@@ -199,10 +201,10 @@ def cpu_ops() -> list[Op]:
         *ours,
         _backend_op("reference", 4, 128, "quantkit reference W4A16 g128", slow=True),
         _dense_op(BF16, torch.bfloat16, "bf16"),
-        _dense_op("torch fp32", torch.float32, "fp32"),
+        _dense_op("torch fp32", torch.float32, "fp32")._replace(patience=PATIENCE),
         _backend_op("torch", 4, 128, INT4),
-        _backend_op("torch", 8, None, "torch int8 channel"),
-        _int_mm_op("cpu"),
+        _backend_op("torch", 8, None, "torch int8 channel")._replace(patience=PATIENCE),
+        _int_mm_op("cpu")._replace(patience=PATIENCE),
     ]
 
 

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ ROOFLINE = Roofline(1e10, {"int8": 1e12, "fp32": 1e11, "bf16": 0.0}, "made up")
 
 
 def small(given, n=32, k=256, m=2):
-    return cell(given, n, k, m, ROOFLINE, rounds=3, rotation=1 << 16, burst=0.0)
+    loaded = [lane.Loaded(op, n, k, rotation=1 << 16) for op in given]
+    return cell(loaded, n, k, m, ROOFLINE, rounds=3, rotation=1 << 16, burst=0.0)
 
 
 def test_every_cpu_op_is_right_or_says_why_not():
@@ -50,13 +52,79 @@ def test_rotation_is_filled_with_memory_of_its_own():
 def test_every_weight_of_the_rotation_is_used_in_turn():
     used = []
     op = ops._dense_op("dense", torch.float32, "fp32")._replace(run=lambda x, weights: used.append(weights))
-    burst = lane._cpu_burst(op, [{"w": letter} for letter in "abc"], torch.ones(1), 0.0)
+    burst, _ = lane._cpu_burst(op, [{"w": letter} for letter in "abc"], torch.ones(1), 0.0, 0.0)
     used.clear()
     for _ in range(4):
         burst()
     letters = "".join(weights["w"] for weights in used)
     assert letters in "abcabcabc"
     assert len(letters) == 4
+
+
+def test_weights_are_made_once_for_all_numbers_of_tokens():
+    made = []
+    dense = ops._dense_op("dense", torch.float32, "fp32")
+    op = dense._replace(build=lambda source, dtype: made.append(source.bits) or dense.build(source, dtype))
+    loaded = lane.Loaded(op, 32, 256, rotation=1 << 16)
+    assert not made
+    assert all(loaded.lane(m, burst=0.0).error < 1e-5 for m in (1, 5))
+    assert made == [8]
+
+
+def test_long_calls_have_fewer_rounds_and_ratios_are_of_the_rounds_they_share():
+    calls = []
+
+    def counting(name, seconds, *taken):
+        left = iter(taken)
+        return lane.Lane(name, "fp32", 1, None, lambda: calls.append(name) or next(left), seconds)
+
+    lanes = [
+        counting("long", lane.LONG * 1.01, 6.0, 20.0, 100.0),
+        counting(ops.BF16, lane.LONG, *(x for timed in range(1, 6) for x in (0.0, timed))),  # warm, timed
+    ]
+    found = cell([], 32, 256, 512, ROOFLINE, rounds=5, rotation=1 << 16, peers=lambda *_: lanes)
+    long, bf16 = found["ops"]
+    assert (long["rounds"], bf16["rounds"]) == (3, 5)
+    assert calls == ["long", ops.BF16, ops.BF16] * 3 + [ops.BF16] * 4
+    assert (long["us"], bf16["us"]) == (20e6, 3e6)
+    assert long["times_faster_than"] == {ops.BF16: pytest.approx(0.1)}  # of 1/6, 2/20 and 3/100
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when a test says so."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(lane, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+def test_an_op_runs_out_of_patience_before_its_long_call_is_made(clock):
+    tokens = []
+
+    def run(x, weights):
+        tokens.append(len(x))
+        clock.seconds += 0.05 * len(x)
+        return x @ weights["w"].T
+
+    patient = ops._dense_op("patient", torch.float32, "fp32")._replace(run=run)
+    impatient = patient._replace(patience=5.0)
+    with pytest.raises(ops.Refused, match=r"would take 10\.0 s, more than 5"):
+        lane.Loaded(impatient, 32, 256, rotation=1 << 16).lane(200)
+    assert max(tokens) == lane.TOKENS_TRIED
+    assert lane.Loaded(impatient, 32, 256, rotation=1 << 16).lane(90).seconds == pytest.approx(4.5)
+    long = lane.Loaded(patient, 32, 256, rotation=1 << 16).lane(200)
+    assert long.long
+    assert max(tokens) == lane.TOKENS_TRIED  # none was needed to see how long it takes
+    assert long.burst() == pytest.approx(10.0)
+    assert tokens.count(200) == 1
+    tokens.clear()
+    assert lane.Loaded(patient, 32, 256, rotation=1 << 16).lane(30).long
+    assert tokens == [16, 30, 30]  # checked, tried, measured once
+
+
+def test_only_ops_that_no_ratio_is_against_run_out_of_patience():
+    impatient = {op.name for op in ops.cpu_ops() if op.patience is not None}
+    assert impatient == {"torch fp32", "torch int8 channel", "torch int8 products only"}
 
 
 def test_schemes_that_do_not_fit_are_refused_by_reason():
