@@ -1,8 +1,7 @@
 """The block walk: calibration inputs go through the model one decoder block at a time.
 
-The model's own forward computes everything before the blocks (embeddings, masks, rotary tables) and after them (final
-norm, head): the blocks' `forward` is patched to record its call and pass the hidden states through. So the walk knows
-no architecture, and without quantization it gives the whole model's logits.
+Between `forward.embed` and `forward.finish` the blocks run one by one, and without quantization the walk gives the
+whole model's logits.
 
 Two streams of hidden states may be carried, each only if something needs it: `full` (the original model) and
 `quantized` (the prefix already quantized). Memory is one block, the streams [windows, length, hidden], and one chunk.
@@ -10,15 +9,14 @@ Two streams of hidden states may be carried, each only if something needs it: `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.forward import Call, Stop, finish, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.errors import ModelError
 from quantkit.models.trace import Trace, trace
@@ -28,118 +26,6 @@ CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend
 # Inputs kept so that a finished attention or MLP need not run again: at least KEPT_BYTES, and what the matrices of the
 # widest linear (H, its factor, the drift) leave of SPARE_BYTES.
 KEPT_BYTES, SPARE_BYTES = 128 << 20, 480 << 20
-
-# What a forward raises that was not written for this walk.
-_FORWARD_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-class _Stop(Exception):
-    """Raised inside a forward that has shown what it was run for."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model called a block: everything but the hidden states."""
-
-    args: tuple
-    kwargs: dict
-
-    def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run `module` on `hidden`; the hidden states it returns."""
-        out = module(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
-@contextmanager
-def refusing(where: str, instead: str = "quantize it with rtn, without transforms") -> Iterator[None]:
-    """An error inside a forward becomes a ModelError that names `where` and the innermost module that was running."""
-    running: list[str] = []
-
-    def enter(module: nn.Module, args: object) -> None:
-        running.append(type(module).__name__)
-
-    def leave(module: nn.Module, args: object, out: object) -> None:
-        running.pop()
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except _FORWARD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"{where}: {running[-1] if running else 'the model'} does not run block by block: "
-            f"{type(error).__name__}: {reason}; this architecture is not supported here, {instead}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _patched(modules: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Replace `forward` of modules on the instance."""
-    done = []
-    try:
-        for module, forward in modules:
-            module.forward = forward
-            done.append(module)
-        yield
-    finally:
-        for module in done:
-            del module.forward
-
-
-def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), Call((), rest)
-
-
-@torch.no_grad()
-def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
-    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape."""
-    hidden: list[torch.Tensor] = []
-    calls: list[Call] = []
-
-    def record(*args: object, **kwargs: object) -> torch.Tensor:
-        h, call = _split(args, kwargs)
-        hidden.append(h)
-        calls.append(call)
-        if len(calls) == len(blocks):
-            raise _Stop
-        return h
-
-    with refusing(type(model).__name__), _patched((b, record) for b in blocks):
-        try:
-            model(input_ids=ids, use_cache=False)
-        except _Stop:
-            return hidden[0], calls
-        raise RuntimeError(f"the forward ran {len(calls)} of {len(blocks)} decoder blocks")
-
-
-@torch.no_grad()
-def finish(
-    model: nn.Module, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
-) -> torch.Tensor:
-    """Logits from the hidden states after the last block: final norm and head by the model's own forward."""
-
-    def give(*args: object, **kwargs: object) -> object:
-        return (hidden,) if as_tuple else hidden
-
-    with _patched((b, give) for b in blocks):
-        return model(input_ids=ids, use_cache=False).logits
 
 
 @dataclass
@@ -188,12 +74,12 @@ def inputs_after_blocks(
 
             def hook(module: nn.Module, args: tuple, which: bool = full, into: dict = seen) -> None:
                 into[which] = args[0]
-                raise _Stop
+                raise Stop
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook)
             try:
                 finish(model, blocks, stream[chunk].to(device), ids[chunk].to(device), as_tuple)
-            except _Stop:
+            except Stop:
                 pass
             finally:
                 handle.remove()
@@ -264,7 +150,7 @@ class BlockRun:
         self.select(full)
         hidden = (self.streams.full if full else self.streams.quantized)[chunk].to(self.device)
         call = self.calls[hidden.shape[0]]
-        with _patched(self._replays(chunk, full)):
+        with patched(self._replays(chunk, full)):
             out = self.module(hidden, *call.args, **call.kwargs)
         self.as_tuple = isinstance(out, tuple)
         return out[0] if self.as_tuple else out
@@ -330,14 +216,14 @@ class BlockRun:
             def hook(module: nn.Module, args: tuple) -> None:
                 seen[stage] = args[0]
                 if stop and len(seen) == len(stages):
-                    raise _Stop
+                    raise Stop
 
             return hook
 
         handles = [self.module.get_submodule(s[0]).register_forward_pre_hook(grab(s)) for s in stages]
         try:
             return self.forward(chunk, full)
-        except _Stop:
+        except Stop:
             return None
         finally:
             for handle in handles:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.algorithms.catalog import algorithm
+from quantkit.calibration.forward import embed
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.text import Windows
-from quantkit.calibration.walk import CHUNK_ELEMENTS, BlockRun, Streams, embed, inputs_after_blocks
+from quantkit.calibration.walk import CHUNK_ELEMENTS, BlockRun, Streams, inputs_after_blocks
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.shards import Written, write_shard
 from quantkit.checkpoint.verify import digest_file, verify_shard

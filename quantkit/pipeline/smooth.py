@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.forward import refusing
 from quantkit.calibration.held import HeldLinear
-from quantkit.calibration.walk import BlockRun, refusing
+from quantkit.calibration.walk import BlockRun
 from quantkit.errors import NumericalError
 from quantkit.models.discover import discover
 from quantkit.models.families import ATTENTION_LOGIT_NAMES

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import quantkit
 from quantkit import assets
-from quantkit.calibration import walk
+from quantkit.calibration.forward import embed, finish
 from quantkit.cli.main import run
 from quantkit.errors import DataError, ModelError
 from quantkit.formats.compressed_tensors import parse_config, unpack
@@ -143,7 +143,7 @@ def test_the_streamed_walk_gives_the_models_logits(tmp_path, name, tie):
     model = skeleton.build(source)
     prefix, blocks = skeleton.find_blocks(model)
     skeleton.load_outside(model, source, prefix)
-    hidden, calls = walk.embed(model, blocks, ids())
+    hidden, calls = embed(model, blocks, ids())
     for index, call in enumerate(calls):
         block = skeleton.load_block(model, source, index, blocks_prefix=prefix)
         with torch.no_grad():
@@ -151,7 +151,7 @@ def test_the_streamed_walk_gives_the_models_logits(tmp_path, name, tie):
         as_tuple = isinstance(out, tuple)
         hidden = out[0] if as_tuple else out
         skeleton.free_block(model, index, prefix)
-    assert torch.equal(walk.finish(model, blocks, hidden, ids(), as_tuple), logits(reference))
+    assert torch.equal(finish(model, blocks, hidden, ids(), as_tuple), logits(reference))
 
 
 # quantize, save, load ------------------------------

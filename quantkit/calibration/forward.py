@@ -1,0 +1,129 @@
+"""What the model's own forward does around its decoder blocks.
+
+It computes everything before them (embeddings, masks, rotary tables) and after them (final norm, head): the blocks'
+`forward` is patched to record its call and pass the hidden states through. So nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from quantkit.errors import ModelError
+
+# What a forward raises that was not written for this walk.
+_FORWARD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Stop(Exception):
+    """Raised inside a forward that has shown what it was run for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model called a block: everything but the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+    def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run `module` on `hidden`; the hidden states it returns."""
+        out = module(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def refusing(where: str, instead: str = "quantize it with rtn, without transforms") -> Iterator[None]:
+    """An error inside a forward becomes a ModelError that names `where` and the innermost module that was running."""
+    running: list[str] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        running.append(type(module).__name__)
+
+    def leave(module: nn.Module, args: object, out: object) -> None:
+        running.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FORWARD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{where}: {running[-1] if running else 'the model'} does not run block by block: "
+            f"{type(error).__name__}: {reason}; this architecture is not supported here, {instead}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def patched(modules: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Replace `forward` of modules on the instance."""
+    done = []
+    try:
+        for module, forward in modules:
+            module.forward = forward
+            done.append(module)
+        yield
+    finally:
+        for module in done:
+            del module.forward
+
+
+def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), Call((), rest)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape."""
+    hidden: list[torch.Tensor] = []
+    calls: list[Call] = []
+
+    def record(*args: object, **kwargs: object) -> torch.Tensor:
+        h, call = _split(args, kwargs)
+        hidden.append(h)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise Stop
+        return h
+
+    with refusing(type(model).__name__), patched((b, record) for b in blocks):
+        try:
+            model(input_ids=ids, use_cache=False)
+        except Stop:
+            return hidden[0], calls
+        raise RuntimeError(f"the forward ran {len(calls)} of {len(blocks)} decoder blocks")
+
+
+@torch.no_grad()
+def finish(
+    model: nn.Module, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
+) -> torch.Tensor:
+    """Logits from the hidden states after the last block: final norm and head by the model's own forward."""
+
+    def give(*args: object, **kwargs: object) -> object:
+        return (hidden,) if as_tuple else hidden
+
+    with patched((b, give) for b in blocks):
+        return model(input_ids=ids, use_cache=False).logits
