@@ -68,52 +68,54 @@ def evaluate(
     models = [model] if baseline is None else [model, baseline]
     context = context_of(models, context)
     whole = load_text(sources)
-    ids, bos = tokenize(tokenizer, whole), first_token(tokenizer)
-    if baseline_tokenizer is not None and (
-        tokenize(baseline_tokenizer, whole) != ids or first_token(baseline_tokenizer) != bos
-    ):
-        raise EvalError(
-            "model and baseline tokenize the text differently; their losses are of different tokens"
-        )
+    ids, bos = _tokens(whole, tokenizer, baseline_tokenizer)
     for each in models:
         check_vocabulary(each, ids)
     windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
     size = batch_size or _batch_size(model, context)
+    sums = _score(models, windows, compared, size, progress)
+    return Report(
+        tokens=sum(window.scored for window in windows),
+        windows=len(windows),
+        context=context,
+        stride=stride or context,
+        text=[source_name(source) for source in sources],
+        text_sha256=hashlib.sha256(whole.encode()).hexdigest(),
+        **_figures(sums, windows, compared),
+    )
+
+
+def _tokens(text: str, tokenizer: Any, other: Any) -> tuple[list[int], int | None]:
+    """Ids of the text and the BOS to put before each window, if any. other: a tokenizer that must agree, or None."""
+    ids, bos = tokenize(tokenizer, text), first_token(tokenizer)
+    if other is not None and (tokenize(other, text) != ids or first_token(other) != bos):
+        raise EvalError(
+            "model and baseline tokenize the text differently; their losses are of different tokens"
+        )
+    return ids, bos
+
+
+def _batch_size(model: Any, context: int) -> int:
+    vocabulary = model.config.get_text_config().vocab_size
+    return max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary) // context)
+
+
+def _score(
+    models: list[Any],
+    windows: list[Window],
+    compared: int,
+    size: int,
+    progress: Callable[[int, int], None] | None,
+) -> _Sums:
+    """Run the models on all windows, `size` at a time; the first `compared` give KL and agreement."""
     sums = _Sums()
     with inference(*models):
         for start in range(0, len(windows), size):
             _score_batch(sums, models, windows[start : start + size], start, compared)
             if progress:
                 progress(min(start + size, len(windows)), len(windows))
-    counts = torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
-    nll = torch.tensor(sums.model, dtype=torch.float64)
-    facts = {
-        "tokens": sum(window.scored for window in windows),
-        "windows": len(windows),
-        "context": context,
-        "stride": stride or context,
-        "text": [source_name(source) for source in sources],
-        "text_sha256": hashlib.sha256(whole.encode()).hexdigest(),
-        "quantized": fit(nll, counts),
-    }
-    if baseline is None:
-        return Report(**facts)
-    base = torch.tensor(sums.baseline, dtype=torch.float64)
-    delta, delta_se = ratio(nll - base, counts)
-    agreed = torch.tensor(sums.agreed, dtype=torch.float64)
-    return Report(
-        **facts,
-        original=fit(base, counts),
-        delta_nll=delta,
-        delta_nll_se=delta_se,
-        **summary(sums.kl, agreed, counts[:compared]),
-    )
-
-
-def _batch_size(model: Any, context: int) -> int:
-    vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary) // context)
+    return sums
 
 
 def _score_batch(sums: _Sums, models: list[Any], batch: list[Window], start: int, compared: int) -> None:
@@ -168,3 +170,17 @@ def _log_softmax(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
             "dtype too narrow (try float32)"
         )
     return logits.float().log_softmax(-1)
+
+
+def _figures(sums: _Sums, windows: list[Window], compared: int) -> dict[str, Any]:
+    """What the report says of the losses; of the model alone if there was no baseline."""
+    counts = torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
+    nll = torch.tensor(sums.model, dtype=torch.float64)
+    figures: dict[str, Any] = {"quantized": fit(nll, counts)}
+    if not sums.baseline:
+        return figures
+    base = torch.tensor(sums.baseline, dtype=torch.float64)
+    delta, delta_se = ratio(nll - base, counts)
+    agreed = torch.tensor(sums.agreed, dtype=torch.float64)
+    figures |= {"original": fit(base, counts), "delta_nll": delta, "delta_nll_se": delta_se}
+    return figures | summary(sums.kl, agreed, counts[:compared])
