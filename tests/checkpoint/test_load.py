@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
@@ -13,6 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 from quantkit_kernels.cpu import library
+from racing import race
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -522,17 +522,8 @@ def test_eight_threads_with_one_model_give_the_serial_results(packed_llama):
     model = quantkit.load(folder, backend="cpu")
     texts = [tiny_models.ids(length, seed=length) for length in (1, 1, 2, 3, 7, 1, 12, 30)]
     serial = [logits(model, ids) for ids in texts]
-    wrong, interval = [], sys.getswitchinterval()
-
-    def work(i):
-        wrong.extend(i for _ in range(8) if not torch.equal(logits(model, texts[i]), serial[i]))
-
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-    finally:
-        sys.setswitchinterval(interval)
+    wrong = []
+    race(lambda i: wrong.extend(i for _ in range(8) if not torch.equal(logits(model, texts[i]), serial[i])))
     assert not wrong
     assert all(group._left_over == 0 for group in groups(model))
 
