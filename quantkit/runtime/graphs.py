@@ -1,10 +1,8 @@
 """`graphed(model)`: a model on a GPU whose decode step is captured in a CUDA graph, or the reason why it runs eager.
 
 In Python one step of a 32-layer model launches about a thousand kernels, which takes longer than the kernels. Here the
-prompt runs as transformers runs it, and its keys and values go to buffers as long as the sequence can get. Then one
-step is captured, with the token and its position read from memory: a replay is one launch. Attention goes over the
-whole buffer, masked; sliding windows are masks too, because a window that moves in a fixed buffer would need another
-graph when it fills. Picking a token stays outside.
+prompt runs as transformers runs it, then one step is captured (`buffers`) and a replay is one launch. Picking a token
+stays outside.
 """
 
 from __future__ import annotations
@@ -13,161 +11,19 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from quantkit_eval.model import device_of, inference
 from torch import nn
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantkit.errors import ModelError
+from quantkit.runtime.buffers import Buffers, CaptureFailed
 
 ROUND = 64  # buffers are a multiple of this many tokens long
-WARM_UP = 3  # steps before the capture: kernels are compiled, libraries get their workspaces
-_capturing = threading.Lock()  # a process has one capture under way at most
-
-
-class CaptureFailed(RuntimeError):
-    """The step cannot be captured; the message says why."""
-
-
-def capture(step: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """A function that does what `step` does and returns the same tensor every time; on CUDA the replay of a graph.
-
-    `step` reads and writes memory at fixed addresses and may be repeated. On other devices it is run once, so that
-    what cannot run fails here, and returned as it is.
-    """
-    if device.type != "cuda":
-        step()
-        return step
-    with _capturing, torch.cuda.device(device):
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # also leaves it again when ending the capture fails
-            for _ in range(WARM_UP):
-                step()
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                out = step()
-        torch.cuda.current_stream().wait_stream(side)
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-class _Layer(CacheLayerMixin):
-    """Keys and values of a layer, each [1, heads, length, head_dim] once the prompt is there.
-
-    The prompt (position 0) sees only itself, as in an empty dynamic cache; a step the whole buffer.
-    """
-
-    is_sliding = False
-
-    def __init__(self, length: int, position: torch.Tensor) -> None:
-        super().__init__()
-        self.length, self.position = length, position  # int64 [], shared by all layers
-        self.decodes = False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether masks must be made even where they hide nothing yet."""
-        return self.decodes
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def empty(like: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(*like.shape[:2], self.length, like.shape[3])
-
-        self.keys, self.values = empty(key_states), empty(value_states)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.decodes:
-            self.keys.index_copy_(2, self.position.view(1), key_states)
-            self.values.index_copy_(2, self.position.view(1), value_states)
-            return self.keys, self.values
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        for buffer, prompt in ((self.keys, key_states), (self.values, value_states)):
-            buffer[:, :, : prompt.shape[2]] = prompt
-            buffer[:, :, prompt.shape[2] :] = 0  # what is masked still must not be NaN
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length if self.decodes else query_length, 0
-
-    def get_seq_length(self) -> int | torch.Tensor:
-        return self.position if self.decodes else 0
-
-    def get_max_length(self) -> int:
-        return self.length
-
-
-class Buffers:
-    """The memory of one sequence of at most `length` tokens and the captured step on it; reused by later sequences."""
-
-    def __init__(self, layers: int, length: int, device: torch.device, stamp: Any = None) -> None:
-        self.length, self.device, self.stamp = length, device, stamp
-        with torch.inference_mode(False):  # they are written to later, in whatever mode
-            self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            self.position = torch.zeros((), dtype=torch.int64, device=device)
-            self.mask = torch.ones(1, length, dtype=torch.int64, device=device)  # OPT and ALiBi count it
-        self.layers = [_Layer(length, self.position) for _ in range(layers)]
-        self.cache = Cache(layers=self.layers)
-        self.replay: Callable[[], torch.Tensor] | None = None
-
-    def prompt(self, model: nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Logits of tokens [1, M] at the beginning of the sequence."""
-        for layer in self.layers:
-            layer.decodes = False
-        with torch.inference_mode(False), inference(model):
-            out = model(
-                input_ids=tokens.to(self.device), past_key_values=self.cache, use_cache=True, **options
-            )
-        for layer in self.layers:
-            layer.decodes = True
-        return out.logits
-
-    def step(self, model: nn.Module, token: int, position: int) -> torch.Tensor:
-        """Logits [1, 1, vocabulary] after `token` at `position`, in memory that the next step overwrites.
-
-        CaptureFailed if this is the first step and it cannot be captured.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            self.token.fill_(token)
-            self.position.fill_(position)
-            if self.replay is None:
-                try:
-                    with inference(
-                        model
-                    ):  # a weak reference: buffers are kept per model, not to keep it alive
-                        self.replay = capture(partial(self._forward, weakref.ref(model)), self.device)
-                except Exception as error:
-                    first = error.__context__ or error  # ending a broken capture is an error, too
-                    line = next(iter(str(first).splitlines()), "")
-                    raise CaptureFailed(f"{type(first).__name__}: {line}") from error
-            return self.replay()
-
-    def _forward(self, model: Callable[[], Any]) -> torch.Tensor:
-        return model()(
-            input_ids=self.token,
-            attention_mask=self.mask,
-            position_ids=self.position.view(1, 1),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
 
 
 class Sequence:

@@ -23,7 +23,7 @@ from quantkit.algorithms.rtn import rtn
 from quantkit.assets import default_model
 from quantkit.errors import ModelError
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.runtime import GraphDecoder, generate, graphed, graphs, stream
+from quantkit.runtime import GraphDecoder, buffers, generate, graphed, graphs, stream
 from quantkit.scheme import Scheme
 
 FAMILIES = ["llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-gqa"]
@@ -73,7 +73,7 @@ def tape(monkeypatch):
         captured.append(record(step, device))
         return captured[-1]
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(buffers, "capture", capture)
     return captured
 
 
@@ -127,12 +127,12 @@ def test_packed_linears_are_captured(tape):
 
 def test_a_step_repeated_gives_the_same_bits(tape):
     model = tiny_models.FAMILIES["llama"]()
-    buffers = graphs.Buffers(3, 64, torch.device("cpu"))
-    buffers.prompt(model, tiny_models.ids(9))
-    first = buffers.step(model, 7, 9).clone()
-    assert torch.equal(buffers.step(model, 7, 9), first)
-    assert not torch.equal(buffers.step(model, 8, 9), first)
-    assert torch.equal(buffers.step(model, 7, 9), first)
+    memory = buffers.Buffers(3, 64, torch.device("cpu"))
+    memory.prompt(model, tiny_models.ids(9))
+    first = memory.step(model, 7, 9).clone()
+    assert torch.equal(memory.step(model, 7, 9), first)
+    assert not torch.equal(memory.step(model, 8, 9), first)
+    assert torch.equal(memory.step(model, 7, 9), first)
     assert len(tape) == 1
 
 

@@ -15,6 +15,7 @@ from quantkit.assets import default_model
 from quantkit.cli.main import run
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import GraphDecoder, generate, graphed, graphs
+from quantkit.runtime.buffers import Buffers
 from quantkit.scheme import Scheme
 
 pytestmark = [
@@ -100,7 +101,7 @@ def test_triton_linears_are_captured(bits, symmetric):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_replay_repeated_gives_the_same_bits(backend):
     model = packed("llama-gqa", backend)
-    buffers = graphs.Buffers(3, 128, torch.device("cuda"))
+    buffers = Buffers(3, 128, torch.device("cuda"))
     buffers.prompt(model, tiny_models.ids(60))
     first = buffers.step(model, 7, 60).clone()
     for token in (8, 7, 7):
