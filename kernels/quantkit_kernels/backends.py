@@ -38,6 +38,7 @@ class _Backend(NamedTuple):
 
     prepare(packed, scale, zero_packed, bits, n, k, dtype) -> Layout; run(x, layout, group_size, bias, compute);
     restore(layout) -> (packed, scale, zero_packed) exactly, where the layout keeps all of it.
+    verdict(device, bits, group_size, symmetric, k, dtype) -> (whether "auto" may take it there, why).
     """
 
     refuses: Callable[[str, int, int, bool, int, int], str | None]
@@ -45,7 +46,7 @@ class _Backend(NamedTuple):
     run: Callable[..., torch.Tensor] | None = None
     restore: Callable[[Layout], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] | None = None
     computes: tuple[str, ...] = ("float",)
-    unverified: str | None = None  # why "auto" passes it by
+    verdict: Callable[..., tuple[bool, str]] | None = None
 
 
 def _torch_refuses(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> str | None:
@@ -81,10 +82,12 @@ def _torch_prepare(
 def _torch_run(
     x: torch.Tensor, layout: Layout, group_size: int, bias: torch.Tensor | None, compute: str
 ) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
     if "pairs" in layout:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, layout["codes"], group_size, layout["pairs"])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, layout["codes"], group_size, layout["pairs"])
     else:
-        y = torch.ops.aten._weight_int8pack_mm(x, layout["codes"], layout["scale"])
+        y = torch.ops.aten._weight_int8pack_mm(rows, layout["codes"], layout["scale"])
+    y = y.view(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -147,13 +150,26 @@ def _triton_run(
 ) -> torch.Tensor:
     from quantkit_kernels.triton import backend
 
-    y = backend.run(x, layout, group_size)
-    return y if bias is None else y + bias.to(y.dtype)
+    return backend.run(x, layout, bias)
+
+
+def _triton_restore(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    from quantkit_kernels.triton import backend
+
+    return backend.restored(layout)
+
+
+def _triton_verdict(device: torch.device, *scheme) -> tuple[bool, str]:
+    from quantkit_kernels.triton import selfcheck
+
+    return selfcheck.verdict(device, *scheme)
 
 
 _BACKENDS: dict[str, _Backend] = {
     "cpu": _Backend(_cpu_refuses, _cpu_prepare, _cpu_run, _cpu_restore, COMPUTES),
-    "triton": _Backend(_triton_refuses, _triton_prepare, _triton_run, unverified="not run on a GPU yet"),
+    "triton": _Backend(
+        _triton_refuses, _triton_prepare, _triton_run, _triton_restore, verdict=_triton_verdict
+    ),
     "torch": _Backend(_torch_refuses, _torch_prepare, _torch_run),
     "reference": _Backend(lambda *_: None),
 }
@@ -170,7 +186,7 @@ def available(name: str) -> bool:
 
 
 def select(
-    device: str,
+    device: str | torch.device,
     bits: int,
     group_size: int,
     symmetric: bool,
@@ -183,18 +199,20 @@ def select(
     """Which backend runs activations [M, K] on a packed [N, K] weight, and why.
 
     backend: a name, or "auto" or None for what QUANTKIT_BACKEND says, else the first of the native kernels,
-    PyTorch's ops and the reference that can. dtype: of the activations, if known. BackendMissing if a named
-    backend is unknown or cannot run this scheme here.
+    PyTorch's ops and the reference that can. On a GPU "auto" first compares the kernels with the reference, once per
+    process, device and scheme (`triton/selfcheck.py`). dtype: of the activations; if None, nothing runs and the answer
+    is what is known. BackendMissing if a named backend is unknown or cannot run this scheme here.
     """
+    device = torch.device(device)
     forced = os.environ.get(ENVIRONMENT)
     wanted, why = (forced, f"{ENVIRONMENT} says so") if backend in (None, "auto") else (backend, "asked for")
     if wanted in (None, "", "auto"):
         if dtype not in (None, *_FLOATS):
             return Choice("reference", f"only the reference takes {dtype} activations")
-        return _first(device, bits, group_size, symmetric, n, k)
+        return _first(device, bits, group_size, symmetric, n, k, dtype)
     if wanted not in _BACKENDS:
         raise BackendMissing(f"unknown backend {wanted!r} ({why}); known: auto, {', '.join(_BACKENDS)}")
-    reason = _BACKENDS[wanted].refuses(device, bits, group_size, symmetric, n, k)
+    reason = _BACKENDS[wanted].refuses(device.type, bits, group_size, symmetric, n, k)
     if reason:
         raise BackendMissing(
             f"backend {wanted!r} ({why}) cannot run a {bits}-bit [{n}, {k}] weight: {reason}; use 'reference'"
@@ -202,12 +220,24 @@ def select(
     return Choice(wanted, why)
 
 
-def _first(device: str, bits: int, group_size: int, symmetric: bool, n: int, k: int) -> Choice:
+def _first(
+    device: torch.device,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    n: int,
+    k: int,
+    dtype: torch.dtype | None,
+) -> Choice:
     reasons = []
     for name, backend in _BACKENDS.items():
-        reason = backend.refuses(device, bits, group_size, symmetric, n, k) or backend.unverified
+        reason = backend.refuses(device.type, bits, group_size, symmetric, n, k)
         if reason is None:
-            return Choice(name, "; ".join(reasons) or "the fastest that is built for this device")
+            if backend.verdict is None:
+                return Choice(name, "; ".join(reasons) or "the fastest that is built for this device")
+            trusted, reason = backend.verdict(device, bits, group_size, symmetric, k, dtype)
+            if trusted:
+                return Choice(name, reason)
         reasons.append(f"not {name}: {reason}")
     raise AssertionError("the reference refuses nothing")
 
@@ -255,5 +285,5 @@ def run(
     bias: torch.Tensor | None = None,
     compute: str = "float",
 ) -> torch.Tensor:
-    """x [M, K] -> [M, N] on a prepared layout; x has the dtype it was prepared for. "cpu": x [..., K]."""
+    """x [..., K] -> [..., N] on a prepared layout; x has the dtype it was prepared for."""
     return _BACKENDS[name].run(x, layout, group_size, bias, compute)

@@ -13,8 +13,11 @@ from quantkit.cli.output import json_option, make_console, write_report
 )
 @click.option("--m", "tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens per call.")
 @click.option("--backend", metavar="NAME", help="Ask about this backend. Default: what would run by itself.")
+@click.option(
+    "--check", is_flag=True, help="First compare the GPU kernels with the reference, which compiles them all."
+)
 @json_option
-def command(shape: str, tokens: int, backend: str | None, json_file: str | None) -> None:
+def command(shape: str, tokens: int, backend: str | None, check: bool, json_file: str | None) -> None:
     """Which kernels are built and found, and what runs each scheme, with the reason."""
     from rich.table import Table
 
@@ -23,6 +26,8 @@ def command(shape: str, tokens: int, backend: str | None, json_file: str | None)
     n, _, k = shape.partition("x")
     if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
         raise click.BadParameter(f"{shape!r} is not NxK, such as 4096x4096", param_hint="--shape")
+    if check:
+        _compare_all(int(n), int(k))
     found = inventory(int(n), int(k), tokens, backend)
     write_report(json_file, found)
     console = make_console()
@@ -40,3 +45,18 @@ def command(shape: str, tokens: int, backend: str | None, json_file: str | None)
         )
     console.print(f"\nweight [{n}, {k}], {tokens} token(s) per call", highlight=False)
     console.print(table)
+
+
+def _compare_all(n: int, k: int) -> None:
+    """Have "auto" compare the kernels of every scheme now, which it would do when it first needs one."""
+    import quantkit_kernels
+    import torch
+
+    from quantkit.bench.inventory import BITS, GROUPS
+
+    for bits in BITS:
+        for group in GROUPS:
+            for symmetric in (True, False):
+                if k % (group or k) == 0:
+                    scheme = (bits, group or k, symmetric, 1, n, k)
+                    quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16)

@@ -1,10 +1,11 @@
 """The Triton kernels on a GPU: everything that the interpreter, the PTX machine and the compiler cannot show."""
 
 import pytest
+import quantkit_kernels
 import torch
 from quantkit_kernels import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
-from quantkit_kernels.triton import backend, layout
+from quantkit_kernels.triton import backend, layout, selfcheck
 from quantkit_kernels.triton.configs import BUCKETS, rule
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 
@@ -146,17 +147,17 @@ def test_graph_capture(m):
     tensors = stored(4, n, k, 128, False)
     prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
     x = activations(m, k, torch.bfloat16)
-    eager = backend.run(x, prepared, 128)
+    eager = backend.run(x, prepared)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        first = backend.run(x, prepared, 128)
-        second = backend.run(x, prepared, 128)
+        first = backend.run(x, prepared)
+        second = backend.run(x, prepared)
     for seed in (0, 1, 2):
         x.copy_(activations(m, k, torch.bfloat16, seed))
         graph.replay()
         assert torch.equal(first, second)
-        assert torch.equal(first, backend.run(x, prepared, 128))
+        assert torch.equal(first, backend.run(x, prepared))
     x.copy_(activations(m, k, torch.bfloat16))
     graph.replay()
     assert torch.equal(first, eager)
@@ -167,13 +168,13 @@ def test_streams_do_not_share_tickets():
     tensors = stored(4, n, k, 128, True)
     prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
     x = activations(1, k, torch.bfloat16)
-    truth = backend.run(x, prepared, 128)
+    truth = backend.run(x, prepared)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     found = []
     for i in range(200):
         with torch.cuda.stream(streams[i % 4]):
-            found.append(backend.run(x, prepared, 128))
+            found.append(backend.run(x, prepared))
     torch.cuda.synchronize()
     assert all(torch.equal(y, truth) for y in found)
 
@@ -194,16 +195,35 @@ def test_captured_launches_share_no_tickets_with_others():
     tensors = stored(4, n, k, 128, False)
     prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
     x = activations(1, k, torch.bfloat16)
-    truth = backend.run(x, prepared, 128)
+    truth = backend.run(x, prepared)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = [backend.run(x, prepared, 128) for _ in range(100)]
+        found = [backend.run(x, prepared) for _ in range(100)]
     side = torch.cuda.Stream()
     eager = []
     for _ in range(20):
         graph.replay()
         with torch.cuda.stream(side):
-            eager.append([backend.run(x, prepared, 128) for _ in range(100)][-1])
+            eager.append([backend.run(x, prepared) for _ in range(100)][-1])
         torch.cuda.synchronize()
         assert all(torch.equal(y, truth) for y in (*found, eager[-1]))
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_trusts_the_kernels(bits, group, symmetric, dtype):
+    found = quantkit_kernels.select("cuda", bits, group or 1024, symmetric, 1, 256, 1024, "auto", dtype)
+    assert found == ("triton", "agrees with the reference on this device")
+    assert selfcheck.compare(torch.device("cuda"), bits, group, symmetric, False, dtype) is None
+
+
+def test_nothing_is_compared_inside_a_capture():
+    scheme = (4, 96, True, 1, 256, 960)
+    x = torch.ones(8, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        found = quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16)
+        x + 1
+    assert found.name == "reference"
+    assert "captured" in found.why
+    assert quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16).name == "triton"

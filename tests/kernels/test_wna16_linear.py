@@ -78,9 +78,10 @@ def test_select_names_the_backend_and_the_reason(monkeypatch):
     assert quantkit_kernels.select("cpu", 6, 128, True, 1, 64, 256).name == "reference"
     assert quantkit_kernels.select("cpu", *scheme, dtype=torch.float64).name == "reference"
     assert quantkit_kernels.select("xpu", *scheme).name == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     by_default, why = quantkit_kernels.select("cuda", *scheme)
     assert by_default == "reference"
-    assert "not triton: not run on a GPU yet" in why
+    assert "not triton: no CUDA device is here" in why
     assert quantkit_kernels.select("cuda", *scheme, "triton") == ("triton", "asked for")
     assert quantkit_kernels.select("cpu", *scheme, "torch") == ("torch", "asked for")
     monkeypatch.setenv("QUANTKIT_BACKEND", "torch")

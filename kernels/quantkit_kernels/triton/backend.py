@@ -1,12 +1,13 @@
-"""What `../backends.py` registers as "triton": refuses, prepare, run."""
+"""What `../backends.py` registers as "triton": refuses, prepare, run, restored."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 
-from quantkit_kernels.triton.layout import build
+from quantkit_kernels.triton.layout import build, restore
 from quantkit_kernels.triton.op import tickets, triton_linear
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,18 +39,27 @@ def prepare(
     n: int,
     k: int,
     dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """The layout (`layout.py`) for bf16 or fp16 activations, and `scheme`, an empty tensor of shape (bits, N, 0)."""
+) -> dict[str, Any]:
+    """The layout (`layout.py`) for bf16 or fp16 activations: codes, scales, zeros, bits, group_size, n, k."""
     codes, scales, zeros = build(packed, scale, zero_packed, bits, n, k, by_row(packed.device))
     if codes.device.type == "cuda":
         tickets(codes.device, 0)  # makes the ring, which a captured graph may not
-    layout = {"codes": codes, "scales": scales, "scheme": codes.new_empty(bits, n, 0)}
-    return layout if zeros is None else layout | {"zeros": zeros}
+    facts = {"bits": bits, "group_size": k // scale.shape[1], "n": n, "k": k}
+    return {"codes": codes, "scales": scales} | ({} if zeros is None else {"zeros": zeros}) | facts
 
 
-def run(x: torch.Tensor, layout: dict[str, torch.Tensor], group_size: int) -> torch.Tensor:
-    """x [M, K] -> [M, N]."""
-    bits, n, _ = layout["scheme"].shape
-    return triton_linear(
-        x, layout["codes"], layout["scales"], layout.get("zeros"), None, bits, group_size, n, x.shape[-1]
-    )
+def run(x: torch.Tensor, layout: dict[str, Any], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] -> [..., N]; bias [N] of any float type."""
+    return triton_linear(x, *_arguments(layout, bias))
+
+
+def restored(layout: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `prepare` was given, bit for bit: packed, scale, zero_packed."""
+    codes, scales, zeros, _, *facts = _arguments(layout, None)
+    return restore(codes, scales, zeros, *facts)
+
+
+def _arguments(layout: dict[str, Any], bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """Of the op, from codes on."""
+    tensors = layout["codes"], layout["scales"], layout.get("zeros"), bias
+    return *tensors, layout["bits"], layout["group_size"], layout["n"], layout["k"]

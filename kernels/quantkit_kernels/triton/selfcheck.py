@@ -1,0 +1,137 @@
+"""Whether the kernels compute on a device what the reference computes there, asked before "auto" takes them.
+
+A compiler, a driver or a chip that nobody tried must not give a silently broken model. The first time that "auto"
+considers a device and scheme, small random weights run through every kernel a model needs: tiles of few and of many
+tokens, K split over programs, a bias, the weight written out. Every output has to be that of fp64 but for the rounding
+of its type, and the same bits each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from quantkit_kernels.bits import pack_bits
+from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.triton import layout
+from quantkit_kernels.triton.backend import DTYPES, by_row
+from quantkit_kernels.triton.configs import Config, rule
+from quantkit_kernels.triton.op import chip, dequantize, launch
+
+N, LEAST_K = 208, 1024  # three blocks of 64 rows and a ragged one; several trips of the loop for each split
+REPEATS = 3
+_turn = threading.Lock()
+_found: dict[tuple, str | None] = {}  # what `compare` said, by device and scheme
+_warned: set[torch.device] = set()
+
+
+class Verdict(NamedTuple):
+    """Whether "auto" may take the kernels, and why."""
+
+    trusted: bool
+    why: str
+
+
+def verdict(
+    device: torch.device, bits: int, group_size: int, symmetric: bool, k: int, dtype: torch.dtype | None
+) -> Verdict:
+    """What `compare` finds for a scheme, once per process; a warning if it is the first complaint of a device.
+
+    dtype: of the activations; None asks what is known for bf16 and runs nothing.
+    """
+    if dtype not in (None, *DTYPES):
+        return Verdict(False, f"the Triton kernels take bf16 or fp16 activations, not {dtype}")
+    if not torch.cuda.is_available():
+        return Verdict(False, "no CUDA device is here to compare them with the reference on")
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+    cut = layout.geometry(bits, group_size, k)
+    scheme = (bits, cut.group, symmetric, k == cut.chunks * cut.chunk, dtype or torch.bfloat16)
+    with _turn:
+        if (device, *scheme) not in _found:
+            if dtype is None:
+                return Verdict(True, "to be compared with the reference on this device before its first use")
+            if torch.cuda.is_current_stream_capturing():
+                return Verdict(
+                    False, "not compared with the reference yet, and a CUDA graph is being captured"
+                )
+            _found[device, *scheme] = _complaint(device, *scheme)
+        complaint = _found[device, *scheme]
+    if complaint is None:
+        return Verdict(True, "agrees with the reference on this device")
+    return Verdict(False, complaint)
+
+
+def _complaint(device: torch.device, *scheme) -> str | None:
+    """What `compare` says, an error of the compiler or the launch included."""
+    try:
+        complaint = compare(device, *scheme)
+    except Exception as error:  # triton has its own types in each version, the driver others
+        complaint = f"they fail on this device: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if complaint and device not in _warned:
+        _warned.add(device)
+        warnings.warn(f"the Triton kernels are not used on {device}: {complaint}", stacklevel=2)
+    return complaint
+
+
+@torch.no_grad()
+def compare(
+    device: torch.device, bits: int, group: int, symmetric: bool, even: bool, dtype: torch.dtype
+) -> str | None:
+    """Where the kernels part from fp64 on `device`, or None. group: 0 for whole rows; even: K fills its chunks."""
+    k = _columns(bits, group, even)
+    group_size = group or k
+    stored = _random_weight(bits, k, group_size, symmetric, dtype, device)
+    w = reference_dequantize(*stored, bits, N, k, torch.float64)
+    built = layout.build(*stored, bits, N, k, by_row(device))
+    g = torch.Generator().manual_seed(1)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for m, config, biased in _cases(device, bits, layout.geometry(bits, group_size, k)):
+            x = torch.randn(m, k, generator=g).to(device, dtype)
+            bias = torch.randn(N, generator=g).to(device) if biased else None
+            truth = x.double() @ w.T + (0 if bias is None else bias.double())
+            runs = [torch.full((m, N), torch.nan, dtype=dtype, device=device) for _ in range(REPEATS)]
+            for y in runs:
+                launch(x, *built, bias, bits, group_size, N, k, config, y)
+            if not _close(runs[0], truth):
+                return f"{bits} bits on {m} tokens are not what the reference computes on this device"
+            if not all(torch.equal(y, runs[0]) for y in runs):
+                return f"two runs of {bits} bits on {m} tokens differ on this device"
+        if not _close(dequantize(*built, bits, group_size, N, k, dtype), w):
+            return f"a weight of {bits} bits written out is not the reference's on this device"
+    return None
+
+
+def _columns(bits: int, group: int, even: bool) -> int:
+    """The first K of at least two groups from LEAST_K on that fills its last chunk, or does not."""
+    chunk, step = layout.geometry(bits, group, 0).chunk, group or 32
+    every = itertools.count(max(2, -(-LEAST_K // step)) * step, step)
+    return next(k for k in every if (k % chunk == 0) == even)
+
+
+def _cases(device: torch.device, bits: int, cut: layout.Geometry) -> list[tuple[int, Config, bool]]:
+    """(tokens, tile sizes, with a bias): both heights of a tile, few and many tokens, split and not."""
+    _, processors, major = chip(device)
+    one, few, many = (rule(bits, m, N, cut, processors, major)._replace(splits=1) for m in (1, 16, 70))
+    return [(1, one._replace(bn=128, splits=2), False), (16, few, True), (70, many, False)]
+
+
+def _random_weight(bits, k, group_size, symmetric, dtype, device) -> tuple[torch.Tensor | None, ...]:
+    """(packed, scale, zero_packed) of [N, K]; sums of K products of normal numbers come out around 1."""
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (N, k), dtype=torch.uint8, generator=g)
+    scale = torch.randn(N, k // group_size, generator=g) / (k**0.5 * 2 ** (bits - 1))
+    zero = torch.randint(0, 2**bits, (k // group_size, N), dtype=torch.uint8, generator=g)
+    zero_packed = None if symmetric else pack_bits(zero, bits).T.contiguous().to(device)
+    return pack_bits(codes, bits).to(device), scale.to(device, dtype), zero_packed
+
+
+def _close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether every number is within the precision of its type; of small ones the sums may be a little off."""
+    most = torch.finfo(found.dtype).eps * (truth.abs() + truth.square().mean().sqrt() / 16)
+    return bool(((found.double() - truth).abs() <= most).all())  # not so if any is NaN
