@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
         """
         k, n, bits = self.in_features, self.out_features, self.scheme.bits
         group = self.scheme.group(k)
-        device = self.weight_shape.device.type
+        device = self.weight_shape.device
         try:
             name, _ = quantkit_kernels.select(
                 device, bits, group, self.scheme.symmetric, 1, n, k, backend, dtype
@@ -154,11 +154,10 @@ class QuantLinear(nn.Module):
         """The result by the ops; what `forward` gives without torch's dispatcher where nobody looks at it."""
         group = self.scheme.group(self.in_features)
         if self.prepared:
-            rows = x if self.backend == "cpu" else x.reshape(-1, self.in_features)
             y = quantkit_kernels.run(
-                self.backend, rows.to(self._dtype), self.layout, group, self.bias, self.compute
+                self.backend, x.to(self._dtype), self.layout, group, self.bias, self.compute
             )
-            return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+            return y.to(x.dtype)
         return quantkit_kernels.wna16_linear(
             x,
             self.weight_packed,

@@ -116,11 +116,34 @@ def test_op_passes_opcheck():
 def test_backend_prepares_and_runs():
     tensors = stored(4, 20, 256, 128, False)
     prepared = backend.prepare(*tensors, 4, 20, 256, torch.bfloat16)
-    assert all(isinstance(t, torch.Tensor) for t in prepared.values())
     x = torch.randn(3, 256).bfloat16()
-    assert torch.equal(backend.run(x, prepared, 128), wna16_linear(x, *tensors, None, 4, 20, 256))
+    assert torch.equal(backend.run(x, prepared), wna16_linear(x, *tensors, None, 4, 20, 256))
+    for before, after in zip(tensors, quantkit_kernels.restore("triton", prepared), strict=True):
+        assert torch.equal(before, after)
     with pytest.raises(BackendMissing, match="float32"):
         quantkit_kernels.prepare("triton", *tensors, 4, 20, 256, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_any_type_is_part_of_the_one_op(dtype):
+    tensors = stored(4, 20, 256, 128, False)
+    prepared = backend.prepare(*tensors, 4, 20, 256, torch.bfloat16)
+    x, bias = torch.randn(2, 3, 256).bfloat16(), torch.randn(20).to(dtype)
+    with torch.profiler.profile() as profile:
+        y = quantkit_kernels.run("triton", x, prepared, 128, bias)
+    assert torch.equal(y, wna16_linear(x, *tensors, bias, 4, 20, 256))
+    outermost = [event.name for event in profile.events() if event.cpu_parent is None]
+    assert [name for name in outermost if "profiler" not in name.lower()] == ["quantkit::triton_linear"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_op_refuses_what_does_not_fit(device):
+    built = [t.to(device) for t in layout.build(*stored(4, 20, 64, 32, False), 4, 20, 64)]
+    x, facts = torch.ones(2, 64, device=device), (4, 32, 20, 64)
+    with pytest.raises(RuntimeError, match=r"bias must be \[20\], got \[1\]"):
+        triton_linear(x, *built, torch.ones(1, device=device), *facts)
+    with pytest.raises(RuntimeError, match="x has 32 features, the weight takes 64"):
+        triton_linear(x.view(4, 32), *built, None, *facts)
 
 
 def test_backend_says_what_it_cannot_run():

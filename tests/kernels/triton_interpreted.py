@@ -4,7 +4,7 @@ import pytest
 import torch
 from quantkit_kernels import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
-from quantkit_kernels.triton import layout
+from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 
@@ -123,9 +123,34 @@ def test_scales_of_every_type(dtype, symmetric):
     assert torch.equal(y.double(), x.double() @ reference_dequantize(*stored, 4, 65, 320, torch.float64).T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_bias_is_added_before_the_rounding(dtype):
+    stored = exact_weight(4, 20, 96, 32, False)
+    x = integers(3, 96).half()
+    bias = torch.arange(40).to(dtype)[::2] + 2.0**-8  # the sum has more bits than fp16
+    y = triton_linear(x, *layout.build(*stored, 4, 20, 96), bias, 4, 32, 20, 96)
+    truth = x.double() @ reference_dequantize(*stored, 4, 20, 96, torch.float64).T + bias.double()
+    assert torch.equal(y, truth.half())
+
+
 def test_large_m_is_dequantized_once(monkeypatch):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(800, 96)
     monkeypatch.setattr("quantkit_kernels.triton.op.launch", None)
     y = triton_linear(x, *layout.build(*stored, 4, 20, 96), None, 4, 32, 20, 96)
     assert torch.equal(y, x @ reference_dequantize(*stored, 4, 20, 96, torch.float32).T)
+
+
+def test_the_kernels_pass_their_own_check():
+    assert selfcheck.compare(torch.device("cpu"), 4, 128, False, True, torch.float16) is None
+
+
+def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
+    def half(x, codes, scales, zeros, bias, bits, group_size, n, k, config, y):
+        first = x.clone()
+        first[:, k // config.splits :] = 0  # what the first program alone would add up
+        return launch(first, codes, scales, zeros, bias, bits, group_size, n, k, config, y)
+
+    monkeypatch.setattr(selfcheck, "launch", half)
+    found = selfcheck.compare(torch.device("cpu"), 4, 128, True, True, torch.float16)
+    assert "4 bits on 1 tokens are not what the reference computes" in found

@@ -1,7 +1,8 @@
 """`quantkit::triton_linear`: a packed linear on the storage of `layout.py`.
 
     x [..., K] bf16 or fp16 (the twin and the interpreter: also fp32); codes, scales, zeros as in `layout.py`, FP8
-    weights by the dtype of the codes; bias [N] or None; returns [..., N] in x's dtype, also under autocast.
+    weights by the dtype of the codes; bias [N] of any float type, added before the one rounding, or None; returns
+    [..., N] in x's dtype, also under autocast.
 
 On a CUDA device the kernels run, elsewhere their twin: the stored tensors restored, then the reference. Call once
 before capturing a CUDA graph: the first call compiles, and makes the ring of tickets.
@@ -32,6 +33,7 @@ _next: dict[tuple[torch.device, bool], int] = {}
 
 
 def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    _check(x, bias, n, k)
     if codes.dtype == torch.float8_e4m3fn:
         weight, scale = restore_fp8(codes, scales, group_size, n, k)
         w = weight.float().view(n, -1, group_size) * scale.float()[:, :, None]
@@ -192,13 +194,20 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     return out
 
 
+def _check(x, bias, n: int, k: int) -> None:
+    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
+    torch._check(bias is None or bias.shape == (n,), lambda: f"bias must be [{n}], got {list(bias.shape)}")
+
+
 def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    _check(x, bias, n, k)
     rows = x.reshape(-1, k)
     m = rows.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
     name, processors, major = chip(x.device)
     if m >= table(name).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
         w = dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
@@ -228,7 +237,7 @@ def _other(x, *rest):
 
 
 def _fake(x, codes, scales, zeros, bias, bits, group_size, n, k):
-    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
+    _check(x, bias, n, k)
     return x.new_empty((*x.shape[:-1], n))
 
 
