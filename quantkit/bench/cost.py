@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 
 from quantkit import assets
 from quantkit.bench import oneshot
-from quantkit.bench.decode import ratio, spread
 from quantkit.bench.machine import machine
+from quantkit.bench.rounds import ratio, spread
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.shards import write_json
 from quantkit.recipe import load_recipe

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.bench.machine import machine, where
-from quantkit.bench.roofline import read_bandwidth
+from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES, Shape, make
 from quantkit.checkpoint.shards import write_json
 from quantkit.pipeline import quantize
@@ -35,8 +34,6 @@ from quantkit.pipeline import quantize
 LAYERS, PROMPT, NEW = 22, 512, 64
 RECIPE = "w4a16-rtn"
 HEAD_TOO = 'rules=[{"match": "lm_head", "bits": 4}]'
-
-Measured = dict[str, float]  # {"decode": tokens/s, "prefill": tokens/s}
 
 
 class Way(NamedTuple):
@@ -134,61 +131,6 @@ def engines(
         vocabulary = loaded[key].config.vocab_size
         ready[name] = lambda run=run, vocabulary=vocabulary: measure(run, vocabulary, prompt, new)
     return ready, missing
-
-
-def interleave(
-    engines: Mapping[str, Callable[[], Measured]],
-    rounds: int,
-    window: Callable[[], float] = read_bandwidth,
-    write: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Every engine once per round, after one round that does not count.
-
-    {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
-    """
-    reads: list[float] = []
-    seen: dict[str, list[Measured]] = {name: [] for name in engines}
-    for number in range(rounds + 1):
-        if number:
-            reads.append(window())
-        for name, run in engines.items():
-            measured = run()
-            if number:
-                seen[name].append(measured)
-                speeds = ", ".join(f"{kind} {speed:.1f}" for kind, speed in measured.items())
-                write(f"round {number}  {name:24} {speeds} tokens/s")
-    rows = {
-        name: {kind: spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
-    }
-    return {"read_bytes_per_s": reads, "engines": rows}
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "rounds": values,
-    }
-
-
-def ratio(report: Mapping[str, Any], kind: str, a: str, b: str) -> float | None:
-    """Median over rounds of how many times faster `a` is than `b`; None if one of them did not run."""
-    rows = report["engines"]
-    if a not in rows or b not in rows:
-        return None
-    pairs = zip(rows[a][kind]["rounds"], rows[b][kind]["rounds"], strict=True)
-    return statistics.median(x / y for x, y in pairs)
-
-
-def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-    """{other: {kind: times faster}} of `first` against those that ran."""
-    rows = report["engines"]
-    return {
-        other: {kind: ratio(report, kind, first, other) for kind in rows[first]}
-        for other in others
-        if other != first and other in rows and first in rows
-    }
 
 
 def table(report: Mapping[str, Any]) -> str:

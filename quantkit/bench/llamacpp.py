@@ -29,6 +29,7 @@ import torch
 from quantkit.bench import decode, gguf_file, kernels
 from quantkit.bench.lane import BURST, Lane
 from quantkit.bench.machine import machine, where
+from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
 
@@ -138,13 +139,13 @@ def files(built: Built, dense: Path) -> dict[str, Path]:
     return made
 
 
-def bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> decode.Measured:
+def bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> Measured:
     """One run of llama-bench: tokens per second of prefill and decode."""
     command = [program, "-m", file, "-p", prompt, "-n", new, "-r", 1, "-t", threads, "-o", "json"]
     return read_bench(_run(*command))
 
 
-def read_bench(text: str) -> decode.Measured:
+def read_bench(text: str) -> Measured:
     """llama-bench's JSON: a test has either prompt tokens or generated ones."""
     found = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in json.loads(text)}
     return {kind: found[kind] for kind in ("decode", "prefill")}
@@ -214,6 +215,39 @@ def _products(arguments: argparse.Namespace, built: Built) -> None:
             engine.close()
 
 
+def _models(arguments: argparse.Namespace, built: Built) -> None:
+    """Whole models: prefill and decode of both engines."""
+    threads, prompt, new = arguments.threads, arguments.prompt, arguments.new
+    checkpoints = decode.models(arguments.work.resolve(), arguments.layers, SHAPES[arguments.shape])
+    theirs = files(built, checkpoints["dense"])
+    names = arguments.ways or [name for name, way in decode.WAYS.items() if way.native]
+    ways = {name: decode.WAYS[name] for name in names}
+    ours, missing = decode.engines(ways, checkpoints, prompt, new)
+    everyone: dict[str, Callable[[], Measured]] = dict(ours)
+    for kind, file in theirs.items():
+        everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
+    report = {
+        "schema": "quantkit-llamacpp/1",
+        "machine": machine() | where("cpu"),
+        "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
+        "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
+        "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        **interleave(everyone, arguments.rounds),
+        "missing": missing,
+    }
+    report["times_faster"] = {
+        name: ratios(report, name, [f"llama.cpp {kind}" for kind in FORMATS]) for name in ours
+    }
+    print(decode.table(report))
+    for name, against in report["times_faster"].items():
+        for other, found in against.items():
+            print(f"{name} / {other}: decode {found['decode']:.2f}x, prefill {found['prefill']:.2f}x")
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,39 +278,11 @@ def main() -> None:
     print(f"{built.version}: {built.bench}", flush=True)
     if arguments.build_only:
         return
-    threads, prompt, new = arguments.threads, arguments.prompt, arguments.new
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     if arguments.ops:
         _products(arguments, built)
-        return
-    checkpoints = decode.models(work, arguments.layers, SHAPES[arguments.shape])
-    theirs = files(built, checkpoints["dense"])
-    names = arguments.ways or [name for name, way in decode.WAYS.items() if way.native]
-    ways = {name: decode.WAYS[name] for name in names}
-    ours, missing = decode.engines(ways, checkpoints, prompt, new)
-    everyone: dict[str, Callable[[], decode.Measured]] = dict(ours)
-    for kind, file in theirs.items():
-        everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
-    report = {
-        "schema": "quantkit-llamacpp/1",
-        "machine": machine() | where("cpu"),
-        "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
-        "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
-        "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},
-        "prompt_tokens": prompt,
-        "new_tokens": new,
-        **decode.interleave(everyone, arguments.rounds),
-        "missing": missing,
-    }
-    report["times_faster"] = {
-        name: decode.ratios(report, name, [f"llama.cpp {kind}" for kind in FORMATS]) for name in ours
-    }
-    print(decode.table(report))
-    for name, against in report["times_faster"].items():
-        for other, found in against.items():
-            print(f"{name} / {other}: decode {found['decode']:.2f}x, prefill {found['prefill']:.2f}x")
-    if arguments.json:
-        write_json(arguments.json, report)
+    else:
+        _models(arguments, built)
 
 
 if __name__ == "__main__":

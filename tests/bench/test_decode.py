@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.bench import decode, gguf_file, llamacpp, synthetic
+from quantkit.bench import decode, gguf_file, llamacpp, rounds, synthetic
 from quantkit.bench.machine import native_available
 from quantkit.bench.ops import LLAMA
 
@@ -76,12 +76,12 @@ def test_rounds_are_interleaved_and_the_first_does_not_count(capsys):
         return run
 
     engines = {"a": engine("a", 99, 10, 30, 20), "b": engine("b", 99, 5, 10, 20)}
-    report = decode.interleave(engines, 3, window=lambda: 1.0)
+    report = rounds.interleave(engines, 3, window=lambda: 1.0)
     assert "".join(order) == "abababab"
     assert report["engines"]["a"]["decode"] == {"median": 20, "min": 10, "max": 30, "rounds": [10, 30, 20]}
     assert report["read_bytes_per_s"] == [1.0] * 3
-    assert decode.ratio(report, "decode", "a", "b") == 2  # of 2, 3 and 1, not 20 / 10
-    assert decode.ratios(report, "a", ["a", "b", "c"]) == {"b": {"decode": 2, "prefill": 1}}
+    assert rounds.ratio(report, "decode", "a", "b") == 2  # of 2, 3 and 1, not 20 / 10
+    assert rounds.ratios(report, "a", ["a", "b", "c"]) == {"b": {"decode": 2, "prefill": 1}}
     assert "round 3" in capsys.readouterr().out
 
 

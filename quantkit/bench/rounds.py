@@ -1,0 +1,66 @@
+"""Engines in turns: every one once per round, medians over rounds, ratios within them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quantkit.bench.roofline import read_bandwidth
+
+Measured = dict[str, float]  # {"decode": tokens/s, "prefill": tokens/s}
+
+
+def interleave(
+    engines: Mapping[str, Callable[[], Measured]],
+    rounds: int,
+    window: Callable[[], float] = read_bandwidth,
+    write: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Every engine once per round, after one round that does not count.
+
+    {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
+    """
+    reads: list[float] = []
+    seen: dict[str, list[Measured]] = {name: [] for name in engines}
+    for number in range(rounds + 1):
+        if number:
+            reads.append(window())
+        for name, run in engines.items():
+            measured = run()
+            if number:
+                seen[name].append(measured)
+                speeds = ", ".join(f"{kind} {speed:.1f}" for kind, speed in measured.items())
+                write(f"round {number}  {name:24} {speeds} tokens/s")
+    rows = {
+        name: {kind: spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
+    }
+    return {"read_bytes_per_s": reads, "engines": rows}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": values,
+    }
+
+
+def ratio(report: Mapping[str, Any], kind: str, a: str, b: str) -> float | None:
+    """Median over rounds of how many times faster `a` is than `b`; None if one of them did not run."""
+    rows = report["engines"]
+    if a not in rows or b not in rows:
+        return None
+    pairs = zip(rows[a][kind]["rounds"], rows[b][kind]["rounds"], strict=True)
+    return statistics.median(x / y for x, y in pairs)
+
+
+def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | list[str]) -> dict[str, Any]:
+    """{other: {kind: times faster}} of `first` against those that ran."""
+    rows = report["engines"]
+    return {
+        other: {kind: ratio(report, kind, first, other) for kind in rows[first]}
+        for other in others
+        if other != first and other in rows and first in rows
+    }
