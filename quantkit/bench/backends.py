@@ -4,8 +4,7 @@
 
 The embedded model is rounded to nearest at several widths; the same files are then evaluated by the reference and by
 the native kernels with float and with int8 activations (PyTorch's int8 op takes half a minute for what these do in
-one second). float must be the reference's within
-0.05 %; what int8 costs is what this table is for.
+one second). float must be the reference's within 0.05 %; what int8 costs is what this table is for.
 """
 
 from __future__ import annotations

@@ -151,8 +151,10 @@ class Loaded:
         return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
 
     def _expected(self, x: torch.Tensor) -> float:
-        """Seconds of a call on x [M, K], by one on its first tokens."""
-        some = x[:TOKENS_TRIED]
-        start = time.perf_counter()
-        self.op.run(some, self.weights[0][0])
-        return (time.perf_counter() - start) * x.shape[0] / some.shape[0]
+        """Seconds of a call on x [M, K], by the faster of two on its first tokens."""
+        some, spent = x[:TOKENS_TRIED], []
+        for weights in self.weights[0][:2]:
+            start = time.perf_counter()
+            self.op.run(some, weights)
+            spent.append(time.perf_counter() - start)
+        return min(spent) * x.shape[0] / some.shape[0]
