@@ -6,7 +6,7 @@ import torch
 
 from quantkit.bench import kernels, lane, ops, overhead
 from quantkit.bench.cell import cell
-from quantkit.bench.machine import native_available
+from quantkit.bench.machine import native_available, where
 from quantkit.bench.roofline import Roofline, measure
 
 ROOFLINE = Roofline(1e10, {"int8": 1e12, "fp32": 1e11, "bf16": 0.0}, "made up")
@@ -165,7 +165,7 @@ def test_roofline_takes_the_larger_bound():
 def test_roofline_measures_something():
     found = measure(threads=1, buffer=1 << 21, rounds=1)
     assert found.read > 1e8
-    assert found.peak["fp32"] > 0
+    assert found.peak["fp32"] > 0 or where("cpu")["isa"] == "portable"  # whose peak no instruction tells
 
 
 @pytest.mark.skipif(not native_available(), reason="the native CPU library is not built")
