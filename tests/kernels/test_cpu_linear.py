@@ -308,7 +308,6 @@ def test_a_path_that_computes_something_else_is_found_out(tmp_path):
         """
 #include "linear.h"
 namespace qk {
-const float *table_values(int) { return nullptr; }
 size_t scratch_bytes(const Weight &w, int64_t m, int compute) { return bytes_of(describe(w, F32, m, compute, false)); }
 }
 using namespace qk;

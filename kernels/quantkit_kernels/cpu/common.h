@@ -12,6 +12,7 @@ enum Compute : int {
     INT8_TOKEN = 2,  // int8 activations, one scale per token
     HALVES = 3,      // as FLOAT, but fp32 activations stand for halves (a bf16 or fp16 model's) and keep 16 bits
 };
+enum Table : int { INTEGERS = 0, NF4 = 1, FP8 = 2 };
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
 inline bool is_int8(int compute) { return compute == INT8_GROUP || compute == INT8_TOKEN; }
@@ -32,6 +33,7 @@ inline size_t block_bytes(const Weight &w) {
 }
 
 bool supported(const Weight &w);
+const float *table_values(int table);  // the fp32 value of every code of a table, 16 or 256
 size_t weight_bytes(const Weight &w);                              // of the units
 size_t scratch_bytes(const Weight &w, int64_t m, int compute);     // of the prepared activations
 

@@ -141,43 +141,7 @@ Tuning tuning() {
     return chosen;
 }
 
-float fp8_e4m3(int code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    if ((code & 127) == 127) return bits_to_float(0x7fc00000);
-    const float magnitude =
-        exponent ? bits_to_float(uint32_t(exponent + 120) << 23 | uint32_t(mantissa) << 20) : mantissa / 512.f;
-    return code & 128 ? -magnitude : magnitude;
-}
-
 }  // namespace
-
-const float *table_values(int table) {
-    // QLoRA (Dettmers et al. 2023), appendix E: quantiles of the normal distribution.
-    static const float nf4[16] = {-1.f,
-                                  -0.6961928009986877f,
-                                  -0.5250730514526367f,
-                                  -0.39491748809814453f,
-                                  -0.28444138169288635f,
-                                  -0.18477343022823334f,
-                                  -0.09105003625154495f,
-                                  0.f,
-                                  0.07958029955625534f,
-                                  0.16093020141124725f,
-                                  0.24611230194568634f,
-                                  0.33791524171829224f,
-                                  0.44070982933044434f,
-                                  0.5626170039176941f,
-                                  0.7229568362236023f,
-                                  1.f};
-    struct Fp8 {
-        float value[256];
-        Fp8() {
-            for (int code = 0; code < 256; ++code) value[code] = fp8_e4m3(code);
-        }
-    };
-    static const Fp8 fp8;
-    return table == 1 ? nf4 : fp8.value;
-}
 
 size_t scratch_bytes(const Weight &w, int64_t m, int compute) {
     // What an fp32 x needs in any path is the most.

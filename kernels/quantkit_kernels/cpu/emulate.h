@@ -2,6 +2,7 @@
 // those sources are tested on machines without them (-DQK_EMULATE). Never part of the library.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -57,7 +58,11 @@ inline __m512i _mm512_setzero_si512() { return {}; }
 inline __m512i _mm512_set1_epi32(int x) {
     return emulate_map([&](int) { return x; });
 }
+inline __m512i _mm512_set1_epi64(long long x) {
+    return emulate_map([&](int i) { return uint32_t(uint64_t(x) >> (i % 2 * 32)); });
+}
 inline __m512i _mm512_set1_epi8(char x) { return _mm512_set1_epi32(int(uint8_t(x) * 0x01010101u)); }
+inline __m512 _mm512_setzero_ps() { return {}; }
 inline __m512 _mm512_set1_ps(float x) {
     return emulate_floats([&](int) { return x; });
 }
@@ -66,6 +71,14 @@ inline __m512i _mm512_srli_epi32(__m512i v, unsigned n) {
 }
 inline __m512i _mm512_slli_epi32(__m512i v, unsigned n) {
     return emulate_map([&](int i) { return v.d[i] << n; });
+}
+inline __m512i _mm512_slli_epi16(__m512i v, unsigned n) {
+    return emulate_map([&](int i) { return (v.d[i] >> 16 << n) << 16 | uint16_t(v.d[i] << n); });
+}
+inline __m512i _mm512_srai_epi16(__m512i v, unsigned n) {
+    return emulate_map([&](int i) {
+        return uint32_t(int16_t(v.d[i] >> 16) >> n) << 16 | uint16_t(int16_t(v.d[i]) >> n);
+    });
 }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
     return emulate_map([&](int i) { return a.d[i] & b.d[i]; });
@@ -88,6 +101,9 @@ inline __m512 _mm512_sub_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) {
     return emulate_floats([&](int i) { return a.f[i] * b.f[i]; });
 }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return emulate_floats([&](int i) { return std::fma(a.f[i], b.f[i], c.f[i]); });
+}
 inline __m512 _mm512_cvtepi32_ps(__m512i v) {
     return emulate_floats([&](int i) { return float(int32_t(v.d[i])); });
 }
@@ -106,6 +122,22 @@ inline __m512 _mm512_castsi512_ps(__m512i v) {
     __m512 r;
     std::memcpy(&r, &v, 64);
     return r;
+}
+inline __m256i _mm512_castsi512_si256(__m512i v) {
+    __m256i r;
+    std::memcpy(&r, &v, 32);
+    return r;
+}
+inline __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
+    __m256i r;
+    std::memcpy(&r, v.d + 8 * (half & 1), 32);
+    return r;
+}
+inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 table) {
+    return emulate_floats([&](int i) { return table.f[index.d[i] & 15]; });
+}
+inline __m512 _mm512_permutex2var_ps(__m512 low, __m512i index, __m512 high) {
+    return emulate_floats([&](int i) { return (index.d[i] & 16 ? high : low).f[index.d[i] & 15]; });
 }
 inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i table) {
     uint16_t at[32], from[32], to[32];

@@ -8,7 +8,8 @@
 //   2 bits: line i: columns 16i+j, 16i+4+j, 16i+8+j, 16i+12+j from the low bits up
 //   3 bits: C/16 lines with the two low bits as above, then C/32 lines: bit b of line i is column 32i+4b+j's
 // followed by a scale line: 16 fp16 scales and 16 fp16 zeros (wide: 16 fp32 scales, 16 fp16 zeros, 32 bytes of
-// padding). Per channel there is one scale line in front of the block's units instead.
+// padding). Per channel there is one scale line in front of the block's units instead. Codes of a table have no zero
+// point; there it is 0, or NaN where the scale goes with a code that is NaN, so that kernels need not look at each.
 #include "common.h"
 
 #include <cstring>
@@ -27,6 +28,21 @@ bool supported(const Weight &w) {
 size_t weight_bytes(const Weight &w) { return supported(w) ? row_blocks(w) * block_bytes(w) : 0; }
 
 namespace {
+
+float fp8_e4m3(int code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 127) == 127) return bits_to_float(0x7fc00000);
+    const float magnitude =
+        exponent ? bits_to_float(uint32_t(exponent + 120) << 23 | uint32_t(mantissa) << 20) : mantissa / 512.f;
+    return code & 128 ? -magnitude : magnitude;
+}
+
+// Whether one of four FP8 codes is NaN.
+bool any_nan(uint32_t four) {
+    bool any = false;
+    for (int j = 0; j < 32; j += 8) any |= (four >> j & 127) == 127;
+    return any;
+}
 
 // Four codes from `index` on (a multiple of 4) of a row's bit string, a byte each; only the first `valid` exist.
 uint32_t get_four(const uint8_t *stream, int64_t index, int bits, int valid) {
@@ -114,6 +130,7 @@ size_t words(int64_t columns, int bits) { return (columns * bits + 31) / 32; }
 void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const float *scale, const int32_t *zeros,
                 int block) {
     const int c = chunk(w), groups = w.k / w.group;
+    bool nan[ROWS] = {};
     for (int i = 0; i < chunks(w); ++i) {
         uint8_t *unit = units + unit_at(w, block, i), *line = units + scale_at(w, block, i);
         std::memset(unit, 0, code_bytes(w));
@@ -121,12 +138,15 @@ void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const fl
         for (int row = 0; row < ROWS && block * ROWS + row < w.n; ++row) {
             const int n = block * ROWS + row, g = i * c / w.group;
             const auto *stream = reinterpret_cast<const uint8_t *>(packed + n * words(w.k, w.bits));
+            nan[row] = nan[row] && per_channel(w);
             for (int q = 0; q < c / 4 && i * c + 4 * q < w.k; ++q) {
                 const int column = i * c + 4 * q, valid = w.k - column < 4 ? w.k - column : 4;
-                or_quad(unit, c, w.bits, row, q, get_four(stream, column, w.bits, valid));
+                const uint32_t four = get_four(stream, column, w.bits, valid);
+                or_quad(unit, c, w.bits, row, q, four);
+                nan[row] = nan[row] || (w.table == FP8 && any_nan(four));
             }
-            float zero = w.table ? 0.f : float(1 << (w.bits - 1));
-            if (zeros) {  // bit strings run down the columns of [words, groups]
+            float zero = !w.table ? float(1 << (w.bits - 1)) : nan[row] ? bits_to_float(0x7fc00000) : 0.f;
+            if (zeros && !w.table) {  // bit strings run down the columns of [words, groups]
                 uint32_t pair[2] = {0, 0};
                 const int64_t word = int64_t(n) * w.bits / 32;
                 pair[0] = uint32_t(zeros[word * groups + g]);
@@ -140,6 +160,34 @@ void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const fl
 }
 
 }  // namespace
+
+const float *table_values(int table) {
+    // QLoRA (Dettmers et al. 2023), appendix E: quantiles of the normal distribution.
+    static const float nf4[16] = {-1.f,
+                                  -0.6961928009986877f,
+                                  -0.5250730514526367f,
+                                  -0.39491748809814453f,
+                                  -0.28444138169288635f,
+                                  -0.18477343022823334f,
+                                  -0.09105003625154495f,
+                                  0.f,
+                                  0.07958029955625534f,
+                                  0.16093020141124725f,
+                                  0.24611230194568634f,
+                                  0.33791524171829224f,
+                                  0.44070982933044434f,
+                                  0.5626170039176941f,
+                                  0.7229568362236023f,
+                                  1.f};
+    struct Fp8 {
+        float value[256];
+        Fp8() {
+            for (int code = 0; code < 256; ++code) value[code] = fp8_e4m3(code);
+        }
+    };
+    static const Fp8 fp8;
+    return table == NF4 ? nf4 : fp8.value;
+}
 
 }  // namespace qk
 
@@ -170,7 +218,7 @@ extern "C" void qk_unpack(const qk_weight *w, int32_t *packed, float *scale, int
             float zero;
             const uint8_t *line = w->units + scale_at(*w, n / ROWS, g * (w->group / c));
             get_scale(line, w->wide_scales, n % ROWS, scale + int64_t(n) * groups + g, &zero);
-            if (!zero_packed) continue;
+            if (!zero_packed || w->table) continue;
             const int64_t at = int64_t(n) * w->bits;
             const uint64_t shifted = uint64_t(zero) << (at % 32);
             uint32_t word;

@@ -147,7 +147,7 @@ struct Amx {
 
     template <int BITS, int KIND, int C>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
-        if constexpr (KIND == A16)
+        if constexpr (KIND == A16 || KIND == A32)
             Vnni::rows<BITS, KIND, C>(u, a, i, r0, r1, acc);
         else if (KIND == A8 && r1 - r0 <= FEW)
             Vnni::rows<BITS, A8, C>(u, a, i, r0, r1, acc);

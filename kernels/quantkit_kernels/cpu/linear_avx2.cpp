@@ -9,13 +9,14 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "linear.h"
+#include "tables_avx2.h"
 
 namespace qk {
 namespace {
@@ -141,6 +142,14 @@ struct Avx2 {
     static constexpr bool TILES = false;
     template <int BITS, int KIND, int C>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        if constexpr (KIND == A32)
+            table_rows<std::conditional_t<BITS == 8, Fp8Eights, Nf4Eights>>(u, a, i, r0, r1, acc);
+        else
+            integer_rows<BITS, KIND, C>(u, a, i, r0, r1, acc);
+    }
+
+    template <int BITS, int KIND, int C>
+    static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
         int64_t row = r0;
         for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4>(u, a, i, row, acc);
         switch (r1 - row) {

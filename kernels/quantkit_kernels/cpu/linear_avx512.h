@@ -2,23 +2,9 @@
 // The intrinsics come from <immintrin.h>, or from emulate.h on a machine without them.
 #pragma once
 
-#include "linear.h"
+#include <type_traits>
 
-#if defined(__GNUC__) && !defined(__clang__)  // gcc 12's own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#ifdef QK_EMULATE  // nothing to gain there, and minutes of compiling to lose
-#define QK_UNROLL(n)
-#define QK_INLINE inline
-#define QK_APART
-#else
-#define QK_PRAGMA(text) _Pragma(#text)
-#define QK_UNROLL(n) QK_PRAGMA(GCC unroll n)
-#define QK_INLINE inline __attribute__((always_inline))
-#define QK_APART __attribute__((noinline))
-#endif
+#include "tables_avx512.h"
 
 namespace qk {
 namespace {
@@ -37,12 +23,6 @@ inline __m512i four_bytes_everywhere(const char *x) {
     std::memcpy(&value, x, 4);
     return _mm512_set1_epi32(value);
 }
-
-inline __m512 sixteen_halves(const uint8_t *from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-}
-
-inline __m512 unit_scales(const Unit &u) { return u.wide ? _mm512_loadu_ps(u.scales) : sixteen_halves(u.scales); }
 
 inline __m512i unit_zeros(const Unit &u) {
     return _mm512_cvtps_epi32(sixteen_halves(u.scales + (u.wide ? 64 : 32)));
@@ -114,6 +94,14 @@ struct Vnni {
     static constexpr bool TILES = false;
     template <int BITS, int KIND, int C>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        if constexpr (KIND == A32)
+            table_rows<std::conditional_t<BITS == 8, Fp8Sixteens, Nf4Sixteens>>(u, a, i, r0, r1, acc);
+        else
+            integer_rows<BITS, KIND, C>(u, a, i, r0, r1, acc);
+    }
+
+    template <int BITS, int KIND, int C>
+    static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
         int64_t row = r0;
         for (; row + 8 <= r1; row += 8, acc += 8 * ROWS) tokens<BITS, KIND, 8>(u, a, i, row, acc);
         if (r1 - row >= 4) {

@@ -31,7 +31,31 @@ struct Portable {
     static constexpr bool TILES = false;
     template <int BITS, int KIND, int>
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
-        unit<BITS, KIND>(u, a, i, r0, r1, acc);
+        if constexpr (KIND == A32)
+            table_unit<BITS>(u, a, i, r0, r1, acc);
+        else
+            unit<BITS, KIND>(u, a, i, r0, r1, acc);
+    }
+
+    template <int BITS>
+    static void table_unit(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        alignas(64) float panel[128 * ROWS], scale[ROWS], zero[ROWS];
+        const float *values = table_values(BITS == 8 ? FP8 : NF4);
+        read_scales(u, scale, zero);
+        for (int q = 0; q < a.columns / 4; ++q) {
+            const Line::type codes = quad<BITS, Line>(u.codes, a.columns, q / 8, q % 8, 0);
+            for (int j = 0; j < 4; ++j) {
+                float *to = panel + (BITS == 8 ? place(4 * q + j) : 4 * q + j) * ROWS;
+                for (int r = 0; r < ROWS; ++r) to[r] = values[codes.lane[r] >> (8 * j) & 255];
+            }
+        }
+        for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
+            const float *x = reinterpret_cast<const float *>(a.at(row, i));
+            alignas(64) float sum[ROWS] = {};
+            for (int k = 0; k < a.columns; ++k)
+                for (int r = 0; r < ROWS; ++r) sum[r] += x[k] * panel[k * ROWS + r];
+            for (int r = 0; r < ROWS; ++r) acc[r] += sum[r] * scale[r];
+        }
     }
 
     template <int BITS, int KIND>
@@ -44,9 +68,8 @@ struct Portable {
             const Line::type codes = quad<BITS, Line>(u.codes, columns, q / 8, q % 8, 0);
             for (int j = 0; j < 4; ++j) {
                 // int16 activations come in the order 0, 2, 1, 3.
-                const int place = KIND == A16 ? (j & 1) * 2 + (j >> 1) : j;
-                for (int r = 0; r < ROWS; ++r)
-                    panel[(4 * q + place) * ROWS + r] = int16_t(codes.lane[r] >> (8 * j) & 255);
+                int16_t *to = panel + (KIND == A16 ? place(4 * q + j) : 4 * q + j) * ROWS;
+                for (int r = 0; r < ROWS; ++r) to[r] = int16_t(codes.lane[r] >> (8 * j) & 255);
             }
         }
         for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
