@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import quantkit_kernels
 import torch
-from quantkit_kernels import BackendMissing, pack_bits
+from quantkit_kernels import BackendMissing, pack_bits, unpack_bits
 from quantkit_kernels.reference.wna16_linear import wna16_linear
 from quantkit_kernels.triton import backend, layout, op
 from quantkit_kernels.triton.configs import DEQUANTIZE_FROM, Config, bucket, choose, rule, table
@@ -77,10 +77,23 @@ def test_by_row_a_thread_finds_its_row_in_16_bytes():
 def test_groups_that_follow_each_other_share_a_word():
     _, scales, zeros = layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320)
     _, scale, _ = layout.restore(*layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320), 4, 64, 64, 320)
-    assert scales.shape == zeros.shape == (3, 64, 2)  # the last word is half empty
-    assert torch.equal(scales[1, :, 0], scale[:, 2])
-    assert torch.equal(scales[1, :, 1], scale[:, 3])
-    assert not scales[2, :, 1].any()
+    assert scales.shape == zeros.shape == (1, 3, 64, 2)  # the last word is half empty
+    assert torch.equal(scales[0, 1, :, 0], scale[:, 2])
+    assert torch.equal(scales[0, 1, :, 1], scale[:, 3])
+    assert not scales[0, 2, :, 1].any()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_weights_behind_each_other_are_one(bits, by_row):
+    parts = [stored(bits, n, 320, 64, False) for n in (64, 128, 70)]
+    built = [layout.build(*part, bits, len(part[0]), 320, by_row) for part in parts]
+    codes, scales, zeros = (torch.cat(each) for each in zip(*built, strict=True))
+    back = layout.restore(codes, scales, zeros, bits, 64, 262, 320)
+    assert torch.equal(back[0], torch.cat([packed for packed, _, _ in parts]))
+    assert torch.equal(back[1], torch.cat([scale for _, scale, _ in parts]))
+    unpacked = [unpack_bits(part[2].T, bits, len(part[0])) for part in parts]
+    assert torch.equal(unpack_bits(back[2].T, bits, 262), torch.cat(unpacked, 1))
 
 
 def test_w4_g128_is_half_a_byte_per_weight():

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-INTEGERS = ("n_m", "n", "k", "ldx", "n_padded", "chunks", "trips")
-NOT_SIXTEENS = ("n_m", "chunks", "trips")
+INTEGERS = ("n_m", "n", "k", "ldx", "words", "chunks", "trips")
+NOT_SIXTEENS = ("n_m", "words", "chunks", "trips")
 
 
 def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):

@@ -4,11 +4,12 @@ W [N, K] is padded to N' (a multiple of 64) and K' (a multiple of the chunk C) a
 columns, stored one after the other along K, then N, so that a program streams one contiguous range:
 
     codes  uint8 [N'/64, K'/C, planes, 32, 2H]; float8_e4m3fn with the same shape for FP8 weights
-    scales [words, N', 2] in the stored dtype (fp32: [words, N', 1]), 0 where padded
+    scales [N'/64, words, 64, 2] in the stored dtype (fp32: [N'/64, words, 64, 1]), 0 where padded
     zeros  the same, as floats, or None where every zero is 2^(bits-1)
 
-The last axis of scales and zeros goes over groups that follow each other: 32 bits are the least that a thread can copy
-to shared memory ahead of use. A trip of the loop over K usually takes both.
+Each begins with blocks of 64 rows, so weights whose N is a multiple of 64 are one weight when they lie behind each
+other. The last axis of scales and zeros goes over groups that follow each other: 32 bits are the least that a thread
+can copy to shared memory ahead of use. A trip of the loop over K usually takes both.
 
 A plane is a tile of bytes [64, H]. Byte j of a row holds, from its low bits up, the columns j, j + H, j + 2H, ...: a
 field is thus a [64, H] operand of its own and nothing is ever interleaved.
@@ -125,18 +126,19 @@ def is_by_row(codes: torch.Tensor) -> bool:
 
 
 def _columns(t: torch.Tensor | None, n: int, groups: int) -> torch.Tensor | None:
-    """[N, K/G] to [words, N', groups per word], padded with 0."""
+    """[N, K/G] to [N'/64, words, 64, groups per word], padded with 0."""
     if t is None:
         return None
-    each = 4 // t.element_size()
-    out = torch.zeros(-(-groups // each) * each, -(-n // ROWS) * ROWS, dtype=t.dtype, device=t.device)
+    each, blocks = 4 // t.element_size(), -(-n // ROWS)
+    words = -(-groups // each)
+    out = torch.zeros(words * each, blocks * ROWS, dtype=t.dtype, device=t.device)
     out[: t.shape[1], :n] = t.T
-    return out.view(-1, each, out.shape[1]).transpose(1, 2).contiguous()
+    return out.view(words, each, blocks, ROWS).permute(2, 0, 3, 1).contiguous()
 
 
 def _rows(words: torch.Tensor, n: int, groups: int) -> torch.Tensor:
     """The inverse of `_columns`: [N, K/G]."""
-    return words.transpose(1, 2).flatten(0, 1)[:groups, :n].T.contiguous()
+    return words.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:n, :groups].contiguous()
 
 
 def _codes(q: torch.Tensor, cut: Geometry, bits: int, by_row: bool) -> torch.Tensor:

@@ -162,7 +162,7 @@ def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
 def linear_kernel(
     x,  # [M, K], rows ldx apart
     codes,  # uint8 [N'/64, chunks, planes, 32, 2H], or [..., H/16, 1024] if BY_ROW
-    scales,  # int32 [words, N'], each word those of one or two groups
+    scales,  # int32 [N'/64, words, 64], each word those of one or two groups
     zeros,  # the same if HAS_ZEROS
     bias,  # [N] if HAS_BIAS
     y,  # [M, N]
@@ -172,7 +172,7 @@ def linear_kernel(
     n,
     k,
     ldx,
-    n_padded,
+    words,
     chunks,
     trips,
     BITS: tl.constexpr,  # 2, 3, 4, 8: what is stored
@@ -210,9 +210,9 @@ def linear_kernel(
     pid_n = tile // tiles_m
     m = (tile % tiles_m) * BM + tl.arange(0, BM)
     rows = pid_n * BN + tl.arange(0, BN)
-    stored = tl.minimum(rows, n_padded - 1)
     block = pid_n * (BN // 64)
-    last = n_padded // 64 - 1
+    last = (n - 1) // 64
+    stored = tl.minimum(block + tl.arange(0, BN) // 64, last) * words * 64 + rows % 64
 
     zero = tl.full([BN], ZERO, tl.float32)
     if HAS_ZEROS and GROUP == 0:
@@ -233,7 +233,7 @@ def linear_kernel(
                     if GROUP > 0 and f % RUN == 0:
                         g = _group(at, ((u * HALVES + half) * FIELDS + f) * H, TRIP, SHARE, GROUP)
                         if TRIP % SHARE > 0 or (((u * HALVES + half) * FIELDS + f) * H) % SHARE == 0:
-                            word = (at // SHARE).to(tl.int64) * n_padded + stored
+                            word = stored + (at // SHARE) * 64
                             s_word = tl.load(scales + word)
                             if HAS_ZEROS:
                                 z_word = tl.load(zeros + word)
@@ -300,7 +300,7 @@ def dequantize_kernel(
     out,  # [N, K]
     n,
     k,
-    n_padded,
+    words,
     chunks,
     BITS: tl.constexpr,
     FP8: tl.constexpr,
@@ -329,9 +329,10 @@ def dequantize_kernel(
         for f in tl.static_range(FIELDS):
             at = chunk * (H * FIELDS * HALVES) + (half * FIELDS + f) * H
             g = at // GROUP if GROUP > 0 else 0
-            scale = _float(tl.load(scales + g // SHARED * n_padded + rows), g, SCALES)
+            word = (block * words + g // SHARED) * 64 + tl.arange(0, 64)
+            scale = _float(tl.load(scales + word), g, SCALES)
             if HAS_ZEROS:
-                zero = _float(tl.load(zeros + g // SHARED * n_padded + rows), g, SCALES)
+                zero = _float(tl.load(zeros + word), g, SCALES)
             column = at + tl.arange(0, H)
             v = _field(w, high, zero[:, None], f, half, BITS, FP8) * scale[:, None]
             where = out + rows.to(tl.int64)[:, None] * k + column[None, :]

@@ -128,7 +128,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
     fixed = _plan(
         x.device, bits, zeros is not None, fp8, group_size, n, k, kind, scales.dtype, is_by_row(codes)
     )
-    chunks, n_padded = codes.shape[1], scales.shape[1]
+    chunks, words = codes.shape[1], scales.shape[1]
     bm, bn, unroll, splits, warps, stages = config
     m = x.shape[0]
     tiles = -(-n // bn) * -(-m // bm)
@@ -150,7 +150,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
         n,
         k,
         x.stride(0),
-        n_padded,
+        words,
         chunks,
         chunks // unroll,
         **fixed,

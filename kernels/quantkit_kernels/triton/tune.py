@@ -57,7 +57,7 @@ class Problem:
         count = max(2, -(-_ROTATE * 8 // (n * k * bits)))
         for _ in range(count):
             codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            scales = torch.randn(-(-cut.groups // 2), blocks * ROWS, 2, device=device) / k**0.5
+            scales = torch.randn(blocks, -(-cut.groups // 2), ROWS, 2, device=device) / k**0.5
             copies.append((codes, scales.bfloat16()))
         return cls(bits, group, n, k, cut, copies)
 
