@@ -7,7 +7,7 @@ Around that core, each an option:
   the original gave on the original's inputs (D = 2/N sum (x_full - x) x^T);
 - sweeps (`refine`): cyclic coordinate descent on the same objective afterwards (QuantEase); monotone.
 
-Inside this file matrices are transposed, [K, N]: a column of W is then a contiguous row.
+Inside a chunk of rows matrices are transposed, [K, n], as in columns.py.
 """
 
 from __future__ import annotations
@@ -16,26 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.algorithms.columns import Grid, quadratic, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
-from quantkit.numerics.grid import codes, scale_and_zero
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-CHUNK_ELEMENTS = 1 << 20  # rows x K solved at a time
+CHUNK_ELEMENTS = 1 << 21  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
-
-
-@dataclass
-class _Grid:
-    """Per column of the permuted order: its scale and zero rows [G, N], and which row to use."""
-
-    scale: torch.Tensor
-    zero: torch.Tensor
-    group_of: list[int]
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -85,90 +76,6 @@ def column_order(diagonal: torch.Tensor, group: int, order: str) -> torch.Tensor
     groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
     inside = torch.argsort(by_group, dim=1, descending=True, stable=True)[groups]  # (K/G, G)
     return (inside + groups[:, None] * group).flatten()
-
-
-def solve(
-    weight: torch.Tensor,
-    factor: torch.Tensor,
-    grid: _Grid,
-    scheme: Scheme,
-    block: int,
-    dynamic: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column loop. weight: [K, N] in quantization order, overwritten. factor: of `inverse_factor`, same order.
-
-    Returns codes (float, [K, N]) and the scaled errors Err [K, N], for which
-    tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
-    dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
-    """
-    k = weight.shape[0]
-    group = scheme.group(k)
-    if dynamic is not None:
-        block = group  # a group then never straddles a pending update
-    out = torch.empty_like(weight)
-    errors = torch.empty_like(weight)
-    for start in range(0, k, block):
-        end = min(start + block, k)
-        if dynamic is not None:
-            lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
-            grid.scale[start // group], grid.zero[start // group] = scale_and_zero(lo, hi, scheme, dynamic)
-        back = slice(k - end, k - start)
-        u = factor[back, back].flip(0, 1)
-        for i in range(start, end):
-            g = grid.group_of[i]
-            scale, zero = grid.scale[g], grid.zero[g]
-            w = weight[i]
-            q = codes(w, scale, zero, scheme.qmax)
-            out[i] = q
-            e = torch.sub(q, zero, out=errors[i]).mul_(scale).sub_(w).neg_().div_(u[i - start, i - start])
-            if i + 1 < end:
-                weight[i + 1 : end].addr_(u[i - start, i - start + 1 :], e, alpha=-1)
-        if end < k:
-            weight[end:].addmm_(factor[back, : k - end].flip(0, 1).T, errors[start:end], alpha=-1)
-    return out, errors
-
-
-def sweep(
-    target: torch.Tensor,
-    hessian: torch.Tensor,
-    q: torch.Tensor,
-    grid: _Grid,
-    scheme: Scheme,
-    rounds: int,
-    block: int = 32,
-) -> int:
-    """Coordinate descent on tr(E H E^T), E = target - W_hat, over the codes `q` [K, N], changed in place.
-
-    With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
-    raise the objective. Returns the number of codes changed.
-    """
-    k = q.shape[0]
-    scale = grid.scale[grid.group_of]  # (K, N)
-    zero = grid.zero[grid.group_of]
-    value = (q - zero).mul_(scale)
-    gradient = hessian @ (target - value)
-    diagonal = hessian.diagonal().tolist()
-    changed = 0
-    for _ in range(rounds):
-        before = q.clone()
-        for start in range(0, k, block):
-            end = min(start + block, k)
-            old = value[start:end].clone()
-            h = hessian[start:end, start:end]
-            inside = gradient[start:end].clone()
-            for i in range(start, end):
-                best = torch.add(value[i], inside[i - start], alpha=1 / diagonal[i])
-                new = codes(best, scale[i], zero[i], scheme.qmax)
-                q[i] = new
-                new = new.sub_(zero[i]).mul_(scale[i])
-                inside.addr_(h[i - start], value[i] - new)
-                value[i] = new
-            gradient.addmm_(hessian[:, start:end], old.sub_(value[start:end]))
-        moved = int((q != before).sum())
-        changed += moved
-        if not moved:
-            break
-    return changed
 
 
 def retarget_shift(pull: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -299,18 +206,21 @@ class _Problem:
             weight[:, self.order] = target.T
         scale, zero = search_grid(weight, scheme, self.dtype, config.range, self.importance)  # (n, K/G)
         groups = (self.order // scheme.group(len(h))).tolist()
-        grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), groups)
+        grid = Grid(scale.T.contiguous(), zero.T.contiguous(), groups)
         dynamic = self.dtype if config.groups == "dynamic" else None
-        q, _ = solve(target.clone(), self.factor, grid, scheme, config.block, dynamic)
-        changed = sweep(target, h, q, grid, scheme, config.refine) if config.refine else 0
-        off = (q - grid.zero[groups]).mul_(grid.scale[groups]).sub_(target)
+        q, errors = solve(target.clone(), self.factor, grid, scheme, config.block, dynamic)
+        error, changed = float(errors.square_().sum()), 0
+        del errors
+        if config.refine:
+            changed, gained = sweep(target, h, q, grid, scheme, config.refine)
+            error = max(0.0, error + gained)
         codes_out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         codes_out[:, self.order] = q.T.to(torch.uint8)
         return _Rows(
             codes_out,
             grid.scale.T.contiguous().to(self.dtype),
             grid.zero.T.contiguous().to(torch.uint8),
-            float((off * (h @ off)).sum()),
-            float((target * (h @ target)).sum()),
+            error,
+            quadratic(h, target),
             changed,
         )

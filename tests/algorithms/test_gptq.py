@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from quantkit.algorithms.columns import Grid, solve, sweep
 from quantkit.algorithms.config import GptqConfig
-from quantkit.algorithms.gptq import _Grid, column_order, damped, inverse_factor, quantize, solve, sweep
+from quantkit.algorithms.gptq import column_order, damped, inverse_factor, quantize
 from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
@@ -52,7 +53,7 @@ def test_error_identity(bits, symmetric, order):
     perm = column_order(h.diagonal(), 32, order)
     h, w = h[perm][:, perm], w[:, perm]
     scale, zero = search_grid(weight_of(20, k), scheme, torch.float32)
-    grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), (perm // 32).tolist())
+    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (perm // 32).tolist())
     q, err = solve(w.T.clone().contiguous(), inverse_factor(h), grid, scheme, 40)
     off = w.T - (q - grid.zero[grid.group_of]) * grid.scale[grid.group_of]
     assert float((off * (h @ off)).sum()) == pytest.approx(float(err.square().sum()), rel=1e-9)
@@ -97,7 +98,7 @@ def test_sweeps_are_monotone_and_help():
     x, w, scheme = correlated(128, 600), weight_of(48, 128), Scheme(3, 32)
     h = damped(2 * x.T @ x / len(x), 0.01)
     scale, zero = search_grid(w, scheme, torch.float32)
-    grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(128) // 32).tolist())
+    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(128) // 32).tolist())
     q, _ = solve(w.T.clone().contiguous(), inverse_factor(h), grid, scheme, 32)
 
     def objective():
@@ -105,11 +106,23 @@ def test_sweeps_are_monotone_and_help():
         return float((off * (h @ off)).sum())
 
     values = [objective()]
-    for _ in range(4):
-        sweep(w.T, h, q, grid, scheme, 1, block=40)
+    for panel in (1000, 48, 40, 128):
+        _, gained = sweep(w.T, h, q, grid, scheme, 1, block=40, panel=panel)
         values.append(objective())
+        assert values[-1] - values[-2] == pytest.approx(gained, rel=1e-9, abs=1e-12)
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
     assert values[-1] < 0.98 * values[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": 3}, {"order": "activation"}, {"groups": "dynamic"}])
+def test_reported_error_is_that_of_the_codes(options):
+    """The loops keep count of it instead of multiplying by H once more."""
+    x, w = correlated(300, 800), weight_of(24, 300)
+    out = run(w, x, Scheme(3, 60, False), **options)
+    h = damped(2 * x.T @ x / len(x), out.details["damping"])
+    off = w - out.weight.dequantize(w.dtype)
+    wanted = float((off @ h * off).sum() / (w @ h * w).sum())
+    assert out.details["relative_error"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_positive_multiple_of_hessian_changes_nothing():
@@ -150,7 +163,7 @@ def test_weight_already_on_the_grid_is_unchanged():
     x, scheme = correlated(64, 300), Scheme(4, 32)
     h = damped(2 * x.T @ x / len(x), 0.01)
     scale, zero = search_grid(weight_of(16, 64), scheme, torch.float32)
-    grid = _Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(64) // 32).tolist())
+    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(64) // 32).tolist())
     before = rtn(weight_of(16, 64), scheme, torch.float32)
     q, err = solve(before.dequantize(torch.float64).T.contiguous(), inverse_factor(h), grid, scheme, 32)
     assert torch.equal(q.T.to(torch.uint8), before.codes)

@@ -1,0 +1,137 @@
+"""GPTQ's loops over the columns of a weight: one pass that spreads each error, and sweeps that go over all again.
+
+Matrices are transposed, [K, N]: a column of W is then a contiguous row. All of a matrix is in one order of columns.
+Inside the loops a code is its level q - zero, between -zero and qmax - zero, so that w_hat = level * scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.numerics.grid import scale_and_zero
+from quantkit.scheme import Scheme
+
+
+@dataclass
+class Grid:
+    """The grid of every column: rows [G, N] of scales and zero points, and which of them a column uses."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    group_of: list[int]
+
+    def values(self, q: torch.Tensor) -> torch.Tensor:
+        """w_hat [K, N] of codes."""
+        return (q - self.zero[self.group_of]).mul_(self.scale[self.group_of])
+
+
+def solve(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    grid: Grid,
+    scheme: Scheme,
+    block: int,
+    dynamic: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column loop. weight: [K, N] in quantization order, overwritten. factor: of `inverse_factor`, same order.
+
+    Returns codes (float, [K, N]) and the scaled errors Err [K, N], for which
+    tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
+    dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
+    """
+    k = weight.shape[0]
+    group = scheme.group(k)
+    if dynamic is not None:
+        block = group  # a group then never straddles a pending update
+    out = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
+    for start in range(0, k, block):
+        end = min(start + block, k)
+        if dynamic is not None:
+            lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
+            grid.scale[start // group], grid.zero[start // group] = scale_and_zero(lo, hi, scheme, dynamic)
+        low, high = -grid.zero, scheme.qmax - grid.zero
+        back = slice(k - end, k - start)
+        u = factor[back, back].flip(0, 1)
+        pivots = u.diagonal().tolist()
+        for i in range(start, end):
+            j, g = i - start, grid.group_of[i]
+            w, scale = weight[i], grid.scale[g]
+            level = torch.div(w, scale, out=out[i]).round_().clamp_(low[g], high[g])
+            error = torch.addcmul(w, level, scale, value=-1, out=errors[i]).div_(pivots[j])
+            weight[i + 1 : end].addr_(u[j, j + 1 :], error, alpha=-1)
+        out[start:end] += grid.zero[grid.group_of[start:end]]
+        if end < k:
+            weight[end:].addmm_(factor[back, : k - end].flip(0, 1).T, errors[start:end], alpha=-1)
+    return out, errors
+
+
+def sweep(
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    q: torch.Tensor,
+    grid: Grid,
+    scheme: Scheme,
+    rounds: int,
+    block: int = 32,
+    panel: int = 256,
+) -> tuple[int, float]:
+    """Coordinate descent on tr(E H E^T), E = target - W_hat, over the codes `q` [K, N], changed in place.
+
+    With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
+    raise the objective. G is taken anew for every panel of columns and kept up to date inside it. Returns the number of
+    codes changed and by how much the objective did (<= 0 but for rounding).
+    """
+    k = q.shape[0]
+    value = grid.values(q)
+    error = target - value
+    changed, gained = 0, 0.0
+    for _ in range(rounds):
+        moved = 0
+        for first in range(0, k, panel):
+            last = min(first + panel, k)
+            gradient = hessian[first:last] @ error
+            before, slope = error[first:last].clone(), gradient.clone()
+            for start in range(first, last, block):
+                end = min(start + block, last)
+                inside = gradient[start - first : end - first].clone()
+                _descend(value[start:end], inside, hessian[start:end, start:end], start, grid, scheme.qmax)
+                now = target[start:end] - value[start:end]
+                gradient.addmm_(hessian[first:last, start:end], now - error[start:end])
+                error[start:end] = now
+            moves = error[first:last] - before
+            gained += float(slope.add_(gradient).mul_(moves).sum())
+            moved += int(moves.count_nonzero())
+        changed += moved
+        if not moved:
+            break
+    q.copy_(value.div_(grid.scale[grid.group_of]).round_().add_(grid.zero[grid.group_of]))
+    return changed, gained
+
+
+def _descend(
+    value: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, at: int, grid: Grid, qmax: int
+) -> None:
+    """One step for every column of a block, in order. value, gradient [B, N]: changed; `at`: its first column."""
+    low, high = -grid.zero, qmax - grid.zero
+    for j, pivot in enumerate(hessian.diagonal().tolist()):
+        g = grid.group_of[at + j]
+        scale, old = grid.scale[g], value[j]
+        new = torch.add(old, gradient[j], alpha=1 / pivot).div_(scale)
+        new.round_().clamp_(low[g], high[g]).mul_(scale)
+        gradient[j + 1 :].addr_(hessian[j, j + 1 :], old.sub_(new))
+        old.copy_(new)
+
+
+def quadratic(hessian: torch.Tensor, w: torch.Tensor) -> float:
+    """tr(W^T H W) for w [K, N] and a symmetric H [K, K], of which the tiles on and above the diagonal are read."""
+    k = len(hessian)
+    tile = max(128, -(-k // 8))
+    total = 0.0
+    for a in range(0, k, tile):
+        b = a + tile
+        total += float((w[a:b] * (hessian[a:b, a:b] @ w[a:b])).sum())
+        total += 2 * float((w[a:b] * (hessian[a:b, b:] @ w[b:])).sum())
+    return total
