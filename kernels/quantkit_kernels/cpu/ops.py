@@ -1,8 +1,9 @@
 """The op on the native layout, and the way between that layout and the tensors on disk.
 
-`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)`
+`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)`
     x [..., K] fp32, bf16 or fp16; units uint8 [B] from `pack`; bias fp32 [N] or None; returns [..., N] in
-    x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token.
+    x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token. table: 0, or 1 NF4 and 2 FP8
+    E4M3, whose codes index a table instead of being numbers (`pack_codes`); they take compute float only.
 
 The dispatcher and an implementation in Python take longer than a small weight does. So `linear` is the same without
 them where they would add nothing, and `bind` is that for one weight, checked once.
@@ -22,17 +23,18 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-from quantkit_kernels.bits import words
+from quantkit_kernels.bits import pack_bits, words
 from quantkit_kernels.cpu import library
 
 FLOAT, INT8_GROUP, INT8_TOKEN, HALVES = range(4)  # qk::Compute
 BITS = (2, 3, 4, 8)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TABLES = {None: 0, "nf4": 1, "fp8_e4m3": 2}
+_TABLES = {None: 0, "nf4": 1, "fp8_e4m3": 2}  # qk::Table
+_TABLE_BITS = {"nf4": 4, "fp8_e4m3": 8}
 _SCHEMA = (
     "(Tensor x, Tensor units, Tensor? bias, int bits, int group_size, int n, int k, bool symmetric, "
-    "int compute, float scale_factor, bool wide_scales) -> Tensor"
+    "int compute, float scale_factor, bool wide_scales, int table=0) -> Tensor"
 )
 
 
@@ -74,6 +76,12 @@ class Packed(NamedTuple):
         c, scales = library.required(), (self.scale_factor, self.wide_scales)
         return _bound(c, units.data_ptr(), units.numel(), dtype, *facts, *scales, _TABLES[self.table])
 
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, compute: int = FLOAT) -> torch.Tensor:
+        """x [..., K] W^T + bias, [..., N] in x's dtype."""
+        facts = (self.bits, self.group_size, self.n, self.k, self.symmetric, compute)
+        scales = (self.scale_factor, self.wide_scales, _TABLES[self.table])
+        return linear(x, self.units, None if bias is None else bias.float(), *facts, *scales)
+
 
 def refuses(bits: int, group_size: int, k: int) -> str | None:
     """Why the native kernels cannot run this scheme, or None."""
@@ -109,7 +117,7 @@ def pack(
     table: None for integers, "nf4" (4 bits) or "fp8_e4m3" (8 bits) for codes that index a table.
     """
     group_size = k // scale.shape[1]
-    reason = refuses(bits, group_size, k)
+    reason = refuses(bits, group_size, k) or _table_refuses(table, bits, zero_packed)
     if reason:
         raise ValueError(reason)
     for name, tensor, shape in (
@@ -141,6 +149,33 @@ def pack(
     zeros = None if zero_packed is None else zero_packed.data_ptr()
     c.qk_pack(weight, units.data_ptr(), packed.data_ptr(), scale.data_ptr(), zeros)
     return out._replace(units=units)
+
+
+def pack_codes(codes: torch.Tensor, scale: torch.Tensor, table: str) -> Packed:
+    """Weights stored by table: codes uint8 [N, K], scale [N, K/G]; w = table[code] * scale, exactly as stored.
+
+    table: "nf4", codes 0 to 15 in the order of QLoRA (Dettmers et al. 2023, appendix E), or "fp8_e4m3", codes the bytes
+    of a float8_e4m3fn tensor (`.view(torch.uint8)`).
+    """
+    if codes.dim() != 2 or scale.dim() != 2 or len(scale) != len(codes) or scale.shape[1] == 0:
+        raise ValueError(
+            f"codes are [N, K] and scale [N, K/G], got {list(codes.shape)} and {list(scale.shape)}"
+        )
+    n, k = codes.shape
+    if k % scale.shape[1]:
+        raise ValueError(f"{k} columns do not divide into {scale.shape[1]} groups")
+    bits = _TABLE_BITS.get(table)
+    if bits is None:
+        raise ValueError(f"unknown table {table!r}; known: {', '.join(_TABLE_BITS)}")
+    return pack(pack_bits(codes, bits), scale, None, bits, n, k, table)
+
+
+def _table_refuses(table: str | None, bits: int, zero_packed: torch.Tensor | None) -> str | None:
+    if table is None:
+        return None
+    if bits != _TABLE_BITS[table]:
+        return f"codes of {table} have {_TABLE_BITS[table]} bits, not {bits}"
+    return None if zero_packed is None else f"codes of {table} have no zero points"
 
 
 def unpack(weight: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -190,10 +225,10 @@ def _check_bias(bias, n) -> None:
         raise ValueError(f"bias must be contiguous fp32 [{n}], got {bias.dtype} {list(bias.shape)}")
 
 
-def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
     if bias is not None:
         _check_bias(bias, n)
-    weight = (x.dtype, bits, group_size, n, k, scale_factor, wide_scales)
+    weight = (x.dtype, bits, group_size, n, k, scale_factor, wide_scales, table)
     call = None
     if units.dtype is torch.uint8 and units.is_contiguous():
         call = _bound(library.required(), units.data_ptr(), units.numel(), *weight)
@@ -239,7 +274,7 @@ def _bound(c, at, size, dtype, bits, group_size, n, k, scale_factor, wide_scales
             struct, pointer(x.data_ptr()), kind, m, compute, pointer(y.data_ptr()), kind, threads()
         )
         if status:
-            raise _failure(status)
+            raise _failure(status, compute, table)
         return y
 
     return call
@@ -251,12 +286,17 @@ def run(x: torch.Tensor, weight: library.Weight, m: int, compute: int, y: torch.
     linear = library.required().qk_linear
     status = linear(weight, x.data_ptr(), kind, m, compute, y.data_ptr(), kind, torch.get_num_threads())
     if status:
-        raise _failure(status)
+        raise _failure(status, compute, weight.table)
 
 
-def _failure(status: int) -> Exception:
+def _failure(status: int, compute: int, table: int) -> Exception:
     library.isa()  # says so if the forced instruction set is missing
-    return RuntimeError("no memory" if status == 2 else "tables and odd groups do not run with this compute")
+    if status == 2:
+        return RuntimeError("no memory")
+    if table and compute in (INT8_GROUP, INT8_TOKEN):
+        name = next(name for name, number in _TABLES.items() if number == table)
+        return ValueError(f"weights stored by table ({name}) have no compute int8; use compute float")
+    return ValueError("the native kernels do not take these bits, this group or this table")
 
 
 def plain(x: torch.Tensor) -> bool:
@@ -279,15 +319,18 @@ def direct(x: torch.Tensor) -> bool:
     )
 
 
-def linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+def linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
     """`cpu_linear`, past the dispatcher if it may be."""
     past = direct(x) and plain(units) and (bias is None or plain(bias))
     call = _run if past else cpu_linear
-    return call(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales)
+    facts = (bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)
+    return call(x, units, bias, *facts)
 
 
-def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales):
+def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
     _check(x, units, bias, bits, group_size, n, k, wide_scales)
+    if table and compute in (INT8_GROUP, INT8_TOKEN):
+        raise _failure(1, compute, table)
     return x.new_empty((*x.shape[:-1], n))
 
 

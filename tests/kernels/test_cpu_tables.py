@@ -1,0 +1,192 @@
+"""Weights stored by table, NF4 and FP8 E4M3, on every path of the native CPU kernels against fp64."""
+
+import pytest
+import torch
+from cpu_paths import DTYPES, assert_close
+from quantkit_kernels import pack_bits
+from quantkit_kernels.cpu import library, ops
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
+
+TABLES = ("nf4", "fp8_e4m3")
+# [N, K] and group: ragged rows; per channel ragged columns too.
+SHAPES = [(37, 192, 32), (37, 192, 64), (37, 384, 128), (18, 512, 256), (37, 203, 203)]
+NAN = 0x7F
+
+
+def nf4_values():
+    """fp64 [16], from the definition: quantiles of the normal distribution, one side and then the other."""
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1)
+    most = 1 - 0.5 * (1 / 32 + 1 / 30)
+    positive = normal.icdf(torch.linspace(most, 0.5, 9, dtype=torch.float64))[:-1]
+    negative = -normal.icdf(torch.linspace(most, 0.5, 8, dtype=torch.float64))[:-1]
+    return torch.cat([negative, torch.zeros(1), positive.flip(0)]) / positive.max()
+
+
+def values_of(table):
+    """fp64 [16] or [256]: what each code stands for."""
+    if table == "nf4":
+        return nf4_values()
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+
+
+def table_weight(table, n, k, group, scale_dtype=torch.float16):
+    """(codes uint8 [N, K], scale [N, K/G], W [N, K] in fp64); in row 1 only small codes, of FP8 all subnormal."""
+    g = torch.Generator().manual_seed(n + k + group)
+    codes = torch.randint(0, 16 if table == "nf4" else 256, (n, k), dtype=torch.uint8, generator=g)
+    codes[(codes & 127) == NAN] = 0
+    codes[1] &= 0x87
+    scale = (torch.randn(n, k // group, generator=g) * 0.05).to(scale_dtype)
+    scale[0, 0] = 0
+    return codes, scale, values_of(table)[codes.long()] * scale.double().repeat_interleave(group, 1)
+
+
+def run(weight, x, bias=None):
+    """What the bare call leaves in memory that held NaN, and every other way of calling gives as well."""
+    y = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
+    ops.run(x, weight.weight(bias=bias), x.shape[0], ops.FLOAT, y)
+    facts = (weight.bits, weight.group_size, weight.n, weight.k, True, ops.FLOAT)
+    scales = (weight.scale_factor, weight.wide_scales, 1 + TABLES.index(weight.table))
+    by_op = ops.cpu_linear(x, weight.units, bias, *facts, *scales)
+    for found in (by_op, weight.linear(x, bias), weight.bind(x.dtype)(x, bias, ops.FLOAT)):
+        torch.testing.assert_close(found, y, rtol=0, atol=0, equal_nan=True)
+    return y
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+def test_close_to_fp64_for_any_number_of_tokens(path, table, n, k, group):
+    codes, scale, w = table_weight(table, n, k, group)
+    weight = ops.pack_codes(codes, scale, table)
+    g = torch.Generator().manual_seed(k)
+    tokens = torch.randn(33, k, generator=g)
+    for m in range(1, 34):
+        for dtype in DTYPES if m in (1, 2, 8, 16, 33) else DTYPES[m % 3 :][:1]:
+            x = tokens[:m].to(dtype)
+            bias = torch.randn(n, generator=g) if m % 2 else None
+            y = run(weight, x, bias)
+            limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+            truth = x.double() @ w.T + (0 if bias is None else bias.double())
+            assert_close(f"{path} {table} g{group} m={m} {dtype}", y, truth, limit)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_agrees_with_the_portable_path_within_fp32_rounding(path, table):
+    for n, k, group in SHAPES:
+        weight = ops.pack_codes(*table_weight(table, n, k, group, torch.float32)[:2], table)
+        assert weight.wide_scales
+        x = torch.randn(23, k, generator=torch.Generator().manual_seed(k))
+        found = {m: run(weight, x[:m]) for m in (1, 3, 4, 6, 8, 23)}
+        library.set_isa("portable")
+        for m, y in found.items():
+            expected = run(weight, x[:m])
+            worst = (y - expected).abs() / expected.square().mean(0).sqrt().clamp(min=1e-3)
+            assert worst.max() < (1e-5 if m > 1 else 1e-4), f"{table} g{group} m={m}"
+        library.set_isa(path.removeprefix("emulated-"))
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("m", [1, 2, 7, 32])
+def test_every_code_is_its_value_exactly(path, table, m):
+    """Tokens of one 1 each read the weight back; fp32 subnormals taken for zero, as a caller may ask, do no harm."""
+    values = values_of(table)
+    codes = torch.arange(len(values), dtype=torch.uint8)
+    codes[(codes & 127) == NAN] = 0
+    codes = codes.repeat(512 // len(codes)).view(16, 32)
+    weight = ops.pack_codes(codes, torch.ones(16, 1), table)
+    flushing = path.startswith("avx") and torch.set_flush_denormal(True)
+    try:
+        back = torch.cat([run(weight, x.contiguous()) for x in torch.eye(32).split(m)]).T
+    finally:
+        assert not flushing or torch.set_flush_denormal(False)
+    # The published NF4 values were computed in fp32.
+    torch.testing.assert_close(
+        back.double(), values[codes.long()], rtol=0, atol=3e-7 if table == "nf4" else 0
+    )
+    library.set_isa("portable")
+    assert torch.equal(back, run(weight, torch.eye(32)).T)
+    library.set_isa(path.removeprefix("emulated-"))
+
+
+@pytest.mark.parametrize("code", [NAN, NAN | 128])
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+def test_a_nan_code_reaches_its_own_row_only(path, code, n, k, group):
+    codes, scale, _ = table_weight("fp8_e4m3", n, k, group)
+    for column in (0, 33, k - 1):
+        bad = codes.clone()
+        bad[3, column] = code
+        for m in (1, 9):
+            y = run(ops.pack_codes(bad, scale, "fp8_e4m3"), torch.ones(m, k))
+            assert y[:, 3].isnan().all()
+            assert y[:, torch.arange(n) != 3].isfinite().all()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_nan_or_an_infinity_reaches_its_own_token_only(path, table):
+    weight = ops.pack_codes(*table_weight(table, 32, 256, 128)[:2], table)
+    for m in (3, 20):
+        for bad in (float("nan"), float("inf")):
+            x = torch.ones(m, 256)
+            x[1, 130] = bad
+            finite = run(weight, x).isfinite()
+            assert finite[[0, 2]].all()
+            assert not finite[1].all()
+            assert bad == float("inf") or not finite[1].any()
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_layout_converts_back_exactly(table, scale_dtype):
+    for n, k, group in SHAPES:
+        codes, scale, _ = table_weight(table, n, k, group, scale_dtype)
+        codes[2, 5] |= NAN if table != "nf4" else 0
+        packed, back, zero = ops.unpack(ops.pack_codes(codes, scale, table))
+        assert torch.equal(packed, pack_bits(codes, 4 if table == "nf4" else 8))
+        assert torch.equal(back, scale)
+        assert back.dtype == scale_dtype
+        assert zero is None
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("compute", [ops.INT8_GROUP, ops.INT8_TOKEN])
+def test_int8_activations_are_refused(path, table, compute):
+    weight = ops.pack_codes(*table_weight(table, 16, 64, 32)[:2], table)
+    x = torch.ones(2, 64)
+    says = rf"weights stored by table \({table}\) have no compute int8; use compute float"
+    with pytest.raises(ValueError, match=says):
+        weight.linear(x, compute=compute)
+    with pytest.raises(ValueError, match=says):
+        ops.run(x, weight.weight(), 2, compute, torch.empty(2, 16))
+    facts = (weight.bits, 32, 16, 64, True, compute, weight.scale_factor, weight.wide_scales)
+    with pytest.raises(ValueError, match=says):
+        ops.cpu_linear(x.to("meta"), weight.units.to("meta"), None, *facts, 1 + TABLES.index(table))
+
+
+def test_what_is_no_table_weight_is_refused():
+    codes, scale = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 2)
+    with pytest.raises(ValueError, match="unknown table 'fp4'; known: nf4, fp8_e4m3"):
+        ops.pack_codes(codes, scale, "fp4")
+    with pytest.raises(ValueError, match="code 16 does not fit in 4 bits"):
+        ops.pack_codes(codes + 16, scale, "nf4")
+    with pytest.raises(ValueError, match="64 columns do not divide into 3 groups"):
+        ops.pack_codes(codes, torch.ones(16, 3), "nf4")
+    with pytest.raises(ValueError, match=r"codes are \[N, K\] and scale \[N, K/G\]"):
+        ops.pack_codes(codes, torch.ones(15, 2), "nf4")
+    with pytest.raises(ValueError, match="not 16"):
+        ops.pack_codes(codes, torch.ones(16, 4), "nf4")
+    with pytest.raises(TypeError, match="codes must be uint8"):
+        ops.pack_codes(codes.int(), scale, "nf4")
+    with pytest.raises(ValueError, match="codes of nf4 have 4 bits, not 8"):
+        ops.pack(pack_bits(codes, 8), scale, None, 8, 16, 64, "nf4")
+    with pytest.raises(ValueError, match="codes of fp8_e4m3 have no zero points"):
+        ops.pack(pack_bits(codes, 8), scale, torch.zeros(4, 2, dtype=torch.int32), 8, 16, 64, "fp8_e4m3")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_op_passes_opcheck(table):
+    w = ops.pack_codes(*table_weight(table, 20, 64, 32)[:2], table)
+    facts = (w.bits, 32, 20, 64, True, ops.FLOAT, w.scale_factor, w.wide_scales, 1 + TABLES.index(table))
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (torch.ones(2, 64), w.units, torch.zeros(20), *facts)
+    result = torch.library.opcheck(ops.cpu_linear, args, test_utils=checks)
+    assert set(result.values()) == {"SUCCESS"}
