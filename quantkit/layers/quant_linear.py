@@ -12,11 +12,11 @@ from torch import nn
 
 from quantkit.errors import BackendError
 from quantkit.formats.compressed_tensors import DTYPES, pack, stored_shapes
-from quantkit.layers.siblings import UNITS, Siblings
+from quantkit.layers.siblings import LAYOUT, Siblings, unwatched
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-_LAYOUT = "layout_"
+_UNITS = LAYOUT + "units"
 _NUMBERS = {name: number for number, name in enumerate(quantkit_kernels.COMPUTES)}
 
 
@@ -28,7 +28,7 @@ class QuantLinear(nn.Module):
     if symmetric); bias: Parameter [N] or None. x [..., K] of any float dtype; y has x's dtype.
     """
 
-    siblings: Siblings | None = None  # those that natively run together with this one
+    siblings: Siblings | None = None  # those that run together with this one
     _bound: tuple[torch.Tensor, int, Callable[..., torch.Tensor]] | None = None  # units, address, call
 
     def __init__(
@@ -96,7 +96,7 @@ class QuantLinear(nn.Module):
         if layout is not None:
             for part, value in layout.items():
                 if isinstance(value, torch.Tensor):
-                    self.register_buffer(_LAYOUT + part, value, persistent=False)
+                    self.register_buffer(LAYOUT + part, value, persistent=False)
                 else:
                     self._facts[part] = value
             self.prepared = tuple(part for part in layout if part not in self._facts)
@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
     @property
     def layout(self) -> dict[str, Any]:
         """The backend's layout; empty if it runs on the stored tensors."""
-        return {part: getattr(self, _LAYOUT + part) for part in self.prepared} | self._facts
+        return {part: getattr(self, LAYOUT + part) for part in self.prepared} | self._facts
 
     @property
     def cpu_packed(self) -> Any:
@@ -117,7 +117,7 @@ class QuantLinear(nn.Module):
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
         for part in self.prepared:
-            setattr(self, _LAYOUT + part, place(getattr(self, _LAYOUT + part)))
+            setattr(self, LAYOUT + part, place(getattr(self, LAYOUT + part)))
         self._forget()
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -135,9 +135,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
+        if self.backend == "triton" and self.siblings is not None:
+            y = self._with_siblings(x)
+            return self._dispatched(x) if y is None else y
         if self.backend != "cpu" or not ops.direct(x) or x.dtype is not self._dtype:
             return self._dispatched(x)
-        units, bound = self._buffers[UNITS], self._bound
+        units, bound = self._buffers[_UNITS], self._bound
         if bias is not None and not ops.plain(bias):
             return self._dispatched(x)
         if self.siblings is not None:
@@ -149,6 +152,13 @@ class QuantLinear(nn.Module):
                 return self._dispatched(x)
             self._bound = bound = units, units.data_ptr(), self.cpu_packed.bind(self._dtype)
         return bound[2](x, bias, _NUMBERS[self.compute])
+
+    def _with_siblings(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The result by one op for all siblings; None if this has to run alone."""
+        if not unwatched(x) or x.dtype is not self._dtype:
+            return None
+        first = self._buffers[LAYOUT + self.prepared[0]]
+        return self.siblings.run(self, x, first, self.bias) if x.device == first.device else None
 
     def _dispatched(self, x: torch.Tensor) -> torch.Tensor:
         """The result by the ops; what `forward` gives without torch's dispatcher where nobody looks at it."""

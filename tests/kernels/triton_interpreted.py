@@ -154,3 +154,20 @@ def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
     monkeypatch.setattr(selfcheck, "launch", half)
     found = selfcheck.compare(torch.device("cpu"), 4, 128, True, True, torch.float16)
     assert "4 bits on 1 tokens are not what the reference computes" in found
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 128, False), (3, 64, True), (8, 384, False)])
+def test_weights_behind_each_other_run_as_one(bits, group, symmetric):
+    rows, k = (64, 192, 128), 384
+    built = [layout.build(*exact_weight(bits, n, k, group, symmetric), bits, n, k) for n in rows]
+    joint = [None if parts[0] is None else torch.cat(parts) for parts in zip(*built, strict=True)]
+    bias, x = integers(sum(rows), seed=1), integers(3, k).half()
+    y = triton_linear(x, *joint, bias, bits, group, sum(rows), k)
+    done = 0
+    for n, single in zip(rows, built, strict=True):
+        mine = slice(done, done + n)
+        alone = triton_linear(x, *single, bias[mine], bits, group, n, k)
+        views = [None if t is None else t[done // 64 : (done + n) // 64] for t in joint]
+        assert torch.equal(y[:, mine], alone)
+        assert torch.equal(triton_linear(x, *views, bias[mine], bits, group, n, k), alone)
+        done += n
