@@ -85,14 +85,15 @@ void table_blocks(const S &source, const Unit &u, const Activations &a, int line
 }
 
 // Up to D::DECODED tokens share a value while it is in a register, more share it from a panel, D::TOKENS at a time.
+// The products from a panel read nothing from memory for long; meanwhile the next unit comes.
 template <class D>
 void table_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
     const D decoder;
     const int lines = a.columns * D::BITS / 32;
-    if (r1 - r0 <= D::DECODED)
-        table_blocks<D, D::DECODED>(decoder, u, a, lines, i, r0, r1, acc);
-    else
-        table_blocks<D, D::TOKENS>(Panel<D>(decoder, u.codes, lines), u, a, lines, i, r0, r1, acc);
+    if (r1 - r0 <= D::DECODED) return table_blocks<D, D::DECODED>(decoder, u, a, lines, i, r0, r1, acc);
+    const Panel<D> panel(decoder, u.codes, lines);
+    prefetch(u.codes + lines * 64, size_t(lines + 1) * 64);
+    table_blocks<D, D::TOKENS>(panel, u, a, lines, i, r0, r1, acc);
 }
 
 }  // namespace

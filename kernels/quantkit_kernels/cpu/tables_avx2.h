@@ -55,7 +55,8 @@ struct Nf4Eights : Eights {
         for (int h = 0; h < 2; ++h) {
             const __m256i index = _mm256_srli_epi32(line.half[h], shift);
             const __m256 bit = _mm256_castsi256_ps(_mm256_slli_epi32(line.half[h], 28 - shift));
-            value[h] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), bit);
+            const __m256 below = _mm256_permutevar8x32_ps(low, index), above = _mm256_permutevar8x32_ps(high, index);
+            value[h] = _mm256_blendv_ps(below, above, bit);
         }
     }
     static void scale_and_add(const Vector (&sum)[2], const Scales &scales, float *acc) { add_rows(sum, scales, acc); }
@@ -82,8 +83,9 @@ struct Fp8Eights : Eights {
     }
     struct Scales : Eights::Scales {
         explicit Scales(const Unit &u) : Eights::Scales(u) {
+            const uint8_t *zeros = u.scales + (u.wide ? 64 : 32);
             for (int h = 0; h < 2; ++h)
-                half[h] = _mm256_fmadd_ps(half[h], _mm256_set1_ps(256.f), halves(u.scales + (u.wide ? 64 : 32) + 16 * h));
+                half[h] = _mm256_fmadd_ps(half[h], _mm256_set1_ps(256.f), halves(zeros + 16 * h));
         }
     };
     static void scale_and_add(const Vector (&sum)[4], const Scales &scales, float *acc) {
