@@ -135,10 +135,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
-        if self.backend == "triton" and self.siblings is not None:
+        if self.backend != "cpu":
             y = self._with_siblings(x)
             return self._dispatched(x) if y is None else y
-        if self.backend != "cpu" or not ops.direct(x) or x.dtype is not self._dtype:
+        if not ops.direct(x) or x.dtype is not self._dtype:
             return self._dispatched(x)
         units, bound = self._buffers[_UNITS], self._bound
         if bias is not None and not ops.plain(bias):
@@ -155,7 +155,7 @@ class QuantLinear(nn.Module):
 
     def _with_siblings(self, x: torch.Tensor) -> torch.Tensor | None:
         """The result by one op for all siblings; None if this has to run alone."""
-        if not unwatched(x) or x.dtype is not self._dtype:
+        if self.siblings is None or not unwatched(x) or x.dtype is not self._dtype:
             return None
         first = self._buffers[LAYOUT + self.prepared[0]]
         return self.siblings.run(self, x, first, self.bias) if x.device == first.device else None

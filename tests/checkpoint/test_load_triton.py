@@ -1,0 +1,101 @@
+"""A checkpoint loaded onto the Triton storage, whose twin runs on the CPU: one copy, run as one, given back exactly."""
+
+import copy
+
+import pytest
+import torch
+from quantkit_kernels.triton import backend
+
+import quantkit
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.scheme import Scheme
+
+ASYM = Scheme(4, 32, False)
+IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def folder(packed_llama, monkeypatch):
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+    sizes = {"intermediate_size": 128, "num_key_value_heads": 4, "attention_bias": True}
+    return packed_llama(ASYM, **sizes)[0]
+
+
+def load(folder, **options):
+    return quantkit.load(
+        folder, **({"device": "cpu", "backend": "triton", "dtype": torch.bfloat16} | options)
+    )
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def linears(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def groups(model):
+    found = {}
+    for name, module in linears(model).items():
+        if module.siblings is not None:
+            found.setdefault(module.siblings, []).append(name)
+    return found
+
+
+def alone(model):
+    for module in linears(model).values():
+        module.siblings = None
+    return model
+
+
+def storages(model):
+    tensors = [t for m in linears(model).values() for t in (m.layout_codes, m.layout_scales, m.layout_zeros)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}, tensors
+
+
+def test_siblings_run_as_one_on_one_copy(folder):
+    model = load(folder)
+    assert sorted(map(len, groups(model).values())) == [2, 2, 3, 3]
+    close = {"rtol": 0, "atol": 0.1}
+    torch.testing.assert_close(logits(model), logits(alone(load(folder))), **close)
+    for group in groups(model):
+        assert group._made.call is not None
+        assert group._local.slot is None
+    kept, tensors = storages(model)
+    assert len(kept) == 2 * 3 * 4  # two layers, codes and scales and zeros, of qkv, o, gate and up, down
+    assert sum(kept.values()) == sum(t.nbytes for t in tensors)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert not groups(twin).keys() & groups(model).keys()
+    assert sum(storages(twin)[0].values()) == sum(kept.values())
+
+
+def test_saving_writes_what_was_loaded(folder, tmp_path):
+    model = load(folder)
+    logits(model)
+    model.save_pretrained(tmp_path / "again")
+    before = load(folder, backend="reference").state_dict()
+    after = load(tmp_path / "again", backend="reference").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_hooks_of_accelerate_change_nothing(folder, tmp_path):
+    names = (
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    )
+    model = load(folder)
+    hooked = load(folder, device=None, device_map=dict.fromkeys(names, "cpu"))
+    assert len(groups(hooked)) == 4
+    assert torch.equal(logits(hooked), logits(model))
+    places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
+    options = {"device": None, "backend": None, "device_map": places, "offload_folder": tmp_path / "offload"}
+    offloaded = load(folder, **options)
+    assert all(module.backend != "triton" for module in linears(offloaded).values())
