@@ -17,37 +17,30 @@ struct Eights {  // vectors of eight floats
     static Vector load_floats(const float *from) { return _mm256_loadu_ps(from); }
     static void store(float *to, Vector v) { _mm256_storeu_ps(to, v); }
 
-    struct Line {
-        __m256i half[2];
-    };
-    static Line load(const uint8_t *codes, int line) {
-        const auto *from = reinterpret_cast<const __m256i *>(codes) + 2 * line;
-        return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
+    static __m256i half_line(const uint8_t *codes, int half) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes) + half);
     }
-
     static __m256 halves(const uint8_t *from) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
     }
-    struct Scales {
-        __m256 half[2];
-        explicit Scales(const Unit &u) {
-            for (int h = 0; h < 2; ++h)
-                half[h] = u.wide ? _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales) + 8 * h)
-                                 : halves(u.scales + 16 * h);
-        }
-    };
-    static void add_rows(const __m256 (&sum)[2], const Scales &scales, float *acc) {
-        for (int h = 0; h < 2; ++h)
-            _mm256_storeu_ps(acc + 8 * h, _mm256_fmadd_ps(sum[h], scales.half[h], _mm256_loadu_ps(acc + 8 * h)));
+    static __m256 scales(const Unit &u, int half) {
+        return u.wide ? _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales) + 8 * half)
+                      : halves(u.scales + 16 * half);
     }
 };
 
-// A step is one column of 16 rows.
+// A step is one column of 16 rows, lanes are rows.
 struct Nf4Eights : Eights {
-    static constexpr int BITS = 4, STEPS = 8, PARTS = 2, OPERAND = 1, DECODED = 4, TOKENS = 6;
+    static constexpr int BITS = 4, BANDS = 1, STEPS = 8, PARTS = 2, OPERAND = 1, DECODED = 4, TOKENS = 6;
+    struct Line {
+        __m256i half[2];
+    };
     __m256 low, high;
 
     Nf4Eights() : low(_mm256_loadu_ps(table_values(NF4))), high(_mm256_loadu_ps(table_values(NF4) + 8)) {}
+    static Line load(const uint8_t *codes, int line, int) {
+        return {{half_line(codes, 2 * line), half_line(codes, 2 * line + 1)}};
+    }
     static Vector broadcast(const float *x) { return _mm256_broadcast_ss(x); }
     // The permutation looks at three bits of a lane, the blend at its sign.
     void decode(const Line &line, int step, Vector *value) const {
@@ -59,42 +52,35 @@ struct Nf4Eights : Eights {
             value[h] = _mm256_blendv_ps(below, above, bit);
         }
     }
-    static void scale_and_add(const Vector (&sum)[2], const Scales &scales, float *acc) { add_rows(sum, scales, acc); }
+    static void rows(const Vector (&sum)[2], Vector (&out)[2]) { out[0] = sum[0], out[1] = sum[1]; }
 };
 
-// A step is the even or the odd columns of four, as fp16 times 2^-8, whose conversion takes subnormals too: a vector is
-// four rows by two columns. NaN codes come with the scales.
+// A step is the even or the odd columns of four, as fp16 times 2^-8, whose conversion takes subnormals too: a
+// vector is four rows by two columns. NaN codes come with the scales.
 struct Fp8Eights : Eights {
-    static constexpr int BITS = 8, STEPS = 2, PARTS = 4, OPERAND = 2, DECODED = 2, TOKENS = 3;
+    static constexpr int BITS = 8, BANDS = 2, STEPS = 2, PARTS = 2, OPERAND = 2, DECODED = 6, TOKENS = 6;
+    using Line = __m256i;
 
     Fp8Eights() {}
+    static Line load(const uint8_t *codes, int line, int band) { return half_line(codes, 2 * line + band); }
     static Vector broadcast(const float *x) {
         double pair;
         std::memcpy(&pair, x, 8);
         return _mm256_castpd_ps(_mm256_set1_pd(pair));
     }
-    void decode(const Line &line, int step, Vector *value) const {
-        for (int h = 0; h < 2; ++h) {
-            const __m256i top = step ? line.half[h] : _mm256_slli_epi16(line.half[h], 8);
-            const __m256i half = _mm256_and_si256(_mm256_srai_epi16(top, 1), _mm256_set1_epi16(int16_t(0xbf80)));
-            value[2 * h] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-            value[2 * h + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
-        }
+    void decode(Line line, int step, Vector *value) const {
+        const __m256i top = step ? line : _mm256_slli_epi16(line, 8);
+        const __m256i half = _mm256_and_si256(_mm256_srai_epi16(top, 1), _mm256_set1_epi16(int16_t(0xbf80)));
+        value[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+        value[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
     }
-    struct Scales : Eights::Scales {
-        explicit Scales(const Unit &u) : Eights::Scales(u) {
-            const uint8_t *zeros = u.scales + (u.wide ? 64 : 32);
-            for (int h = 0; h < 2; ++h)
-                half[h] = _mm256_fmadd_ps(half[h], _mm256_set1_ps(256.f), halves(zeros + 16 * h));
-        }
-    };
-    static void scale_and_add(const Vector (&sum)[4], const Scales &scales, float *acc) {
-        __m256 rows[2];
-        for (int h = 0; h < 2; ++h) {  // rows 0 1 4 5, 2 3 6 7
-            const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(sum[2 * h], sum[2 * h + 1]));
-            rows[h] = _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
-        }
-        add_rows(rows, scales, acc);
+    static Vector scales(const Unit &u, int half) {
+        const __m256 nan_or_zero = halves(u.scales + (u.wide ? 64 : 32) + 16 * half);
+        return _mm256_fmadd_ps(Eights::scales(u, half), _mm256_set1_ps(256.f), nan_or_zero);
+    }
+    static void rows(const Vector (&sum)[2], Vector (&out)[1]) {  // rows 0 1 4 5, 2 3 6 7
+        const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(sum[0], sum[1]));
+        out[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
     }
 };
 

@@ -20,16 +20,14 @@ inline __m512 unit_scales(const Unit &u) { return u.wide ? _mm512_loadu_ps(u.sca
 struct Sixteens {  // vectors of sixteen floats
     using Vector = __m512;
     using Line = __m512i;
-    static constexpr int LANES = 16;
+    static constexpr int LANES = 16, BANDS = 1;
     static Vector zero() { return _mm512_setzero_ps(); }
     static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
     static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
     static Vector load_floats(const float *from) { return _mm512_loadu_ps(from); }
     static void store(float *to, Vector v) { _mm512_storeu_ps(to, v); }
-    static Line load(const uint8_t *codes, int line) { return _mm512_loadu_si512(codes + 64 * line); }
-    static void add_rows(Vector sum, Vector scale, float *acc) {
-        _mm512_storeu_ps(acc, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(acc)));
-    }
+    static Line load(const uint8_t *codes, int line, int) { return _mm512_loadu_si512(codes + 64 * line); }
+    static Vector scales(const Unit &u, int) { return unit_scales(u); }
 };
 
 // A step is one column of 16 rows.
@@ -43,13 +41,7 @@ struct Nf4Sixteens : Sixteens {
     void decode(Line line, int step, Vector *value) const {
         value[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(line, unsigned(step % 4 * 8 + step / 4 * 4)), table);
     }
-    struct Scales {
-        __m512 rows;
-        explicit Scales(const Unit &u) : rows(unit_scales(u)) {}
-    };
-    static void scale_and_add(const Vector (&sum)[1], const Scales &scales, float *acc) {
-        add_rows(sum[0], scales.rows, acc);
-    }
+    static void rows(const Vector (&sum)[1], Vector (&out)[1]) { out[0] = sum[0]; }
 };
 
 // A step is the even or the odd columns of four, as fp16 times 2^-8, whose conversion takes subnormals too: a vector is
@@ -69,18 +61,15 @@ struct Fp8Sixteens : Sixteens {
         value[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
         value[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
     }
-    struct Scales {
-        __m512 rows;
-        explicit Scales(const Unit &u)
-            : rows(_mm512_fmadd_ps(unit_scales(u), _mm512_set1_ps(256.f),
-                                   sixteen_halves(u.scales + (u.wide ? 64 : 32)))) {}
-    };
-    static void scale_and_add(const Vector (&sum)[2], const Scales &scales, float *acc) {
+    static Vector scales(const Unit &u, int) {
+        return _mm512_fmadd_ps(unit_scales(u), _mm512_set1_ps(256.f), sixteen_halves(u.scales + (u.wide ? 64 : 32)));
+    }
+    static void rows(const Vector (&sum)[2], Vector (&out)[1]) {
         alignas(64) int32_t even[16], odd[16];
         for (int r = 0; r < 16; ++r) even[r] = 2 * r, odd[r] = 2 * r + 1;
         const __m512 low = _mm512_permutex2var_ps(sum[0], _mm512_loadu_si512(even), sum[1]);
         const __m512 high = _mm512_permutex2var_ps(sum[0], _mm512_loadu_si512(odd), sum[1]);
-        add_rows(_mm512_add_ps(low, high), scales.rows, acc);
+        out[0] = _mm512_add_ps(low, high);
     }
 };
 
