@@ -166,6 +166,26 @@ def test_a_part_of_a_layout_replaced_in_between_is_seen(device, part):
     assert_equal([m(x) for m in fused], [m(x) for m in single])
 
 
+def test_new_memory_of_a_layout_is_seen(device):
+    fused, single = together(device), alone(device)
+    x = tokens(1, device=device)
+    for module in fused:
+        module(x)
+    for modules in (fused, single):
+        modules[0].layout_codes.data = linear(ROWS[0], 9, device=device).layout_codes
+    assert_equal([m(x) for m in fused], [m(x) for m in single])
+
+
+def test_members_that_lie_in_one_memory_but_not_behind_each_other_run_alone(calls, device):
+    fused, single = together(device), alone(device)
+    x = tokens(1, device=device)
+    for part in ("codes", "scales", "zeros"):
+        for modules in (fused, single):  # the second weight is the first half of the first one
+            setattr(modules[1], f"layout_{part}", getattr(modules[0], f"layout_{part}")[:1])
+    assert_equal([m(x) for m in fused], [m(x) for m in single])
+    assert sum(ROWS) not in calls
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_change_of_x_is_seen(device, in_place):
     fused, single = together(device), alone(device)
@@ -257,9 +277,6 @@ def test_a_member_that_is_offloaded_leaves_the_others_right(device):
     for _ in range(2):
         assert_equal([fused[0](x), fused[2](x)], [single[0](x), single[2](x)])
     fused[1]._buffers["layout_codes"] = codes.clone()
-    assert_equal([m(x) for m in fused], [m(x) for m in single])
-    for modules in (fused, single):
-        modules[0].layout_codes.data = linear(ROWS[0], 9, device=device).layout_codes
     assert_equal([m(x) for m in fused], [m(x) for m in single])
 
 
