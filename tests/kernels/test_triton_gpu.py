@@ -5,7 +5,7 @@ import quantkit_kernels
 import torch
 from quantkit_kernels import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
-from quantkit_kernels.triton import backend, layout, selfcheck
+from quantkit_kernels.triton import backend, layout
 from quantkit_kernels.triton.configs import BUCKETS, rule
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 
@@ -213,9 +213,9 @@ def test_captured_launches_share_no_tickets_with_others():
 @pytest.mark.parametrize(("bits", "group", "symmetric"), SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_auto_trusts_the_kernels(bits, group, symmetric, dtype):
-    found = quantkit_kernels.select("cuda", bits, group or 1024, symmetric, 1, 256, 1024, "auto", dtype)
-    assert found == ("triton", "agrees with the reference on this device")
-    assert selfcheck.compare(torch.device("cuda"), bits, group, symmetric, False, dtype) is None
+    for k in (1024, 33 * (group or 32)):  # whole chunks, and not always
+        found = quantkit_kernels.select("cuda", bits, group or k, symmetric, 1, 256, k, "auto", dtype)
+        assert found == ("triton", "agrees with the reference on this device")
 
 
 def test_nothing_is_compared_inside_a_capture():

@@ -226,8 +226,8 @@ def test_a_graph_holds_what_it_was_captured_with():
         x.copy_(tokens(1, seed=seed, device="cuda"))
         graph.replay()
         assert_equal(found, [m(x) for m in single[1:]])
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10_000_000)
         fused[0](x)
     assert_equal([m(x) for m in fused], [m(x) for m in single])
