@@ -31,9 +31,10 @@ static inline uint16_t float_to_bfloat(float value) {
 static inline float half_to_float(uint16_t value) {
     const uint32_t sign = uint32_t(value & 0x8000) << 16, magnitude = value & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    // The exponent is rebiased by a multiplication, which also makes subnormals right: 2^112.
-    const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000);
-    return bits_to_float(float_to_bits(scaled) | sign);
+    // Subnormals count units of 2^-24 and are made without one in float: a caller may have them flushed.
+    const float small = float(int32_t(magnitude)) * bits_to_float(0x33800000);
+    const uint32_t bits = magnitude < 0x400 ? float_to_bits(small) : (magnitude << 13) + 0x38000000;
+    return bits_to_float(bits | sign);
 }
 
 static inline uint16_t float_to_half(float value) {
