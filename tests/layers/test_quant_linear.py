@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Ops
 
 from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
@@ -130,18 +130,6 @@ def test_int8_compute_is_close_and_only_native():
     module.prepare("cpu", torch.float32, "int8")
     off = ((module(X) - truth).square().mean() / truth.square().mean()).sqrt()
     assert 1e-4 < off < 1e-2
-
-
-class Ops(TorchDispatchMode):
-    """Notes the ops that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
 
 
 class Calls(TorchFunctionMode):

@@ -3,13 +3,13 @@
 import copy
 import gc
 import io
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from quantkit_kernels.cpu import library
+from racing import race
 from torch import nn
 
 from quantkit.layers.quant_linear import QuantLinear
@@ -360,7 +360,7 @@ def test_threads_at_once_give_the_serial_results():
     inputs = [tokens(m, seed=m) for m in (1, 2, 3, 5, 1, 2, 1, 4)]
     shared = tokens(1, seed=99)
     serial = [[m(x) for m in single] for x in (*inputs, shared)]
-    wrong, interval = [], sys.getswitchinterval()
+    wrong = []
 
     def work(i):
         for turn in range(60):
@@ -373,10 +373,5 @@ def test_threads_at_once_give_the_serial_results():
             if i == 0 and turn % 10 == 0:
                 fused[0].siblings.forget()
 
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-    finally:
-        sys.setswitchinterval(interval)
+    race(work)
     assert not wrong

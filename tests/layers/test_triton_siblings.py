@@ -5,15 +5,14 @@ Small integers, so that sums are exact in any order. On the CPU the kernels' twi
 
 import copy
 import io
-import sys
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from quantkit_kernels.triton import backend
+from racing import race
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Ops
 
 from quantkit.layers import siblings
 from quantkit.layers.quant_linear import QuantLinear
@@ -316,16 +315,6 @@ def test_other_types_and_gradients_run_alone(calls, device):
     assert calls.count(sum(ROWS)) == 1
 
 
-class Ops(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
 def test_whoever_looks_sees_an_op_for_each(device):
     fused, single = together(device), alone(device)
     x = tokens(2, device=device)
@@ -343,7 +332,7 @@ def test_threads_at_once_give_the_serial_results(device):
     inputs = [tokens(m, seed=m, device=device) for m in (1, 2, 3, 5, 1, 2)]
     shared = tokens(1, seed=99, device=device)
     serial = [[m(x) for m in single] for x in (*inputs, shared)]
-    wrong, interval = [], sys.getswitchinterval()
+    wrong = []
 
     def work(i):
         for turn in range(20):
@@ -354,10 +343,5 @@ def test_threads_at_once_give_the_serial_results(device):
             if i == 0 and turn % 5 == 0:
                 fused[0].siblings.forget()
 
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            list(pool.map(work, range(6)))
-    finally:
-        sys.setswitchinterval(interval)
+    race(work, threads=6)
     assert not wrong
