@@ -28,7 +28,6 @@ def built() -> dict[str, str]:
     forced = os.environ.get(ENVIRONMENT)
     return {
         "native CPU library": native(),
-        "bits 5 to 7": "CPU: the reference, dequantized at every call; GPU: see the rows",
         "NF4 and FP8 E4M3 codes": "packed from tensors by quantkit_kernels.cpu.ops.pack_codes, on the native CPU "
         "library with float products; no checkpoint holds them",
         "Triton": _triton(),

@@ -12,7 +12,7 @@ from torch import nn
 
 from quantkit.errors import BackendError
 from quantkit.formats.compressed_tensors import DTYPES, pack, stored_shapes
-from quantkit.layers.siblings import LAYOUT, Siblings, unwatched
+from quantkit.layers.siblings import LAYOUT, Siblings
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
@@ -155,7 +155,7 @@ class QuantLinear(nn.Module):
 
     def _with_siblings(self, x: torch.Tensor) -> torch.Tensor | None:
         """The result by one op for all siblings; None if this has to run alone."""
-        if self.siblings is None or not unwatched(x) or x.dtype is not self._dtype:
+        if self.siblings is None or not ops.unwatched(x) or x.dtype is not self._dtype:
             return None
         first = self._buffers[LAYOUT + self.prepared[0]]
         return self.siblings.run(self, x, first, self.bias) if x.device == first.device else None

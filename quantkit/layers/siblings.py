@@ -19,10 +19,7 @@ import quantkit_kernels
 import torch
 from quantkit_kernels import COMPUTES
 from quantkit_kernels.cpu import ops
-from torch import is_grad_enabled, is_inference_mode_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.compiler import is_compiling
+from torch import is_inference_mode_enabled
 
 LAYOUT = "layout_"  # begins the names of the buffers that hold a layout
 _PATIENCE = 4  # times in a row that outputs may be left over
@@ -200,19 +197,6 @@ class Siblings:
 
     def __setstate__(self, state: dict[str, list[Member]]) -> None:
         self.__init__(state["members"])
-
-
-def unwatched(x: torch.Tensor) -> bool:
-    """`ops.direct` on any device: x is ordinary memory and nobody traces, transforms or intercepts the call."""
-    return (
-        not is_compiling()
-        and type(x) in _PLAIN
-        and not (x.requires_grad and is_grad_enabled())
-        and not _len_torch_dispatch_stack()
-        and not _len_torch_function_stack()
-        and peek_interpreter_stack() is None
-        and _get_tracing_state() is None
-    )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -304,19 +304,22 @@ def plain(x: torch.Tensor) -> bool:
     return type(x) in _PLAIN and x.is_cpu and not x.is_neg() and not (x.requires_grad and is_grad_enabled())
 
 
-def direct(x: torch.Tensor) -> bool:
-    """Whether x is `plain` and nobody traces, transforms or intercepts what is called with it."""
+def unwatched(x: torch.Tensor) -> bool:
+    """Whether x, on any device, needs no gradient and nobody traces, transforms or intercepts calls with it."""
     return (
         not is_compiling()
         and type(x) in _PLAIN
-        and x.is_cpu
-        and not x.is_neg()
         and not (x.requires_grad and is_grad_enabled())
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
         and _get_tracing_state() is None
     )
+
+
+def direct(x: torch.Tensor) -> bool:
+    """Whether x is `plain` and `unwatched`."""
+    return unwatched(x) and x.is_cpu and not x.is_neg()
 
 
 def linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
