@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+import triton
 from quantkit_kernels import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
+from triton.runtime import interpreter
+
+if triton.__version__.startswith("3.6."):  # it takes int() of an array of one element, which numpy 2.4 refuses
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def exact_weight(bits, n, k, group, symmetric):
