@@ -43,12 +43,12 @@ inline void pin(__m256i &v) { __asm__("" : "+x"(v)); }
 
 // 32 columns of both halves and T rows of activations into sum.
 template <int BITS, int KIND, int T>
-__attribute__((always_inline)) inline void add_columns(const uint8_t *codes, int columns, int c, const char *const *x,
-                                                       __m256i (&sum)[H][T]) {
+QK_INLINE void add_columns(const uint8_t *codes, int columns, int c, const char *const *x,
+                           __m256i (&sum)[H][T]) {
     constexpr int SIZE = KIND == A8 ? 1 : 2;
     const __m256i bytes = _mm256_set1_epi16(255);
     __m256i narrow[H][T], high[H][T];  // 16-bit sums; of the high nibbles
-#pragma GCC unroll 8
+QK_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
         __m256i code[H], upper[H];
         for (int h = 0; h < H; ++h) {
@@ -99,11 +99,12 @@ inline __m256 eight_halves(const uint8_t *from) {
 
 // acc += (sum - z total) (s_w s_a) for rows 8 half .. 8 half + 7.
 template <int T>
-__attribute__((always_inline)) inline void scale_and_add(const Unit &u, const Activations &a, int i, int64_t row,
-                                                         int half, const __m256i (&sum)[T], float *acc) {
+QK_INLINE void scale_and_add(const Unit &u, const Activations &a, int i, int64_t row,
+                             int half, const __m256i (&sum)[T], float *acc) {
     const __m256 s = u.wide ? _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales + 32 * half))
                             : eight_halves(u.scales + 16 * half);
     const __m256i z = _mm256_cvtps_epi32(eight_halves(u.scales + (u.wide ? 64 : 32) + 16 * half));
+QK_UNROLL(4)
     for (int t = 0; t < T; ++t) {
         const __m256i total = _mm256_set1_epi32(a.sum[i * a.rows + row + t]);
         const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[t], _mm256_mullo_epi32(z, total)));
@@ -116,25 +117,28 @@ __attribute__((always_inline)) inline void scale_and_add(const Unit &u, const Ac
 // T rows of activations over a unit. One row: a constant number C of columns, all of it unrolled, which reads
 // memory fastest; else C = 0 and a loop.
 template <int BITS, int KIND, int T, int C>
-__attribute__((always_inline)) inline void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
-                                                         float *acc) {
+QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
+                             float *acc) {
     const char *x[T];
-    for (int t = 0; t < T; ++t) x[t] = a.at(row + t, i);
     __m256i sum[H][T];
-    for (int h = 0; h < H; ++h)
-        for (int t = 0; t < T; ++t) sum[h][t] = _mm256_setzero_si256();
+QK_UNROLL(4)
+    for (int t = 0; t < T; ++t) {
+        x[t] = a.at(row + t, i);
+        sum[0][t] = sum[1][t] = _mm256_setzero_si256();
+    }
     if constexpr (C > 0) {
-#pragma GCC unroll 4
+QK_UNROLL(4)
         for (int c = 0; c < C / 32; ++c) add_columns<BITS, KIND, T>(u.codes, C, c, x, sum);
     } else {
-#pragma GCC unroll 1
+QK_UNROLL(1)
         for (int c = 0; c < a.columns / 32; ++c) add_columns<BITS, KIND, T>(u.codes, a.columns, c, x, sum);
     }
+QK_UNROLL(2)
     for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, h, sum[h], acc);
 }
 
 template <int BITS, int KIND, int T>
-__attribute__((noinline)) void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+QK_APART void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
     sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
 }
 

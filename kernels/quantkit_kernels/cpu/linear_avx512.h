@@ -68,6 +68,7 @@ QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t
                                                          float *acc) {
     const char *x[T];
     __m512i sum[T];
+QK_UNROLL(8)
     for (int t = 0; t < T; ++t) {
         x[t] = a.at(row + t, i);
         sum[t] = _mm512_setzero_si512();
@@ -82,6 +83,7 @@ QK_UNROLL(1)
     const __m512i zero = unit_zeros(u);
     const __m512 scale = unit_scales(u);
     const int64_t at = i * a.rows + row;
+QK_UNROLL(8)
     for (int t = 0; t < T; ++t) scale_and_add(sum[t], zero, scale, a.sum[at + t], a.scale[at + t], acc + t * ROWS);
 }
 
