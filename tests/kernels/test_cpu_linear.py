@@ -78,7 +78,7 @@ def test_float_is_close_to_fp64(path, bits, group, symmetric):
 
 @pytest.mark.parametrize("m", [1, 5, 24])
 def test_fp32_that_stands_for_halves_is_closer_than_halves(path, m):
-    """16 bits of each activation; on AMX bf16 tiles, whose result is that of rounding first."""
+    """15 bits of each activation; on AMX bf16 tiles, whose result is that of rounding first."""
     packed, scale, zero, w = packed_weight(4, 40, 256, 128, False)
     weight = ops.pack(packed, scale, zero, 4, 40, 256)
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(1))
@@ -86,6 +86,18 @@ def test_fp32_that_stands_for_halves_is_closer_than_halves(path, m):
     assert_close(path, y, x.double() @ w.T, 4e-3 if "amx" in path and m >= 16 else 1e-4)
     rounded = run(weight, x.bfloat16().float(), ops.HALVES)
     assert torch.equal(rounded.bfloat16(), run(weight, x.bfloat16(), ops.FLOAT))
+
+
+@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("compute", [ops.HALVES, ops.INT8_GROUP])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_do_not_overflow(path, bits, compute, sign):
+    codes = torch.full((16, 256), 2**bits - 1, dtype=torch.uint8)
+    weight = ops.pack(pack_bits(codes, bits), torch.ones(16, 2).half(), None, bits, 16, 256)
+    for m in (1, 2, 4, 16):
+        x = torch.full((m, 256), 1.9999 * sign)
+        truth = x.double().sum(1, keepdim=True).expand(m, 16) * (2**bits - 1 - 2 ** (bits - 1))
+        assert_close(f"{path} {bits} bits m={m}", run(weight, x, compute), truth, 5e-3)
 
 
 @pytest.mark.parametrize("bits", ops.BITS)

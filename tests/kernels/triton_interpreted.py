@@ -10,7 +10,8 @@ from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 from triton.runtime import interpreter
 
-if triton.__version__.startswith("3.6."):  # it takes int() of an array of one element, which numpy 2.4 refuses
+# It takes int() of an array of one element, which numpy 2.4 refuses.
+if triton.__version__.startswith("3.6."):
     patch = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor, scope):

@@ -180,8 +180,8 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
             int exponent = int(float_to_bits(most) >> 23) - 127;
             exponent = exponent < -110 ? -110 : exponent;
             const bool finite = exponent < 128;
-            const float inverse = finite ? bits_to_float(uint32_t(127 + 14 - exponent) << 23) : 0.f;
-            *scale = finite ? bits_to_float(uint32_t(127 - 14 + exponent) << 23) : most;
+            const float inverse = finite ? bits_to_float(uint32_t(127 + 13 - exponent) << 23) : 0.f;
+            *scale = finite ? bits_to_float(uint32_t(127 - 13 + exponent) << 23) : most;
             *sum = to_int16(buffer, h.columns, inverse, reinterpret_cast<int16_t *>(to), rest);
             if (h.planes == 2) {
                 scale[1] = *scale * (1.f / 32768.f);
