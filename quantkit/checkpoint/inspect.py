@@ -23,7 +23,7 @@ from safetensors import safe_open
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import parse_config
 from quantkit.models import families
-from quantkit.models.headers import TensorInfo, read_tensors
+from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
 
 SCHEMA = "quantkit-inspect/1"

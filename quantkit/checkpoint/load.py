@@ -19,7 +19,8 @@ from torch import nn
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.compressed_tensors import METHOD, parse_config
 from quantkit.models import families
-from quantkit.models.headers import TensorInfo, named, read_tensors, resolve_model
+from quantkit.models.headers import resolve_model
+from quantkit.models.tensors import TensorInfo, named, read_tensors
 
 if TYPE_CHECKING:
     from quantkit.layers.quant_linear import QuantLinear

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import ModelError, NumericalError, OutputError
-from quantkit.models.headers import TensorInfo
+from quantkit.models.tensors import TensorInfo
 
 _PIECE = 4 << 20
 _NAMES = {

@@ -15,8 +15,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from quantkit.errors import ModelError
-from quantkit.models.headers import named
 from quantkit.models.source import Source
+from quantkit.models.tensors import named
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:

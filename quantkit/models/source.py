@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import ModelError
-from quantkit.models.headers import Headers, TensorInfo
+from quantkit.models.headers import Headers
+from quantkit.models.tensors import TensorInfo
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_BYTES = 16 << 20

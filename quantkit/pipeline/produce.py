@@ -21,8 +21,8 @@ from quantkit.checkpoint.verify import digest_file, verify_shard
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import pack
 from quantkit.models import skeleton
-from quantkit.models.headers import TensorInfo
 from quantkit.models.source import DTYPES, Source
+from quantkit.models.tensors import TensorInfo
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.clock import Clock

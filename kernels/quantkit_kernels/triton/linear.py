@@ -158,6 +158,18 @@ def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
     )
 
 
+@triton.jit
+def _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS: tl.constexpr):
+    """y^T [rows, m] = acc + bias, rounded once."""
+    if HAS_BIAS:
+        acc += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        y + m.to(tl.int64)[None, :] * n + rows[:, None],
+        acc.to(y.dtype.element_ty),
+        mask=(rows < n)[:, None] & (m < n_m)[None, :],
+    )
+
+
 @triton.jit(do_not_specialize=["n_m"])
 def linear_kernel(
     x,  # [M, K], rows ldx apart
@@ -268,28 +280,20 @@ def linear_kernel(
     if GROUP == 0:
         acc *= _float(tl.load(scales + stored), 0, SCALES)[:, None]
 
-    final = True
     if SPLIT:
-        wanted = (m < n_m)[None, :]
         place = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
         mine = parts + tile.to(tl.int64) * (splits * BN * BM) + place
-        tl.store(mine + split * (BN * BM), acc, mask=wanted, cache_modifier=".cg")
+        tl.store(mine + split * (BN * BM), acc, mask=(m < n_m)[None, :], cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its ticket
         ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
-        final = ticket == splits - 1
-        if final:
+        if ticket == splits - 1:
             acc = tl.zeros([BN, BM], tl.float32)
             for i in tl.range(0, splits):
-                acc += tl.load(mine + i * (BN * BM), mask=wanted, other=0.0, cache_modifier=".cg")
+                acc += tl.load(mine + i * (BN * BM), mask=(m < n_m)[None, :], other=0.0, cache_modifier=".cg")
             tl.store(tickets + tile, 0)
-    if final:
-        if HAS_BIAS:
-            acc += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
-        tl.store(
-            y + m.to(tl.int64)[None, :] * n + rows[:, None],
-            acc.to(KIND),
-            mask=(rows < n)[:, None] & (m < n_m)[None, :],
-        )
+            _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
+    else:
+        _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
 
 
 @triton.jit
