@@ -32,6 +32,11 @@ struct Activations : Header {
     const char *at(int64_t row, int i) const {
         return values + row * stride + int64_t(i) * columns * (kind == A8 ? 1 : kind == A32 ? 4 : 2);
     }
+    // The same where the kind, and the columns of a chunk unless C is 0, are known.
+    template <int KIND, int C>
+    const char *at(int64_t row, int i) const {
+        return values + row * stride + int64_t(i) * (C ? C : columns) * (KIND == A8 ? 1 : KIND == A32 ? 4 : 2);
+    }
 };
 
 inline size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }

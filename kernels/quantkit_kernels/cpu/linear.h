@@ -123,6 +123,9 @@ void run_blocks(const Weight &w, const Activations &a, int64_t m, void *y, int y
     const int64_t rows = m * a.planes;
     const int streams = rows <= STREAMED_ROWS ? tuning.streams : 1;
     const size_t unit = unit_bytes(w), block = block_bytes(w), head = per_channel(w) ? scale_bytes(w) : 0;
+    const size_t scales = code_bytes(w);
+    const bool wide = w.wide_scales != 0;
+    const int chunks = a.chunks;
     for (int64_t r0 = 0; r0 < rows; r0 += TOKEN_BLOCK) {
         const int64_t r1 = rows - r0 < TOKEN_BLOCK ? rows : r0 + TOKEN_BLOCK;
         for (int b = b0; b < b1; b += streams) {
@@ -130,11 +133,11 @@ void run_blocks(const Weight &w, const Activations &a, int64_t m, void *y, int y
             const size_t acc_stride = size_t(r1 - r0) * ROWS;
             std::memset(acc, 0, sizeof(float) * acc_stride * live);
             const uint8_t *start = w.units + b * block;
-            for (int i = 0; i < a.chunks; ++i)
+            for (int i = 0; i < chunks; ++i)
                 for (int s = 0; s < live; ++s) {
                     const uint8_t *codes = start + s * block + head + i * unit;
                     if (tuning.prefetch) prefetch(codes + tuning.prefetch, unit);
-                    const Unit u{codes, head ? start + s * block : codes + code_bytes(w), w.wide_scales != 0};
+                    const Unit u{codes, head ? start + s * block : codes + scales, wide};
                     K::template rows<BITS, KIND, C>(u, a, i, r0, r1, acc + s * acc_stride);
                 }
             for (int s = 0; s < live; ++s)

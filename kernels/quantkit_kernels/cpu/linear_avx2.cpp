@@ -141,7 +141,7 @@ QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t
     __m256i sum[H][T];
 QK_UNROLL(4)
     for (int t = 0; t < T; ++t) {
-        x[t] = a.at(row + t, i);
+        x[t] = a.at<KIND, C>(row + t, i);
         sum[0][t] = sum[1][t] = _mm256_setzero_si256();
     }
     if constexpr (BITS == 4 && KIND == A16 && T == 1) {
@@ -181,6 +181,7 @@ struct Avx2 {
 
     template <int BITS, int KIND, int C>
     static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        if (r1 - r0 == 1) return sum_and_scale<BITS, KIND, 1, C>(u, a, i, r0, acc);
         int64_t row = r0;
         for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4>(u, a, i, row, acc);
         switch (r1 - row) {

@@ -70,7 +70,7 @@ QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t
     __m512i sum[T];
 QK_UNROLL(8)
     for (int t = 0; t < T; ++t) {
-        x[t] = a.at(row + t, i);
+        x[t] = a.at<KIND, C>(row + t, i);
         sum[t] = _mm512_setzero_si512();
     }
     if constexpr (C > 0) {
@@ -104,6 +104,7 @@ struct Vnni {
 
     template <int BITS, int KIND, int C>
     static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        if (r1 - r0 == 1) return sum_and_scale<BITS, KIND, 1, C>(u, a, i, r0, acc);
         int64_t row = r0;
         for (; row + 8 <= r1; row += 8, acc += 8 * ROWS) tokens<BITS, KIND, 8>(u, a, i, row, acc);
         if (r1 - row >= 4) {
