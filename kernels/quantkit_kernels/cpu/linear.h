@@ -112,6 +112,25 @@ inline void prefetch(const uint8_t *from, size_t bytes) {
 #endif
 }
 
+// Rows [r0, r1) of the activations over one unit: MOST (4 or 8) at a time, then as many as are left. A row that is
+// alone gets C, a constant number of columns: all of them unrolled read memory fastest.
+template <class K, int BITS, int KIND, int C, int MOST>
+QK_INLINE void rows_in_turn(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+    if (r1 - r0 == 1) return K::template one<BITS, KIND, C>(u, a, i, r0, acc);
+    int64_t row = r0;
+    for (; row + MOST <= r1; row += MOST, acc += MOST * ROWS) K::template some<BITS, KIND, MOST>(u, a, i, row, acc);
+    if (MOST > 4 && r1 - row >= 4) {
+        K::template some<BITS, KIND, 4>(u, a, i, row, acc);
+        row += 4, acc += 4 * ROWS;
+    }
+    switch (r1 - row) {
+        case 3: return K::template some<BITS, KIND, 3>(u, a, i, row, acc);
+        case 2: return K::template some<BITS, KIND, 2>(u, a, i, row, acc);
+        case 1: return K::template some<BITS, KIND, 1>(u, a, i, row, acc);
+        default: return;
+    }
+}
+
 // The walk: row blocks [b0, b1), tokens in blocks that keep their accumulators in L1, chunks in order.
 // K::TILES says whether K runs B16;
 // K::rows<BITS, KIND, C>(unit, activations, chunk, r0, r1, acc) adds one unit to accumulators [r1 - r0][16].

@@ -117,8 +117,8 @@ inline __m256 eight_halves(const uint8_t *from) {
 
 // acc += (sum - z total) (s_w s_a) for rows 8 half .. 8 half + 7.
 template <int T>
-QK_INLINE void scale_and_add(const Unit &u, const Activations &a, int i, int64_t row,
-                             int half, const __m256i (&sum)[T], float *acc) {
+QK_INLINE void scale_and_add(const Unit &u, const Activations &a, int i, int64_t row, int half,
+                             const __m256i (&sum)[T], float *acc) {
     const __m256 s = u.wide ? _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales + 32 * half))
                             : eight_halves(u.scales + 16 * half);
     const __m256i z = _mm256_cvtps_epi32(eight_halves(u.scales + (u.wide ? 64 : 32) + 16 * half));
@@ -132,11 +132,9 @@ QK_UNROLL(4)
     }
 }
 
-// T rows of activations over a unit. One row: a constant number C of columns, all of it unrolled, which reads
-// memory fastest; else C = 0 and a loop.
+// T rows of activations over a unit of C columns, all unrolled; C = 0: as many as `a` says, in a loop.
 template <int BITS, int KIND, int T, int C>
-QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
-                             float *acc) {
+QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
     const char *x[T];
     __m256i sum[H][T];
 QK_UNROLL(4)
@@ -144,8 +142,7 @@ QK_UNROLL(4)
         x[t] = a.at<KIND, C>(row + t, i);
         sum[0][t] = sum[1][t] = _mm256_setzero_si256();
     }
-    if constexpr (BITS == 4 && KIND == A16 && T == 1) {
-        static_assert(C > 0, "one row is unrolled");
+    if constexpr (BITS == 4 && KIND == A16 && T == 1 && C > 0) {
         __m256i parts[3][H] = {};
 QK_UNROLL(4)
         for (int c = 0; c < C / 32; ++c) add_columns_in_place(u.codes, c, x[0], parts);
@@ -164,11 +161,6 @@ QK_UNROLL(2)
     for (int h = 0; h < H; ++h) scale_and_add<T>(u, a, i, row, h, sum[h], acc);
 }
 
-template <int BITS, int KIND, int T>
-QK_APART void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-    sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
-}
-
 struct Avx2 {
     static constexpr bool TILES = false;
     template <int BITS, int KIND, int C>
@@ -176,20 +168,17 @@ struct Avx2 {
         if constexpr (KIND == A32)
             table_rows<std::conditional_t<BITS == 8, Fp8Eights, Nf4Eights>>(u, a, i, r0, r1, acc);
         else
-            integer_rows<BITS, KIND, C>(u, a, i, r0, r1, acc);
+            rows_in_turn<Avx2, BITS, KIND, C, 4>(u, a, i, r0, r1, acc);
     }
 
     template <int BITS, int KIND, int C>
-    static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
-        if (r1 - r0 == 1) return sum_and_scale<BITS, KIND, 1, C>(u, a, i, r0, acc);
-        int64_t row = r0;
-        for (; row + 4 <= r1; row += 4, acc += 4 * ROWS) tokens<BITS, KIND, 4>(u, a, i, row, acc);
-        switch (r1 - row) {
-            case 3: return tokens<BITS, KIND, 3>(u, a, i, row, acc);
-            case 2: return tokens<BITS, KIND, 2>(u, a, i, row, acc);
-            case 1: return sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
-            default: return;
-        }
+    QK_INLINE static void one(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+        sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
+    }
+
+    template <int BITS, int KIND, int T>
+    QK_APART static void some(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+        sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
     }
 };
 

@@ -38,8 +38,7 @@ inline void scale_and_add(__m512i sum, __m512i zero, __m512 scale, int32_t total
 
 // 32 columns and T rows of activations into sum.
 template <int BITS, int KIND, int T>
-QK_INLINE void add_columns(const uint8_t *codes, int columns, int c, const char *const *x,
-                                                       __m512i (&sum)[T]) {
+QK_INLINE void add_columns(const uint8_t *codes, int columns, int c, const char *const *x, __m512i (&sum)[T]) {
     constexpr int SIZE = KIND == A8 ? 1 : 2;
 QK_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
@@ -61,11 +60,9 @@ QK_UNROLL(8)
     }
 }
 
-// T rows of activations over a unit. One row: a constant number C of columns, all of it unrolled, which reads
-// memory fastest; else C = 0 and a loop.
+// T rows of activations over a unit of C columns, all unrolled; C = 0: as many as `a` says, in a loop.
 template <int BITS, int KIND, int T, int C>
-QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row,
-                                                         float *acc) {
+QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
     const char *x[T];
     __m512i sum[T];
 QK_UNROLL(8)
@@ -87,11 +84,6 @@ QK_UNROLL(8)
     for (int t = 0; t < T; ++t) scale_and_add(sum[t], zero, scale, a.sum[at + t], a.scale[at + t], acc + t * ROWS);
 }
 
-template <int BITS, int KIND, int T>
-QK_APART void tokens(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-    sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
-}
-
 struct Vnni {
     static constexpr bool TILES = false;
     template <int BITS, int KIND, int C>
@@ -99,24 +91,17 @@ struct Vnni {
         if constexpr (KIND == A32)
             table_rows<std::conditional_t<BITS == 8, Fp8Sixteens, Nf4Sixteens>>(u, a, i, r0, r1, acc);
         else
-            integer_rows<BITS, KIND, C>(u, a, i, r0, r1, acc);
+            rows_in_turn<Vnni, BITS, KIND, C, 8>(u, a, i, r0, r1, acc);
     }
 
     template <int BITS, int KIND, int C>
-    static void integer_rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
-        if (r1 - r0 == 1) return sum_and_scale<BITS, KIND, 1, C>(u, a, i, r0, acc);
-        int64_t row = r0;
-        for (; row + 8 <= r1; row += 8, acc += 8 * ROWS) tokens<BITS, KIND, 8>(u, a, i, row, acc);
-        if (r1 - row >= 4) {
-            tokens<BITS, KIND, 4>(u, a, i, row, acc);
-            row += 4, acc += 4 * ROWS;
-        }
-        switch (r1 - row) {
-            case 3: return tokens<BITS, KIND, 3>(u, a, i, row, acc);
-            case 2: return tokens<BITS, KIND, 2>(u, a, i, row, acc);
-            case 1: return sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
-            default: return;
-        }
+    QK_INLINE static void one(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+        sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
+    }
+
+    template <int BITS, int KIND, int T>
+    QK_APART static void some(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+        sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
     }
 };
 
