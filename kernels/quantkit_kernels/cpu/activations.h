@@ -29,11 +29,8 @@ struct Activations : Header {
     const char *values;
     const float *scale;
     const int32_t *sum;
-    const char *at(int64_t row, int i) const {
-        return values + row * stride + int64_t(i) * columns * (kind == A8 ? 1 : kind == A32 ? 4 : 2);
-    }
-    // The same where the kind, and the columns of a chunk unless C is 0, are known.
-    template <int KIND, int C>
+    // Row and chunk of activations of a kind; C: their columns where they are known, else 0.
+    template <int KIND, int C = 0>
     const char *at(int64_t row, int i) const {
         return values + row * stride + int64_t(i) * (C ? C : columns) * (KIND == A8 ? 1 : KIND == A32 ? 4 : 2);
     }
@@ -112,6 +109,9 @@ inline int32_t to_int8(const float *x, int count, float inverse, int8_t *out) {
 // even or the odd bytes of four codes.
 inline int place(int c) { return (c & ~3) | (c & 1) << 1 | (c >> 1 & 1); }
 
+// int16 activations are at most this large: a chunk's sums of products, each times 256, fit in 32 bits (AVX2).
+constexpr int32_t MOST16 = 1 << 14;
+
 // int16 in the order of `place`. `rest` gets what is left, times 2^15.
 inline int32_t to_int16(const float *x, int count, float inverse, int16_t *out, float *rest) {
     int32_t sum = 0;
@@ -119,7 +119,7 @@ inline int32_t to_int16(const float *x, int count, float inverse, int16_t *out, 
     for (int i = 0; i < count; ++i) {
         const float scaled = x[i] * inverse;
         int32_t q = round_to_int(scaled);
-        q = q > 32767 ? 32767 : q < -32767 ? -32767 : q;
+        q = q > MOST16 ? MOST16 : q < -MOST16 ? -MOST16 : q;
         rest[i] = (scaled - float(q)) * 32768.f;
         plain[i] = int16_t(q);
         sum += int16_t(q);

@@ -170,7 +170,7 @@ struct Amx {
         const int32_t *token_sum = a.sum + i * a.rows;
         for (int64_t row = r0; row < r1; row += 4 * TILE) {
             const int live = int(r1 - row < 4 * TILE ? r1 - row : 4 * TILE);
-            multiply<FLOATS>(a.at(row, i), a.stride, panel, a.columns * (FLOATS ? 2 : 1), (live + TILE - 1) / TILE,
+            multiply<FLOATS>(a.at<KIND>(row, i), a.stride, panel, a.columns * (FLOATS ? 2 : 1), (live + TILE - 1) / TILE,
                              results);
             for (int t = 0; t < live; ++t, acc += ROWS) {
                 const __m512i raw = _mm512_loadu_si512(results + t * ROWS);

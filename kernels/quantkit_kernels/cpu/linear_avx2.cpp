@@ -94,7 +94,7 @@ QK_UNROLL(8)
 }
 
 // The same for one row of int16 and 4 bits: nibbles are multiplied where they lie, those 4 and 8 bits up have sums of
-// their own, 16 and 256 times too large. 128 columns of 15 * 256 * 2^14 fit in 32 bits.
+// their own, 16 and 256 times too large. 32 of 128 columns are 8 bits up: 32 * 15 * 256 * MOST16 fits in 32 bits.
 QK_INLINE void add_columns_in_place(const uint8_t *codes, int c, const char *x, __m256i (&sum)[3][H]) {
 QK_UNROLL(4)
     for (int line = c * 4; line < c * 4 + 4; ++line)

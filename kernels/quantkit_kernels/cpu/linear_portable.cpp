@@ -50,7 +50,7 @@ struct Portable {
             }
         }
         for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
-            const float *x = reinterpret_cast<const float *>(a.at(row, i));
+            const float *x = reinterpret_cast<const float *>(a.at<A32>(row, i));
             alignas(64) float sum[ROWS] = {};
             for (int k = 0; k < a.columns; ++k)
                 for (int r = 0; r < ROWS; ++r) sum[r] += x[k] * panel[k * ROWS + r];
@@ -74,7 +74,7 @@ struct Portable {
         }
         for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
             alignas(64) int32_t sum[ROWS] = {};
-            const char *x = a.at(row, i);
+            const char *x = a.at<KIND>(row, i);
             for (int k = 0; k < columns; ++k) {
                 const int32_t value =
                     KIND == A8 ? reinterpret_cast<const int8_t *>(x)[k] : reinterpret_cast<const int16_t *>(x)[k];

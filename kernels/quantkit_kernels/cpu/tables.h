@@ -77,7 +77,7 @@ template <class D, int T, class S>
 QK_APART void table_tokens(const S &source, const Unit &u, const Activations &a, int lines, int i, int64_t row,
                            float *acc) {
     const float *x[T];
-    for (int t = 0; t < T; ++t) x[t] = reinterpret_cast<const float *>(a.at(row + t, i));
+    for (int t = 0; t < T; ++t) x[t] = reinterpret_cast<const float *>(a.at<A32>(row + t, i));
 QK_UNROLL(1)
     for (int band = 0; band < D::BANDS; ++band) table_band<D, T>(source, u, x, lines, band, acc);
 }
