@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.compressed_tensors import unpack
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.tensors import INDEX
 from quantkit.numerics.weight import QuantizedWeight
 
 MANIFEST = "quantkit.json"
-INDEX = "model.safetensors.index.json"
 _PROBE = 4  # tokens of the packed-forward check
 
 

@@ -19,9 +19,10 @@ import transformers
 from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
-from quantkit.checkpoint.verify import INDEX, MANIFEST, digest_file, verify_checkpoint
+from quantkit.checkpoint.verify import MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
+from quantkit.models.tensors import INDEX
 from quantkit.models.trace import is_linear
 from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
