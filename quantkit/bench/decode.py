@@ -248,7 +248,7 @@ def run(
         **interleave(ready, rounds),
         "missing": missing,
     }
-    report["times_faster"] = {name: ratios(report, name, ways) for name in ready if name.startswith("native")}
+    report["times_faster"] = {name: ratios(report, name, ways) for name in ready}
     if with_memory:
         report["memory"] = {
             name: memory_apart(checkpoints[ways[name].checkpoint], name, new) for name in ready
