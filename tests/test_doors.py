@@ -19,9 +19,10 @@ DOORS: dict[str, set[str] | None] = {
     "algorithms": {"numerics"},
     "transforms": {"numerics"},
     "models": {"layers"},
+    "structure": {"models"},
     "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
     "plan": {"recipe", "models"},
-    "calibration": {"models", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets
+    "calibration": {"models", "structure", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets
     "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
     "checkpoint": {"layers", "models", "formats", "numerics"},
     "runtime": {

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantkit.models.fold import ScalingGroup
+from quantkit.structure.fold import ScalingGroup
 
 _COMMON = {
     "vocab_size": 128,

@@ -90,7 +90,7 @@ def _child(work: Path, deadline: float, name: str, *arguments: str) -> dict[str,
 
 def decode(work: Path, deadline: float) -> dict[str, Any]:
     """Whole steps with graphs and without."""
-    return _child(work, deadline, "decode", "quantkit.bench.gpu_decode", "--json")
+    return _child(work, deadline, "decode", "quantkit.bench.models.gpu_decode", "--json")
 
 
 def tune(work: Path, deadline: float) -> dict[str, Any]:

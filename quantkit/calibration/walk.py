@@ -19,8 +19,8 @@ from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.forward import Call, Stop, finish, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.errors import ModelError
-from quantkit.models.trace import Trace, trace
 from quantkit.numerics.statistics import Statistics
+from quantkit.structure.trace import Trace, trace
 
 CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
 # Inputs kept so that a finished attention or MLP need not run again: at least KEPT_BYTES, and what the matrices of the

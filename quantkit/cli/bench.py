@@ -52,7 +52,7 @@ def command(
         raise click.UsageError("say what to time: --kernels")
     import torch
 
-    from quantkit.bench import kernels as bench
+    from quantkit.bench.kernels import table as bench
 
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("no CUDA device here; leave --device out to time the CPU")

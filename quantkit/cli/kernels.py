@@ -21,7 +21,7 @@ def command(shape: str, tokens: int, backend: str | None, check: bool, json_file
     """Which kernels are built and found, and what runs each scheme, with the reason."""
     from rich.table import Table
 
-    from quantkit.bench.inventory import inventory
+    from quantkit.bench.kernels.inventory import inventory
 
     n, _, k = shape.partition("x")
     if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
@@ -52,7 +52,7 @@ def _compare_all(n: int, k: int) -> None:
     import quantkit_kernels
     import torch
 
-    from quantkit.bench.inventory import BITS, GROUPS
+    from quantkit.bench.kernels.inventory import BITS, GROUPS
 
     for bits in BITS:
         for group in GROUPS:

@@ -23,9 +23,9 @@ from quantkit.checkpoint.verify import MANIFEST, digest_file, verify_checkpoint
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
 from quantkit.models.tensors import INDEX
-from quantkit.models.trace import is_linear
 from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
+from quantkit.structure.trace import is_linear
 
 RUN = "quantkit.run.json"
 

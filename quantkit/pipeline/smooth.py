@@ -12,10 +12,10 @@ from quantkit.calibration.forward import refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.walk import BlockRun
 from quantkit.errors import NumericalError
-from quantkit.models.discover import discover
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
-from quantkit.models.fold import ScalingGroup, fold
 from quantkit.plan import LayerPlan
+from quantkit.structure.discover import discover
+from quantkit.structure.fold import ScalingGroup, fold
 from quantkit.transforms.awq import clip, search_scale
 from quantkit.transforms.config import AwqConfig
 

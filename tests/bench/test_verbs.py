@@ -5,7 +5,7 @@ import sys
 import pytest
 import quantkit_kernels
 
-from quantkit.bench import inventory
+from quantkit.bench.kernels import inventory
 from quantkit.cli.main import run
 
 HEAVY = ("torch", "transformers", "numpy")

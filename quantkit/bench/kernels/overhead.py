@@ -8,7 +8,7 @@ import time
 import quantkit_kernels
 import torch
 
-from quantkit.bench.ops import Source
+from quantkit.bench.kernels.ops import Source
 
 
 def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.bench import decode, gguf_file, llamacpp, rounds, synthetic
+from quantkit.bench import rounds, synthetic
+from quantkit.bench.kernels.ops import LLAMA
 from quantkit.bench.machine import native_available
-from quantkit.bench.ops import LLAMA
+from quantkit.bench.models import decode, gguf_file, llamacpp
 
 TINY = synthetic.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)
 

@@ -1,6 +1,6 @@
 """Methods at equal bits on the embedded model: the table of docs/results.md.
 
-    python -m quantkit.bench.methods --work DIR --json docs/benchmarks/methods.json --markdown docs/results.md
+    python -m quantkit.bench.quality.methods --work DIR --json docs/benchmarks/methods.json --markdown docs/results.md
 
 Every row is a whole `quantkit quantize`: recipe, 128 x 512 calibration tokens, packed checkpoint, verified, loaded
 again, evaluated on the packed weights. Windows of 512 tokens of the embedded evaluation text: 120 for perplexity and
@@ -139,7 +139,7 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     return (
         "# Results\n\n"
         f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
-        f"Made by `python -m quantkit.bench.methods` on {where['cpu']}, torch {where['torch']}, "
+        f"Made by `python -m quantkit.bench.quality.methods` on {where['cpu']}, torch {where['torch']}, "
         f"{where['threads']} thread(s), commit {where['commit']}, {where['date'][:10]}. ± is one standard error over "
         "windows; CPU-s is user + system time of calibrating and quantizing.\n\n"
         f"## Methods\n\n{head}{first}{tables['methods']}\n\n"

@@ -1,11 +1,11 @@
 """Whole tokens: decode and prefill of a 1.1B Llama, and the memory it takes.
 
-    python -m quantkit.bench.decode --work DIR --json docs/benchmarks/decode.json
+    python -m quantkit.bench.models.decode --work DIR --json docs/benchmarks/decode.json
 
 The native path against transformers with bf16 weights, with PyTorch's int4 op and with our linears: batch 1, greedy,
 random weights, W4 g128 with the head quantized too. All run in one process and in turns; a number is the median over
 rounds, a ratio the median of the ratios within each round. Memory is measured in a process of its own per engine:
-anonymous memory at its peak, minus what the imports take. quantkit.bench.llamacpp adds llama.cpp.
+anonymous memory at its peak, minus what the imports take. quantkit.bench.models.llamacpp adds llama.cpp.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
     """`memory` in a process of its own."""
-    command = [sys.executable, "-m", "quantkit.bench.decode", "--memory-of", str(checkpoint), name]
+    command = [sys.executable, "-m", "quantkit.bench.models.decode", "--memory-of", str(checkpoint), name]
     done = subprocess.run(
         [*command, "--new", str(new)],
         capture_output=True,

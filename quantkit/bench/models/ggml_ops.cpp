@@ -1,4 +1,4 @@
-// llama.cpp's matrix products alone, for quantkit.bench.llamacpp: commands on stdin, one answer line each.
+// llama.cpp's matrix products alone, for quantkit.bench.models.llamacpp: commands on stdin, one answer line each.
 //
 //   open TYPE N K M COPIES PER   weights [N, K] of TYPE (Q4_0, Q8_0) in the buffer llama.cpp would choose -> its name
 //   run CALLS                    at least CALLS products, each with the next copy, PER of them in a graph -> seconds

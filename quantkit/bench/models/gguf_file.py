@@ -1,4 +1,4 @@
-"""A Llama checkpoint (safetensors, bf16) as one dense GGUF, for quantkit.bench.llamacpp.
+"""A Llama checkpoint (safetensors, bf16) as one dense GGUF, for quantkit.bench.models.llamacpp.
 
     python gguf_file.py CHECKPOINT OUT.gguf
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quantkit.bench.cell import Peers, cell
-from quantkit.bench.lane import ROTATION, Loaded
+from quantkit.bench.kernels.cell import Peers, cell
+from quantkit.bench.kernels.lane import ROTATION, Loaded
+from quantkit.bench.kernels.ops import BF16, INT4, LLAMA, cpu_ops, cuda_ops
+from quantkit.bench.kernels.overhead import call_overhead
 from quantkit.bench.machine import machine, native_available, where
-from quantkit.bench.ops import BF16, INT4, LLAMA, cpu_ops, cuda_ops
-from quantkit.bench.overhead import call_overhead
 from quantkit.bench.roofline import describe, measure
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {  # (N, K); the last of each: siblings fused

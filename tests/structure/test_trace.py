@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from quantkit.models.trace import trace
+from quantkit.structure.trace import trace
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Scaling groups of one decoder block: found by following its tensors, proved by folding.
 
-Which linears share an input and which norm made it is read off one forward (quantkit.models.trace). Every pairing the
-shapes allow is a candidate, and a candidate counts only if folding a random s does not move the output of a float64
-copy of the block (quantkit.models.fold).
+Which linears share an input, and which norm produced it, is read off one forward (quantkit.structure.trace). Every
+pairing the shapes allow is a candidate; a candidate counts only if folding a random s does not move the output of a
+float64 copy of the block (quantkit.structure.fold).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.models.fold import Prover, ScalingGroup
-from quantkit.models.trace import Trace, matrix, trace
+from quantkit.structure.fold import Prover, ScalingGroup
+from quantkit.structure.trace import Trace, matrix, trace
 
 PROOF_TOLERANCE = 1e-5  # relative change of what the block adds to its input; HF's RMSNorm goes through fp32
 HEAD_DIMS = (256, 128, 96, 80, 64, 32, 16, 8)  # tried when neither block nor config names one

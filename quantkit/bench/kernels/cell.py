@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from quantkit.bench.lane import BURST, ROTATION, Lane, Loaded
-from quantkit.bench.ops import BF16, INT4, LLAMA, Refused
+from quantkit.bench.kernels.lane import BURST, ROTATION, Lane, Loaded
+from quantkit.bench.kernels.ops import BF16, INT4, LLAMA, Refused
 from quantkit.bench.roofline import Roofline, read_bandwidth
 
 PAUSE = 0.02  # seconds between bursts: another engine's threads spin on for a while

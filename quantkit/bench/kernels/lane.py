@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.bench.ops import Op, Refused, Source, Weights
+from quantkit.bench.kernels.ops import Op, Refused, Source, Weights
 
 ROTATION = 256 << 20  # bytes
 BURST = 0.02  # seconds of calls of one op in one round, one call at least

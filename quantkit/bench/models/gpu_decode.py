@@ -1,6 +1,6 @@
 """Whole decode steps on a GPU: a Llama-3-8B of random weights, bf16 and packed, with CUDA graphs and without.
 
-    python -m quantkit.bench.gpu_decode --json gpu-decode.json [--bits 4 8] [--layers 32]
+    python -m quantkit.bench.models.gpu_decode --json gpu-decode.json [--bits 4 8] [--layers 32]
 
 All engines are in memory at once and run in turns; a number is the median over rounds, a ratio the median of the ratios
 within each round. tokens_per_s counts picking a token (greedy) and everything Python does in between; step_ms is the

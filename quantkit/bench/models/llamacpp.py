@@ -1,12 +1,12 @@
 """llama.cpp and the native path, side by side on the same model.
 
-    python -m quantkit.bench.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
-    python -m quantkit.bench.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json docs/benchmarks/ops.json
+    python -m quantkit.bench.models.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
+    python -m quantkit.bench.models.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json ops.json
 
 Builds llama.cpp from the source package of llama-cpp-python in DIR, in an environment of its own (minutes, once);
-writes the synthetic Llama of quantkit.bench.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
+writes the synthetic Llama of quantkit.bench.models.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
 embedding too) and Q8_0 of it. Then both engines run in turns, each round all of them once: prefill of one prompt, and
-greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.ops.
+greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.kernels.ops.
 
 On a processor with AMX one line is added to llama.cpp first: with gcc 12, `_tile_loadconfig` names 8 of the 64 bytes
 it reads, the compiler drops the other stores, and every quantized model crashes.
@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.bench import decode, gguf_file, kernels
-from quantkit.bench.lane import BURST, Lane
+from quantkit.bench.kernels import table as kernels
+from quantkit.bench.kernels.lane import BURST, Lane
 from quantkit.bench.machine import machine, where
+from quantkit.bench.models import decode, gguf_file
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantkit.bench import kernels, lane, ops, overhead
-from quantkit.bench.cell import cell
+from quantkit.bench.kernels import lane, ops, overhead
+from quantkit.bench.kernels import table as kernels
+from quantkit.bench.kernels.cell import cell
 from quantkit.bench.machine import native_available, where
 from quantkit.bench.roofline import Roofline, measure
 

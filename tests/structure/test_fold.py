@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from quantkit.errors import NumericalError
-from quantkit.models.discover import discover
-from quantkit.models.fold import ScalingGroup, check_invariance, fold
+from quantkit.structure.discover import discover
+from quantkit.structure.fold import ScalingGroup, check_invariance, fold
 
 
 def gemma_post_attention_norm(block):

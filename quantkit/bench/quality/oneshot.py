@@ -1,6 +1,6 @@
-"""llm-compressor's GPTQ or AWQ on given token windows, for quantkit.bench.cost.
+"""llm-compressor's GPTQ or AWQ on given token windows, for quantkit.bench.quality.cost.
 
-    PYTHON -I quantkit/bench/oneshot.py MODEL WINDOWS.json gptq|awq
+    PYTHON -I quantkit/bench/quality/oneshot.py MODEL WINDOWS.json gptq|awq
 
 Runs in the environment of llm-compressor and knows nothing of quantkit: one thread, fp32, nothing saved. WINDOWS.json
 is a list of lists of token ids. The last line of stdout is {"cpu_seconds": of the oneshot call, "versions": {..}}.

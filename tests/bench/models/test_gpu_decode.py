@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from quantkit.bench import gpu_decode, gpu_suite
+from quantkit.bench import gpu_suite
+from quantkit.bench.models import gpu_decode
 from quantkit.bench.synthetic import Shape
 
 TINY = Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import NumericalError
-from quantkit.models.trace import matrix
+from quantkit.structure.trace import matrix
 
 PROOF_TOKENS = 32
 

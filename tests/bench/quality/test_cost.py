@@ -5,7 +5,7 @@ import pytest
 import tiny_models
 import torch
 
-from quantkit.bench import cost, oneshot
+from quantkit.bench.quality import cost, oneshot
 from quantkit.recipe import load_recipe
 
 SMALL = ("weights.group_size=64", "calibration.samples=2", "calibration.sequence_length=16")

@@ -5,9 +5,9 @@ import tiny_models
 import torch
 from torch import nn
 
-from quantkit.models.discover import discover
-from quantkit.models.fold import fold
-from quantkit.models.trace import matrix
+from quantkit.structure.discover import discover
+from quantkit.structure.fold import fold
+from quantkit.structure.trace import matrix
 
 LENGTH = 12
 HEADS, HEAD_DIM = 4, 16

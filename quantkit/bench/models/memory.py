@@ -1,6 +1,6 @@
 """Peak anonymous memory of the whole `quantize` process against the size of the checkpoint.
 
-    python -m quantkit.bench.memory --work DIR --json docs/benchmarks/memory.json
+    python -m quantkit.bench.models.memory --work DIR --json docs/benchmarks/memory.json
 
 Runs RTN, GPTQ without the parts that only take time, GPTQ, and GPTQ with re-target on a synthetic Llama
 (quantkit.bench.synthetic) of 24 layers, each in a process of its own, and polls RssAnon every 10 ms. Shares are of the
