@@ -12,34 +12,43 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-TOKENS = 65536  # of the evaluation, all of them: no early end
+TOKENS = 4096  # of the evaluation
 
 
 def digests(recipe: str, work: Path) -> dict[str, Any]:
-    """{"files": {name: sha256}, "report": {"size": ..., "evaluation": ...}} of one recipe on the embedded model."""
+    """What one recipe makes of the embedded model: {"files": {name: sha256}, "report": {name: number}}."""
+    import quantkit_eval
+    from transformers import AutoTokenizer
+
+    from quantkit import assets
+    from quantkit.checkpoint.load import load
     from quantkit.pipeline import quantize
 
-    output = work / recipe
-    options = {"eval_tokens": TOKENS} if "eval_tokens" in inspect.signature(quantize).parameters else {}
-    result = quantize(recipe, output=output, device="cpu", resume=False, **options)
+    output, model = work / recipe, assets.default_model()
+    result = quantize(recipe, output=output, device="cpu", resume=False, evaluate=False)
     files = [output / "config.json", *sorted(output.glob("model-*.safetensors"))]
+    report = dict(result.report["size"])
+    for layer in result.manifest["layers"]:
+        report |= {f"{layer['name']}.{k}": layer[k] for k in ("weight_error", "relative_error") if k in layer}
+    measured = quantkit_eval.evaluate(
+        load(output, device="cpu"),
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False),
+        text=[str(assets.evaluation_text())],
+        baseline=load(model, device="cpu"),
+        max_tokens=TOKENS,
+        context=512,
+    ).to_json()
+    report |= {f"{key}": measured[key] for key in ("delta_nll", "kl_mean", "kl_max", "top1_agreement")}
     return {
         "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-        "report": {"size": result.report["size"], "evaluation": _numbers(result.report["evaluation"])},
+        "report": report,
     }
-
-
-def _numbers(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The measured values of an evaluation, without folders, dates and seconds."""
-    kept = ("baseline", "candidate", "difference", "divergence", "perplexity", "nll", "tokens", "windows")
-    return {key: evaluation[key] for key in kept if key in evaluation}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
