@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYWHERE = {"errors", "scheme"}
+EVERYWHERE = {"errors", "scheme", "device"}
 ANY = None
 DOORS: dict[str, set[str] | None] = {
     "__init__": set(),
     "errors": set(),
     "scheme": set(),
+    "device": set(),
     "assets": set(),
     "numerics": set(),
     "formats": {"numerics", "quantkit_kernels"},  # the bit packing is defined once, beside the ops

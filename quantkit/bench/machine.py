@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from quantkit.device import cpu_name
+
 
 def machine() -> dict[str, Any]:
     """CPU, cores, versions, commit and date, for the head of a benchmark's JSON."""
@@ -26,18 +28,6 @@ def machine() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def cpu_name() -> str:
-    """Model name of the processor, with family and model numbers (cloud machines all say "AMD EPYC")."""
-    facts: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    except OSError:
-        return platform.processor()
-    return f"{facts.get('model name', '?')} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 def commit() -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.compressed_tensors import METHOD, parse_config
 from quantkit.models import families
@@ -99,16 +100,7 @@ def _placement(device: Any, device_map: Any, max_memory: Any, offload_folder: An
         if max_memory:
             place["max_memory"] = max_memory
         return place | ({"offload_folder": str(offload_folder)} if offload_folder else {})
-    if device is None or str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"{device!r} is no device; use auto, cpu, cuda or cuda:0") from None
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
+    where = find_device(device)
     return {"device_map": None if where.type == "cpu" else {"": where}}
 
 

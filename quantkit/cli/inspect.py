@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from quantkit.cli.opening import device_option, dtype_option, resolve
 from quantkit.cli.output import json_option, make_console, size, write_report
-from quantkit.errors import UserError
+from quantkit.device import find_device
 
 
 @click.command("inspect")
@@ -76,11 +76,7 @@ def _memory(report: dict[str, Any], device: str, dtype: str) -> str:
     """What the weights take once loaded: the packed ones as stored, the others in the dtype they run in."""
     import torch
 
-    try:
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        where = torch.device(found if device == "auto" else device)
-    except RuntimeError:
-        raise UserError(f"--device {device!r} is no device; use auto, cpu, cuda or cuda:0") from None
+    where = find_device(device, present=False)
     totals = report["totals"]
     held = totals["bytes"] - totals["quantized_bytes"]
     if dtype == "auto" and where.type == "cpu":

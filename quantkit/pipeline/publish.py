@@ -20,6 +20,7 @@ from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import MANIFEST, digest_file, verify_checkpoint
+from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
 from quantkit.models.tensors import INDEX
@@ -151,21 +152,10 @@ def _run_facts(producer: Producer, resumed: int) -> dict[str, Any]:
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_blocks": resumed,
         "threads": torch.get_num_threads(),
-        "host": {"cpu": _cpu_name(), "system": platform.platform(), "python": platform.python_version()},
+        "host": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
 
 
 def _source_digest() -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +15,7 @@ from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.shards import write_json
 from quantkit.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
-from quantkit.errors import ModelError
+from quantkit.device import find_device
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
@@ -80,7 +79,7 @@ def quantize(
         headers = read_checkpoint(path)
         plan = build_plan(checked, headers)
         folder = Path(output) if output is not None else Path("out") / f"{path.resolve().name}-{name}"
-        where = _device(device)
+        where = find_device(device)
         source = Source(headers)
         skeleton_model = skeleton.build(source)
         transformers_logging.disable_progress_bar()
@@ -129,23 +128,6 @@ def _recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence
     if isinstance(recipe, Recipe):
         return "recipe", parse_recipe(recipe.resolved(), overrides) if overrides else recipe
     return Path(recipe).stem, load_recipe(recipe, overrides)
-
-
-def _device(device: str) -> torch.device:
-    """auto | cpu | cuda[:n] -> a device that exists."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
-    if wanted.type == "cuda" and (
-        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ModelError(
-            f"device {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
-        )
-    return wanted
 
 
 def _version() -> str:

@@ -310,9 +310,9 @@ def test_truncated_weights_and_remote_code_are_refused(packed_llama):
 
 def test_devices_that_are_not_there_are_refused(packed_llama):
     folder, _ = packed_llama(SYM)
-    with pytest.raises(ModelError, match="CUDA devices; use cpu"):
+    with pytest.raises(ModelError, match="cuda:99 is not available"):
         quantkit.load(folder, device="cuda:99")
-    with pytest.raises(ModelError, match="'gpu' is no device"):
+    with pytest.raises(ModelError, match="'gpu' is not a device"):
         quantkit.load(folder, device="gpu")
     with pytest.raises(ModelError, match="not both"):
         quantkit.load(folder, device="cpu", device_map="auto")

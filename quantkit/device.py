@@ -1,0 +1,64 @@
+"""The machine's processors: which device a name asks for, and what the CPU is called."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_device(wanted: str | torch.device | None, present: bool = True) -> torch.device:
+    """The device that `wanted` names.
+
+    wanted: "auto" or None (CUDA if there is a GPU, else the CPU), "cpu", "cuda", "cuda:1", or another device type
+    that torch supports. present: the device must be usable on this machine; False only reads the name.
+    Raises ModelError for a name that torch does not know and for a device that this machine does not have.
+    """
+    import torch
+
+    if wanted is None or str(wanted) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError, ValueError):
+        raise ModelError(f"{wanted!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not present:
+        return device
+    count = _count(device.type)
+    if (device.index or 0) >= count:
+        raise ModelError(
+            f"device {device} is not available: this machine has {count} {device.type} devices; use auto or cpu"
+        )
+    return device
+
+
+def _count(kind: str) -> int:
+    """Number of usable devices of a type; 0 for types that this build of torch cannot compute on."""
+    import torch
+
+    try:
+        module = torch.get_device_module(kind)
+        return int(module.device_count()) if module.is_available() else 0
+    except (RuntimeError, AttributeError, AssertionError):
+        return 0
+
+
+def cpu_name() -> str:
+    """Model name of the processor, with its family and model numbers (many cloud machines say only "AMD EPYC")."""
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    if "model name" not in facts:  # not Linux, or ARM
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
