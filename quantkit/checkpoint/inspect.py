@@ -12,7 +12,6 @@ The report, schema `quantkit-inspect/1`:
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import parse_config
 from quantkit.models import families
+from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
 
@@ -33,7 +33,7 @@ _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     """The report on the folder `path`; ModelError if it is corrupt or packed in a way we do not read."""
     path = Path(path)
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
     if quantization and quantization.get("quant_method") != "compressed-tensors":
@@ -171,19 +171,9 @@ def _stored_errors(path: Path) -> dict[str, float]:
     manifest = path / "quantkit.json"
     if not manifest.is_file():
         return {}
-    return {layer["name"]: layer.get("weight_error") for layer in _json(manifest).get("layers", ())}
+    return {layer["name"]: layer.get("weight_error") for layer in read_json(manifest).get("layers", ())}
 
 
 def _read(info: TensorInfo) -> torch.Tensor:
     with safe_open(info.file, framework="pt") as file:
         return file.get_tensor(info.name)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{file} holds no JSON object; the file is corrupt, fetch it again")
-    return data

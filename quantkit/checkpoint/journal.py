@@ -17,6 +17,7 @@ from pathlib import Path
 from quantkit.checkpoint.shards import output_error, sync_folder
 from quantkit.checkpoint.verify import MANIFEST
 from quantkit.errors import OutputError
+from quantkit.models.json_reader import parse_json
 
 FOLDER = ".quantkit"
 CARRIED = (  # files of the source that belong to a checkpoint beside weights and config
@@ -150,10 +151,10 @@ def read_lines(file: Path) -> list[dict]:
     """The lines of a journal up to the first that is torn."""
     lines: list[dict] = []
     if file.exists():
-        with contextlib.suppress(ValueError):
-            for line in file.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    lines.append(json.loads(line))
+        with contextlib.suppress(OutputError):
+            for line in file.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    lines.append(parse_json(line, str(file), OutputError))
     return lines
 
 

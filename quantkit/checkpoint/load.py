@@ -8,7 +8,6 @@ error here.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from quantkit.errors import BackendError, ModelError
 from quantkit.formats.compressed_tensors import METHOD, parse_config
 from quantkit.models import families
 from quantkit.models.headers import resolve_model
+from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, named, read_tensors
 
 if TYPE_CHECKING:
@@ -112,17 +112,9 @@ def _on_cpu(device_map: Any) -> bool:
 
 def _quantization_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} has no config.json; a model is a folder with config.json and safetensors"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}; fetch it again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object; the file is corrupt, fetch it again")
-    return config.get("quantization_config")
+    if not file.is_file():
+        raise ModelError(f"{path} has no config.json; a model is a folder with config.json and safetensors")
+    return read_json(file, tag_infinities=True).get("quantization_config")
 
 
 def _is_packed(stored: dict[str, Any] | None) -> bool:

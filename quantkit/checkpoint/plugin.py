@@ -18,13 +18,13 @@ from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import BackendError, ModelError
-from quantkit.formats.compressed_tensors import parse_config
+from quantkit.formats.compressed_tensors import DTYPES, parse_config
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
 
 METHOD = "quantkit"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KINDS = {"weight_packed": "I32", "weight_shape": "I64", "weight_zero_point": "I32"}
+_KINDS = {leaf: stored_dtype(dtype) for leaf, dtype in DTYPES.items()}
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -113,11 +113,11 @@ def _packed(name: str, n: int, k: int, scheme: Scheme, module: nn.Module, tensor
     if not scheme.divides(k):
         raise ModelError(f"{name} has {k} columns, which its groups of {scheme.group_size} do not divide")
     stored, _ = tensors.get(f"{name}.weight_scale", ("BF16", ()))
-    if stored not in _DTYPES:
-        raise ModelError(f"{name}.weight_scale has the dtype {stored}; a scale is F32, F16 or BF16")
+    if stored not in WEIGHT_DTYPES:
+        raise ModelError(f"{name}.weight_scale has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}")
     bias = module.bias
     dtype = None if bias is None else bias.dtype
-    return QuantLinear(k, n, scheme, bias is not None, _DTYPES[stored], dtype, device="meta")
+    return QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, device="meta")
 
 
 def check_shapes(model: nn.Module, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:

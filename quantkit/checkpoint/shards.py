@@ -19,22 +19,9 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import ModelError, NumericalError, OutputError
-from quantkit.models.tensors import TensorInfo
+from quantkit.models.tensors import FLOATS, TensorInfo, stored_dtype, torch_dtype
 
 _PIECE = 4 << 20
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,9 +43,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
     offset, sizes = 0, {}
     for name in sorted(tensors):
         t = tensors[name]
-        dtype, shape = (
-            (t.dtype, list(t.shape)) if isinstance(t, TensorInfo) else (_NAMES[t.dtype], list(t.shape))
-        )
+        dtype, shape = t.dtype if isinstance(t, TensorInfo) else stored_dtype(t.dtype), list(t.shape)
         sizes[name] = t.nbytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
@@ -96,8 +81,8 @@ def _copied(info: TensorInfo) -> Iterator[bytes]:
                 raise ModelError(
                     f"{info.file} ended inside tensor {info.name}: the file changed during the run"
                 )
-            if info.dtype in _FLOATS:
-                check_finite(info.name, torch.frombuffer(bytearray(piece), dtype=_FLOATS[info.dtype]))
+            if info.dtype in FLOATS:
+                check_finite(info.name, torch.frombuffer(bytearray(piece), dtype=torch_dtype(info.dtype)))
             left -= len(piece)
             yield piece
 

@@ -8,7 +8,6 @@ dequantized one. `verify_checkpoint` needs only the folder: digests, names, shap
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.compressed_tensors import unpack
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
 from quantkit.numerics.weight import QuantizedWeight
 
 MANIFEST = "quantkit.json"
+AGAIN = "quantize again with --no-resume"
 _PROBE = 4  # tokens of the packed-forward check
 
 
@@ -69,17 +70,10 @@ def digest_file(path: Path) -> str:
 
 def read_manifest(output: Path) -> dict[str, Any]:
     """`quantkit.json` of a finished checkpoint; VerificationError if it is damaged."""
-    try:
-        manifest = json.loads((output / MANIFEST).read_text())
-        missing = {"identity", "files", "tensors", "size", "notes"} - manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise VerificationError(
-            f"{output / MANIFEST} cannot be read: {error}; quantize again with --no-resume"
-        ) from error
+    manifest: dict[str, Any] = read_json(output / MANIFEST, VerificationError, advice=AGAIN)
+    missing = {"identity", "files", "tensors", "size", "notes"} - manifest.keys()
     if missing:
-        raise VerificationError(
-            f"{output / MANIFEST} lacks {sorted(missing)}; quantize again with --no-resume"
-        )
+        raise VerificationError(f"{output / MANIFEST} lacks {sorted(missing)}; {AGAIN}")
     return manifest
 
 
@@ -91,15 +85,12 @@ def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, d
     for name, entry in files.items():
         path = output / name
         if not path.is_file():
-            raise VerificationError(f"{output}: {name} is missing; quantize again with --no-resume")
+            raise VerificationError(f"{output}: {name} is missing; {AGAIN}")
         if path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
-            raise VerificationError(
-                f"{output}: {name} is not the file that was written; quantize again with --no-resume"
-            )
-    try:
-        weight_map = json.loads((output / INDEX).read_text())["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise VerificationError(f"{output}: the index cannot be read: {error}") from error
+            raise VerificationError(f"{output}: {name} is not the file that was written; {AGAIN}")
+    weight_map = read_json(output / INDEX, VerificationError, advice=AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise VerificationError(f"{output / INDEX} has no weight_map; {AGAIN}")
     held: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
         try:

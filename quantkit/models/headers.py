@@ -10,10 +10,10 @@ from typing import Any
 
 from quantkit.errors import ModelError
 from quantkit.models import families
-from quantkit.models.tensors import TensorInfo, named, read_json, read_tensors
+from quantkit.models.json_reader import read_json
+from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
 
 MAX_CONFIG = 10_000_000
-WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
@@ -102,8 +102,8 @@ def _config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path} has no config.json; a model is a folder with config.json and safetensors weights"
         )
-    config = read_json(file, MAX_CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config: dict[str, Any] = read_json(file, limit=MAX_CONFIG, tag_infinities=True)
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} names no model_type; it is not the config of a transformers model")
     kind = config["model_type"]
     nested = config.get("text_config")

@@ -15,9 +15,8 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.models.headers import Headers
-from quantkit.models.tensors import TensorInfo
+from quantkit.models.tensors import TensorInfo, torch_dtype
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_BYTES = 16 << 20
 # What decides, beside the weights, how text becomes logits.
 HASHED = (
@@ -92,7 +91,7 @@ class Source:
         A cast is done by chunks, so that no second whole copy exists.
         """
         info = self.raw(name)
-        stored = DTYPES[info.dtype]
+        stored = torch_dtype(info.dtype)
         out = torch.empty(info.shape, dtype=dtype or stored)
         flat = out.view(-1)
         step = max(1, CHUNK_BYTES // stored.itemsize)

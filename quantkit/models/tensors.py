@@ -7,22 +7,33 @@ are bounded, every range is checked against the file, and readers of weights nee
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import ModelError
+from quantkit.models.json_reader import parse_json, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+# The dtypes of safetensors: name in a header -> (bits, name in torch). All of the package ask this table.
+DTYPES: dict[str, tuple[int, str]] = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"), "U16": (16, "uint16"), "U32": (32, "uint32"), "U64": (64, "uint64"),
+    "I8": (8, "int8"), "I16": (16, "int16"), "I32": (32, "int32"), "I64": (64, "int64"),
+    "F8_E4M3": (8, "float8_e4m3fn"), "F8_E5M2": (8, "float8_e5m2"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F16": (16, "float16"), "BF16": (16, "bfloat16"), "F32": (32, "float32"), "F64": (64, "float64"),
+    "C64": (64, "complex64"),
 }  # fmt: skip
+_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+WEIGHT_DTYPES = ("F32", "F16", "BF16")  # of weights and scales that quantkit calculates with
+FLOATS = ("F64", *WEIGHT_DTYPES)  # whose values can be checked for NaN and infinity
 _SHOWN = 8
 
 
@@ -36,6 +47,19 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+
+
+def torch_dtype(stored: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype: "BF16" -> torch.bfloat16."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[stored][1])
+    return dtype
+
+
+def stored_dtype(dtype: torch.dtype) -> str:
+    """The safetensors dtype of a torch dtype: torch.bfloat16 -> "BF16"."""
+    return _NAMES[str(dtype).removeprefix("torch.")]
 
 
 def read_tensors(path: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
@@ -58,30 +82,6 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def read_json(path: Path, limit: int) -> Any:
-    try:
-        if path.stat().st_size > limit:
-            raise ModelError(
-                f"{path} has {path.stat().st_size} bytes, more than the {limit} allowed; is it what it says?"
-            )
-        return _parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _parse_json(raw: bytes, what: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key appears twice")
-        return found
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{what} is not valid JSON ({error}); the file is corrupt, fetch it again") from None
-
-
 def _weight_files(path: Path) -> list[Path]:
     if (path / SINGLE).is_file():
         return [path / SINGLE]
@@ -98,8 +98,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    index = read_json(path / INDEX, MAX_HEADER)
-    entries = index.get("weight_map") if isinstance(index, dict) else None
+    entries = read_json(path / INDEX, limit=MAX_HEADER).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ModelError(f"{path / INDEX} has no weight_map; the file is corrupt, fetch it again")
     bad = [
@@ -137,13 +136,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 raise ModelError(
                     f"{file} has a header of {length} bytes, more than the {MAX_HEADER} allowed; refused"
                 )
-            header = _parse_json(stream.read(length), f"the header of {file}")
+            header = parse_json(stream.read(length), f"the header of {file}", limit=MAX_HEADER)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
-    if not isinstance(header, dict):
-        raise ModelError(
-            f"the header of {file} is not a table of tensors; the file is corrupt, fetch it again"
-        )
     header.pop("__metadata__", None)
     start = 8 + length
     infos = [_tensor_info(file, name, entry, start) for name, entry in header.items()]
@@ -173,7 +168,7 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise ModelError(f"{file}: tensor {name} has no description; the file is corrupt, fetch it again")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _BITS if isinstance(dtype, str) else True:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{file}: tensor {name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(map(size, shape)):
         raise ModelError(
@@ -183,7 +178,7 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise ModelError(
             f"{file}: tensor {name} has the offsets {offsets!r}; the file is corrupt, fetch it again"
         )
-    nbytes = math.prod(shape) * _BITS[dtype] // 8
+    nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
     if offsets[1] - offsets[0] != nbytes:
         raise ModelError(
             f"{file}: tensor {name} of shape {shape} and dtype {dtype} needs {nbytes} bytes, its "

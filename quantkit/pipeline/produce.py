@@ -21,8 +21,8 @@ from quantkit.checkpoint.verify import digest_file, verify_shard
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import pack
 from quantkit.models import skeleton
-from quantkit.models.source import DTYPES, Source
-from quantkit.models.tensors import TensorInfo
+from quantkit.models.source import Source
+from quantkit.models.tensors import TensorInfo, torch_dtype
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.clock import Clock
@@ -265,7 +265,7 @@ class Producer:
 
     def _stored(self, part: int) -> dict[str, torch.dtype]:
         """Stored dtype of every parameter of a shard."""
-        return {name: DTYPES[info.dtype] for name, info in self.parts[part].items()}
+        return {name: torch_dtype(info.dtype) for name, info in self.parts[part].items()}
 
     def _weight(self, plan: LayerPlan) -> torch.Tensor:
         weight = self.source.tensor(f"{plan.name}.weight")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import math
 import platform
 import resource
@@ -19,10 +18,11 @@ import transformers
 from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
 from quantkit.checkpoint.journal import CARRIED
 from quantkit.checkpoint.shards import write_atomically, write_json
-from quantkit.checkpoint.verify import MANIFEST, digest_file, verify_checkpoint
+from quantkit.checkpoint.verify import AGAIN, MANIFEST, digest_file, verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
+from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.evaluation import evaluate_pair
 from quantkit.pipeline.produce import Producer
@@ -178,7 +178,7 @@ def _phases(seconds: dict[str, float]) -> dict[str, float]:
 def report_of(output: Path, manifest: dict) -> dict[str, Any]:
     """The report of a finished checkpoint, from its manifest and the facts of the run that made it."""
     facts = output / RUN
-    run = json.loads(facts.read_text()) if facts.exists() else {}
+    run = read_json(facts, VerificationError, advice=AGAIN) if facts.exists() else {}
     return {
         "schema": "quantkit-run/1",
         "output": str(output),

@@ -103,5 +103,5 @@ def test_other_methods_and_lost_tensors_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     assert run(["inspect", str(folder)]) == 2
     (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot be read as JSON"):
+    with pytest.raises(ModelError, match="is not valid JSON"):
         inspect_checkpoint(folder)

@@ -11,6 +11,7 @@ from quantkit.errors import ModelError
 from quantkit.models import source as module
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.models.tensors import DTYPES, stored_dtype, torch_dtype
 
 TINY = {
     "model_type": "llama",
@@ -140,3 +141,10 @@ def test_a_config_transformers_refuses(tmp_path, bad):
     source = make(tmp_path, {"model.a": torch.ones(4)}, **bad)
     with pytest.raises(ModelError, match=r"config\.json is refused by transformers"):
         _ = source.config
+
+
+def test_every_stored_dtype_has_its_torch_dtype_and_size():
+    for name, (bits, _) in DTYPES.items():
+        dtype = torch_dtype(name)
+        assert stored_dtype(dtype) == name
+        assert torch.empty((), dtype=dtype).element_size() * 8 == bits
