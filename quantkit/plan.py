@@ -176,8 +176,9 @@ def _check_groups(layers: Sequence[LayerPlan]) -> None:
     """One error for every layer whose in_features the group size does not divide."""
     bad: dict[tuple[str, int, int], int] = {}
     for layer in layers:
-        if not layer.scheme.divides(layer.shape[1]):
-            key = (_starred(layer.name), layer.shape[1], layer.scheme.group(layer.shape[1]))
+        grid = layer.scheme.weights
+        if not grid.divides(layer.shape[1]):
+            key = (_starred(layer.name), layer.shape[1], grid.group(layer.shape[1]))
             bad[key] = bad.get(key, 0) + 1
     if not bad:
         return

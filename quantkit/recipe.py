@@ -16,7 +16,7 @@ from quantkit import assets
 from quantkit.algorithms.config import AlgorithmConfig, GptqConfig, RtnConfig
 from quantkit.errors import RecipeError
 from quantkit.recipe_yaml import MAX_BYTES, Located, apply_override, read
-from quantkit.scheme import PRESETS, Scheme
+from quantkit.scheme import PRESETS, Scheme, integer
 from quantkit.transforms.config import AwqConfig, TransformConfig
 
 NOT_YET = ("activations", "kv_cache")
@@ -43,7 +43,7 @@ class _SchemePart(_Part):
         value = dict(value)
         name = value.get("preset")
         if isinstance(name, str) and name in PRESETS:
-            base = PRESETS[value.pop("preset")]
+            base = PRESETS[value.pop("preset")].weights
             value = {key: getattr(base, key) for key in SCHEME_KEYS} | value
         if value.get("group_size") in ("channel", -1):
             value["group_size"] = None
@@ -63,7 +63,7 @@ class Weights(_SchemePart):
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.bits, self.group_size, self.symmetric)
+        return Scheme(integer(self.bits, self.group_size, self.symmetric))
 
 
 class Rule(_SchemePart):

@@ -1,66 +1,148 @@
-"""A number format for weights is a value with fields, never a class per bit width."""
+"""What a quantized tensor looks like, as values: number formats, grids, and the schemes made of them. Without torch.
+
+    Number   how one value is coded: int4, fp8_e4m3, nf4, ...
+    Grid     a Number and which values share a scale
+    Scheme   the Grid of a linear's weights and, if its inputs are quantized too, of those
+    KVScheme the Grids of a cache's keys and values
+
+The words are those of compressed-tensors: bits is its num_bits, kind its type, granularity its strategy.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
-from quantkit.errors import RecipeError
+Kind = Literal["int", "float", "table"]
+Granularity = Literal["tensor", "channel", "group", "token", "block", "head"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """How one value is coded. `numerics/number.py` encodes and decodes.
+
+    name: "int4", "fp8_e4m3", ... bits: of one code. kind: "int" are equal steps around a zero point, "float" a sign,
+    an exponent and a mantissa, "table" a list of values. zero: the code that stands for 0 if no zero point is stored.
+    """
+
+    name: str
+    bits: int
+    kind: Kind
+    zero: int = 0
+
+
+NUMBERS: dict[str, Number] = {
+    **{f"int{bits}": Number(f"int{bits}", bits, "int", 2 ** (bits - 1)) for bits in range(2, 9)},
+    "fp8_e4m3": Number("fp8_e4m3", 8, "float"),
+    "fp8_e5m2": Number("fp8_e5m2", 8, "float"),
+    "fp4_e2m1": Number("fp4_e2m1", 4, "float"),
+    "nf4": Number("nf4", 4, "table", 7),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a tensor is rounded to: a number format, and which elements share a scale.
+
+    granularity: one scale per tensor, channel (row of a weight), group (`group_size` columns of a row), block
+    (`group_size` rows by `group_size` columns), token (row of the inputs), or head (of a KV cache).
+    symmetric: no zero point is stored, `midpoint` is the code of 0. Only integers can be asymmetric.
+    dynamic: the scale is taken from the values when they are quantized, not stored. Weights never are.
+    scale: the number format the scale itself is stored in; None: the float type of the model.
+    """
+
+    number: Number
+    granularity: Granularity
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = False
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        sized = self.granularity in ("group", "block")
+        if sized != (self.group_size is not None):
+            raise ValueError(
+                f"granularity {self.granularity!r} {'needs a' if sized else 'has no'} group_size, "
+                f"got {self.group_size}"
+            )
+        if not self.symmetric and self.number.kind != "int":
+            raise ValueError(f"only integers can be asymmetric, got {self.number.name}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.number.bits
+
+    @property
+    def qmax(self) -> int:
+        """Largest code, as an unsigned number."""
+        return 2**self.number.bits - 1
+
+    @property
+    def midpoint(self) -> int:
+        """The code that stands for 0 on a symmetric grid."""
+        return self.number.zero
+
+    def group(self, in_features: int) -> int:
+        """Columns per scale of a weight with `in_features` columns."""
+        return self.group_size or in_features
+
+    def divides(self, in_features: int) -> bool:
+        """Whether `in_features` columns are whole groups."""
+        return in_features % self.group(in_features) == 0
+
+    @property
+    def _shape(self) -> str:
+        return (
+            f"{'b' if self.granularity == 'block' else 'g'}{self.group_size}"
+            if self.group_size
+            else self.granularity
+        )
+
+    def __str__(self) -> str:
+        zero = "" if self.symmetric else " asym"
+        return f"{self.number.name} {self._shape}{zero}"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight [N, K] is stored.
+    """How one linear is quantized: its weight [N, K] and, unless `inputs` is None, its inputs [tokens, K]."""
 
-    bits: 2..8. group_size: columns (along K) that share a scale; None = one scale per output channel (row).
-    symmetric: the zero point is fixed at 2^(bits-1) and not stored.
-    """
-
-    bits: int = 4
-    group_size: int | None = 128
-    symmetric: bool = True
-    dtype: str = "int"
-
-    @property
-    def qmax(self) -> int:
-        """Largest unsigned code."""
-        return 2**self.bits - 1
-
-    @property
-    def midpoint(self) -> int:
-        """The zero point of a symmetric grid, as an unsigned code."""
-        return 2 ** (self.bits - 1)
-
-    def group(self, in_features: int) -> int:
-        """Columns per scale for a weight with `in_features` columns."""
-        return self.group_size or in_features
-
-    def divides(self, in_features: int) -> bool:
-        return in_features % self.group(in_features) == 0
-
-    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight, scales and zero points included, shape tensors not."""
-        zero_bits = 0 if self.symmetric else self.bits
-        return self.bits + (scale_bits + zero_bits) / self.group(in_features)
+    weights: Grid
+    inputs: Grid | None = None
 
     def __str__(self) -> str:
-        group = f"g{self.group_size}" if self.group_size else "channel"
-        return f"W{self.bits}A16 {group} {'sym' if self.symmetric else 'asym'}"
+        w = self.weights
+        number = "" if w.number.kind == "int" else f"{w.number.name} "
+        zero = "" if w.number.kind != "int" else " sym" if w.symmetric else " asym"
+        name = f"W{w.bits}A{self.inputs.bits if self.inputs else 16} {number}{w._shape}{zero}"
+        return name if self.inputs is None else f"{name}, inputs {self.inputs}"
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """How a KV cache is quantized."""
+
+    keys: Grid
+    values: Grid
+
+    def __str__(self) -> str:
+        return f"KV {self.keys}" if self.keys == self.values else f"K {self.keys}, V {self.values}"
+
+
+def integer(bits: int = 4, group_size: int | None = 128, symmetric: bool = True) -> Grid:
+    """The grid of integer weights: `group_size` columns share a scale, or with None a whole row does."""
+    number = NUMBERS[f"int{bits}"]
+    return Grid(number, "channel" if group_size is None else "group", group_size, symmetric)
 
 
 PRESETS: dict[str, Scheme] = {
-    "W8A16": Scheme(8, None, True),
-    "W6A16": Scheme(6, 128, True),
-    "W4A16": Scheme(4, 128, True),
-    "W4A16_ASYM": Scheme(4, 128, False),
-    "W3A16": Scheme(3, 128, True),
-    "W3A16_ASYM": Scheme(3, 128, False),
-    "W2A16": Scheme(2, 64, False),
-    "W2A16_SYM": Scheme(2, 64, True),
+    "W8A16": Scheme(integer(8, None)),
+    "W6A16": Scheme(integer(6)),
+    "W4A16": Scheme(integer(4)),
+    "W4A16_ASYM": Scheme(integer(4, symmetric=False)),
+    "W3A16": Scheme(integer(3)),
+    "W3A16_ASYM": Scheme(integer(3, symmetric=False)),
+    "W2A16": Scheme(integer(2, 64, symmetric=False)),
+    "W2A16_SYM": Scheme(integer(2, 64)),
 }
-
-
-def preset(name: str, **overrides: object) -> Scheme:
-    """The named preset, with fields replaced by `overrides`."""
-    if name not in PRESETS:
-        raise RecipeError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **overrides)

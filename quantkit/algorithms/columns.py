@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.numerics.grid import scale_and_zero
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 
 @dataclass
-class Grid:
+class ColumnGrid:
     """The grid of every column: rows [G, N] of scales and zero points, and which of them a column uses."""
 
     scale: torch.Tensor
@@ -30,8 +30,8 @@ class Grid:
 def solve(
     weight: torch.Tensor,
     factor: torch.Tensor,
+    grids: ColumnGrid,
     grid: Grid,
-    scheme: Scheme,
     block: int,
     dynamic: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,7 @@ def solve(
     dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
     """
     k = weight.shape[0]
-    group = scheme.group(k)
+    group = grid.group(k)
     if dynamic is not None:
         block = group  # a group then never straddles a pending update
     out = torch.empty_like(weight)
@@ -51,18 +51,18 @@ def solve(
         end = min(start + block, k)
         if dynamic is not None:
             lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
-            grid.scale[start // group], grid.zero[start // group] = scale_and_zero(lo, hi, scheme, dynamic)
-        low, high = -grid.zero, scheme.qmax - grid.zero
+            grids.scale[start // group], grids.zero[start // group] = scale_and_zero(lo, hi, grid, dynamic)
+        low, high = -grids.zero, grid.qmax - grids.zero
         back = slice(k - end, k - start)
         u = factor[back, back].flip(0, 1)
         pivots = u.diagonal().tolist()
         for i in range(start, end):
-            j, g = i - start, grid.group_of[i]
-            w, scale = weight[i], grid.scale[g]
+            j, g = i - start, grids.group_of[i]
+            w, scale = weight[i], grids.scale[g]
             level = torch.div(w, scale, out=out[i]).round_().clamp_(low[g], high[g])
             error = torch.addcmul(w, level, scale, value=-1, out=errors[i]).div_(pivots[j])
             weight[i + 1 : end].addr_(u[j, j + 1 :], error, alpha=-1)
-        out[start:end] += grid.zero[grid.group_of[start:end]]
+        out[start:end] += grids.zero[grids.group_of[start:end]]
         if end < k:
             weight[end:].addmm_(factor[back, : k - end].flip(0, 1).T, errors[start:end], alpha=-1)
     return out, errors
@@ -72,8 +72,8 @@ def sweep(
     target: torch.Tensor,
     hessian: torch.Tensor,
     q: torch.Tensor,
+    grids: ColumnGrid,
     grid: Grid,
-    scheme: Scheme,
     rounds: int,
     block: int = 32,
     panel: int = 256,
@@ -85,7 +85,7 @@ def sweep(
     codes changed and by how much the objective did (<= 0 but for rounding).
     """
     k = q.shape[0]
-    value = grid.values(q)
+    value = grids.values(q)
     error = target - value
     changed, gained = 0, 0.0
     for _ in range(rounds):
@@ -97,7 +97,7 @@ def sweep(
             for start in range(first, last, block):
                 end = min(start + block, last)
                 inside = gradient[start - first : end - first].clone()
-                _descend(value[start:end], inside, hessian[start:end, start:end], start, grid, scheme.qmax)
+                _descend(value[start:end], inside, hessian[start:end, start:end], start, grids, grid.qmax)
                 now = target[start:end] - value[start:end]
                 gradient.addmm_(hessian[first:last, start:end], now - error[start:end])
                 error[start:end] = now
@@ -107,18 +107,18 @@ def sweep(
         changed += moved
         if not moved:
             break
-    q.copy_(value.div_(grid.scale[grid.group_of]).round_().add_(grid.zero[grid.group_of]))
+    q.copy_(value.div_(grids.scale[grids.group_of]).round_().add_(grids.zero[grids.group_of]))
     return changed, gained
 
 
 def _descend(
-    value: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, at: int, grid: Grid, qmax: int
+    value: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, at: int, grids: ColumnGrid, qmax: int
 ) -> None:
     """One step for every column of a block, in order. value, gradient [B, N]: changed; `at`: its first column."""
-    low, high = -grid.zero, qmax - grid.zero
+    low, high = -grids.zero, qmax - grids.zero
     for j, pivot in enumerate(hessian.diagonal().tolist()):
-        g = grid.group_of[at + j]
-        scale, old = grid.scale[g], value[j]
+        g = grids.group_of[at + j]
+        scale, old = grids.scale[g], value[j]
         new = torch.add(old, gradient[j], alpha=1 / pivot).div_(scale)
         new.round_().clamp_(low[g], high[g]).mul_(scale)
         gradient[j + 1 :].addr_(hessian[j, j + 1 :], old.sub_(new))

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.algorithms.columns import Grid, quadratic, solve, sweep
+from quantkit.algorithms.columns import ColumnGrid, quadratic, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 CHUNK_ELEMENTS = 1 << 21  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
@@ -119,7 +119,7 @@ def _needs(config: GptqConfig) -> frozenset[str]:
 
 @register("gptq", _needs)
 def quantize(
-    weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, config: GptqConfig
+    weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: GptqConfig
 ) -> Outcome:
     """Quantize `weight` [N, K] (fp32; fp64 in tests) with statistics.hessian [K, K].
 
@@ -131,7 +131,7 @@ def quantize(
     dead = hessian.diagonal() == 0
     details: dict[str, float | int | str] = {"dead_columns": int(dead.sum())}
     n, k = weight.shape
-    order = column_order(hessian.diagonal(), scheme.group(k), config.order)
+    order = column_order(hessian.diagonal(), grid.group(k), config.order)
     if bool(dead.any()):
         weight = weight.masked_fill(dead, 0)
     pull = None
@@ -144,11 +144,11 @@ def quantize(
     found = _positive_definite(h, config.damping, fallbacks)
     if found is None:
         fallbacks.append("rounded to nearest: no damping made the Hessian positive definite")
-        quantized = rtn(weight, scheme, dtype, config.range, 0, statistics.mean_square)
+        quantized = rtn(weight, grid, dtype, config.range, 0, statistics.mean_square)
         return Outcome(quantized, details | {"relative_error": quantized.relative_error(weight)}, fallbacks)
     factor, details["damping"] = found
 
-    problem = _Problem(h, factor, order, scheme, dtype, config, statistics.mean_square)
+    problem = _Problem(h, factor, order, grid, dtype, config, statistics.mean_square)
     del h, factor
     rows = max(1, CHUNK_ELEMENTS // k)
     pulls = [None] * -(-n // rows) if pull is None else pull.split(rows)
@@ -161,8 +161,8 @@ def quantize(
         QuantizedWeight(
             codes=torch.cat([p.codes for p in parts]),
             scale=torch.cat([p.scale for p in parts]),
-            zero=None if scheme.symmetric else torch.cat([p.zero for p in parts]),
-            scheme=scheme,
+            zero=None if grid.symmetric else torch.cat([p.zero for p in parts]),
+            grid=grid,
         ),
         details,
         fallbacks,
@@ -188,7 +188,7 @@ class _Problem:
     hessian: torch.Tensor
     factor: torch.Tensor
     order: torch.Tensor
-    scheme: Scheme
+    grid: Grid
     dtype: torch.dtype
     config: GptqConfig
     importance: torch.Tensor | None
@@ -198,28 +198,28 @@ class _Problem:
 
         pull: W D [n, K] in quantization order, if the rows are to be re-targeted.
         """
-        config, scheme, h = self.config, self.scheme, self.hessian
+        config, grid, h = self.config, self.grid, self.hessian
         target = weight.T[self.order].contiguous()  # (K, n)
         if pull is not None:
             target.add_(retarget_shift(pull, self.factor).T, alpha=config.retarget)
             weight = torch.empty_like(weight)
             weight[:, self.order] = target.T
-        scale, zero = search_grid(weight, scheme, self.dtype, config.range, self.importance)  # (n, K/G)
-        groups = (self.order // scheme.group(len(h))).tolist()
-        grid = Grid(scale.T.contiguous(), zero.T.contiguous(), groups)
+        scale, zero = search_grid(weight, grid, self.dtype, config.range, self.importance)  # (n, K/G)
+        groups = (self.order // grid.group(len(h))).tolist()
+        grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups)
         dynamic = self.dtype if config.groups == "dynamic" else None
-        q, errors = solve(target.clone(), self.factor, grid, scheme, config.block, dynamic)
+        q, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
         error, changed = float(errors.square_().sum()), 0
         del errors
         if config.refine:
-            changed, gained = sweep(target, h, q, grid, scheme, config.refine)
+            changed, gained = sweep(target, h, q, grids, grid, config.refine)
             error = max(0.0, error + gained)
         codes_out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         codes_out[:, self.order] = q.T.to(torch.uint8)
         return _Rows(
             codes_out,
-            grid.scale.T.contiguous().to(self.dtype),
-            grid.zero.T.contiguous().to(torch.uint8),
+            grids.scale.T.contiguous().to(self.dtype),
+            grids.zero.T.contiguous().to(torch.uint8),
             error,
             quadratic(h, target),
             changed,

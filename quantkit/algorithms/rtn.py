@@ -10,39 +10,39 @@ from quantkit.numerics.grid import codes, grouped
 from quantkit.numerics.range_search import refit_scale, search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight, row_chunks
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 
 def on_grid(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, dtype: torch.dtype
 ) -> QuantizedWeight:
     """Round `weight` [N, K] to the grids (scale, zero) [N, K/G]."""
     out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(*weight.shape):
-        w = grouped(weight[rows], scheme.group(weight.shape[1]))
-        q = codes(w, scale[rows, :, None], zero[rows, :, None], scheme.qmax)
+        w = grouped(weight[rows], grid.group(weight.shape[1]))
+        q = codes(w, scale[rows, :, None], zero[rows, :, None], grid.qmax)
         out[rows] = q.view(-1, weight.shape[1])
     return QuantizedWeight(
         codes=out,
         scale=scale.to(dtype),
-        zero=None if scheme.symmetric else zero.to(torch.uint8),
-        scheme=scheme,
+        zero=None if grid.symmetric else zero.to(torch.uint8),
+        grid=grid,
     )
 
 
 def rtn(
     weight: torch.Tensor,
-    scheme: Scheme,
+    grid: Grid,
     dtype: torch.dtype,
     method: str = "minmax",
     refit: int = 0,
     importance: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize `weight` [N, K]; `dtype` is the stored dtype of the scale, importance the mean square input [K]."""
-    scale, zero = search_grid(weight, scheme, dtype, method, importance)
+    scale, zero = search_grid(weight, grid, dtype, method, importance)
     if refit:
-        scale = refit_scale(weight, scale, zero, scheme, dtype, refit, importance)
-    return on_grid(weight, scale, zero, scheme, dtype)
+        scale = refit_scale(weight, scale, zero, grid, dtype, refit, importance)
+    return on_grid(weight, scale, zero, grid, dtype)
 
 
 def _needs(config: RtnConfig) -> frozenset[str]:
@@ -51,7 +51,7 @@ def _needs(config: RtnConfig) -> frozenset[str]:
 
 @register("rtn", _needs)
 def quantize(
-    weight: torch.Tensor, statistics: Statistics, scheme: Scheme, dtype: torch.dtype, config: RtnConfig
+    weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: RtnConfig
 ) -> Outcome:
-    quantized = rtn(weight, scheme, dtype, config.range, config.refit, statistics.mean_square)
+    quantized = rtn(weight, grid, dtype, config.range, config.refit, statistics.mean_square)
     return Outcome(quantized, {"relative_error": quantized.relative_error(weight)})

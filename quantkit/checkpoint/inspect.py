@@ -75,9 +75,9 @@ def _packed(
     return {
         "name": module,
         "scheme": str(scheme),
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "symmetric": scheme.symmetric,
+        "bits": scheme.weights.bits,
+        "group_size": scheme.weights.group_size,
+        "symmetric": scheme.weights.symmetric,
         "dtype": parts["weight_scale"].dtype,
         "shape": [n, k],
         "bytes": nbytes,

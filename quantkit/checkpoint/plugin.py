@@ -110,8 +110,10 @@ def swap(model: nn.Module, scheme_of: Any, tensors: dict[str, tuple[str, tuple[i
 
 
 def _packed(name: str, n: int, k: int, scheme: Scheme, module: nn.Module, tensors: dict) -> QuantLinear:
-    if not scheme.divides(k):
-        raise ModelError(f"{name} has {k} columns, which its groups of {scheme.group_size} do not divide")
+    if not scheme.weights.divides(k):
+        raise ModelError(
+            f"{name} has {k} columns, which its groups of {scheme.weights.group_size} do not divide"
+        )
     stored, _ = tensors.get(f"{name}.weight_scale", ("BF16", ()))
     if stored not in WEIGHT_DTYPES:
         raise ModelError(f"{name}.weight_scale has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}")
@@ -146,5 +148,5 @@ def check_shapes(model: nn.Module, tensors: dict[str, tuple[str, tuple[int, ...]
 
 def _padded(module: QuantLinear, packed: tuple[str, tuple[int, ...]] | None) -> bool:
     """Whether a stored tensor has the row length of the older packing, floor(32 / bits) codes per word."""
-    words = -(-module.in_features // (32 // module.scheme.bits))
+    words = -(-module.in_features // (32 // module.scheme.weights.bits))
     return packed is not None and packed[1][-1] == words != module.weight_packed.shape[1]

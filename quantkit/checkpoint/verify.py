@@ -20,6 +20,7 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
 from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme
 
 MANIFEST = "quantkit.json"
 AGAIN = "quantize again with --no-resume"
@@ -38,7 +39,7 @@ def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
             stored.pop("bias", None)
             try:
-                found = unpack(stored, wanted.scheme)
+                found = unpack(stored, Scheme(wanted.grid))
             except ModelError as error:
                 raise VerificationError(f"{path.name}: {name}: {error}") from error
             same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(

@@ -19,7 +19,7 @@ from quantkit_kernels import pack_bits, unpack_bits, words
 
 from quantkit.errors import ModelError
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid, Scheme, integer
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -29,7 +29,7 @@ DTYPES = {"weight_packed": torch.int32, "weight_shape": torch.int64, "weight_zer
 
 def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
     """The tensors of one linear, by local name."""
-    bits = weight.scheme.bits
+    bits = weight.grid.bits
     tensors = {
         "weight_packed": pack_bits(weight.codes, bits),
         "weight_scale": weight.scale.contiguous(),
@@ -42,8 +42,9 @@ def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `pack`. ModelError if tensors are missing, foreign or of the wrong shape."""
+    grid = scheme.weights
     expected = {"weight_packed", "weight_scale", "weight_shape"} | (
-        set() if scheme.symmetric else {"weight_zero_point"}
+        set() if grid.symmetric else {"weight_zero_point"}
     )
     if tensors.keys() != expected:
         raise ModelError(f"a {scheme} linear has the tensors {sorted(expected)}, got {sorted(tensors)}")
@@ -55,39 +56,43 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeig
             )
     zero = tensors.get("weight_zero_point")
     return QuantizedWeight(
-        codes=unpack_bits(tensors["weight_packed"], scheme.bits, k).contiguous(),
+        codes=unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous(),
         scale=tensors["weight_scale"],
-        zero=None if zero is None else unpack_bits(zero.T, scheme.bits, n).T.contiguous(),
-        scheme=scheme,
+        zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
+        grid=grid,
     )
 
 
 def stored_shapes(n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
     """Shape of every stored tensor of a [N, K] linear, by local name."""
-    groups = k // scheme.group(k)
+    grid = scheme.weights
+    groups = k // grid.group(k)
     shapes = {
-        "weight_packed": (n, words(k, scheme.bits)),
+        "weight_packed": (n, words(k, grid.bits)),
         "weight_scale": (n, groups),
         "weight_shape": (2,),
     }
-    if not scheme.symmetric:
-        shapes["weight_zero_point"] = (words(n, scheme.bits), groups)
+    if not grid.symmetric:
+        shapes["weight_zero_point"] = (words(n, grid.bits), groups)
     return shapes
 
 
-def _weights(scheme: Scheme) -> dict[str, Any]:
+def _weights(grid: Grid) -> dict[str, Any]:
     grouping = (
-        {"strategy": "group", "group_size": scheme.group_size}
-        if scheme.group_size
-        else {"strategy": "channel"}
+        {"strategy": "group", "group_size": grid.group_size} if grid.group_size else {"strategy": "channel"}
     )
     return {
-        "num_bits": scheme.bits,
+        "num_bits": grid.bits,
         "type": "int",
-        "symmetric": scheme.symmetric,
+        "symmetric": grid.symmetric,
         "dynamic": False,
         **grouping,
     }
+
+
+def _order(scheme: Scheme) -> tuple[int, int, bool]:
+    """The order of config groups."""
+    return scheme.weights.bits, scheme.weights.group_size or 0, scheme.weights.symmetric
 
 
 def quantization_config(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -95,11 +100,11 @@ def quantization_config(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> 
 
     One scheme targets the class "Linear"; several target their modules by name.
     """
-    schemes = sorted(set(layers.values()), key=lambda s: (s.bits, s.group_size or 0, s.symmetric))
+    schemes = sorted(set(layers.values()), key=_order)
     groups = {}
     for number, scheme in enumerate(schemes):
         names = ["Linear"] if len(schemes) == 1 else sorted(n for n, s in layers.items() if s == scheme)
-        groups[f"group_{number}"] = {"targets": names, "weights": _weights(scheme), "format": FORMAT}
+        groups[f"group_{number}"] = {"targets": names, "weights": _weights(scheme.weights), "format": FORMAT}
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -170,7 +175,8 @@ def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
         raise ModelError(
             f"config group {name}: num_bits {bits!r}, group_size {size!r} is no scheme of this format"
         )
-    return Scheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+    symmetric = bool(weights.get("symmetric", True))
+    return Scheme(integer(bits, size if strategy == "group" else None, symmetric))
 
 
 def _rank(pattern: str, module: str) -> int | None:

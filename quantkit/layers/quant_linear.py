@@ -46,7 +46,7 @@ class QuantLinear(nn.Module):
         for name, shape in stored_shapes(out_features, in_features, scheme).items():
             kind = DTYPES.get(name, scale_dtype)
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
-        if scheme.symmetric:
+        if scheme.weights.symmetric:
             self.register_buffer("weight_zero_point", None)
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
@@ -60,7 +60,7 @@ class QuantLinear(nn.Module):
     def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None) -> QuantLinear:
         """From codes in memory."""
         n, k = weight.shape
-        module = cls(k, n, weight.scheme, False, weight.scale.dtype, device="meta")
+        module = cls(k, n, Scheme(weight.grid), False, weight.scale.dtype, device="meta")
         for name, tensor in pack(weight).items():
             setattr(module, name, tensor)
         if bias is not None:
@@ -74,12 +74,12 @@ class QuantLinear(nn.Module):
         `quantkit_kernels.check_compute`. BackendError if a named one cannot run. A backend with a layout of its own
         frees the stored tensors: there is no second copy.
         """
-        k, n, bits = self.in_features, self.out_features, self.scheme.bits
-        group = self.scheme.group(k)
+        k, n, bits = self.in_features, self.out_features, self.scheme.weights.bits
+        group = self.scheme.weights.group(k)
         device = self.weight_shape.device
         try:
             name, _ = quantkit_kernels.select(
-                device, bits, group, self.scheme.symmetric, 1, n, k, backend, dtype
+                device, bits, group, self.scheme.weights.symmetric, 1, n, k, backend, dtype
             )
             quantkit_kernels.check_compute(name, compute)
             self.compute = compute
@@ -162,7 +162,7 @@ class QuantLinear(nn.Module):
 
     def _dispatched(self, x: torch.Tensor) -> torch.Tensor:
         """The result by the ops; what `forward` gives without torch's dispatcher where nobody looks at it."""
-        group = self.scheme.group(self.in_features)
+        group = self.scheme.weights.group(self.in_features)
         if self.prepared:
             y = quantkit_kernels.run(
                 self.backend, x.to(self._dtype), self.layout, group, self.bias, self.compute
@@ -174,7 +174,7 @@ class QuantLinear(nn.Module):
             self.weight_scale,
             self.weight_zero_point,
             self.bias,
-            self.scheme.bits,
+            self.scheme.weights.bits,
             group,
             self.out_features,
             self.in_features,
@@ -213,8 +213,8 @@ def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
     """One arena for the native layouts of all these modules: a page fault per 2 MiB, and one forward stream."""
     size = 0
     for module in modules:
-        n, k, bits = module.out_features, module.in_features, module.scheme.bits
-        group = module.scheme.group(k)
+        n, k, bits = module.out_features, module.in_features, module.scheme.weights.bits
+        group = module.scheme.weights.group(k)
         if ops.refuses(bits, group, k) is None:
             size += -(-ops.units_bytes(bits, group, n, k, wide_scales=True) // 64) * 64
     return library.Arena(size)

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 
 def scale_and_zero(
-    lo: torch.Tensor, hi: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+    lo: torch.Tensor, hi: torch.Tensor, grid: Grid, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (rounded to `dtype`, returned as fp32 or fp64) and zero point (as a float) for ranges of any shape.
 
     An empty range (lo = hi = 0) gets scale 1, so that zero is represented exactly.
     """
-    if scheme.symmetric:
+    if grid.symmetric:
         span = torch.maximum(lo.abs(), hi.abs()) * 2
     else:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         span = hi - lo
-    scale = torch.where(span > 0, span / scheme.qmax, torch.ones_like(span))
+    scale = torch.where(span > 0, span / grid.qmax, torch.ones_like(span))
     scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(lo.dtype)
-    if scheme.symmetric:
-        return scale, torch.full_like(scale, scheme.midpoint)
-    return scale, (-lo / scale).round_().clamp_(0, scheme.qmax)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, grid.midpoint)
+    return scale, (-lo / scale).round_().clamp_(0, grid.qmax)
 
 
 def codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.numerics.grid import codes, grouped, round_to_grid, scale_and_zero
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 STRIDE = 0.02
 STEPS = {2: 35, 3: 28, 4: 20}  # shrink factors tried, STRIDE apart: fewer bits clip deeper
@@ -19,7 +19,7 @@ _CHUNK = 1 << 17  # elements per pass, so that the temporaries stay in the secon
 
 def search_grid(
     weight: torch.Tensor,
-    scheme: Scheme,
+    grid: Grid,
     dtype: torch.dtype,
     method: str = "minmax",
     importance: torch.Tensor | None = None,
@@ -28,10 +28,10 @@ def search_grid(
 
     dtype: the stored dtype of the scale. method: minmax | mse | weighted; `weighted` needs importance [K] >= 0.
     """
-    group = scheme.group(weight.shape[1])
+    group = grid.group(weight.shape[1])
     if method == "minmax":
         w = grouped(weight, group)
-        return scale_and_zero(w.amin(2), w.amax(2), scheme, dtype)
+        return scale_and_zero(w.amin(2), w.amax(2), grid, dtype)
     if method == "weighted":
         if importance is None:
             raise ValueError("range search 'weighted' needs the mean square of the inputs")
@@ -39,20 +39,20 @@ def search_grid(
     else:
         column = None
     rows = max(1, _CHUNK // weight.shape[1])
-    parts = [_search(grouped(c, group), scheme, dtype, column) for c in weight.split(rows)]
+    parts = [_search(grouped(c, group), grid, dtype, column) for c in weight.split(rows)]
     return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
 
 
 def _search(
-    w: torch.Tensor, scheme: Scheme, dtype: torch.dtype, column: torch.Tensor | None
+    w: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lo, hi = w.amin(2), w.amax(2)  # (n, K/G)
-    best_scale, best_zero = scale_and_zero(lo, hi, scheme, dtype)
-    least = _error(w, best_scale, best_zero, scheme.qmax, column)
-    for step in range(1, STEPS.get(scheme.bits, STEPS_WIDE)):
+    best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype)
+    least = _error(w, best_scale, best_zero, grid.qmax, column)
+    for step in range(1, STEPS.get(grid.bits, STEPS_WIDE)):
         shrink = 1 - step * STRIDE
-        scale, zero = scale_and_zero(lo * shrink, hi * shrink, scheme, dtype)
-        error = _error(w, scale, zero, scheme.qmax, column)
+        scale, zero = scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
+        error = _error(w, scale, zero, grid.qmax, column)
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -79,7 +79,7 @@ def refit_scale(
     weight: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
-    scheme: Scheme,
+    grid: Grid,
     dtype: torch.dtype,
     rounds: int,
     importance: torch.Tensor | None = None,
@@ -89,17 +89,17 @@ def refit_scale(
     A refit is kept for a group only where it lowers that group's error, so the result is never worse.
     Returns the scale [N, K/G], already rounded to `dtype`.
     """
-    group = scheme.group(weight.shape[1])
+    group = grid.group(weight.shape[1])
     w = grouped(weight, group)
     v = torch.ones(1) if importance is None else importance.to(w.dtype).view(1, -1, group)
 
     def error(s: torch.Tensor) -> torch.Tensor:
-        off = round_to_grid(w, s[:, :, None], zero[:, :, None], scheme.qmax) - w
+        off = round_to_grid(w, s[:, :, None], zero[:, :, None], grid.qmax) - w
         return (off.square_() * v).sum(2)
 
     least = error(scale)
     for _ in range(rounds):
-        q = codes(w, scale[:, :, None], zero[:, :, None], scheme.qmax) - zero[:, :, None]
+        q = codes(w, scale[:, :, None], zero[:, :, None], grid.qmax) - zero[:, :, None]
         norm = (v * q * q).sum(2)
         fitted = torch.where(norm > 0, (v * w * q).sum(2) / norm.clamp(min=1e-30), scale)
         fitted = torch.where(fitted > torch.finfo(dtype).tiny, fitted.to(dtype).to(w.dtype), scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 _CHUNK = 1 << 20  # elements
 
@@ -29,7 +29,7 @@ class QuantizedWeight:
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
-    scheme: Scheme
+    grid: Grid
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class QuantizedWeight:
     def rows(self, rows: slice) -> QuantizedWeight:
         """Some output channels."""
         zero = None if self.zero is None else self.zero[rows]
-        return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.scheme)
+        return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.grid)
 
     def relative_error(self, weight: torch.Tensor) -> float:
         """Squared error over squared weight (0 for a zero weight), a few rows at a time."""
@@ -55,6 +55,6 @@ class QuantizedWeight:
         work = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.scale.shape[1]
         q = self.codes.view(n, groups, k // groups).to(work)  # (N, K/G, G)
-        q -= self.scheme.midpoint if self.zero is None else self.zero.to(work)[:, :, None]
+        q -= self.grid.midpoint if self.zero is None else self.zero.to(work)[:, :, None]
         q *= self.scale.to(work)[:, :, None]
         return q.view(n, k).to(dtype)

@@ -123,14 +123,14 @@ def _quantize_stage(
             part.copy_(held[name].weight)
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         mine = statistics if last else replace(statistics)
-        outcome = algorithm(config.name).quantize(together, mine, scheme, dtype, config)
+        outcome = algorithm(config.name).quantize(together, mine, scheme.weights, dtype, config)
         weights = together.split(rows)
         q = outcome.weight
         zeros = [None] * len(names) if q.zero is None else q.zero.split(rows)
         for name, weight, codes, scale, zero in zip(
             names, weights, q.codes.split(rows), q.scale.split(rows), zeros, strict=True
         ):
-            part = QuantizedWeight(codes, scale, zero, scheme)
+            part = QuantizedWeight(codes, scale, zero, scheme.weights)
             held[name].quantized = part
             result.add(plans[name], weight, replace(outcome, weight=part))
             if run.streams.full is None:

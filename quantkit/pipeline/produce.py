@@ -121,7 +121,7 @@ class Producer:
                     config = plan.algorithm
                     stored = self._stored(part)[f"{plan.name}.weight"]
                     outcome = algorithm(config.name).quantize(
-                        weight, Statistics(), plan.scheme, stored, config
+                        weight, Statistics(), plan.scheme.weights, stored, config
                     )
                     result.add(plan, weight, outcome)
             self._commit(part, result)
@@ -244,7 +244,7 @@ class Producer:
                 weight = self._weight(plan).float().to(self.device)
                 stored = self._stored(-1)[f"{name}.weight"]
                 outcome = algorithm(plan.algorithm.name).quantize(
-                    weight, statistics, plan.scheme, stored, plan.algorithm
+                    weight, statistics, plan.scheme.weights, stored, plan.algorithm
                 )
                 result.add(plan, weight, outcome)
         return result

@@ -8,7 +8,6 @@ import math
 import platform
 import resource
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,15 @@ def _notes(producer: Producer) -> list[str]:
         f"awq left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
         for name, count in left_out.items()
     ]
-    quantized = [{"name": p.name, **asdict(p.scheme)} for p in producer.plan.layers]
+    quantized = [
+        {
+            "name": p.name,
+            "bits": p.scheme.weights.bits,
+            "group_size": p.scheme.weights.group_size,
+            "symmetric": p.scheme.weights.symmetric,
+        }
+        for p in producer.plan.layers
+    ]
     for loader in loaders(producer.source.headers.model_type, quantized):
         if not loader["loads"] or loader["how"].startswith((ASYMMETRIC, READS_WEIGHT)):
             notes.append(f"{loader['name']}: {loader['how']}")

@@ -81,7 +81,7 @@ class Smoother:
         changed: dict[str, torch.Tensor],
     ) -> dict:
         held = [run.held[n] for n in group.consumers]
-        schemes = [plans[n].scheme for n in group.consumers]
+        grids = [plans[n].scheme.weights for n in group.consumers]
         dtype = stored[f"{group.consumers[0]}.weight"]
         inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
         mean_abs = _gathered("mean_abs", inputs, run.device)
@@ -90,7 +90,7 @@ class Smoother:
         loss = _output_error(run, group, held, seen)
         run.select(full=True)
         found = search_scale(
-            mean_abs, group.expand, [m.weight for m in held], schemes, dtype, loss, config.grid
+            mean_abs, group.expand, [m.weight for m in held], grids, dtype, loss, config.grid
         )
         report = {
             "producer": group.producer,
@@ -130,7 +130,9 @@ class Smoother:
             x = torch.cat([args[0].reshape(-1, plan.shape[1]) for args, _, _ in seen[name]])
             sample = _gathered("sample", [x], run.device)
             module = run.held[name]
-            module.weight.data = clip(module.weight.data, sample, plan.scheme, stored[f"{name}.weight"])
+            module.weight.data = clip(
+                module.weight.data, sample, plan.scheme.weights, stored[f"{name}.weight"]
+            )
 
 
 def _output_error(

@@ -132,7 +132,7 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def _packed(name: str, module: QuantLinear) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
-    scheme, n, k = module.scheme, module.out_features, module.in_features
+    grid, n, k = module.scheme.weights, module.out_features, module.in_features
     packed = module.cpu_packed
     if packed is None:
         stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
@@ -140,10 +140,10 @@ def _packed(name: str, module: QuantLinear) -> Matrix:
             raise NotNative(
                 f"{name} runs on backend {module.backend!r}, whose layout the native path cannot read"
             )
-        bits = scheme.bits
+        bits = grid.bits
         if bits not in ops.BITS:
             stored, bits = _widened(*stored, bits, n, k), 8
-        reason = ops.refuses(bits, scheme.group(k), k)
+        reason = ops.refuses(bits, grid.group(k), k)
         if reason:
             raise NotNative(f"{name}: {reason}")
         packed = ops.pack(*stored, bits, n, k)

@@ -13,7 +13,7 @@ import torch
 
 from quantkit.numerics.grid import grouped, round_to_grid, scale_and_zero
 from quantkit.numerics.range_search import search_grid
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid
 
 CLIP_STEPS = 10  # ranges 1.00, 0.95, ... 0.55 of the largest weight
 
@@ -35,18 +35,18 @@ def candidate(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
     return torch.where((mean_abs > 0) & torch.isfinite(s), s, torch.ones_like(s))
 
 
-def rounded(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` [N, K] on the plain min-max grid of `scheme`."""
-    scale, zero = search_grid(weight, scheme, dtype)
-    w = grouped(weight, scheme.group(weight.shape[1]))
-    return round_to_grid(w, scale[:, :, None], zero[:, :, None], scheme.qmax).view(weight.shape)
+def rounded(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` [N, K] on the plain min-max grid of `grid`."""
+    scale, zero = search_grid(weight, grid, dtype)
+    w = grouped(weight, grid.group(weight.shape[1]))
+    return round_to_grid(w, scale[:, :, None], zero[:, :, None], grid.qmax).view(weight.shape)
 
 
 def search_scale(
     mean_abs: torch.Tensor,
     expand: torch.Tensor | None,
     weights: list[torch.Tensor],
-    schemes: list[Scheme],
+    grids: list[Grid],
     dtype: torch.dtype,
     loss: Callable[[list[torch.Tensor]], float],
     grid: int,
@@ -60,7 +60,7 @@ def search_scale(
 
     def attempt(s: torch.Tensor) -> float:
         columns = s if expand is None else s[expand]
-        return loss([rounded(w * columns, f, dtype) / columns for w, f in zip(weights, schemes, strict=True)])
+        return loss([rounded(w * columns, g, dtype) / columns for w, g in zip(weights, grids, strict=True)])
 
     identity = torch.ones_like(mean_abs)
     identity_loss = attempt(identity)
@@ -73,12 +73,12 @@ def search_scale(
     return best
 
 
-def clip(weight: torch.Tensor, sample: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
     """Clamp each (row, group) of `weight` [N, K] to the range with the least error of its partial sum over `sample`.
 
     sample: inputs [tokens, K]. The error of a group is delta (X_g^T X_g) delta^T; no clipping is a candidate.
     """
-    group = scheme.group(weight.shape[1])
+    group = grid.group(weight.shape[1])
     x = sample.view(sample.shape[0], -1, group).transpose(0, 1)  # (K/G, tokens, G)
     gram = x.transpose(1, 2) @ x  # (K/G, G, G)
     w = grouped(weight, group)
@@ -87,8 +87,8 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, scheme: Scheme, dtype: torc
     for step in range(CLIP_STEPS):
         bound = limit * (1 - step / 20)
         clamped = w.clamp(-bound[:, :, None], bound[:, :, None])
-        scale, zero = scale_and_zero(clamped.amin(2), clamped.amax(2), scheme, dtype)
-        off = (round_to_grid(clamped, scale[:, :, None], zero[:, :, None], scheme.qmax) - w).transpose(0, 1)
+        scale, zero = scale_and_zero(clamped.amin(2), clamped.amax(2), grid, dtype)
+        off = (round_to_grid(clamped, scale[:, :, None], zero[:, :, None], grid.qmax) - w).transpose(0, 1)
         error = ((off @ gram) * off).sum(2).T  # (N, K/G)
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from quantkit.algorithms.columns import Grid, solve, sweep
+from quantkit.algorithms.columns import ColumnGrid, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.gptq import column_order, damped, inverse_factor, quantize
 from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 
 PLAIN = {"name": "gptq", "order": "none", "range": "minmax", "refine": 0, "retarget": 0.0}
 
@@ -31,11 +31,11 @@ def weight_of(n: int, k: int, seed: int = 1, dtype=torch.float64) -> torch.Tenso
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def run(weight, x, scheme, **options):
+def run(weight, x, grid, **options):
     h = 2 * x.T @ x / len(x)
     config = GptqConfig(**{**PLAIN, **options})
     drift = torch.zeros_like(h) if config.retarget else None
-    return quantize(weight, Statistics(len(x), h, drift), scheme, torch.float32, config)
+    return quantize(weight, Statistics(len(x), h, drift), grid, torch.float32, config)
 
 
 def loss(weight, quantized, x):
@@ -47,32 +47,32 @@ def loss(weight, quantized, x):
 @pytest.mark.parametrize("order", ["none", "activation", "group_aware"])
 def test_error_identity(bits, symmetric, order):
     """tr((W - Q) H (W - Q)^T) = sum Err^2 to 1e-9 in fp64, for any grid, clamp and order."""
-    k, scheme = 96, Scheme(bits, 32, symmetric)
+    k, grid = 96, integer(bits, 32, symmetric)
     h = damped(2 * correlated(k, 300).T @ correlated(k, 300) / 300, 0.01)
     w = weight_of(20, k)
     perm = column_order(h.diagonal(), 32, order)
     h, w = h[perm][:, perm], w[:, perm]
-    scale, zero = search_grid(weight_of(20, k), scheme, torch.float32)
-    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (perm // 32).tolist())
-    q, err = solve(w.T.clone().contiguous(), inverse_factor(h), grid, scheme, 40)
-    off = w.T - (q - grid.zero[grid.group_of]) * grid.scale[grid.group_of]
+    scale, zero = search_grid(weight_of(20, k), grid, torch.float32)
+    grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), (perm // 32).tolist())
+    q, err = solve(w.T.clone().contiguous(), inverse_factor(h), grids, grid, 40)
+    off = w.T - (q - grids.zero[grids.group_of]) * grids.scale[grids.group_of]
     assert float((off * (h @ off)).sum()) == pytest.approx(float(err.square().sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("order", ["none", "activation"])
 def test_blocked_equals_columnwise(order):
     x, w = correlated(128, 400), weight_of(24, 128)
-    reference = run(w, x, Scheme(3, 32), order=order, block=1).weight.codes
+    reference = run(w, x, integer(3, 32), order=order, block=1).weight.codes
     for block in (8, 48, 128, 500):
-        assert torch.equal(run(w, x, Scheme(3, 32), order=order, block=block).weight.codes, reference)
+        assert torch.equal(run(w, x, integer(3, 32), order=order, block=block).weight.codes, reference)
 
 
 @pytest.mark.parametrize("options", [{}, {"refine": 3, "order": "activation"}, {"groups": "dynamic"}])
 def test_rows_solved_in_chunks_give_the_same_codes(options, monkeypatch):
     x, w = correlated(128, 400), weight_of(24, 128)
-    whole = run(w, x, Scheme(3, 32, False), retarget=0.5, **options)
+    whole = run(w, x, integer(3, 32, False), retarget=0.5, **options)
     monkeypatch.setattr("quantkit.algorithms.gptq.CHUNK_ELEMENTS", 7 * 128)
-    parts = run(w, x, Scheme(3, 32, False), retarget=0.5, **options)
+    parts = run(w, x, integer(3, 32, False), retarget=0.5, **options)
     assert torch.equal(parts.weight.codes, whole.weight.codes)
     assert torch.equal(parts.weight.zero, whole.weight.zero)
     assert parts.details["relative_error"] == pytest.approx(whole.details["relative_error"])
@@ -80,34 +80,34 @@ def test_rows_solved_in_chunks_give_the_same_codes(options, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"groups": "dynamic"}, {"refine": 3}])
 def test_identity_hessian_gives_rtn_codes(options):
-    w, scheme = weight_of(16, 128), Scheme(4, 32, False)
+    w, grid = weight_of(16, 128), integer(4, 32, False)
     config = GptqConfig(**{**PLAIN, **options})
-    out = quantize(w, Statistics(1, torch.eye(128, dtype=w.dtype)), scheme, torch.float32, config)
-    assert torch.equal(out.weight.codes, rtn(w, scheme, torch.float32).codes)
+    out = quantize(w, Statistics(1, torch.eye(128, dtype=w.dtype)), grid, torch.float32, config)
+    assert torch.equal(out.weight.codes, rtn(w, grid, torch.float32).codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("order", ["none", "activation", "group_aware"])
 def test_layer_loss_is_well_below_rtn(bits, order):
-    x, w, scheme = correlated(128, 600), weight_of(48, 128), Scheme(bits, 32)
-    ours = loss(w, run(w, x, scheme, order=order).weight, x)
-    assert ours <= 0.9 * loss(w, rtn(w, scheme, torch.float32), x)
+    x, w, grid = correlated(128, 600), weight_of(48, 128), integer(bits, 32)
+    ours = loss(w, run(w, x, grid, order=order).weight, x)
+    assert ours <= 0.9 * loss(w, rtn(w, grid, torch.float32), x)
 
 
 def test_sweeps_are_monotone_and_help():
-    x, w, scheme = correlated(128, 600), weight_of(48, 128), Scheme(3, 32)
+    x, w, grid = correlated(128, 600), weight_of(48, 128), integer(3, 32)
     h = damped(2 * x.T @ x / len(x), 0.01)
-    scale, zero = search_grid(w, scheme, torch.float32)
-    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(128) // 32).tolist())
-    q, _ = solve(w.T.clone().contiguous(), inverse_factor(h), grid, scheme, 32)
+    scale, zero = search_grid(w, grid, torch.float32)
+    grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(128) // 32).tolist())
+    q, _ = solve(w.T.clone().contiguous(), inverse_factor(h), grids, grid, 32)
 
     def objective():
-        off = w.T - (q - grid.zero[grid.group_of]) * grid.scale[grid.group_of]
+        off = w.T - (q - grids.zero[grids.group_of]) * grids.scale[grids.group_of]
         return float((off * (h @ off)).sum())
 
     values = [objective()]
     for panel in (1000, 48, 40, 128):
-        _, gained = sweep(w.T, h, q, grid, scheme, 1, block=40, panel=panel)
+        _, gained = sweep(w.T, h, q, grids, grid, 1, block=40, panel=panel)
         values.append(objective())
         assert values[-1] - values[-2] == pytest.approx(gained, rel=1e-9, abs=1e-12)
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
@@ -118,7 +118,7 @@ def test_sweeps_are_monotone_and_help():
 def test_reported_error_is_that_of_the_codes(options):
     """The loops keep count of it instead of multiplying by H once more."""
     x, w = correlated(300, 800), weight_of(24, 300)
-    out = run(w, x, Scheme(3, 60, False), **options)
+    out = run(w, x, integer(3, 60, False), **options)
     h = damped(2 * x.T @ x / len(x), out.details["damping"])
     off = w - out.weight.dequantize(w.dtype)
     wanted = float((off @ h * off).sum() / (w @ h * w).sum())
@@ -127,8 +127,8 @@ def test_reported_error_is_that_of_the_codes(options):
 
 def test_positive_multiple_of_hessian_changes_nothing():
     x, w = correlated(64, 300), weight_of(8, 64)
-    a = run(w, x, Scheme(4, 32), refine=2).weight.codes
-    assert torch.equal(a, run(w, x * 4, Scheme(4, 32), refine=2).weight.codes)
+    a = run(w, x, integer(4, 32), refine=2).weight.codes
+    assert torch.equal(a, run(w, x * 4, integer(4, 32), refine=2).weight.codes)
 
 
 def test_column_permutation_commutes_with_activation_order():
@@ -138,16 +138,16 @@ def test_column_permutation_commutes_with_activation_order():
         weight_of(8, 64),
         torch.randperm(64, generator=torch.Generator().manual_seed(3)),
     )
-    scheme = Scheme(4, None)
-    a = run(w, x, scheme, order="activation").weight.codes
-    b = run(w[:, perm], x[:, perm], scheme, order="activation").weight.codes
+    grid = integer(4, None)
+    a = run(w, x, grid, order="activation").weight.codes
+    b = run(w[:, perm], x[:, perm], grid, order="activation").weight.codes
     assert torch.equal(a[:, perm], b)
 
 
 def test_dead_column_becomes_zero():
     x, w = correlated(64, 300), weight_of(8, 64)
     x[:, 5] = 0
-    out = run(w, x, Scheme(4, 32, False), order="activation", refine=2)
+    out = run(w, x, integer(4, 32, False), order="activation", refine=2)
     assert out.details["dead_columns"] == 1
     assert torch.isfinite(out.weight.scale).all()
     assert (out.weight.dequantize()[:, 5] == 0).all()
@@ -155,17 +155,17 @@ def test_dead_column_becomes_zero():
 
 def test_loss_falls_with_bits():
     x, w = correlated(64, 300), weight_of(16, 64)
-    losses = [loss(w, run(w, x, Scheme(b, 32)).weight, x) for b in (2, 3, 4, 8)]
+    losses = [loss(w, run(w, x, integer(b, 32)).weight, x) for b in (2, 3, 4, 8)]
     assert losses == sorted(losses, reverse=True)
 
 
 def test_weight_already_on_the_grid_is_unchanged():
-    x, scheme = correlated(64, 300), Scheme(4, 32)
+    x, grid = correlated(64, 300), integer(4, 32)
     h = damped(2 * x.T @ x / len(x), 0.01)
-    scale, zero = search_grid(weight_of(16, 64), scheme, torch.float32)
-    grid = Grid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(64) // 32).tolist())
-    before = rtn(weight_of(16, 64), scheme, torch.float32)
-    q, err = solve(before.dequantize(torch.float64).T.contiguous(), inverse_factor(h), grid, scheme, 32)
+    scale, zero = search_grid(weight_of(16, 64), grid, torch.float32)
+    grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(64) // 32).tolist())
+    before = rtn(weight_of(16, 64), grid, torch.float32)
+    q, err = solve(before.dequantize(torch.float64).T.contiguous(), inverse_factor(h), grids, grid, 32)
     assert torch.equal(q.T.to(torch.uint8), before.codes)
     assert float(err.abs().max()) < 1e-9
 
@@ -178,14 +178,14 @@ def test_singular_hessian_is_damped_and_reported(tokens):
     h = 2 * x.T @ x / len(x)
     h -= 1e-3 * torch.eye(64, dtype=h.dtype) * h.diagonal().mean()  # now indefinite
     config = GptqConfig(**{**PLAIN, "damping": 1e-4})
-    out = quantize(weight_of(8, 64), Statistics(tokens, h), Scheme(4, 32), torch.float32, config)
+    out = quantize(weight_of(8, 64), Statistics(tokens, h), integer(4, 32), torch.float32, config)
     assert out.fallbacks
     assert torch.isfinite(out.weight.scale).all()
 
 
 def test_retarget_follows_the_full_precision_inputs():
     """||W X - Q X~||^2 falls on correlated drift, in sample and on held-out tokens; no drift changes nothing."""
-    k, scheme = 128, Scheme(4, 32)
+    k, grid = 128, integer(4, 32)
     g = torch.Generator().manual_seed(5)
     move = (
         torch.eye(k, dtype=torch.float64)
@@ -200,19 +200,19 @@ def test_retarget_follows_the_full_precision_inputs():
 
     def output_error(strength, x, moved):
         config = GptqConfig(**{**PLAIN, "retarget": strength})
-        out = quantize(w, Statistics(1200, h.clone(), d.clone()), scheme, torch.float32, config)
+        out = quantize(w, Statistics(1200, h.clone(), d.clone()), grid, torch.float32, config)
         return float((x @ w.T - moved @ out.weight.dequantize(w.dtype).T).square().sum())
 
     assert output_error(1.0, x, moved) < 0.8 * output_error(0.0, x, moved)
     assert output_error(1.0, held_x, held_moved) < 0.8 * output_error(0.0, held_x, held_moved)
-    still = run(w, moved, scheme, retarget=1.0).weight.codes
-    assert torch.equal(still, run(w, moved, scheme).weight.codes)
+    still = run(w, moved, grid, retarget=1.0).weight.codes
+    assert torch.equal(still, run(w, moved, grid).weight.codes)
 
 
 def test_dynamic_groups_see_pending_updates():
     """A group's grid is taken from the weight as updated so far: the result must not depend on `block`."""
-    x, w, scheme = correlated(128, 400), weight_of(24, 128), Scheme(3, 16)
-    a = run(w, x, scheme, groups="dynamic", block=128)
-    b = run(w, x, scheme, groups="dynamic", block=16)
+    x, w, grid = correlated(128, 400), weight_of(24, 128), integer(3, 16)
+    a = run(w, x, grid, groups="dynamic", block=128)
+    b = run(w, x, grid, groups="dynamic", block=16)
     assert torch.equal(a.weight.scale, b.weight.scale)
-    assert not torch.equal(a.weight.scale, rtn(w, scheme, torch.float32).scale)
+    assert not torch.equal(a.weight.scale, rtn(w, grid, torch.float32).scale)

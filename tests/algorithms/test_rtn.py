@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantkit.algorithms.rtn import rtn
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 
 
 def normal(n=64, k=512, seed=0):
@@ -15,44 +15,44 @@ def normal(n=64, k=512, seed=0):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [16, 128, None])
 def test_error_is_at_most_half_a_step_and_idempotent(bits, symmetric, group):
-    w, scheme = normal(), Scheme(bits, group, symmetric)
-    q = rtn(w, scheme, torch.float32)
-    step = q.scale.repeat_interleave(scheme.group(512), 1)
+    w, grid = normal(), integer(bits, group, symmetric)
+    q = rtn(w, grid, torch.float32)
+    step = q.scale.repeat_interleave(grid.group(512), 1)
     room = 1.0 if not symmetric else 0.5  # a rounded zero point may cost one end up to half a step more
     assert ((q.dequantize() - w).abs() <= step * (room + 1e-3)).all()
     assert int(q.codes.max()) <= 2**bits - 1
 
 
 @pytest.mark.parametrize(
-    ("scheme", "target"),
+    ("grid", "target"),
     [
-        (Scheme(4, 128), 1.236e-2),
-        (Scheme(4, 128, False), 1.017e-2),
-        (Scheme(3, 128), 5.67e-2),
-        (Scheme(2, 64, False), 0.210),
-        (Scheme(4, 32), 9.03e-3),
-        (Scheme(8, 128), 4.28e-5),
+        (integer(4, 128), 1.236e-2),
+        (integer(4, 128, False), 1.017e-2),
+        (integer(3, 128), 5.67e-2),
+        (integer(2, 64, False), 0.210),
+        (integer(4, 32), 9.03e-3),
+        (integer(8, 128), 4.28e-5),
     ],
 )
-def test_relative_error_on_normal_weights(scheme, target):
+def test_relative_error_on_normal_weights(grid, target):
     w = normal(256, 4096)
-    error = float((rtn(w, scheme, torch.float32).dequantize() - w).square().sum() / w.square().sum())
+    error = float((rtn(w, grid, torch.float32).dequantize() - w).square().sum() / w.square().sum())
     assert error == pytest.approx(target, rel=0.03)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_search_is_never_worse_on_its_own_metric(bits, symmetric):
-    w, scheme = normal(), Scheme(bits, 64, symmetric)
+    w, grid = normal(), integer(bits, 64, symmetric)
     column = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 3
 
     def error(q, weights, norm):
         return ((q.dequantize() - w).abs() ** norm * weights).view(64, -1, 64).sum(2)
 
-    plain = rtn(w, scheme, torch.float32)
-    searched = rtn(w, scheme, torch.float32, "mse")
-    weighted = rtn(w, scheme, torch.float32, "weighted", 0, column)
-    refitted = rtn(w, scheme, torch.float32, "minmax", 3)
+    plain = rtn(w, grid, torch.float32)
+    searched = rtn(w, grid, torch.float32, "mse")
+    weighted = rtn(w, grid, torch.float32, "weighted", 0, column)
+    refitted = rtn(w, grid, torch.float32, "minmax", 3)
     tolerance = 1 + 1e-5
     assert (error(searched, 1, 2.5) <= error(plain, 1, 2.5) * tolerance).all()
     assert (error(weighted, column, 2) <= error(plain, column, 2) * tolerance).all()
@@ -60,12 +60,12 @@ def test_search_is_never_worse_on_its_own_metric(bits, symmetric):
     assert error(searched, 1, 2.5).sum() < 0.95 * error(plain, 1, 2.5).sum()
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, False)])
+@pytest.mark.parametrize("grid", [integer(4, 32), integer(4, 32, False)])
 @pytest.mark.parametrize("fill", [0.0, 1e-30, 3.0, -3.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_constant_groups(scheme, fill, dtype):
+def test_constant_groups(grid, fill, dtype):
     w = torch.full((2, 64), fill)
-    q = rtn(w, scheme, dtype, "mse")
+    q = rtn(w, grid, dtype, "mse")
     assert torch.isfinite(q.scale).all()
     assert (q.scale > 0).all()
     torch.testing.assert_close(q.dequantize(), w, rtol=0.13, atol=1e-4)
@@ -75,21 +75,19 @@ def test_constant_groups(scheme, fill, dtype):
 
 def test_codes_come_from_the_stored_scale():
     w = normal()
-    q = rtn(w, Scheme(4, 128), torch.bfloat16)
+    q = rtn(w, integer(4, 128), torch.bfloat16)
     assert q.scale.dtype == torch.bfloat16
     s = q.scale.float().repeat_interleave(128, 1)
     assert torch.equal(q.codes.float(), ((w / s).round() + 8).clamp(0, 15))
 
 
 def test_scaling_by_a_power_of_two_scales_the_result():
-    w, scheme = normal(), Scheme(3, 64, False)
-    a, b = rtn(w, scheme, torch.float32, "mse"), rtn(4 * w, scheme, torch.float32, "mse")
+    w, grid = normal(), integer(3, 64, False)
+    a, b = rtn(w, grid, torch.float32, "mse"), rtn(4 * w, grid, torch.float32, "mse")
     assert torch.equal(a.codes, b.codes)
     assert torch.equal(4 * a.dequantize(), b.dequantize())
 
 
 def test_rows_are_independent():
-    w, scheme = normal(), Scheme(4, 128)
-    assert torch.equal(
-        rtn(w, scheme, torch.float32).codes.flip(0), rtn(w.flip(0), scheme, torch.float32).codes
-    )
+    w, grid = normal(), integer(4, 128)
+    assert torch.equal(rtn(w, grid, torch.float32).codes.flip(0), rtn(w.flip(0), grid, torch.float32).codes)

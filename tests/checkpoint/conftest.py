@@ -10,22 +10,22 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.formats.compressed_tensors import pack, quantization_config
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid, Scheme, integer
 
 
-def round_to_nearest(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
+def round_to_nearest(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedWeight:
     """Min-max RTN of [N, K]."""
     n, k = weight.shape
-    w = weight.float().view(n, -1, scheme.group(k))  # (N, K/G, G)
-    if scheme.symmetric:
-        scale = (w.abs().amax(-1) / (scheme.qmax / 2)).to(dtype)
-        zero = torch.full(scale.shape, scheme.midpoint, dtype=torch.uint8)
+    w = weight.float().view(n, -1, grid.group(k))  # (N, K/G, G)
+    if grid.symmetric:
+        scale = (w.abs().amax(-1) / (grid.qmax / 2)).to(dtype)
+        zero = torch.full(scale.shape, grid.midpoint, dtype=torch.uint8)
     else:
         low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-        scale = ((high - low) / scheme.qmax).to(dtype)
-        zero = (-low / scale.float()).round().clamp(0, scheme.qmax).to(torch.uint8)
-    codes = (w / scale.float()[:, :, None] + zero[:, :, None]).round().clamp(0, scheme.qmax).to(torch.uint8)
-    return QuantizedWeight(codes.view(n, k), scale, None if scheme.symmetric else zero, scheme)
+        scale = ((high - low) / grid.qmax).to(dtype)
+        zero = (-low / scale.float()).round().clamp(0, grid.qmax).to(torch.uint8)
+    codes = (w / scale.float()[:, :, None] + zero[:, :, None]).round().clamp(0, grid.qmax).to(torch.uint8)
+    return QuantizedWeight(codes.view(n, k), scale, None if grid.symmetric else zero, grid)
 
 
 def pack_model(model, folder, schemes, ignore=("lm_head",), stored=torch.bfloat16):
@@ -47,7 +47,7 @@ def pack_model(model, folder, schemes, ignore=("lm_head",), stored=torch.bfloat1
         layers[name] = scheme
         turned = isinstance(module, Conv1D)
         weight = tensors.pop(f"{name}.weight")
-        quantized = round_to_nearest(weight.T.contiguous() if turned else weight, scheme, stored)
+        quantized = round_to_nearest(weight.T.contiguous() if turned else weight, scheme.weights, stored)
         values = quantized.dequantize()
         module.weight.data.copy_(values.T if turned else values)
         tensors |= {f"{name}.{part}": tensor for part, tensor in pack(quantized).items()}
@@ -112,7 +112,7 @@ def packed_llama(pack_config):
 def wide_llamas(tmp_path_factory):
     """(packed folder of 8 layers, of 1 layer, bytes of the 8 layers' linears in float32); random words."""
     root = tmp_path_factory.mktemp("wide")
-    scheme, numbers = Scheme(4, 128, True), torch.Generator().manual_seed(0)
+    scheme, numbers = Scheme(integer(4, 128, True)), torch.Generator().manual_seed(0)
     for layers in (1, 8):
         config = llama_config(
             hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=8

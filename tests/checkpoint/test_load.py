@@ -30,9 +30,9 @@ import quantkit
 from quantkit.checkpoint import plugin
 from quantkit.errors import BackendError, ModelError
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
-SYM, ASYM = Scheme(4, 32, True), Scheme(4, 32, False)
+SYM, ASYM = Scheme(integer(4, 32, True)), Scheme(integer(4, 32, False))
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -48,11 +48,13 @@ def packed(model):
 def mixed(name):
     """3 bits in groups, down projections in 8 bits per channel, the head asymmetric."""
     if name == "lm_head":
-        return Scheme(5, 16, False)
-    return Scheme(8, None, True) if name.endswith("down_proj") else Scheme(3, 32, True)
+        return Scheme(integer(5, 16, False))
+    return Scheme(integer(8, None, True)) if name.endswith("down_proj") else Scheme(integer(3, 32, True))
 
 
-@pytest.mark.parametrize("scheme", [SYM, ASYM, Scheme(3, 16, False), Scheme(6, None, True), mixed], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [SYM, ASYM, Scheme(integer(3, 16, False)), Scheme(integer(6, None, True)), mixed], ids=str
+)
 def test_logits_equal_the_dequantized_model(packed_llama, scheme):
     if scheme is mixed:
         folder, dense = packed_llama(scheme, ignore=())
@@ -124,7 +126,7 @@ def test_unquantized_folders_load_plainly(tmp_path, random_llama):
         quantkit.load(tmp_path, backend="torch")
 
 
-@pytest.mark.parametrize("scheme", [SYM, ASYM, Scheme(8, None, True)], ids=str)
+@pytest.mark.parametrize("scheme", [SYM, ASYM, Scheme(integer(8, None, True))], ids=str)
 def test_a_named_backend_runs_every_packed_linear(packed_llama, scheme):
     folder, dense = packed_llama(scheme)
     model = quantkit.load(folder, backend="torch")
@@ -260,7 +262,7 @@ def test_tensors_that_do_not_fit_are_named(packed_llama, change, message):
 
 
 def test_the_older_packing_is_refused_by_name(packed_llama):
-    folder, _ = packed_llama(Scheme(3, 32, True))
+    folder, _ = packed_llama(Scheme(integer(3, 32, True)))
     rewrite(folder, lambda t: t.update({f"{Q}.weight_packed": torch.zeros(64, 7, dtype=torch.int32)}))
     with pytest.raises(ModelError, match="words that hold whole codes only"):
         quantkit.load(folder)
@@ -341,11 +343,17 @@ def dequantizing(folder):
 
 
 def symmetric_mixed(name):
-    return None if name == "lm_head" else Scheme(8, None) if name.endswith("down_proj") else Scheme(3, 32)
+    return (
+        None
+        if name == "lm_head"
+        else Scheme(integer(8, None))
+        if name.endswith("down_proj")
+        else Scheme(integer(3, 32))
+    )
 
 
 @pytest.mark.parametrize(
-    "scheme", [SYM, Scheme(3, 32, True), Scheme(8, None, True), symmetric_mixed], ids=str
+    "scheme", [SYM, Scheme(integer(3, 32, True)), Scheme(integer(8, None, True)), symmetric_mixed], ids=str
 )
 def test_plain_transformers_loads_symmetric_checkpoints_equally(packed_llama, scheme):
     folder, _ = packed_llama(scheme)

@@ -8,9 +8,9 @@ from quantkit_kernels.triton import backend
 
 import quantkit
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
-ASYM = Scheme(4, 32, False)
+ASYM = Scheme(integer(4, 32, False))
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(5))
 
 

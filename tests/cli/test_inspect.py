@@ -9,7 +9,7 @@ from quantkit.cli.main import run
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import pack, quantization_config
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 
 def packed_folder(folder, schemes, model_type="llama"):
@@ -20,12 +20,12 @@ def packed_folder(folder, schemes, model_type="llama"):
     }
     layers = {f"model.layers.{i}.mlp.c_fc": scheme for i, scheme in enumerate(schemes)}
     for name, scheme in layers.items():
-        groups = 64 // scheme.group(64)
+        groups = 64 // scheme.weights.group(64)
         weight = QuantizedWeight(
-            torch.randint(0, scheme.qmax + 1, (64, 64), dtype=torch.uint8),
+            torch.randint(0, scheme.weights.qmax + 1, (64, 64), dtype=torch.uint8),
             torch.linspace(0.5, 2.0, 64 * groups).view(64, groups).bfloat16(),
-            None if scheme.symmetric else torch.ones(64, groups, dtype=torch.uint8),
-            scheme,
+            None if scheme.weights.symmetric else torch.ones(64, groups, dtype=torch.uint8),
+            scheme.weights,
         )
         tensors |= {f"{name}.{part}": tensor for part, tensor in pack(weight).items()}
     folder.mkdir()
@@ -40,7 +40,7 @@ def loads(report):
 
 
 def test_layers_and_totals_count_stored_bytes(tmp_path):
-    folder = packed_folder(tmp_path / "m", [Scheme(4, 32, True), Scheme(3, 32, False)])
+    folder = packed_folder(tmp_path / "m", [Scheme(integer(4, 32, True)), Scheme(integer(3, 32, False))])
     (folder / "quantkit.json").write_text(
         json.dumps({"layers": [{"name": "model.layers.1.mlp.c_fc", "weight_error": 0.01}]})
     )
@@ -67,9 +67,9 @@ def test_layers_and_totals_count_stored_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "model_type", "plain", "vllm"),
     [
-        (Scheme(4, 32, True), "llama", True, True),
-        (Scheme(3, 32, True), "llama", True, False),
-        (Scheme(4, 32, True), "gpt2", False, False),
+        (Scheme(integer(4, 32, True)), "llama", True, True),
+        (Scheme(integer(3, 32, True)), "llama", True, False),
+        (Scheme(integer(4, 32, True)), "gpt2", False, False),
     ],
 )
 def test_who_can_load(tmp_path, scheme, model_type, plain, vllm):
@@ -79,12 +79,14 @@ def test_who_can_load(tmp_path, scheme, model_type, plain, vllm):
 
 @pytest.mark.parametrize(("model_type", "symmetric"), [("llama", False), ("falcon", True)])
 def test_asymmetric_and_falcon_need_dequantize(tmp_path, model_type, symmetric):
-    report = inspect_checkpoint(packed_folder(tmp_path / "m", [Scheme(4, 32, symmetric)], model_type))
+    report = inspect_checkpoint(
+        packed_folder(tmp_path / "m", [Scheme(integer(4, 32, symmetric))], model_type)
+    )
     assert "dequantize=True" in report["loaders"][1]["how"]
 
 
 def test_verb_prints_the_layers(tmp_path, capsys):
-    folder = packed_folder(tmp_path / "m", [Scheme(8, None, True)])
+    folder = packed_folder(tmp_path / "m", [Scheme(integer(8, None, True))])
     assert run(["inspect", str(folder), "--device", "cpu", "--dtype", "bfloat16"]) == 0
     told = capsys.readouterr().out
     assert "W8A16 channel sym" in told
@@ -93,7 +95,7 @@ def test_verb_prints_the_layers(tmp_path, capsys):
 
 
 def test_other_methods_and_lost_tensors_are_refused(tmp_path):
-    folder = packed_folder(tmp_path / "m", [Scheme(4, 32, True)])
+    folder = packed_folder(tmp_path / "m", [Scheme(integer(4, 32, True))])
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["ignore"] = ["model.layers.0.mlp.c_fc"]
     (folder / "config.json").write_text(json.dumps(config))

@@ -4,14 +4,14 @@ import torch
 from quantkit.errors import ModelError
 from quantkit.formats.compressed_tensors import pack, parse_config, quantization_config, stored_shapes, unpack
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 
 def quantized(signed, scheme, zero=None):
     """One row of signed codes as a QuantizedWeight with scale 1."""
-    codes = (torch.tensor([signed]) + scheme.midpoint).to(torch.uint8)
-    groups = codes.shape[1] // scheme.group(codes.shape[1])
-    return QuantizedWeight(codes, torch.ones(1, groups), zero, scheme)
+    codes = (torch.tensor([signed]) + scheme.weights.midpoint).to(torch.uint8)
+    groups = codes.shape[1] // scheme.weights.group(codes.shape[1])
+    return QuantizedWeight(codes, torch.ones(1, groups), zero, scheme.weights)
 
 
 def as_hex(tensor):
@@ -34,7 +34,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("bits", "symmetric", "signed", "words"), GOLDEN)
 def test_golden_words(bits, symmetric, signed, words):
-    scheme = Scheme(bits, 16, symmetric)
+    scheme = Scheme(integer(bits, 16, symmetric))
     zero = None if symmetric else torch.tensor([[7]], dtype=torch.uint8)
     tensors = pack(quantized(signed, scheme, zero))
     assert as_hex(tensors["weight_packed"]) == words.split()
@@ -44,7 +44,7 @@ def test_golden_words(bits, symmetric, signed, words):
 def test_golden_zero_points_are_packed_along_rows():
     zero = (torch.tensor([[-1, 0, 3, -8, 7, 2, -2, 1]]).T + 8).to(torch.uint8)
     codes = torch.zeros(8, 16, dtype=torch.uint8)
-    tensors = pack(QuantizedWeight(codes, torch.ones(8, 1), zero, Scheme(4, 16, False)))
+    tensors = pack(QuantizedWeight(codes, torch.ones(8, 1), zero, integer(4, 16, False)))
     assert as_hex(tensors["weight_zero_point"]) == ["96AF0B87"]
 
 
@@ -53,14 +53,14 @@ def test_golden_zero_points_are_packed_along_rows():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_pack_unpack_roundtrip(bits, n, k, group, symmetric):
     g = torch.Generator().manual_seed(n)
-    scheme = Scheme(bits, group, symmetric)
-    groups = k // scheme.group(k)
+    scheme = Scheme(integer(bits, group, symmetric))
+    groups = k // scheme.weights.group(k)
     zero = torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=g)
     weight = QuantizedWeight(
         torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g),
         torch.rand(n, groups, generator=g).bfloat16(),
         None if symmetric else zero,
-        scheme,
+        scheme.weights,
     )
     tensors = pack(weight)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == stored_shapes(n, k, scheme)
@@ -73,17 +73,17 @@ def test_pack_unpack_roundtrip(bits, n, k, group, symmetric):
 
 
 def test_unpack_names_what_is_missing_foreign_or_mis_shaped():
-    scheme = Scheme(4, 16, True)
+    scheme = Scheme(integer(4, 16, True))
     tensors = pack(quantized(GOLDEN[0][2], scheme))
     with pytest.raises(ModelError, match="weight_zero_point"):
-        unpack(tensors, Scheme(4, 16, False))
+        unpack(tensors, Scheme(integer(4, 16, False)))
     with pytest.raises(ModelError, match="weight_scale"):
         unpack({k: t for k, t in tensors.items() if k != "weight_scale"}, scheme)
     with pytest.raises(ModelError, match=r"weight_packed of a W4A16 g16 sym \[1, 16\] linear is \(1, 2\)"):
         unpack(tensors | {"weight_packed": torch.zeros(1, 3, dtype=torch.int32)}, scheme)
 
 
-FOUR, EIGHT = Scheme(4, 128, True), Scheme(8, None, False)
+FOUR, EIGHT = Scheme(integer(4, 128, True)), Scheme(integer(8, None, False))
 
 
 def test_config_of_one_scheme_targets_the_class():
@@ -122,14 +122,14 @@ def test_targets_match_as_in_compressed_tensors():
         )
     )
     bits = {
-        name: getattr(scheme_of(name), "bits", None)
+        name: scheme_of(name) and scheme_of(name).weights.bits
         for name in ("a.q", "b.down_proj", "a.down_proj", "a.gate", "head")
     }
     assert bits == {"a.q": 2, "b.down_proj": 3, "a.down_proj": 8, "a.gate": None, "head": None}
     assert parse_config(config_of(group(["re:down"], 3)))("a.down") is None  # from the start of the name
     assert parse_config(config_of(group(["a"], 3)))("b") is None
     assert parse_config(config_of(group(["Linear"], 4), format="mixed-precision"))("a") == Scheme(
-        4, 128, True
+        integer(4, 128, True)
     )
 
 

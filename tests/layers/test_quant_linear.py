@@ -14,19 +14,19 @@ from watching import Ops
 from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 
-W4 = Scheme(4, 32, False)
+W4 = integer(4, 32, False)
 
 
-def layer(scheme=W4, n=48, k=64, bias=True, dtype=torch.bfloat16):
+def layer(grid=W4, n=48, k=64, bias=True, dtype=torch.bfloat16):
     """(module, dense fp32 weight, bias)."""
     g = torch.Generator().manual_seed(0)
-    groups = k // scheme.group(k)
-    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, generator=g)
-    zero = torch.randint(0, 2**scheme.bits, (n, groups), dtype=torch.uint8, generator=g)
+    groups = k // grid.group(k)
+    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=g)
+    zero = torch.randint(0, 2**grid.bits, (n, groups), dtype=torch.uint8, generator=g)
     scale = (torch.rand(n, groups, generator=g) * 0.1).to(dtype)
-    weight = QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
+    weight = QuantizedWeight(codes, scale, None if grid.symmetric else zero, grid)
     shift = torch.randn(n, generator=g) if bias else None
     return QuantLinear.from_quantized(weight, shift), weight.dequantize(), shift
 
@@ -36,10 +36,10 @@ needs_native = pytest.mark.skipif(not library.available(), reason="the native li
 NATIVE = pytest.param("cpu", marks=needs_native)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32, False), Scheme(3, 16, True), Scheme(8, None, True)])
+@pytest.mark.parametrize("grid", [integer(4, 32, False), integer(3, 16, True), integer(8, None, True)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_dequantized_linear(scheme, bias):
-    module, dense, shift = layer(scheme, bias=bias)
+def test_forward_is_the_dequantized_linear(grid, bias):
+    module, dense, shift = layer(grid, bias=bias)
     assert torch.equal(module(X), torch.nn.functional.linear(X, dense, shift))
 
 
@@ -52,15 +52,15 @@ def test_it_is_no_linear_and_has_no_weight():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_state_dict_holds_the_stored_names(symmetric):
-    module, _, _ = layer(Scheme(4, 32, symmetric))
+    module, _, _ = layer(integer(4, 32, symmetric))
     names = {"weight_packed", "weight_scale", "weight_shape", "bias"}
     assert module.state_dict().keys() == names | (set() if symmetric else {"weight_zero_point"})
     assert not any(p.requires_grad for p in module.parameters())
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32, False), Scheme(4, 64, True), Scheme(8, None, True)])
-def test_a_backend_with_a_layout_frees_the_stored_tensors(scheme):
-    module, _, _ = layer(scheme)
+@pytest.mark.parametrize("grid", [integer(4, 32, False), integer(4, 64, True), integer(8, None, True)])
+def test_a_backend_with_a_layout_frees_the_stored_tensors(grid):
+    module, _, _ = layer(grid)
     truth = module(X)
     module.prepare("torch", torch.float32)
     module.prepare("torch", torch.float32)  # again is harmless
@@ -75,7 +75,7 @@ def test_a_backend_with_a_layout_frees_the_stored_tensors(scheme):
 
 
 def test_a_backend_that_cannot_run_is_an_error_and_changes_nothing():
-    module, dense, shift = layer(Scheme(3, 32, True))
+    module, dense, shift = layer(integer(3, 32, True))
     with pytest.raises(BackendError, match=r"'torch'.*3 bits"):
         module.prepare("torch", torch.float32)
     with pytest.raises(BackendError, match="unknown backend 'nope'"):
@@ -109,10 +109,10 @@ def test_compiles_without_a_break_and_equals_eager(backend):
 
 @needs_native
 @pytest.mark.parametrize(
-    "scheme", [Scheme(4, 32, False), Scheme(3, 64, True), Scheme(8, None, True), Scheme(2, 32, False)]
+    "grid", [integer(4, 32, False), integer(3, 64, True), integer(8, None, True), integer(2, 32, False)]
 )
-def test_the_native_layout_gives_the_stored_tensors_back(scheme):
-    module, _, _ = layer(scheme)
+def test_the_native_layout_gives_the_stored_tensors_back(grid):
+    module, _, _ = layer(grid)
     before = {name: tensor.clone() for name, tensor in module.stored().items()}
     module.prepare("cpu", torch.float32)
     assert module.weight_packed is None
@@ -123,7 +123,7 @@ def test_the_native_layout_gives_the_stored_tensors_back(scheme):
 
 @needs_native
 def test_int8_compute_is_close_and_only_native():
-    module, _, _ = layer(Scheme(4, 32, False))
+    module, _, _ = layer(integer(4, 32, False))
     truth = module(X)
     with pytest.raises(BackendError, match="only the native CPU kernels"):
         module.prepare("reference", torch.float32, "int8")

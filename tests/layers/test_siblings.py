@@ -15,20 +15,20 @@ from torch import nn
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.layers.siblings import Siblings
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
-ASYM = Scheme(4, 32, False)
+ASYM = integer(4, 32, False)
 ROWS = (48, 16, 32)
 
 
-def linear(n, seed=0, scheme=ASYM, k=64, bias=False, dtype=torch.float32, compute="float"):
+def linear(n, seed=0, grid=ASYM, k=64, bias=False, dtype=torch.float32, compute="float"):
     g = torch.Generator().manual_seed(seed)
-    groups = k // scheme.group(k)
-    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, generator=g)
-    zero = torch.randint(0, 2**scheme.bits, (n, groups), dtype=torch.uint8, generator=g)
+    groups = k // grid.group(k)
+    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=g)
+    zero = torch.randint(0, 2**grid.bits, (n, groups), dtype=torch.uint8, generator=g)
     scale = (torch.rand(n, groups, generator=g) * 0.1).bfloat16()
-    weight = QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
+    weight = QuantizedWeight(codes, scale, None if grid.symmetric else zero, grid)
     shift = torch.randn(n, generator=g).to(dtype) if bias else None
     module = QuantLinear.from_quantized(weight, shift)
     module.prepare("cpu", dtype, compute)
@@ -85,12 +85,12 @@ def assert_equal(found, expected):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("scheme", [ASYM, Scheme(3, 64, True), Scheme(8, None, True)], ids=str)
+@pytest.mark.parametrize("grid", [ASYM, integer(3, 64, True), integer(8, None, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("compute", ["float", "int8"])
-def test_one_call_gives_the_bits_of_three(calls, scheme, dtype, bias, compute):
-    kind = {"scheme": scheme, "bias": bias, "dtype": dtype, "compute": compute}
+def test_one_call_gives_the_bits_of_three(calls, grid, dtype, bias, compute):
+    kind = {"grid": grid, "bias": bias, "dtype": dtype, "compute": compute}
     fused, single = together(**kind), alone(**kind)
     for shape in ((1, 1), (2, 5), (17,), (), (0,)):
         x = tokens(*shape, dtype=dtype)
@@ -315,8 +315,8 @@ def test_outputs_are_not_views_of_each_other():
 
 def test_only_what_fits_together_is_joined():
     for others in (
-        [linear(16, 1, scheme=Scheme(4, 64, False))],
-        [linear(16, 1, scheme=Scheme(4, 32, True))],
+        [linear(16, 1, grid=integer(4, 64, False))],
+        [linear(16, 1, grid=integer(4, 32, True))],
         [linear(16, 1, k=128)],
         [linear(16, 1, bias=True)],
         [linear(16, 1, dtype=torch.bfloat16)],
@@ -329,7 +329,7 @@ def test_only_what_fits_together_is_joined():
     assert not Siblings.join([linear(16), linear(16, 1)])
     first, _, last = placed([linear(16, i) for i in range(3)])
     assert not Siblings.join([first, last])
-    stored = QuantLinear(64, 16, ASYM, False, torch.bfloat16)
+    stored = QuantLinear(64, 16, Scheme(ASYM), False, torch.bfloat16)
     assert not Siblings.join([stored, stored])
 
 

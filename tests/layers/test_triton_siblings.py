@@ -18,10 +18,10 @@ from quantkit.layers import siblings
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.layers.siblings import Siblings
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-ASYM = Scheme(4, 64, False)
+ASYM = integer(4, 64, False)
 ROWS, K = (128, 64, 192), 128
 
 
@@ -45,13 +45,13 @@ def calls(monkeypatch):
     return seen
 
 
-def linear(n, seed=0, scheme=ASYM, k=K, bias=False, dtype=torch.bfloat16, device="cpu"):
+def linear(n, seed=0, grid=ASYM, k=K, bias=False, dtype=torch.bfloat16, device="cpu"):
     g = torch.Generator().manual_seed(seed)
-    groups = k // scheme.group(k)
-    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, generator=g)
-    zero = torch.randint(0, 2**scheme.bits, (n, groups), dtype=torch.uint8, generator=g)
+    groups = k // grid.group(k)
+    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=g)
+    zero = torch.randint(0, 2**grid.bits, (n, groups), dtype=torch.uint8, generator=g)
     scale = (2.0 ** -torch.randint(0, 3, (n, groups), generator=g)).bfloat16()
-    weight = QuantizedWeight(codes, scale, None if scheme.symmetric else zero, scheme)
+    weight = QuantizedWeight(codes, scale, None if grid.symmetric else zero, grid)
     shift = torch.randint(-9, 9, (n,), generator=g).float() if bias else None
     module = QuantLinear.from_quantized(weight, shift).to(device)
     module.prepare("triton", dtype)
@@ -78,12 +78,12 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    "scheme", [ASYM, Scheme(3, 32, True), Scheme(8, None, True), Scheme(2, 128, False)], ids=str
+    "grid", [ASYM, integer(3, 32, True), integer(8, None, True), integer(2, 128, False)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_op_gives_the_bits_of_three(calls, device, scheme, dtype, bias):
-    kind = {"scheme": scheme, "bias": bias, "dtype": dtype}
+def test_one_op_gives_the_bits_of_three(calls, device, grid, dtype, bias):
+    kind = {"grid": grid, "bias": bias, "dtype": dtype}
     fused, single = together(device, **kind), alone(device, **kind)
     for shape in ((1, 1), (2, 5), (17,), (), (0,)):
         x = tokens(*shape, device=device, dtype=dtype)
@@ -122,7 +122,7 @@ def test_the_stored_tensors_come_back(device):
         assert found.keys() == expected.keys()
         assert_equal(found.values(), expected.values())
     codes = torch.randint(0, 16, (64, K), dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.rand(64, 2), None, Scheme(4, 64, True))
+    weight = QuantizedWeight(codes, torch.rand(64, 2), None, integer(4, 64, True))
     module = QuantLinear.from_quantized(weight, None).to(device)
     before = {name: tensor.clone() for name, tensor in module.stored().items()}
     module.prepare("triton", torch.bfloat16)
@@ -281,9 +281,9 @@ def test_a_member_that_is_offloaded_leaves_the_others_right(device):
 
 def test_only_what_fits_together_is_joined(device):
     for others in (
-        [linear(64, 1, scheme=Scheme(4, 32, False), device=device)],
-        [linear(64, 1, scheme=Scheme(4, 64, True), device=device)],
-        [linear(64, 1, scheme=Scheme(3, 64, False), device=device)],
+        [linear(64, 1, grid=integer(4, 32, False), device=device)],
+        [linear(64, 1, grid=integer(4, 64, True), device=device)],
+        [linear(64, 1, grid=integer(3, 64, False), device=device)],
         [linear(64, 1, k=192, device=device)],
         [linear(64, 1, bias=True, device=device)],
         [linear(64, 1, dtype=torch.float16, device=device)],
@@ -297,7 +297,7 @@ def test_only_what_fits_together_is_joined(device):
         assert [module.layout_codes.data_ptr() for module in modules] == before
     meta = linear(64, 1, device=device).to("meta")
     assert not Siblings.join([linear(64, device=device), meta])
-    stored = QuantLinear(K, 64, ASYM, False, torch.bfloat16)
+    stored = QuantLinear(K, 64, Scheme(ASYM), False, torch.bfloat16)
     assert not Siblings.join([linear(64, device=device), stored])
 
 

@@ -8,7 +8,7 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.models.headers import read_checkpoint
 from quantkit.plan import build_plan, validate
 from quantkit.recipe import parse_recipe
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 
 def checkpoint(folder, shapes, **config):
@@ -53,16 +53,16 @@ def test_default_scope_is_every_linear_of_the_blocks(bookworm):
     assert found.skipped == ()
     down = next(layer for layer in found.layers if layer.name == "model.layers.3.mlp.down_proj")
     assert (down.shape, down.block, down.transposed) == ((256, 768), 3, False)
-    assert down.scheme == Scheme(4, 64, True)
+    assert down.scheme == Scheme(integer(4, 64, True))
 
 
 def test_untied_head_stays_unless_a_rule_names_it(untied):
     assert ("lm_head", "outside the decoder blocks") in plan(untied).skipped
     head = plan(untied, [{"match": "lm_head", "bits": 8}]).layers[-1]
-    assert (head.name, head.block, head.scheme.bits) == ("lm_head", None, 8)
+    assert (head.name, head.block, head.scheme.weights.bits) == ("lm_head", None, 8)
     everything = plan(untied, [{"match": "*", "bits": 8}])
     assert ("lm_head", "outside the decoder blocks") in everything.skipped
-    assert {layer.scheme.bits for layer in everything.layers} == {8}
+    assert {layer.scheme.weights.bits for layer in everything.layers} == {8}
     assert ("lm_head", "rule 'lm_head'") in plan(untied, [{"match": "lm_head", "skip": True}]).skipped
 
 
@@ -70,8 +70,8 @@ def test_last_matching_rule_wins(bookworm):
     rules = [{"match": "*.down_proj", "bits": 8}, {"match": "model.layers.0.*", "skip": True}]
     found = plan(bookworm, [*rules, {"match": "model.layers.0.mlp.down_proj", "algorithm": "gptq"}])
     down = {layer.block: layer for layer in found.layers if layer.name.endswith("down_proj")}
-    assert (down[0].scheme.bits, down[0].algorithm.name) == (4, "gptq")
-    assert (down[1].scheme.bits, down[1].algorithm.name) == (8, "rtn")
+    assert (down[0].scheme.weights.bits, down[0].algorithm.name) == (4, "gptq")
+    assert (down[1].scheme.weights.bits, down[1].algorithm.name) == (8, "rtn")
     assert len(found.skipped) == 6
 
 

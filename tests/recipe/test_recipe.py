@@ -5,7 +5,7 @@ import pytest
 from quantkit import assets
 from quantkit.errors import RecipeError
 from quantkit.recipe import load_recipe, parse_recipe
-from quantkit.scheme import PRESETS, Scheme
+from quantkit.scheme import PRESETS, Scheme, integer
 
 LEAST = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
 
@@ -113,19 +113,19 @@ def test_preset_fills_the_scheme(name):
 
 
 def test_other_keys_override_the_preset():
-    assert with_weights(preset="W3A16", group_size=64).scheme == Scheme(3, 64, True)
+    assert with_weights(preset="W3A16", group_size=64).scheme == Scheme(integer(3, 64, True))
 
 
 @pytest.mark.parametrize("channel", [None, -1, "channel"])
 def test_group_size_spells_channel(channel):
-    assert with_weights(group_size=channel).scheme.group_size is None
+    assert with_weights(group_size=channel).scheme.weights.group_size is None
 
 
 def test_rule_replaces_only_written_keys():
     rule = {"match": "*.down_proj", "group_size": "channel", "algorithm": "rtn"}
     recipe = parse_recipe(LEAST | {"rules": [rule]})
     scheme, algorithm = recipe.rules[0].apply(recipe.weights)
-    assert scheme == Scheme(4, None, True)
+    assert scheme == Scheme(integer(4, None, True))
     assert algorithm.name == "rtn"
     assert recipe.rules[0].fits("model.layers.3.mlp.down_proj")
     assert not recipe.rules[0].fits("model.layers.3.mlp.Down_proj")

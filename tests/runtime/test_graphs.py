@@ -24,7 +24,7 @@ from quantkit.assets import default_model
 from quantkit.errors import ModelError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import GraphDecoder, buffers, generate, graphed, graphs, stream
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 
 FAMILIES = ["llama-gqa", "llama3-rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-gqa"]
 FAMILIES += ["opt", "gpt2", "gpt-neox", "falcon", "falcon-alibi"]
@@ -111,7 +111,7 @@ def packed(model):
     for block in tiny_models.blocks(model):
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
-                weight = rtn(module.weight, Scheme(bits=4, group_size=32), torch.float16)
+                weight = rtn(module.weight, integer(bits=4, group_size=32), torch.float16)
                 parent, _, leaf = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf, QuantLinear.from_quantized(weight, module.bias))
     return model

@@ -16,7 +16,7 @@ from quantkit.cli.main import run
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import GraphDecoder, generate, graphed, graphs
 from quantkit.runtime.buffers import Buffers
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def packed(name, backend, dtype=torch.bfloat16, bits=4, group=32, symmetric=True
     for block in tiny_models.blocks(model):
         for path, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
-                weight = rtn(module.weight.float(), Scheme(bits, group, symmetric), dtype)
+                weight = rtn(module.weight.float(), integer(bits, group, symmetric), dtype)
                 linear = QuantLinear.from_quantized(weight, module.bias).cuda()
                 linear.prepare(backend, dtype)
                 parent, _, leaf = path.rpartition(".")

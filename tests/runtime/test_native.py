@@ -18,7 +18,7 @@ from torch import nn
 from quantkit.algorithms.rtn import rtn
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import NativeDecoder, native
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid, integer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
@@ -87,14 +87,12 @@ def assert_close(got: torch.Tensor, truth: torch.Tensor, tolerance: float = TOLE
     assert error < tolerance, f"off by {error:.2g} of the largest logit"
 
 
-def quantized(model: nn.Module, scheme: Scheme, dtype=torch.bfloat16) -> nn.Module:
+def quantized(model: nn.Module, grid: Grid, dtype=torch.bfloat16) -> nn.Module:
     """Every linear but the head packed, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             bias = None if module.bias is None else module.bias.data
-            model.set_submodule(
-                name, QuantLinear.from_quantized(rtn(module.weight.data, scheme, dtype), bias)
-            )
+            model.set_submodule(name, QuantLinear.from_quantized(rtn(module.weight.data, grid, dtype), bias))
     return model.requires_grad_(False)
 
 
@@ -154,8 +152,8 @@ def test_avx512_sized_vectors_give_the_same_logits(widest, name, dtype, monkeypa
 
 def test_a_half_precision_model_keeps_more_than_eager_does():
     """Packed linears of a bf16 model take 16 bits of each activation; eager rounds everything to bf16."""
-    scheme, ids = Scheme(4, 32, True), tiny_models.ids(60)[0]
-    model = quantized(tiny_models.FAMILIES["llama-gqa"](), scheme).to(torch.bfloat16)
+    grid, ids = integer(4, 32, True), tiny_models.ids(60)[0]
+    model = quantized(tiny_models.FAMILIES["llama-gqa"](), grid).to(torch.bfloat16)
     got, rounded = decoder(model).start().append(ids, keep=60), eager(model, ids).float()
     exact = eager(model.float(), ids)
     assert 0 < float((got - exact).norm()) < float((rounded - exact).norm()) / 10
@@ -223,12 +221,12 @@ def test_dense_weights_stay_in_their_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme(4, 32, False), Scheme(4, 64, True), Scheme(3, 32, False), Scheme(8, None, True),
-               Scheme(6, 32, True), Scheme(5, None, False), Scheme(2, 32, False)], ids=str,
+    "grid", [integer(4, 32, False), integer(4, 64, True), integer(3, 32, False), integer(8, None, True),
+               integer(6, 32, True), integer(5, None, False), integer(2, 32, False)], ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["llama-bias", "phi3-gqa"])
-def test_packed_linears(name, scheme):
-    model, ids = quantized(tiny_models.FAMILIES[name](), scheme), tiny_models.ids(50)[0]
+def test_packed_linears(name, grid):
+    model, ids = quantized(tiny_models.FAMILIES[name](), grid), tiny_models.ids(50)[0]
     truth, sequence = eager(model, ids), decoder(model).start()
     got = torch.cat([sequence.append(ids[:40], 40), *(sequence.append(t) for t in ids[40:].split(1))])
     assert_close(got, truth, 2e-4)
@@ -236,7 +234,7 @@ def test_packed_linears(name, scheme):
 
 @pytest.mark.parametrize("compute", ["int8", "int8-token"])
 def test_int8_activations_are_near(compute):
-    model = quantized(tiny_models.FAMILIES["llama-gqa"](), Scheme(4, 32, False))
+    model = quantized(tiny_models.FAMILIES["llama-gqa"](), integer(4, 32, False))
     ids = tiny_models.ids(50)[0]
     truth, got = eager(model, ids), decoder(model, compute=compute).start().append(ids, keep=50)
     assert not torch.allclose(got, truth, rtol=0, atol=1e-4)  # or the option does nothing
@@ -246,12 +244,12 @@ def test_int8_activations_are_near(compute):
 def test_a_mixed_model_runs_with_siblings_of_different_kinds():
     model, ids = tiny_models.FAMILIES["llama-bias"](), tiny_models.ids(50)[0]
     layers = model.model.layers
-    for module, scheme in (
-        (layers[0].self_attn, {"q_proj": Scheme(4, 32, False), "v_proj": Scheme(8, None, True)}),
-        (layers[1].mlp, {"up_proj": Scheme(3, 64, True)}),
-        (layers[2].self_attn, {"k_proj": Scheme(4, 64, True), "v_proj": Scheme(8, 64, True)}),
+    for module, grid in (
+        (layers[0].self_attn, {"q_proj": integer(4, 32, False), "v_proj": integer(8, None, True)}),
+        (layers[1].mlp, {"up_proj": integer(3, 64, True)}),
+        (layers[2].self_attn, {"k_proj": integer(4, 64, True), "v_proj": integer(8, 64, True)}),
     ):
-        for name, each in scheme.items():
+        for name, each in grid.items():
             linear = getattr(module, name)
             packed = rtn(linear.weight.data, each, torch.bfloat16)
             setattr(module, name, QuantLinear.from_quantized(packed, linear.bias.data))
@@ -259,7 +257,7 @@ def test_a_mixed_model_runs_with_siblings_of_different_kinds():
 
 
 def test_a_layout_that_is_built_already_is_used_without_a_copy():
-    model, ids = quantized(tiny_models.FAMILIES["llama"](), Scheme(4, 32, False)), tiny_models.ids(30)[0]
+    model, ids = quantized(tiny_models.FAMILIES["llama"](), integer(4, 32, False)), tiny_models.ids(30)[0]
     truth, packed = eager(model, ids), [m for m in model.modules() if isinstance(m, QuantLinear)]
     for module in packed:
         module.prepare("cpu", torch.float32, "int8")
@@ -273,7 +271,7 @@ def test_a_layout_that_is_built_already_is_used_without_a_copy():
 
 
 def test_a_layout_of_another_backend_is_refused_by_name():
-    model = quantized(tiny_models.FAMILIES["llama"](), Scheme(4, 32, False))
+    model = quantized(tiny_models.FAMILIES["llama"](), integer(4, 32, False))
     model.model.layers[2].mlp.up_proj.prepare("torch", torch.float32)
     assert "model.layers.2.mlp.up_proj runs on backend 'torch'" in native(model)
 

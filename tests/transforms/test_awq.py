@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quantkit.scheme import Scheme
+from quantkit.scheme import integer
 from quantkit.transforms.awq import candidate, clip, rounded, search_scale
 
-SCHEME = Scheme(3, 32, False)
+SCHEME = integer(3, 32, False)
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def test_dead_channels_are_not_scaled():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clip_never_raises_the_error_of_a_groups_partial_sum(layer, symmetric):
     x, w = layer
-    scheme = Scheme(3, 32, symmetric)
-    clipped = clip(w, x, scheme, torch.float32)
+    grid = integer(3, 32, symmetric)
+    clipped = clip(w, x, grid, torch.float32)
 
     def error(weight):
-        off = (rounded(weight, scheme, torch.float32) - w).view(48, 4, 32)
+        off = (rounded(weight, grid, torch.float32) - w).view(48, 4, 32)
         return torch.einsum("ngk,tgk->ngt", off, x.view(-1, 4, 32)).square().sum(2)
 
     assert (error(clipped) <= error(w) * (1 + 1e-4)).all()

@@ -21,14 +21,14 @@ def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
     from quantkit_kernels.cpu import library, ops
 
     from quantkit.layers.quant_linear import QuantLinear
-    from quantkit.scheme import Scheme
+    from quantkit.scheme import PRESETS
 
     packed = ops.pack(*Source.random(16, 128, 4, 128, "cpu")[:2], None, 4, 16, 128)
     x, y, weight = torch.zeros(1, 128), torch.empty(1, 16), packed.weight()
     linear, x_at, y_at = library.required().qk_linear, x.data_ptr(), y.data_ptr()
     facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.wide_scales)
     layout = packed._asdict()
-    layer = QuantLinear(128, 16, Scheme(4, 128, True), False, torch.float16)
+    layer = QuantLinear(128, 16, PRESETS["W4A16"], False, torch.float16)
     for stored in (layer.weight_packed, layer.weight_scale):
         stored.zero_()
     layer.prepare("cpu", torch.float32)

@@ -28,7 +28,7 @@ from quantkit.bench.synthetic import Shape
 from quantkit.checkpoint.shards import write_json
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.graphs import GraphDecoder
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, integer
 
 LLAMA_3_8B = Shape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256)
 CLOSE = 0.03  # of logits in bf16 that went over buffers of another length, relative
@@ -74,7 +74,7 @@ def packed(shape: Shape, layers: int, device: torch.device, scheme: Scheme, back
 
 def _random(module: nn.Linear, scheme: Scheme, generator: torch.Generator) -> QuantLinear:
     """Uniform codes whose weights have the standard deviation 0.02."""
-    device, spread = module.weight.device, 2**scheme.bits / 12**0.5
+    device, spread = module.weight.device, 2**scheme.weights.bits / 12**0.5
     linear = QuantLinear(
         module.in_features, module.out_features, scheme, False, torch.bfloat16, device=device
     )
@@ -184,7 +184,7 @@ def build(
     """bf16 first, each model with and without graphs."""
     made = {"bf16": dense(shape, layers, device)}
     for each in bits:
-        made[f"W{each}A16 {backend}"] = packed(shape, layers, device, Scheme(each, group), backend)
+        made[f"W{each}A16 {backend}"] = packed(shape, layers, device, Scheme(integer(each, group)), backend)
     return {
         f"{name} {'graph' if captured else 'eager'}": (model, captured)
         for name, model in made.items()
