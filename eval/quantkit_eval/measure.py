@@ -22,6 +22,7 @@ from quantkit_eval.report import Report
 from quantkit_eval.text import load_text, source_name
 from quantkit_eval.windows import Window, context_of, cut, first_token, tokenize
 
+LEAST_WINDOWS = 16  # before the spread of the KL over windows is trusted to end an evaluation
 _BATCH_TOKENS = 4096
 _BATCH_LOGITS = 1 << 28  # elements of one model's logits per batch, one window at least
 _CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
@@ -49,6 +50,7 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     baseline_tokenizer: Any = None,
+    kl_error: float | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -56,7 +58,9 @@ def evaluate(
     logits are compared in fp32. text: sources as `load_text` takes them. context, stride, max_tokens: see
     `windows.cut`; context defaults to min(2048, the model's), stride to the context. kl_windows: windows used
     for KL and agreement (default all). batch_size: windows per forward. progress(done, total) is called after
-    each batch. baseline_tokenizer: given, it must give the same tokens.
+    each batch. baseline_tokenizer: given, it must give the same tokens. kl_error: stop before the end of the text
+    once the standard error of the mean KL is at most this share of it, after LEAST_WINDOWS windows at the earliest;
+    the report says so.
 
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, and logits that are not
     finite.
@@ -64,6 +68,8 @@ def evaluate(
     for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise EvalError(f"{name} must be at least 1, got {value}")
+    if kl_error is not None and not kl_error > 0:
+        raise EvalError(f"kl_error must be above 0, got {kl_error}")
     sources = [text] if isinstance(text, str | Path) else list(text)
     models = [model] if baseline is None else [model, baseline]
     context = context_of(models, context)
@@ -74,7 +80,8 @@ def evaluate(
     windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
     size = batch_size or _batch_size(model, context)
-    sums = _score(models, windows, compared, size, progress)
+    sums = _score(models, windows, compared, size, progress, kl_error)
+    planned, windows = len(windows), windows[: len(sums.model)]
     return Report(
         tokens=sum(window.scored for window in windows),
         windows=len(windows),
@@ -82,7 +89,9 @@ def evaluate(
         stride=stride or context,
         text=[source_name(source) for source in sources],
         text_sha256=hashlib.sha256(whole.encode()).hexdigest(),
-        **_figures(sums, windows, compared),
+        max_tokens=max_tokens,
+        stopped_early=len(windows) < planned,
+        **_figures(sums, windows),
     )
 
 
@@ -107,15 +116,36 @@ def _score(
     compared: int,
     size: int,
     progress: Callable[[int, int], None] | None,
+    kl_error: float | None,
 ) -> _Sums:
-    """Run the models on all windows, `size` at a time; the first `compared` give KL and agreement."""
+    """Run the models on the windows, `size` at a time; the first `compared` give KL and agreement.
+
+    With kl_error it ends as soon as the KL is known that well.
+    """
     sums = _Sums()
     with inference(*models):
         for start in range(0, len(windows), size):
             _score_batch(sums, models, windows[start : start + size], start, compared)
             if progress:
                 progress(min(start + size, len(windows)), len(windows))
+            if kl_error is not None and _known(sums, windows, kl_error):
+                break
     return sums
+
+
+def _known(sums: _Sums, windows: list[Window], share: float) -> bool:
+    """Whether the standard error of the mean KL is at most `share` of it; fewer windows say too little about it."""
+    if len(sums.kl) < LEAST_WINDOWS:
+        return False
+    mean, error = ratio(
+        torch.stack([window.double().sum() for window in sums.kl]), _counts(windows[: len(sums.kl)])
+    )
+    return error is not None and error <= share * mean
+
+
+def _counts(windows: list[Window]) -> torch.Tensor:
+    """Scored tokens of each window, fp64 [windows]."""
+    return torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
 
 
 def _score_batch(sums: _Sums, models: list[Any], batch: list[Window], start: int, compared: int) -> None:
@@ -172,9 +202,9 @@ def _log_softmax(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _figures(sums: _Sums, windows: list[Window], compared: int) -> dict[str, Any]:
+def _figures(sums: _Sums, windows: list[Window]) -> dict[str, Any]:
     """What the report says of the losses; of the model alone if there was no baseline."""
-    counts = torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
+    counts = _counts(windows)
     nll = torch.tensor(sums.model, dtype=torch.float64)
     figures: dict[str, Any] = {"quantized": fit(nll, counts)}
     if not sums.baseline:
@@ -183,4 +213,4 @@ def _figures(sums: _Sums, windows: list[Window], compared: int) -> dict[str, Any
     delta, delta_se = ratio(nll - base, counts)
     agreed = torch.tensor(sums.agreed, dtype=torch.float64)
     figures |= {"original": fit(base, counts), "delta_nll": delta, "delta_nll_se": delta_se}
-    return figures | summary(sums.kl, agreed, counts[:compared])
+    return figures | summary(sums.kl, agreed, counts[: len(sums.kl)])

@@ -25,7 +25,9 @@ class Report:
     tokens: scored tokens. text: names of the sources; text_sha256: of the joined text. delta_nll: nll(model) -
     nll(baseline), paired by window. kl_*: KL(baseline || model) per token in nats over the first kl_windows
     windows. top1_agreement: share of those tokens with the same likeliest token. *_se: standard errors over
-    windows, None with a single window.
+    windows, None with a single window. max_tokens: the tokens of the text that were to be used, None: all of it.
+    stopped_early: whether windows were left out because the standard error of kl_mean had fallen to the share of it
+    that was asked for.
     """
 
     tokens: int
@@ -46,6 +48,8 @@ class Report:
     kl_windows: int | None = None
     top1_agreement: float | None = None
     top1_agreement_se: float | None = None
+    max_tokens: int | None = None
+    stopped_early: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema "quantkit-eval/1" (docs/evaluation.md)."""
@@ -63,7 +67,8 @@ def table(report: Report) -> str:
             ("  median / p99 / max", f"{report.kl_median:.5f} / {report.kl_p99:.5f} / {report.kl_max:.5f}"),
             ("top-1 agreement", _plus_minus(report.top1_agreement, report.top1_agreement_se, 4)),
         ]
-    rows.append(("tokens", f"{report.tokens} in {report.windows} windows"))
+    early = ", stopped early: the KL is known well enough" if report.stopped_early else ""
+    rows.append(("tokens", f"{report.tokens} in {report.windows} windows{early}"))
     rows.append(("context, stride", f"{report.context}, {report.stride}"))
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)

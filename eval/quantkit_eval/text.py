@@ -26,24 +26,43 @@ def load_text(sources: str | Path | Iterable[str | Path]) -> str:
     return DOCUMENTS.join(_one(str(source)) for source in several)
 
 
+def check_sources(sources: Iterable[str | Path]) -> None:
+    """EvalError for a source that is no file, no folder and not `hf:name[:config[:split]]`; nothing is read."""
+    for source in map(str, sources):
+        if source.startswith("hf:"):
+            _hub_name(source)
+        elif not _exists(source):
+            raise EvalError(
+                f"no evaluation text {source}: no file, no folder, and not hf:name[:config[:split]]"
+            )
+
+
 def source_name(source: str | Path) -> str:
     """How a report names it: without the folders, which differ from machine to machine."""
     return str(source) if str(source).startswith("hf:") else Path(source).name
 
 
 def _one(source: str) -> str:
+    check_sources([source])
     path = Path(source).expanduser()
     if source.startswith("hf:"):
         text = _dataset_text(source, None)
     elif path.is_dir():
         text = _dataset_text(source, path)
-    elif path.is_file():
-        text = _file_text(path)
     else:
-        raise EvalError(f"no evaluation text {source}: no file, no folder, and not hf:name[:config[:split]]")
+        text = _file_text(path)
     if not text.strip():
         raise EvalError(f"evaluation text {source} is empty")
     return text
+
+
+def _exists(source: str) -> bool:
+    """Whether the path is a file or a folder; a path the system does not take (a NUL, too long) is neither."""
+    try:
+        path = Path(source).expanduser()
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def _file_text(path: Path) -> str:
@@ -67,11 +86,17 @@ def _dataset_text(source: str, folder: Path | None) -> str:
     return DOCUMENTS.join(documents)
 
 
-def _hub_rows(datasets: Any, source: str) -> Any:
+def _hub_name(source: str) -> tuple[str, str, str]:
+    """(name, config, split) of `hf:name[:config[:split]]`, "" for what is left out."""
     name, *rest = source.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise EvalError(f"{source} is not of the form hf:name[:config[:split]]")
     config, split = (*rest, "", "")[:2]
+    return name, config, split
+
+
+def _hub_rows(datasets: Any, source: str) -> Any:
+    name, config, split = _hub_name(source)
     return datasets.load_dataset(name, config or None, split=split or "test")
 
 

@@ -1,30 +1,97 @@
-"""Original and quantized model side by side on the embedded text, the packed weights running."""
+"""The closing evaluation of a run: original and quantized model on the same text, with the packed weights running."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import quantkit_eval
 import torch
+from quantkit_eval.model import longest_context
+from quantkit_eval.text import check_sources, source_name
 
 from quantkit import assets
 from quantkit.checkpoint.load import load
+from quantkit.errors import DataError
 from quantkit.models.headers import Headers
 
-TOKENS = 65536
+TOKENS = 65536  # at most, unless the user says how many
 CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
-_WORKING_SPACE = 1.3  # beside the fp32 weights of the original
+KL_ERROR = 0.02  # the evaluation may stop once the standard error of the mean KL is this share of it
+_WORKING_SPACE = 1.3  # memory beside the fp32 weights of the original, as a share of them
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What the closing evaluation measures.
+
+    tokens: use exactly so many tokens of the text (whole windows of them); None: up to TOKENS, and fewer if the KL
+    is known to KL_ERROR before. text: files, dataset folders or `hf:` names; empty: the embedded text.
+    """
+
+    tokens: int | None = None
+    text: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, tokens: int | None, text: str | Path | Iterable[str | Path] | None, sequence_length: int
+    ) -> EvaluationRequest:
+        """The request, checked before a run begins.
+
+        DataError for a text that is missing, or fewer tokens than a window, which is as long as the recipe's
+        calibration sequences (sequence_length) but at most CONTEXT.
+        """
+        several = () if text is None else (text,) if isinstance(text, str | Path) else tuple(text)
+        try:
+            check_sources(several or (assets.evaluation_text(),))
+        except quantkit_eval.EvalError as error:
+            raise DataError(str(error)) from None
+        window = min(sequence_length, CONTEXT)
+        if tokens is not None and (
+            isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < window
+        ):
+            raise DataError(
+                f"the evaluation needs at least one window of {window} tokens (calibration.sequence_length), got "
+                f"{tokens!r}; raise the number of evaluation tokens or leave the evaluation out"
+            )
+        return cls(tokens, tuple(str(source) for source in several))
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the user asked for something other than the default."""
+        return self.tokens is not None or bool(self.text)
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.text) or [str(assets.evaluation_text())]
+
+    def answered_by(self, evaluation: dict[str, Any] | None) -> bool:
+        """Whether a stored report is what this request would give; the default request takes any report."""
+        if evaluation is None:
+            return False
+        if not self.explicit:
+            return True
+        names = [source_name(source) for source in self.sources]
+        whole = self.tokens is None or not evaluation.get("stopped_early")
+        same = evaluation.get("max_tokens") == (self.tokens or TOKENS) and evaluation.get("text") == names
+        return whole and same
 
 
 def evaluate_pair(
-    output: Path, headers: Headers, tokenizer: Any, device: torch.device, sequence_length: int
+    output: Path,
+    headers: Headers,
+    tokenizer: Any,
+    device: torch.device,
+    sequence_length: int,
+    request: EvaluationRequest,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """(report of schema "quantkit-eval/1", []) or (None, [why not]) when the original does not fit into memory.
+    """(report of schema "quantkit-eval/1", notes); no report, and a note why, if the original does not fit in memory.
 
-    The context is the calibration length, as far as the model takes it.
+    The context is the calibration length, but at most CONTEXT and what the model was made for.
     """
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
     if device.type == "cpu" and needed > _available():
@@ -33,14 +100,15 @@ def evaluate_pair(
             "run `quantkit eval` where it fits"
         ]
     original = load(headers.path, device=device)
-    longest = getattr(original.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
+    longest = longest_context(original) or CONTEXT
     report = quantkit_eval.evaluate(
         load(output, device=device),
         tokenizer,
-        text=[str(assets.evaluation_text())],
+        text=request.sources,
         baseline=original,
-        max_tokens=TOKENS,
+        max_tokens=request.tokens or TOKENS,
         context=min(sequence_length, longest, CONTEXT),
+        kl_error=KL_ERROR if request.tokens is None else None,
     )
     return report.to_json(), []
 

@@ -23,7 +23,7 @@ from quantkit.errors import VerificationError
 from quantkit.formats.compressed_tensors import quantization_config
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
-from quantkit.pipeline.evaluation import evaluate_pair
+from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
 from quantkit.pipeline.produce import Producer
 from quantkit.structure.trace import is_linear
 
@@ -31,7 +31,7 @@ RUN = "quantkit.run.json"
 
 
 def publish(
-    producer: Producer, tokenizer: Any, identity: dict, *, evaluate: bool, resumed: int
+    producer: Producer, tokenizer: Any, identity: dict, *, request: EvaluationRequest | None, resumed: int
 ) -> tuple[dict, dict]:
     """Finish the checkpoint in `producer.output`; returns (manifest, report). The manifest is written last."""
     output, entries, clock = producer.output, producer.journal.entries, producer.clock
@@ -49,12 +49,12 @@ def publish(
         verify_checkpoint(output, files, account)
     evaluation = None
     notes = _notes(producer)
-    if evaluate:
+    if request:
         producer.progress.message("evaluating original and quantized model")
         with clock("evaluate"):
             length = producer.recipe.calibration.sequence_length
             evaluation, refused = evaluate_pair(
-                output, producer.source.headers, tokenizer, producer.device, length
+                output, producer.source.headers, tokenizer, producer.device, length, request
             )
         notes += refused
     manifest = {

@@ -156,6 +156,40 @@ def test_kl_of_some_windows_leaves_the_rest_as_it_was(model, other, tokenizer, t
     assert some.top1_agreement == first.top1_agreement
 
 
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory, text):
+    """About 50 windows."""
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    path.write_text(text.read_text() * 5)
+    return path
+
+
+def test_an_evaluation_stops_once_the_kl_is_known(model, other, tokenizer, long_text):
+    options = {"baseline": model, "context": CONTEXT, "batch_size": 4}
+    every = evaluate(other, tokenizer, long_text, **options)
+    share = 1.2 * every.kl_mean_se / every.kl_mean
+    early = evaluate(other, tokenizer, long_text, **options, kl_error=share)
+    assert measure.LEAST_WINDOWS <= early.windows < every.windows
+    assert early.kl_mean_se <= share * early.kl_mean
+    assert (early.stopped_early, every.stopped_early) == (True, False)
+    same = evaluate(other, tokenizer, long_text, **options, max_tokens=early.windows * CONTEXT)
+    numbers = {"max_tokens": None, "stopped_early": False}
+    assert same.to_json() | numbers == early.to_json() | numbers
+
+
+def test_an_evaluation_goes_to_the_end_while_the_kl_is_not_known(model, other, tokenizer, long_text):
+    found = evaluate(other, tokenizer, long_text, baseline=model, context=CONTEXT, kl_error=1e-6)
+    every = evaluate(other, tokenizer, long_text, baseline=model, context=CONTEXT)
+    assert found == every
+
+
+def test_a_few_windows_never_stop_an_evaluation(model, tokenizer, text):
+    """The spread of two or three windows says little; a model that equals its baseline has none at all."""
+    found = evaluate(model, tokenizer, text, baseline=model, context=CONTEXT, kl_error=0.5, batch_size=1)
+    assert found.windows < measure.LEAST_WINDOWS
+    assert not found.stopped_early
+
+
 def test_half_precision_is_compared_in_fp32(model, tokenizer, text):
     half = copy.deepcopy(model).to(torch.bfloat16)
     windows = windows_of(tokenizer, text)
@@ -241,6 +275,8 @@ def test_tokenizers_that_differ_are_refused(model, tokenizer, with_bos, text):
         ({"context": 32, "stride": 33}, "stride"),
         ({"max_tokens": 20}, "max_tokens 20 is less than one window of 128"),
         ({"kl_windows": 0}, "kl_windows must be at least 1"),
+        ({"kl_error": 0.0}, "kl_error must be above 0"),
+        ({"kl_error": math.nan}, "kl_error must be above 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )

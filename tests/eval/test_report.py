@@ -51,6 +51,8 @@ def test_the_schema():
         "kl_windows",
         "top1_agreement",
         "top1_agreement_se",
+        "max_tokens",
+        "stopped_early",
     ]
     assert PAIRED.to_json()["schema"] == "quantkit-eval/1"
     assert PAIRED.to_json()["quantized"] == {

@@ -493,7 +493,7 @@ def test_run_is_evaluated_with_the_packed_weights(arguments, tmp_path, monkeypat
     loaded = quantkit.load(tmp_path / "out", device="cpu")
     original = quantkit.load(given["model"], device="cpu")
     direct = quantkit_eval.evaluate(
-        loaded, tokenizer, text, baseline=original, context=report["context"], max_tokens=65536
+        loaded, tokenizer, text, baseline=original, context=report["context"], max_tokens=65536, kl_error=0.02
     ).to_json()
     assert report == direct
     assert report["kl_mean"] > 0
