@@ -65,10 +65,13 @@ def command(
 
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:
-    table = Table("", "baseline", "model")
+    """The table of a `quantkit-eval/1` report; without a baseline it has one column of numbers."""
+    names = ("baseline", "model")
+    shown = names if report["original"] else names[1:]
+    table = Table("", *shown)
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in evaluation_rows(report):
-        table.add_row(*row)
+    for what, *values in evaluation_rows(report, names):
+        table.add_row(what, *values[-len(shown) :])
     console.print(table)
     console.print(evaluation_footer(report), highlight=False)

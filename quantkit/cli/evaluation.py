@@ -1,4 +1,4 @@
-"""The rows of an evaluation report, for `quantize` and `eval` alike."""
+"""The rows and the footer of an evaluation report, as `quantize` and `eval` print them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any
 Row = tuple[str, str, str]  # what, original, quantized
 
 
-def evaluation_rows(evaluation: dict[str, Any]) -> list[Row]:
-    """Perplexity with its standard error; with a baseline ("original") also the paired comparison."""
+def evaluation_rows(
+    evaluation: dict[str, Any], names: tuple[str, str] = ("original", "quantized")
+) -> list[Row]:
+    """Perplexity with its standard error; if two models were compared, also the paired comparison.
+
+    names: what the table calls the two models, in its columns and so in its rows.
+    """
     before, after = evaluation.get("original"), evaluation["quantized"]
     rows = [("perplexity", _perplexity(before), _perplexity(after))]
     if before is None:
@@ -16,7 +21,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[Row]:
     return [
         *rows,
         ("NLL per token, paired difference", "", _plus_minus(evaluation, "delta_nll", 4)),
-        ("KL(original || quantized), mean", "", _plus_minus(evaluation, "kl_mean", 5)),
+        (f"KL({names[0]} || {names[1]}), mean", "", _plus_minus(evaluation, "kl_mean", 5)),
         (
             "KL median / p99 / max",
             "",
@@ -27,8 +32,10 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[Row]:
 
 
 def evaluation_footer(evaluation: dict[str, Any]) -> str:
+    """The line below the table: how much was measured, and whether the evaluation stopped early."""
+    early = " (stopped early: the KL is known well enough)" if evaluation.get("stopped_early") else ""
     return (
-        f"evaluated on {evaluation['tokens']:,} tokens in windows of {evaluation['context']}; "
+        f"evaluated on {evaluation['tokens']:,} tokens in windows of {evaluation['context']}{early}; "
         "± is one standard error, over windows"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ def open_model(
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     from quantkit.checkpoint.load import load
 
     path = resolve(path_or_id)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     model = load(
         path,
         device=device,
