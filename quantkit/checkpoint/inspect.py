@@ -13,6 +13,7 @@ The report, schema `quantkit-inspect/1`:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ import torch
 from safetensors import safe_open
 
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors import parse_config
+from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
 
 SCHEMA = "quantkit-inspect/1"
-_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -36,17 +36,13 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     config = read_json(path / "config.json")
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
-    if quantization and quantization.get("quant_method") != "compressed-tensors":
-        method = quantization.get("quant_method")
-        raise ModelError(f"{path} is quantized by {method!r}; only compressed-tensors can be inspected")
+    codec = codec_of(quantization) if quantization is not None else None
     errors = _stored_errors(path)
-    scheme_of = parse_config(quantization) if quantization else lambda name: None
-    layers = []
+    layers = _packed_layers(codec, quantization, tensors, errors) if codec else []
+    parts = {name for layer in layers for name in layer.pop("parts")}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            layers.append(_packed(module, scheme_of(module), tensors, errors.get(module)))
-        elif leaf == "weight" and len(tensor.shape) == 2:
+        if name not in parts and leaf == "weight" and len(tensor.shape) == 2:
             layers.append(_plain(module, tensor))
     layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
     return {
@@ -55,35 +51,73 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "format": quantization.get("format") if quantization else None,
         "layers": layers,
-        "totals": _totals(layers, tensors),
+        "totals": _totals(layers, tensors, parts),
         "loaders": loaders(config.get("model_type", ""), [layer for layer in layers if layer["scheme"]]),
     }
 
 
+class _Lazy(Mapping[str, torch.Tensor]):
+    """The stored tensors of one linear by leaf, read when they are asked for."""
+
+    def __init__(self, infos: dict[str, TensorInfo]) -> None:
+        self.infos = infos
+
+    def __getitem__(self, leaf: str) -> torch.Tensor:
+        return _read(self.infos[leaf])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def _packed_layers(
+    codec: Codec, config: dict[str, Any], tensors: dict[str, TensorInfo], errors: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A row for every linear that is packed, with the names of its tensors as "parts"."""
+    scheme_of = codec.parse(config)
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in codec.leaves:
+            found.setdefault(module, {})[leaf] = info
+    layers = []
+    for module, infos in found.items():
+        if scheme := scheme_of(module):
+            layers.append(_packed(codec, module, scheme, infos, errors.get(module)))
+        elif infos.keys() - {"weight"}:
+            raise ModelError(
+                f"{module} is packed ({', '.join(sorted(infos))}), but config.json gives no scheme for it; "
+                "fetch the checkpoint again"
+            )
+    return layers
+
+
 def _packed(
-    module: str, scheme: Scheme | None, tensors: dict[str, TensorInfo], error: float | None
+    codec: Codec, module: str, scheme: Scheme, infos: dict[str, TensorInfo], error: float | None
 ) -> dict[str, Any]:
-    parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in _PACKED if f"{module}.{leaf}" in tensors}
-    if scheme is None or not {"weight_scale", "weight_shape"} <= parts.keys():
-        raise ModelError(
-            f"{module} is packed, but config.json gives no scheme for it, or its weight_scale or "
-            "weight_shape is missing; fetch the checkpoint again"
-        )
-    n, k = _read(parts["weight_shape"]).tolist()
-    scale = _read(parts["weight_scale"]).float()
-    nbytes = sum(part.nbytes for part in parts.values())
+    parts = _Lazy(infos)
+    try:
+        n, k = codec.dimensions(parts, scheme)
+    except ModelError as reason:
+        raise ModelError(f"{module}: {reason}") from None
+    scale = parts[codec.scale].float()
+    nbytes = sum(info.nbytes for info in infos.values())
+    grid = scheme.weights
     return {
         "name": module,
         "scheme": str(scheme),
-        "bits": scheme.weights.bits,
-        "group_size": scheme.weights.group_size,
-        "symmetric": scheme.weights.symmetric,
-        "dtype": parts["weight_scale"].dtype,
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "symmetric": grid.symmetric,
+        "dtype": infos[codec.scale].dtype,
         "shape": [n, k],
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / (n * k),
         "scale_range": [float(scale.min()), float(scale.max())],
         "error": error,
+        "parts": [info.name for info in infos.values()],
     }
 
 
@@ -103,10 +137,10 @@ def _plain(module: str, tensor: TensorInfo) -> dict[str, Any]:
     }
 
 
-def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo], parts: set[str]) -> dict[str, Any]:
     quantized = [layer for layer in layers if layer["scheme"]]
     linear_weights = sum(math.prod(layer["shape"]) for layer in quantized)
-    others = sum(math.prod(t.shape) for n, t in tensors.items() if n.rpartition(".")[2] not in _PACKED)
+    others = sum(math.prod(t.shape) for n, t in tensors.items() if n not in parts)
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     linear_bytes = sum(layer["bytes"] for layer in quantized)
     return {

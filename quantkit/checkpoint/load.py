@@ -17,7 +17,7 @@ from torch import nn
 
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError
-from quantkit.formats.compressed_tensors import METHOD, parse_config
+from quantkit.formats.registry import codec_of
 from quantkit.models import families
 from quantkit.models.headers import resolve_model
 from quantkit.models.json_reader import read_json
@@ -60,9 +60,9 @@ def load(
     _, tensors = read_tensors(path)
     with _as_model_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        packed = _is_packed(stored)
+        packed = stored is not None
         if packed:
-            parse_config(stored)
+            codec_of(stored).parse(stored)
             plugin.register()
             config.quantization_config = {
                 "quant_method": plugin.METHOD,
@@ -115,17 +115,6 @@ def _quantization_config(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         raise ModelError(f"{path} has no config.json; a model is a folder with config.json and safetensors")
     return read_json(file, tag_infinities=True).get("quantization_config")
-
-
-def _is_packed(stored: dict[str, Any] | None) -> bool:
-    """Whether the weights are ours to run; other kinds of quantization are left to transformers."""
-    if not isinstance(stored, dict) or stored.get("quant_method") != METHOD:
-        return False
-    try:
-        parse_config(stored)
-    except ModelError:
-        return "pack" in str(stored.get("format"))
-    return True
 
 
 def _by_module(model_type: str, tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -8,6 +8,7 @@ back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,21 +19,19 @@ from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import BackendError, ModelError
-from quantkit.formats.compressed_tensors import DTYPES, parse_config
+from quantkit.formats.registry import Codec, Shape, codec_of
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
 
 METHOD = "quantkit"
-_KINDS = {leaf: stored_dtype(dtype) for leaf, dtype in DTYPES.items()}
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name in the model -> (dtype on disk, shape)
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """stored: `quantization_config` of config.json. tensors: {name in the model: (dtype on disk, shape)}."""
+    """stored: `quantization_config` of config.json. tensors: what the headers of the weight files say."""
 
-    def __init__(
-        self, stored: dict[str, Any], tensors: dict[str, tuple[str, tuple[int, ...]]], **_: Any
-    ) -> None:
+    def __init__(self, stored: dict[str, Any], tensors: Tensors, **_: Any) -> None:
         self.quant_method = METHOD
         self.stored, self.tensors = stored, tensors
 
@@ -47,8 +46,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **__: Any) -> None:
         tensors = self.quantization_config.tensors
-        swap(model, parse_config(self.quantization_config.stored), tensors)
-        check_shapes(model, tensors)
+        stored = self.quantization_config.stored
+        codec = codec_of(stored)
+        swap(model, codec, codec.parse(stored), tensors)
+        check_shapes(model, codec, tensors)
         self.quantization_config.tensors = {}  # done with; the config lives as long as the model
         # Some families (GPT-2) initialize the `c_proj.weight` of their blocks before loading: an empty stand-in.
         for _, module in packed_linears(model):
@@ -97,56 +98,59 @@ def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
-def swap(model: nn.Module, scheme_of: Any, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def swap(model: nn.Module, codec: Codec, scheme_of: Callable[[str], Scheme | None], tensors: Tensors) -> None:
     """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme."""
     for name, module in list(model.named_modules()):
         scheme = scheme_of(name) if isinstance(module, nn.Linear | Conv1D) else None
         if scheme is None:
             continue
         n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-        packed = _packed(name, n, k, scheme, module, tensors)
+        packed = _packed(name, (n, k), scheme, module, codec, tensors)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
 
 
-def _packed(name: str, n: int, k: int, scheme: Scheme, module: nn.Module, tensors: dict) -> QuantLinear:
+def _packed(
+    name: str, shape: Shape, scheme: Scheme, module: nn.Module, codec: Codec, tensors: Tensors
+) -> QuantLinear:
+    n, k = shape
     if not scheme.weights.divides(k):
         raise ModelError(
             f"{name} has {k} columns, which its groups of {scheme.weights.group_size} do not divide"
         )
-    stored, _ = tensors.get(f"{name}.weight_scale", ("BF16", ()))
+    stored, _ = tensors.get(f"{name}.{codec.scale}", ("BF16", ()))
     if stored not in WEIGHT_DTYPES:
-        raise ModelError(f"{name}.weight_scale has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}")
+        raise ModelError(
+            f"{name}.{codec.scale} has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}"
+        )
     bias = module.bias
     dtype = None if bias is None else bias.dtype
     return QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, device="meta")
 
 
-def check_shapes(model: nn.Module, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def check_shapes(model: nn.Module, codec: Codec, tensors: Tensors) -> None:
     """ModelError naming every stored tensor that does not fit its place in the model.
 
     transformers casts, broadcasts or keeps what does not fit without a word, depending on the version.
     """
-    problems = []
+    problems, hints = [], set()
+    linears = dict(packed_linears(model))
     for name, place in model.state_dict().items():
         if name not in tensors:
             continue  # missing ones are what loading reports
         dtype, shape = tensors[name]
-        kinds = _KINDS.get(name.rpartition(".")[2], dtype)
+        owner, _, leaf = name.rpartition(".")
+        own = codec.leaves.get(leaf) if owner in linears else None
+        kind = stored_dtype(own) if own else dtype
         if tuple(shape) != tuple(place.shape):
             problems.append(f"{name} is {list(shape)}, the model has {list(place.shape)}")
-        elif dtype != kinds:
-            problems.append(f"{name} is {dtype}, not {kinds}")
+            if owner in linears:
+                linear = linears[owner]
+                hints.add(
+                    codec.why_misfit(leaf, shape, linear.out_features, linear.in_features, linear.scheme)
+                )
+        elif dtype != kind:
+            problems.append(f"{name} is {dtype}, not {kind}")
     if problems:
-        hint = ""
-        if any(
-            _padded(module, tensors.get(f"{name}.weight_packed")) for name, module in packed_linears(model)
-        ):
-            hint = "; words that hold whole codes only (compressed-tensors of before May 2026) are not read"
+        hint = "".join(f"; {each}" for each in sorted(filter(None, hints)))
         raise ModelError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}{hint}")
-
-
-def _padded(module: QuantLinear, packed: tuple[str, tuple[int, ...]] | None) -> bool:
-    """Whether a stored tensor has the row length of the older packing, floor(32 / bits) codes per word."""
-    words = -(-module.in_features // (32 // module.scheme.weights.bits))
-    return packed is not None and packed[1][-1] == words != module.weight_packed.shape[1]

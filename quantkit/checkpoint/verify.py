@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import ModelError, VerificationError
-from quantkit.formats.compressed_tensors import unpack
+from quantkit.formats.registry import Codec
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
@@ -27,7 +27,7 @@ AGAIN = "quantize again with --no-resume"
 _PROBE = 4  # tokens of the packed-forward check
 
 
-def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
+def verify_shard(path: Path, weights: dict[str, QuantizedWeight], codec: Codec) -> None:
     """Re-open a written shard and compare every quantized linear with `weights` (by module name)."""
     try:
         file = safe_open(path, "pt")
@@ -39,7 +39,7 @@ def verify_shard(path: Path, weights: dict[str, QuantizedWeight]) -> None:
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
             stored.pop("bias", None)
             try:
-                found = unpack(stored, Scheme(wanted.grid))
+                found = codec.unpack(stored, Scheme(wanted.grid))
             except ModelError as error:
                 raise VerificationError(f"{path.name}: {name}: {error}") from error
             same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(

@@ -1,93 +1,152 @@
-"""compressed-tensors `pack-quantized`, the format vLLM, SGLang and transformers load.
+"""compressed-tensors `pack-quantized`, the format that vLLM, SGLang and transformers load.
 
-Tensors of a linear P with weight [N, K], K/G groups (channel: one):
+Tensors of a linear P with weight [N, K] and K/G groups per row (channel: one):
     P.weight_packed      int32 [N, ceil(K bits / 32)]     unsigned codes, dense, lowest bits first
     P.weight_scale       model dtype [N, K/G]
     P.weight_shape       int64 [2] = (N, K)
     P.weight_zero_point  int32 [ceil(N bits / 32), K/G]   asymmetric only; the same packing along N
-The signed code of the file is ours minus 2^(bits-1), and packing adds that back: ours is what is stored.
+The format counts codes from -2^(bits-1) and adds 2^(bits-1) when it packs them: the words hold our unsigned codes.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from quantkit_kernels import pack_bits, unpack_bits, words
 
 from quantkit.errors import ModelError
+from quantkit.formats.patterns import PatternError, matches, parsed
+from quantkit.formats.registry import Codec, Shape, register
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Grid, Scheme, integer
 
-METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 MIXED = "mixed-precision"  # what newer writers call several groups; each group then names its format
-DTYPES = {"weight_packed": torch.int32, "weight_shape": torch.int64, "weight_zero_point": torch.int32}
+CORRUPT = "the checkpoint is corrupt, fetch it again"
 
 
-def pack(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of one linear, by local name."""
-    bits = weight.grid.bits
-    tensors = {
-        "weight_packed": pack_bits(weight.codes, bits),
-        "weight_scale": weight.scale.contiguous(),
-        "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+@register
+class CompressedTensors(Codec):
+    """The codec of this format."""
+
+    name = "compressed-tensors"
+    method = "compressed-tensors"
+    leaves: ClassVar[dict[str, torch.dtype | None]] = {
+        "weight_packed": torch.int32,
+        "weight_scale": None,
+        "weight_shape": torch.int64,
+        "weight_zero_point": torch.int32,
     }
-    if weight.zero is not None:
-        tensors["weight_zero_point"] = pack_bits(weight.zero.T.contiguous(), bits).T.contiguous()
-    return tensors
+    scale = "weight_scale"
 
+    def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+        grid = scheme.weights
+        groups = k // grid.group(k)
+        shapes = {
+            "weight_packed": (n, words(k, grid.bits)),
+            "weight_scale": (n, groups),
+            "weight_shape": (2,),
+        }
+        return shapes if grid.symmetric else shapes | {"weight_zero_point": (words(n, grid.bits), groups)}
 
-def unpack(tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The inverse of `pack`. ModelError if tensors are missing, foreign or of the wrong shape."""
-    grid = scheme.weights
-    expected = {"weight_packed", "weight_scale", "weight_shape"} | (
-        set() if grid.symmetric else {"weight_zero_point"}
-    )
-    if tensors.keys() != expected:
-        raise ModelError(f"a {scheme} linear has the tensors {sorted(expected)}, got {sorted(tensors)}")
-    n, k = (int(v) for v in tensors["weight_shape"])
-    for name, shape in stored_shapes(n, k, scheme).items():
-        if tuple(tensors[name].shape) != shape:
+    def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        bits = weight.grid.bits
+        tensors = {
+            "weight_packed": pack_bits(weight.codes, bits),
+            "weight_scale": weight.scale.contiguous(),
+            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        }
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = pack_bits(weight.zero.T.contiguous(), bits).T.contiguous()
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+        grid = scheme.weights
+        n, k = self.dimensions(tensors, scheme)
+        shapes = self.shapes(n, k, scheme)
+        if tensors.keys() != shapes.keys():
+            raise ModelError(f"a {scheme} linear has the tensors {sorted(shapes)}, got {sorted(tensors)}")
+        for leaf, shape in shapes.items():
+            if tuple(tensors[leaf].shape) != shape:
+                raise ModelError(
+                    f"{leaf} of a {scheme} [{n}, {k}] linear is {shape}, got {tuple(tensors[leaf].shape)}"
+                )
+        zero = tensors.get("weight_zero_point")
+        return QuantizedWeight(
+            codes=unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous(),
+            scale=tensors["weight_scale"],
+            zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
+            grid=grid,
+        )
+
+    def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
+        if "weight_shape" not in tensors or "weight_scale" not in tensors:
             raise ModelError(
-                f"{name} of a {scheme} [{n}, {k}] linear is {shape}, got {tuple(tensors[name].shape)}"
+                f"a {scheme} linear lacks its weight_shape or weight_scale, got {sorted(tensors)}; {CORRUPT}"
             )
-    zero = tensors.get("weight_zero_point")
-    return QuantizedWeight(
-        codes=unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous(),
-        scale=tensors["weight_scale"],
-        zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
-        grid=grid,
-    )
+        said = tensors["weight_shape"]
+        sizes = said.tolist() if said.dtype == torch.int64 and tuple(said.shape) == (2,) else None
+        scales = tuple(tensors["weight_scale"].shape)
+        grid = scheme.weights
+        if sizes is None or min(sizes) < 1 or not grid.divides(sizes[1]):
+            raise ModelError(f"weight_shape is {said.flatten()[:4].tolist()}, no shape of a {scheme} weight")
+        if scales != (sizes[0], sizes[1] // grid.group(sizes[1])):
+            raise ModelError(
+                f"weight_shape says {sizes}, which does not fit {list(scales)} scales of a {scheme} weight; {CORRUPT}"
+            )
+        return sizes[0], sizes[1]
 
+    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        """One scheme targets the class "Linear"; several target their modules by name."""
+        kinds = sorted(set(schemes.values()), key=_order)
+        groups = {}
+        for number, scheme in enumerate(kinds):
+            names = ["Linear"] if len(kinds) == 1 else sorted(n for n, s in schemes.items() if s == scheme)
+            groups[f"group_{number}"] = {"targets": names, "weights": _written(scheme), "format": FORMAT}
+        return {
+            "quant_method": self.method,
+            "format": FORMAT,
+            "quantization_status": "compressed",
+            "ignore": sorted(ignore),
+            "config_groups": groups,
+        }
 
-def stored_shapes(n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """Shape of every stored tensor of a [N, K] linear, by local name."""
-    grid = scheme.weights
-    groups = k // grid.group(k)
-    shapes = {
-        "weight_packed": (n, words(k, grid.bits)),
-        "weight_scale": (n, groups),
-        "weight_shape": (2,),
-    }
-    if not grid.symmetric:
-        shapes["weight_zero_point"] = (words(n, grid.bits), groups)
-    return shapes
+    def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
+        """As compressed-tensors matches: `ignore` wins, then exact names, "re:" patterns (from the start of the
+        name), and the class "Linear"; within a kind the first group.
+        """
+        stored = config.get("format")
+        if config.get("quant_method") != self.method or stored not in (FORMAT, MIXED):
+            raise ModelError(
+                f"quantization method {_short(config.get('quant_method'))}, format {_short(stored)} is not one "
+                f"quantkit reads; it reads {self.method!r}, {FORMAT!r}"
+            )
+        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+            if config.get(key):
+                raise ModelError(f"this checkpoint has a {key}, which quantkit does not read yet")
+        groups = config.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise ModelError(f"quantization_config has no config_groups; {CORRUPT}")
+        rules = [(target, scheme) for name, group in groups.items() for target, scheme in _rules(name, group)]
+        ignore = _texts("ignore", config.get("ignore") or [])
 
+        def scheme_of(module: str) -> Scheme | None:
+            if any(_rank(pattern, module) is not None for pattern in ignore):
+                return None
+            ranked = [
+                (rank, scheme) for target, scheme in rules if (rank := _rank(target, module)) is not None
+            ]
+            return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
 
-def _weights(grid: Grid) -> dict[str, Any]:
-    grouping = (
-        {"strategy": "group", "group_size": grid.group_size} if grid.group_size else {"strategy": "channel"}
-    )
-    return {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": grid.symmetric,
-        "dynamic": False,
-        **grouping,
-    }
+        return scheme_of
+
+    def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
+        older = -(-k // (32 // scheme.weights.bits))
+        if leaf == "weight_packed" and shape and shape[-1] == older != words(k, scheme.weights.bits):
+            return "words that hold whole codes only (compressed-tensors of before May 2026) are not read"
+        return None
 
 
 def _order(scheme: Scheme) -> tuple[int, int, bool]:
@@ -95,88 +154,68 @@ def _order(scheme: Scheme) -> tuple[int, int, bool]:
     return scheme.weights.bits, scheme.weights.group_size or 0, scheme.weights.symmetric
 
 
-def quantization_config(layers: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json. layers: scheme by module name; ignore: linears left as they were.
-
-    One scheme targets the class "Linear"; several target their modules by name.
-    """
-    schemes = sorted(set(layers.values()), key=_order)
-    groups = {}
-    for number, scheme in enumerate(schemes):
-        names = ["Linear"] if len(schemes) == 1 else sorted(n for n, s in layers.items() if s == scheme)
-        groups[f"group_{number}"] = {"targets": names, "weights": _weights(scheme.weights), "format": FORMAT}
-    return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
-        "ignore": sorted(ignore),
-        "config_groups": groups,
-    }
+def _written(scheme: Scheme) -> dict[str, Any]:
+    """The `weights` of a config group."""
+    grid = scheme.weights
+    if scheme.inputs is not None or grid.number.kind != "int" or grid.granularity not in ("channel", "group"):
+        raise ModelError(f"{FORMAT} stores integer weights by channel or group, not {scheme}")
+    sizes: dict[str, Any] = {"strategy": grid.granularity}
+    if grid.group_size:
+        sizes["group_size"] = grid.group_size
+    return {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False, **sizes}
 
 
-def parse_config(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
-    """A function module name of a linear -> Scheme (None: not quantized) from a `quantization_config`.
-
-    As compressed-tensors matches: `ignore` wins, then exact names, "re:" patterns (from the start of the
-    name), and the class "Linear"; within a kind the first group. ModelError names what is not read: another
-    method or format, quantized activations or KV cache, transforms, other weights, columns out of order.
-    """
-    if config.get("quant_method") != METHOD or config.get("format") not in (FORMAT, MIXED):
-        raise ModelError(
-            f"quantization method {config.get('quant_method')!r}, format {config.get('format')!r} is not one "
-            f"quantkit reads; it reads {METHOD!r}, {FORMAT!r}"
-        )
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if config.get(key):
-            raise ModelError(f"this checkpoint has a {key}, which quantkit does not read yet")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise ModelError("quantization_config has no config_groups; the checkpoint is corrupt")
-    rules = [(target, scheme) for name, group in groups.items() for target, scheme in _rules(name, group)]
-    ignore = list(config.get("ignore") or [])
-
-    def scheme_of(module: str) -> Scheme | None:
-        if any(_rank(pattern, module) is not None for pattern in ignore):
-            return None
-        ranked = [(rank, scheme) for target, scheme in rules if (rank := _rank(target, module)) is not None]
-        return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
-
-    return scheme_of
-
-
-def _rules(name: str, group: Mapping[str, Any]) -> list[tuple[str, Scheme]]:
+def _rules(name: str, group: Any) -> list[tuple[str, Scheme]]:
+    """(target, scheme) for every target of a config group."""
+    if not isinstance(group, Mapping):
+        raise ModelError(f"config group {name} must be an object, got {_short(group)}; {CORRUPT}")
     for other in ("input_activations", "output_activations"):
         if group.get(other):
             raise ModelError(f"config group {name} quantizes {other}; quantkit reads weight-only checkpoints")
     if group.get("format") not in (None, FORMAT):
-        raise ModelError(f"config group {name} has the format {group['format']!r}; quantkit reads {FORMAT!r}")
+        raise ModelError(
+            f"config group {name} has the format {_short(group['format'])}; quantkit reads {FORMAT!r}"
+        )
     targets, weights = group.get("targets"), group.get("weights")
     if not targets or not isinstance(weights, Mapping):
-        raise ModelError(f"config group {name} has no targets or no weights; the checkpoint is corrupt")
-    scheme = _scheme(name, weights)
-    return [(target, scheme) for target in targets]
+        raise ModelError(f"config group {name} has no targets or no weights; {CORRUPT}")
+    scheme = Scheme(_grid(name, weights))
+    return [(target, scheme) for target in _texts(f"the targets of config group {name}", targets)]
 
 
-def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
-    size = weights.get("group_size")
+def _texts(what: str, value: Any) -> list[str]:
+    """The names and patterns of a list, all of them usable."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ModelError(
+            f"quantization_config: {what} must be a list of texts, got {_short(value)}; {CORRUPT}"
+        )
+    for each in value:
+        if each.startswith("re:"):
+            _checked(parsed, each)
+    return value
+
+
+def _grid(name: str, weights: Mapping[str, Any]) -> Grid:
+    """The grid that the `weights` of a config group describe."""
+    size, bits, symmetric = weights.get("group_size"), weights.get("num_bits"), weights.get("symmetric", True)
     strategy = weights.get("strategy") or ("group" if size not in (None, -1) else "channel")
     if weights.get("type", "int") != "int" or weights.get("dynamic") or strategy not in ("group", "channel"):
         raise ModelError(
-            f"config group {name}: {weights.get('type')} weights with strategy {strategy!r} are not read; "
-            "quantkit reads static int weights by group or channel"
+            f"config group {name}: {_short(weights.get('type'))} weights with strategy {_short(strategy)} are not "
+            "read; quantkit reads static int weights by group or channel"
         )
     if weights.get("actorder") not in (None, "weight", "static"):
         raise ModelError(
-            f"config group {name}: actorder {weights['actorder']!r} stores columns out of order "
+            f"config group {name}: actorder {_short(weights['actorder'])} stores columns out of order "
             "(weight_g_idx), which quantkit does not read"
         )
-    bits = weights.get("num_bits")
-    if bits not in range(2, 9) or (strategy == "group" and (not isinstance(size, int) or size < 1)):
+    sized = strategy == "channel" or (type(size) is int and size >= 1)
+    if type(bits) is not int or bits not in range(2, 9) or not sized or type(symmetric) is not bool:
         raise ModelError(
-            f"config group {name}: num_bits {bits!r}, group_size {size!r} is no scheme of this format"
+            f"config group {name}: num_bits {_short(bits)}, group_size {_short(size)}, symmetric "
+            f"{_short(symmetric)} is no scheme of this format"
         )
-    symmetric = bool(weights.get("symmetric", True))
-    return Scheme(integer(bits, size if strategy == "group" else None, symmetric))
+    return integer(bits, size if strategy == "group" else None, symmetric)
 
 
 def _rank(pattern: str, module: str) -> int | None:
@@ -184,5 +223,19 @@ def _rank(pattern: str, module: str) -> int | None:
     if pattern == module:
         return 0
     if pattern.startswith("re:"):
-        return 1 if re.match(pattern[3:], module) else None
+        return 1 if _checked(matches, pattern, module) else None
     return 2 if pattern == "Linear" else None
+
+
+def _checked(use: Callable[..., Any], pattern: str, *args: str) -> Any:
+    try:
+        return use(pattern[3:], *args)
+    except PatternError as error:
+        raise ModelError(
+            f"quantization_config: the pattern {_short(pattern)} cannot be used: {error}; {CORRUPT}"
+        ) from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

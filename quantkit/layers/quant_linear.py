@@ -11,7 +11,7 @@ from quantkit_kernels.cpu import library, ops
 from torch import nn
 
 from quantkit.errors import BackendError
-from quantkit.formats.compressed_tensors import DTYPES, pack, stored_shapes
+from quantkit.formats.registry import codec
 from quantkit.layers.siblings import LAYOUT, Siblings
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
@@ -43,8 +43,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        for name, shape in stored_shapes(out_features, in_features, scheme).items():
-            kind = DTYPES.get(name, scale_dtype)
+        for name, shape in codec().shapes(out_features, in_features, scheme).items():
+            kind = codec().leaves[name] or scale_dtype
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         if scheme.weights.symmetric:
             self.register_buffer("weight_zero_point", None)
@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
         """From codes in memory."""
         n, k = weight.shape
         module = cls(k, n, Scheme(weight.grid), False, weight.scale.dtype, device="meta")
-        for name, tensor in pack(weight).items():
+        for name, tensor in codec().pack(weight).items():
             setattr(module, name, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)

@@ -19,7 +19,7 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.shards import Written, write_shard
 from quantkit.checkpoint.verify import digest_file, verify_shard
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors import pack
+from quantkit.formats.registry import codec
 from quantkit.models import skeleton
 from quantkit.models.source import Source
 from quantkit.models.tensors import TensorInfo, torch_dtype
@@ -51,6 +51,7 @@ class Producer:
         self.model = model  # on meta, checked against the checkpoint
         self.device, self.journal, self.clock, self.progress = device, journal, clock, progress
         self.output = journal.output
+        self.codec = codec(recipe.output.format)
         self.smoother = Smoother(tuple(recipe.transforms))
         self.by_block: dict[int | None, dict[str, LayerPlan]] = {}
         for layer in plan.layers:
@@ -284,7 +285,7 @@ class Producer:
             for name, info in self.parts[part].items():
                 layer, _, leaf = name.rpartition(".")
                 if leaf == "weight" and layer in result.weights:
-                    packed = {f"{layer}.{k}": t for k, t in pack(result.weights[layer]).items()}
+                    packed = {f"{layer}.{k}": t for k, t in self.codec.pack(result.weights[layer]).items()}
                     tensors |= packed
                     account[info.name] = {"how": "quantized", "became": sorted(packed)}
                 else:
@@ -297,7 +298,7 @@ class Producer:
             path = self.output / f"model-{part + 1:05d}-of-{total + 1:05d}.safetensors"
             written: Written = write_shard(path, tensors)
         with self.clock("verify"):
-            verify_shard(path, result.weights)
+            verify_shard(path, result.weights, self.codec)
         keeps = streams is not None and self._walks(part + 1)
         kept: Written | None = None
         if keeps:

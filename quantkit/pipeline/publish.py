@@ -20,7 +20,7 @@ from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.checkpoint.verify import AGAIN, MANIFEST, digest_file, verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
-from quantkit.formats.compressed_tensors import quantization_config
+from quantkit.formats.registry import codec
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
@@ -89,7 +89,9 @@ def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     config = dict(source.headers.config)
     schemes = {layer.name: layer.scheme for layer in producer.plan.layers}
     linears = {n for n, module in producer.model.named_modules() if is_linear(module)}
-    config["quantization_config"] = quantization_config(schemes, sorted(linears - schemes.keys()))
+    config["quantization_config"] = codec(producer.recipe.output.format).config(
+        schemes, sorted(linears - schemes.keys())
+    )
     write_json(output / "config.json", config)
     names += [INDEX, "config.json"]
     return {n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in names}

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.formats.compressed_tensors import pack, quantization_config
+from quantkit.formats.registry import codec
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Grid, Scheme, integer
 
@@ -50,10 +50,10 @@ def pack_model(model, folder, schemes, ignore=("lm_head",), stored=torch.bfloat1
         quantized = round_to_nearest(weight.T.contiguous() if turned else weight, scheme.weights, stored)
         values = quantized.dequantize()
         module.weight.data.copy_(values.T if turned else values)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(quantized).items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in codec().pack(quantized).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = quantization_config(layers, list(ignore))
+    config["quantization_config"] = codec().config(layers, list(ignore))
     (folder / "config.json").write_text(json.dumps(config))
     return dense.eval()
 
@@ -131,7 +131,7 @@ def wide_llamas(tmp_path_factory):
             tensors[f"{module}.weight_packed"] = words
             tensors[f"{module}.weight_scale"] = torch.full((n, k // 128), 0.001, dtype=torch.bfloat16)
             tensors[f"{module}.weight_shape"] = torch.tensor([n, k])
-        config.quantization_config = quantization_config(dict.fromkeys(linears, scheme), ["lm_head"])
+        config.quantization_config = codec().config(dict.fromkeys(linears, scheme), ["lm_head"])
         config.save_pretrained(root / str(layers))
         save_file(tensors, root / str(layers) / "model.safetensors", metadata={"format": "pt"})
     return root / "8", root / "1", 4 * sum(linears.values())

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.cli.main import run
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors import pack, quantization_config
+from quantkit.formats.registry import codec
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme, integer
 
@@ -27,10 +27,10 @@ def packed_folder(folder, schemes, model_type="llama"):
             None if scheme.weights.symmetric else torch.ones(64, groups, dtype=torch.uint8),
             scheme.weights,
         )
-        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(weight).items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in codec().pack(weight).items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": model_type, "quantization_config": quantization_config(layers, ["lm_head"])}
+    config = {"model_type": model_type, "quantization_config": codec().config(layers, ["lm_head"])}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors import pack, parse_config, quantization_config, stored_shapes, unpack
+from quantkit.formats.registry import codec
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme, integer
+
+CT = codec("compressed-tensors")
 
 
 def quantized(signed, scheme, zero=None):
@@ -36,7 +38,7 @@ GOLDEN = [
 def test_golden_words(bits, symmetric, signed, words):
     scheme = Scheme(integer(bits, 16, symmetric))
     zero = None if symmetric else torch.tensor([[7]], dtype=torch.uint8)
-    tensors = pack(quantized(signed, scheme, zero))
+    tensors = CT.pack(quantized(signed, scheme, zero))
     assert as_hex(tensors["weight_packed"]) == words.split()
     assert tensors["weight_shape"].tolist() == [1, 16]
 
@@ -44,7 +46,7 @@ def test_golden_words(bits, symmetric, signed, words):
 def test_golden_zero_points_are_packed_along_rows():
     zero = (torch.tensor([[-1, 0, 3, -8, 7, 2, -2, 1]]).T + 8).to(torch.uint8)
     codes = torch.zeros(8, 16, dtype=torch.uint8)
-    tensors = pack(QuantizedWeight(codes, torch.ones(8, 1), zero, integer(4, 16, False)))
+    tensors = CT.pack(QuantizedWeight(codes, torch.ones(8, 1), zero, integer(4, 16, False)))
     assert as_hex(tensors["weight_zero_point"]) == ["96AF0B87"]
 
 
@@ -62,10 +64,10 @@ def test_pack_unpack_roundtrip(bits, n, k, group, symmetric):
         None if symmetric else zero,
         scheme.weights,
     )
-    tensors = pack(weight)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == stored_shapes(n, k, scheme)
+    tensors = CT.pack(weight)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == CT.shapes(n, k, scheme)
     assert all(t.is_contiguous() for t in tensors.values())
-    back = unpack(tensors, scheme)
+    back = CT.unpack(tensors, scheme)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scale, weight.scale)
     assert (back.zero is None) == symmetric
@@ -74,29 +76,29 @@ def test_pack_unpack_roundtrip(bits, n, k, group, symmetric):
 
 def test_unpack_names_what_is_missing_foreign_or_mis_shaped():
     scheme = Scheme(integer(4, 16, True))
-    tensors = pack(quantized(GOLDEN[0][2], scheme))
+    tensors = CT.pack(quantized(GOLDEN[0][2], scheme))
     with pytest.raises(ModelError, match="weight_zero_point"):
-        unpack(tensors, Scheme(integer(4, 16, False)))
+        CT.unpack(tensors, Scheme(integer(4, 16, False)))
     with pytest.raises(ModelError, match="weight_scale"):
-        unpack({k: t for k, t in tensors.items() if k != "weight_scale"}, scheme)
+        CT.unpack({k: t for k, t in tensors.items() if k != "weight_scale"}, scheme)
     with pytest.raises(ModelError, match=r"weight_packed of a W4A16 g16 sym \[1, 16\] linear is \(1, 2\)"):
-        unpack(tensors | {"weight_packed": torch.zeros(1, 3, dtype=torch.int32)}, scheme)
+        CT.unpack(tensors | {"weight_packed": torch.zeros(1, 3, dtype=torch.int32)}, scheme)
 
 
 FOUR, EIGHT = Scheme(integer(4, 128, True)), Scheme(integer(8, None, False))
 
 
 def test_config_of_one_scheme_targets_the_class():
-    config = quantization_config({"a.q": FOUR, "a.k": FOUR}, ["lm_head"])
+    config = CT.config({"a.q": FOUR, "a.k": FOUR}, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
-    scheme_of = parse_config(config)
+    scheme_of = CT.parse(config)
     assert scheme_of("a.q") == FOUR
     assert scheme_of("lm_head") is None
 
 
 def test_config_of_several_schemes_targets_names():
     layers = {"a.q": FOUR, "a.down": EIGHT, "b.q": FOUR, "b.down": EIGHT}
-    scheme_of = parse_config(quantization_config(layers, ["lm_head"]))
+    scheme_of = CT.parse(CT.config(layers, ["lm_head"]))
     assert {name: scheme_of(name) for name in layers} == layers
     assert scheme_of("lm_head") is None
     assert scheme_of("c.q") is None
@@ -113,7 +115,7 @@ def config_of(*groups, **changes):
 
 
 def test_targets_match_as_in_compressed_tensors():
-    scheme_of = parse_config(
+    scheme_of = CT.parse(
         config_of(
             group(["Linear"], 2),
             group(["re:.*down"], 3),
@@ -126,9 +128,9 @@ def test_targets_match_as_in_compressed_tensors():
         for name in ("a.q", "b.down_proj", "a.down_proj", "a.gate", "head")
     }
     assert bits == {"a.q": 2, "b.down_proj": 3, "a.down_proj": 8, "a.gate": None, "head": None}
-    assert parse_config(config_of(group(["re:down"], 3)))("a.down") is None  # from the start of the name
-    assert parse_config(config_of(group(["a"], 3)))("b") is None
-    assert parse_config(config_of(group(["Linear"], 4), format="mixed-precision"))("a") == Scheme(
+    assert CT.parse(config_of(group(["re:down"], 3)))("a.down") is None  # from the start of the name
+    assert CT.parse(config_of(group(["a"], 3)))("b") is None
+    assert CT.parse(config_of(group(["Linear"], 4), format="mixed-precision"))("a") == Scheme(
         integer(4, 128, True)
     )
 
@@ -142,7 +144,7 @@ def test_targets_match_as_in_compressed_tensors():
         (config_of(group(["Linear"], 4) | {"input_activations": {"num_bits": 8}}), "input_activations"),
         (config_of(group(["Linear"], 4) | {"format": "float-quantized"}), "'float-quantized'"),
         (config_of(group([], 4)), "no targets"),
-        (config_of(group(["Linear"], 4, type="float")), "float weights"),
+        (config_of(group(["Linear"], 4, type="float")), "'float' weights"),
         (config_of(group(["Linear"], 4, strategy="tensor")), "'tensor'"),
         (config_of(group(["Linear"], 4, actorder="group")), "weight_g_idx"),
         (config_of(group(["Linear"], 16)), "num_bits 16"),
@@ -152,4 +154,4 @@ def test_targets_match_as_in_compressed_tensors():
 )
 def test_what_is_not_read_is_refused(config, message):
     with pytest.raises(ModelError, match=message):
-        parse_config(config)
+        CT.parse(config)

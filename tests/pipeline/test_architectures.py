@@ -20,7 +20,7 @@ from quantkit import assets
 from quantkit.calibration.forward import embed, finish
 from quantkit.cli.main import run
 from quantkit.errors import DataError, ModelError
-from quantkit.formats.compressed_tensors import parse_config, unpack
+from quantkit.formats.registry import codec
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
@@ -100,13 +100,13 @@ def dense(original, output, rescaled=False):
     quantized linears.
     """
     tensors = stored(output)
-    scheme_of = parse_config(json.loads((output / "config.json").read_text())["quantization_config"])
+    scheme_of = codec().parse(json.loads((output / "config.json").read_text())["quantization_config"])
     count = 0
     for name, module in original.named_modules():
         parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
         packed = {p: tensors.pop(f"{name}.{p}") for p in parts if f"{name}.{p}" in tensors}
         if packed:
-            weight = unpack(packed, scheme_of(name)).dequantize()
+            weight = codec().unpack(packed, scheme_of(name)).dequantize()
             module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)
             count += 1
     parameters = dict(original.named_parameters(remove_duplicate=False))

@@ -1,0 +1,116 @@
+"""File formats of quantized linears, by name: what each stores for one linear and how `config.json` describes it.
+
+A format is one `Codec`. Everything outside this folder asks it for names, shapes and dtypes of the stored tensors.
+To add a format, write a subclass and decorate it with `register`; a shipped one is listed in `SHIPPED` too, which
+is read without torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quantkit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.numerics.weight import QuantizedWeight
+    from quantkit.scheme import Scheme
+
+SHIPPED = {
+    "compressed-tensors": "quantkit.formats.compressed_tensors"
+}  # name -> the module that registers it
+DEFAULT = "compressed-tensors"
+Shape = tuple[int, int]  # (N, K) of a weight
+
+
+class Codec(ABC):
+    """One on-disk format. The tensors of a linear called P are stored as "P." + leaf; a bias stays "P.bias".
+
+    name: what a recipe's `output.format` says. method: `quant_method` of its `quantization_config`. container: the
+    kind of file that holds the tensors. leaves: dtype of every leaf; None: the float type of the model. scale: the
+    leaf with the scales.
+    """
+
+    name: ClassVar[str]
+    method: ClassVar[str]
+    container: ClassVar[str] = "safetensors"
+    leaves: ClassVar[Mapping[str, torch.dtype | None]]
+    scale: ClassVar[str]
+
+    @abstractmethod
+    def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
+        """Shape of every stored tensor of a weight [N, K], by leaf; the keys are the leaves this scheme has."""
+
+    @abstractmethod
+    def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The stored tensors of one linear, by leaf."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+        """The inverse of `pack`. ModelError if tensors are missing, foreign or of the wrong shape."""
+
+    @abstractmethod
+    def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
+        """(N, K) of the weight that these tensors are; looks at as few of them as it can."""
+
+    @abstractmethod
+    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json. schemes: by module name; ignore: the linears left as they are."""
+
+    @abstractmethod
+    def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
+        """The inverse of `config`: module name of a linear -> its Scheme, or None if it is not quantized.
+
+        ModelError naming what is corrupt in it, or what it asks for that quantkit does not read.
+        """
+
+    def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
+        """A known reason why a tensor is stored in a shape that is not its own, such as an older packing."""
+        return None
+
+
+CODECS: dict[str, Codec] = {}
+
+
+def register(kind: type[Codec]) -> type[Codec]:
+    """Class decorator: makes the format available under its name."""
+    CODECS[kind.name] = kind()
+    return kind
+
+
+def names() -> list[str]:
+    """The formats there are; without torch."""
+    return sorted({*SHIPPED, *CODECS})
+
+
+def codec(name: str = DEFAULT) -> Codec:
+    """The format called `name`; an unknown name is a KeyError that lists the known ones."""
+    if name not in CODECS and name in SHIPPED:
+        import_module(SHIPPED[name])
+    if name not in CODECS:
+        raise KeyError(f"unknown format {name!r}; known: {', '.join(names())}")
+    return CODECS[name]
+
+
+def codec_of(config: Any) -> Codec:
+    """The format that a `quantization_config` names; ModelError if none here reads it."""
+    if not isinstance(config, Mapping):
+        raise ModelError(f"quantization_config must be an object, got {_short(config)}; the file is corrupt")
+    method = config.get("quant_method")
+    known = [codec(name) for name in names()]
+    for each in known:
+        if each.method == method:
+            return each
+    raise ModelError(
+        f"quantization method {_short(method)} is not one quantkit reads; it reads "
+        f"{', '.join(repr(each.method) for each in known)}"
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
