@@ -22,6 +22,11 @@ class RtnConfig(BaseModel):
     range: RangeSearch = "mse"
     refit: int = Field(0, ge=0, le=16)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Statistics` that calibration must collect; empty when no text is needed."""
+        return frozenset({"mean_square"}) if self.range == "weighted" else frozenset()
+
 
 class GptqConfig(BaseModel):
     """GPTQ: column by column, each rounding error spread over the columns still to come.
@@ -51,6 +56,16 @@ class GptqConfig(BaseModel):
                 f"groups: dynamic needs order: none, got order: {self.order}; set one of the two"
             )
         return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Statistics` that calibration must collect."""
+        needs = {"hessian"}
+        if self.retarget:
+            needs.add("drift")
+        if self.range == "weighted":
+            needs.add("mean_square")
+        return frozenset(needs)
 
 
 AlgorithmConfig = Annotated[RtnConfig | GptqConfig, Field(discriminator="name")]

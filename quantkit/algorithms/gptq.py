@@ -108,16 +108,7 @@ def _positive_definite(
     return None
 
 
-def _needs(config: GptqConfig) -> frozenset[str]:
-    needs = {"hessian"}
-    if config.retarget:
-        needs.add("drift")
-    if config.range == "weighted":
-        needs.add("mean_square")
-    return frozenset(needs)
-
-
-@register("gptq", _needs)
+@register("gptq", lambda config: config.needs)
 def quantize(
     weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: GptqConfig
 ) -> Outcome:

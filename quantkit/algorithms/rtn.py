@@ -45,11 +45,7 @@ def rtn(
     return on_grid(weight, scale, zero, grid, dtype)
 
 
-def _needs(config: RtnConfig) -> frozenset[str]:
-    return frozenset({"mean_square"}) if config.range == "weighted" else frozenset()
-
-
-@register("rtn", _needs)
+@register("rtn", lambda config: config.needs)
 def quantize(
     weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: RtnConfig
 ) -> Outcome:

@@ -1,0 +1,202 @@
+"""How large a quantized checkpoint will be, and what disk and memory the run needs, before anything is computed.
+
+Everything comes from the plan and the checkpoint's headers: no weight is read and torch is not imported. Sizes follow
+the stored shapes; memory is an upper estimate, whose formula is in `_memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantkit.models.headers import Headers
+from quantkit.models.tensors import TensorInfo
+from quantkit.plan import LayerPlan, Plan
+from quantkit.recipe import Recipe
+
+FLOAT = 4  # bytes; weights, statistics and hidden states are computed in fp32
+PROCESS = 450_000_000  # Python with torch and transformers, before a model is read (427 MB measured)
+MODEL = 100_000_000  # the model's code and empty modules, and what the allocator keeps (45 MB measured)
+KEPT, SPARE = 128 << 20, 480 << 20  # inputs that calibration keeps for replay: the bounds of calibration/
+CHUNK = 1 << 20  # elements of the largest tensor in one forward of a chunk of windows
+EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
+_SHAPE = 16  # int64 [2], the shape stored beside every packed weight
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Sizes in bytes.
+
+    tensors: all stored tensors of the output, exact. output: the finished folder, within 2 %. disk: what must be free
+    while it is made: the folder, and the hidden states that a resumed run needs. memory: peak resident memory of
+    quantizing on the CPU, an upper estimate. evaluation: the same for the evaluation at the end of a run.
+    """
+
+    tensors: int
+    output: int
+    disk: int
+    memory: int
+    evaluation: int
+
+
+def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
+    """What a run of `plan` on the checkpoint of `headers` will need."""
+    tensors = {disk: info for disk, info in headers.tensors.items() if disk not in headers.dropped}
+    planned = {f"{layer.name}.weight": layer for layer in plan.layers}
+    packed = copied = names = 0
+    for disk, info in tensors.items():
+        layer = planned.get(headers.module_names[disk])
+        if layer is None:
+            copied += info.nbytes
+            names += len(disk)
+        else:
+            packed += packed_bytes(layer, _itemsize(info))
+            names += len(disk)
+    stored = packed + copied
+    output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
+    streams = _stream_bytes(recipe, plan, headers)
+    evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
+    return Prediction(
+        tensors=stored,
+        output=output,
+        disk=output
+        + 2 * streams,  # the new hidden states are complete on disk before the old ones are removed
+        memory=_memory(recipe, plan, headers),
+        evaluation=int(evaluation),
+    )
+
+
+def packed_bytes(layer: LayerPlan, scale_bytes: int) -> int:
+    """Bytes of one quantized linear: 32-bit words of codes per row, scales, packed zero points, the shape."""
+    n, k = layer.shape
+    scheme = layer.scheme.weights
+    groups = k // scheme.group(k)
+    zeros = 0 if scheme.symmetric else _words(n, scheme.bits) * groups
+    return 4 * (n * _words(k, scheme.bits) + zeros) + n * groups * scale_bytes + _SHAPE
+
+
+def _words(count: int, bits: int) -> int:
+    """32-bit words that hold `count` codes."""
+    return -(-count * bits // 32)
+
+
+def _itemsize(info: TensorInfo) -> int:
+    return info.nbytes // max(1, math.prod(info.shape))
+
+
+def _parameters(tensors: Iterable[TensorInfo]) -> int:
+    return sum(math.prod(info.shape) for info in tensors)
+
+
+def _side_files(headers: Headers) -> int:
+    """Bytes of the files beside the weights; they travel as they are (a config grows by a scheme or two)."""
+    weights = {file.name for file in headers.files}
+    total = 0
+    for file in headers.path.iterdir():
+        if file.is_file() and file.name not in weights and not file.name.endswith((".index.json", ".py")):
+            total += file.stat().st_size
+    return total
+
+
+def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:
+    """Bytes of what names every tensor: shard headers, index and manifest.
+
+    Each tensor is named once in each, and a quantized one (three or four tensors) in two more lists. The constants were
+    measured on the embedded model's runs.
+    """
+    per_layer = 3 * (110 + 75) + 330
+    long_names = sum(len(layer.name) for layer in layers)
+    return tensors * 250 + 3 * names + len(layers) * per_layer + 10 * long_names
+
+
+def _hidden(plan: Plan, headers: Headers) -> int:
+    """Width of the hidden states; where the config does not name it, the narrowest input of a block's linears."""
+    for config in (headers.config, headers.config.get("text_config")):
+        for key in ("hidden_size", "n_embd", "d_model"):
+            value = config.get(key) if isinstance(config, dict) else None
+            if type(value) is int and value > 0:
+                return value
+    return min(layer.shape[1] for layer in plan.layers)
+
+
+def _needs(layers: Iterable[LayerPlan]) -> frozenset[str]:
+    """Statistics that the algorithms of these layers collect."""
+    return frozenset().union(*(layer.algorithm.needs for layer in layers))
+
+
+def _stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
+    """Bytes of the hidden states of all windows: of the quantized model, and as far as needed of the original."""
+    needs = _needs(plan.layers)
+    every = recipe.calibration.samples
+    full = max((getattr(transform, "windows", 0) for transform in recipe.transforms), default=0)
+    if "drift" in needs:
+        full = max(full, -(-every // 2))
+    quantized = every if "hessian" in needs else 0
+    if needs and not quantized:
+        full = every
+    if full:  # whole chunks of windows, of which one may be half empty
+        full += max(0, CHUNK // (recipe.calibration.sequence_length * _hidden(plan, headers)))
+    return (
+        (min(every, full) + quantized) * recipe.calibration.sequence_length * _hidden(plan, headers) * FLOAT
+    )
+
+
+def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
+    """Peak resident memory of quantizing on the CPU, an upper estimate.
+
+    With text, the largest of three moments, each beside the process and the hidden states (`_stream_bytes`):
+      embedding: everything outside the blocks in fp32, once more as stored while it is read;
+      a block: its weights as stored, their codes (a byte each), three matrices [K, K] in fp32 (the Hessian, its
+        factor, the drift) and one for reordering, the inputs kept for replay, four copies in fp32 of the largest set of
+        linears with one input, and three times the inputs and outputs of one chunk in fp32;
+      the head, if it is quantized: the same with the head as the block.
+    Without text five copies of the largest linear in fp32 and two of a block's codes remain. Against measurements: see
+    tests/test_predict.py (the embedded model, and docs/benchmarks/memory-*.json).
+    """
+    by_block: dict[int | None, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        by_block.setdefault(layer.block, []).append(layer)
+    block_bytes: dict[int | None, int] = {}
+    outside = 0
+    prefix = f"{plan.blocks_prefix}."
+    for disk, name in headers.module_names.items():
+        if disk in headers.dropped:
+            continue
+        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        info = headers.tensors[disk]
+        if number.isdecimal():
+            block_bytes[int(number)] = block_bytes.get(int(number), 0) + info.nbytes
+        elif name != "lm_head.weight":
+            outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
+    working = max(
+        _block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()
+    )
+    if not (_needs(plan.layers) or recipe.transforms):
+        return PROCESS + MODEL + working
+    return PROCESS + MODEL + _stream_bytes(recipe, plan, headers) + max(outside, working)
+
+
+def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
+    """Bytes that quantizing the linears of one block takes, see `_memory`. stored: bytes of its tensors."""
+    needs = _needs(layers)
+    codes = sum(math.prod(layer.shape) for layer in layers)
+    siblings: dict[
+        tuple[str, int], int
+    ] = {}  # rows of the linears that may share an input: solved as one matrix
+    for layer in layers:
+        key = (layer.name.rpartition(".")[0], layer.shape[1])
+        siblings[key] = siblings.get(key, 0) + layer.shape[0]
+    if not (needs or recipe.transforms):
+        return 5 * FLOAT * max(math.prod(layer.shape) for layer in layers) + 2 * codes
+    copies = 4 * FLOAT * max(n * k for (_, k), n in siblings.items())
+    widest = max(k for _, k in siblings)
+    matrices = 4 * FLOAT * widest**2 if needs & {"hessian", "drift"} else 0
+    kept = max(KEPT, SPARE - 3 * FLOAT * widest**2)
+    length = recipe.calibration.sequence_length
+    chunk = 3 * FLOAT * max(CHUNK, length * widest) * len(siblings)
+    observed = max((getattr(transform, "windows", 0) for transform in recipe.transforms), default=0)
+    return stored + codes + matrices + copies + kept + chunk + 4 * FLOAT * observed * length * widest
+
+
+__all__ = ["Prediction", "packed_bytes", "predict"]

@@ -1,0 +1,114 @@
+"""What `validate` predicts against what runs have needed."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantkit import assets
+from quantkit.models.headers import Headers, read_checkpoint
+from quantkit.models.tensors import TensorInfo
+from quantkit.plan import LayerPlan, build_plan
+from quantkit.predict import PROCESS, packed_bytes, predict
+from quantkit.recipe import load_recipe
+from quantkit.scheme import Scheme, integer
+
+RECORDS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def predicted(recipe, headers, *overrides):
+    checked = load_recipe(recipe, overrides)
+    return predict(checked, build_plan(checked, headers), headers)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "k", "group"), [(7, 96, 32), (64, 128, None), (33, 192, 64)])
+def test_a_packed_linear_has_the_predicted_bytes(bits, symmetric, n, k, group):
+    import torch
+
+    from quantkit.algorithms.rtn import rtn
+    from quantkit.formats.compressed_tensors import pack
+
+    grid = integer(bits, group, symmetric)
+    stored = pack(rtn(torch.randn(n, k), grid, torch.bfloat16))
+    layer = LayerPlan("a", (n, k), False, 0, Scheme(grid), load_recipe("w4a16-rtn").weights.algorithm)
+    assert packed_bytes(layer, 2) == sum(t.nbytes for t in stored.values())
+
+
+# A process of its own: its peak memory counts from what it needed before the run.
+_RUN = """
+import resource, sys
+from quantkit.pipeline import quantize
+from quantkit import assets
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(assets.default_model(), trust_remote_code=False)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize(sys.argv[1], output=sys.argv[2], evaluate=False, device="cpu", overrides=sys.argv[3:])
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [("w4a16-rtn", []), ("w4a16-gptq", ["calibration.samples=16", "weights.algorithm.refine=0"])],
+)
+def test_a_run_of_the_embedded_model_needs_no_more_than_predicted(tmp_path, recipe, overrides):
+    found = predicted(recipe, read_checkpoint(assets.default_model()), *overrides)
+    command = [sys.executable, "-c", _RUN, recipe, str(tmp_path / "out"), *overrides]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout) <= found.memory - PROCESS
+    files = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert found.output == pytest.approx(files, rel=0.02)
+    manifest = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert found.tensors == manifest["size"]["quantized_bytes"]
+    assert found.disk >= files
+
+
+def synthetic(layers=24, hidden=2048, intermediate=5504, vocabulary=8192):
+    """The headers of the model that docs/benchmarks/memory-*.json measured (quantkit.bench.synthetic)."""
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        shapes |= {f"{at}.mlp.{p}_proj.weight": (intermediate, hidden) for p in ("gate", "up")}
+        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, intermediate)
+    file = assets.default_model() / "model.safetensors"
+    tensors = {n: TensorInfo(n, "BF16", s, file, 0, 2 * math.prod(s)) for n, s in shapes.items()}
+    config = {"model_type": "llama", "hidden_size": hidden, "tie_word_embeddings": False}
+    return Headers(assets.default_model(), config, tensors, [file])
+
+
+MEASURED = [
+    (row["run"], row["peak_anonymous_bytes"])
+    for file in ("memory-rtn.json", "memory-gptq.json")
+    for row in json.loads((RECORDS / file).read_text())["rows"]
+]
+
+
+@pytest.mark.parametrize(("run", "peak"), MEASURED)
+def test_memory_is_an_upper_estimate_of_what_was_measured(run, peak):
+    from quantkit.bench.models.memory import RUNS
+
+    recipe, overrides, _ = RUNS[run]
+    found = predicted(recipe, synthetic(), *overrides)
+    assert peak <= found.memory <= 2 * peak
+
+
+def test_memory_does_not_grow_with_depth():
+    shallow, deep = (predicted("w4a16-gptq", synthetic(layers)) for layers in (2, 40))
+    assert shallow.memory == deep.memory
+    assert shallow.output < deep.output
+
+
+def test_prediction_needs_no_torch():
+    code = (
+        "import sys; from quantkit import assets; from quantkit.models.headers import read_checkpoint;"
+        "from quantkit.plan import validate; from quantkit.predict import predict;"
+        "recipe, plan = validate('w4a16-awq-gptq', str(assets.default_model()));"
+        "predict(recipe, plan, read_checkpoint(assets.default_model())); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
