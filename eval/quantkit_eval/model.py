@@ -1,45 +1,53 @@
-"""What evaluation asks of a causal LM: where its inputs go, how far it reaches, that it is in eval mode."""
+"""Facts about a causal LM: where its inputs go and how long they may be; and eval mode while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from quantkit_eval.errors import EvalError
+from quantkit_eval.protocols import CausalLM
 
 
 @contextmanager
-def inference(*models: Any) -> Iterator[None]:
+def inference(*models: CausalLM) -> Iterator[None]:
     """No gradients, and eval mode for every module; each gets its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    training = [module for model in models for module in model.modules() if module.training]
     try:
-        for model in models:
-            model.eval()
+        if training:
+            for model in models:
+                model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
-def device_of(model: Any) -> torch.device:
-    """Where input ids go; a model spread by accelerate may keep its first weights on meta, its hook knows."""
+def device_of(model: CausalLM) -> torch.device:
+    """Where input ids go. A model that accelerate spreads may keep its first weights on meta; then its hook knows."""
     if model.device.type != "meta":
         return model.device
     hook = getattr(model, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
-def longest_context(model: Any) -> int | None:
-    """Tokens the model was made for, or None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def longest_context(model: CausalLM) -> int | None:
+    """Tokens the model was made for, or None where its config does not say. EvalError for what is no such number."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return None
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise EvalError(
+            f"config.json says max_position_embeddings: {most!r}; it must be a number of tokens above 0"
+        )
+    return most
 
 
-def check_vocabulary(model: Any, ids: list[int]) -> None:
-    """A token the model has no row for would be an index error, on CUDA one that ends the process."""
+def check_vocabulary(model: CausalLM, ids: list[int]) -> None:
+    """EvalError for a token that the model has no row for: torch's index error would end the process on CUDA."""
     rows = model.config.get_text_config().vocab_size
     if ids and max(ids) >= rows:
         raise EvalError(

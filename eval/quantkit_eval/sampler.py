@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from quantkit_eval.errors import BrokenModel
+from quantkit_eval.errors import BrokenModel, EvalError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. EvalError for options out of range.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 leave every token in. seed: of a random generator of its own, None
+    for another one each time; the global random state is not touched.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name, value, right, wanted in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", self.seed, self.seed is None or isinstance(self.seed, int), "an integer or None"),
+        ):
+            if not right:
+                raise EvalError(f"{name} must be {wanted}, got {value}")
+
+    def chooser(self) -> Callable[[torch.Tensor], int]:
+        """logits [vocabulary] -> a token; two choosers of one seed draw the same."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return lambda logits: pick(logits, self.temperature, self.top_k, self.top_p, generator)
 
 
 def pick(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token from logits [vocabulary] on any device; `generator` is of the CPU, so seeds mean the same.
+    """One token from logits [vocabulary] on any device; `generator` is on the CPU, so that seeds mean the same.
 
     temperature 0 is greedy; top_k 0 and top_p 1 leave every token in.
     """

@@ -1,4 +1,4 @@
-"""`quantkit generate`: stream a continuation, then say how fast it was."""
+"""`quantkit generate`: print the continuation of a prompt as it is generated, then how fast that was."""
 
 from __future__ import annotations
 
@@ -34,24 +34,19 @@ def command(
 ) -> None:
     """Continue a prompt with MODEL (a folder or hub id), token by token.
 
-    On the CPU a family that the native path knows runs in it, whole steps in one call; on CUDA steps after the prompt
-    are replays of a graph. Others run in transformers.
+    On the CPU, a model family that the native path knows runs in it, a whole step per call. On CUDA, the steps after
+    the prompt are replays of a graph. Other models run in transformers.
     """
     from quantkit_eval import generate_stream
 
-    from quantkit.runtime import GraphDecoder, graphed, native
+    from quantkit.runtime import choose_runner
 
     opened, tokenizer = open_model(model, device, dtype, backend, compute)
-    if opened.device.type == "cpu":
-        runner = native(opened, compute)
-    else:
-        runner = graphed(opened, max_new_tokens)
-    how = "in a CUDA graph" if isinstance(runner, GraphDecoder) else "native"
-    if isinstance(runner, str):
-        click.echo(f"in transformers: {runner}", err=True)
-        runner, how = opened, "in transformers"
+    runner = choose_runner(opened, max_new_tokens)
+    if runner.reason:
+        click.echo(f"in transformers: {runner.reason}", err=True)
     done = generate_stream(
-        runner,
+        runner.model,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -62,8 +57,7 @@ def command(
         write=lambda text: click.echo(text, nl=False),
     )
     click.echo()
-    if isinstance(runner, GraphDecoder) and runner.why_eager:  # the warning said why
-        how = "in transformers"
+    how = {"native": "native", "graph": "in a CUDA graph", "eager": "in transformers"}[runner.ran]
     decode = done.decode_tokens_per_second
     speed = f"{decode:.1f} tokens/s" if decode else "nothing to time"
     click.echo(

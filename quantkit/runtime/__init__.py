@@ -1,7 +1,17 @@
 """Running a model token by token: native on the CPU, in a CUDA graph on a GPU, else as transformers does."""
 
+from quantkit.runtime.dispatch import Runner, choose_runner
 from quantkit.runtime.generate import generate, stream
 from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
 
-__all__ = ["GraphDecoder", "NativeDecoder", "generate", "graphed", "native", "stream"]
+__all__ = [
+    "GraphDecoder",
+    "NativeDecoder",
+    "Runner",
+    "choose_runner",
+    "generate",
+    "graphed",
+    "native",
+    "stream",
+]

@@ -84,7 +84,7 @@ def test_speeds_are_tokens_over_seconds(model, tokenizer):
 
 def test_the_time_of_writing_is_not_the_models(scripted, tokenizer, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("quantkit_eval.generation.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("quantkit_eval.loop.time.perf_counter", lambda: now[0])
 
     def logits(ids):
         now[0] += 1.0
@@ -115,7 +115,11 @@ def test_training_mode_comes_back(tokenizer):
         ),
         ("a", {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ("a", {"temperature": -1.0}, "temperature must be 0 or more"),
+        ("a", {"max_new_tokens": 1.5}, "max_new_tokens must be at least 1, got 1.5"),
+        ("a", {"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ("a", {"top_k": -1}, "top_k must be 0 or more"),
+        ("a", {"top_k": 0.5}, "top_k must be 0 or more"),
+        ("a", {"seed": "x"}, "seed must be an integer or None, got x"),
         ("a", {"top_p": 0.0}, "top_p must be above 0"),
         ("a", {"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
     ],
@@ -123,6 +127,21 @@ def test_training_mode_comes_back(tokenizer):
 def test_what_cannot_be_generated_is_told(model, tokenizer, prompt, keywords, told):
     with pytest.raises(EvalError, match=told):
         generate_stream(model, tokenizer, prompt, **keywords)
+
+
+@pytest.mark.parametrize("wrong", ["</s>", [1, "2"], 1.5, {"a": 1}])
+def test_end_tokens_that_are_no_tokens_are_told_before_the_model_runs(scripted, tokenizer, wrong):
+    model = scripted(chain)
+    model.generation_config = type("Config", (), {"eos_token_id": wrong})
+    with pytest.raises(EvalError, match="mend generation_config"):
+        generate_stream(model, tokenizer, "a", 5)
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, "many", 2.5, True])
+def test_a_context_that_is_no_number_of_tokens_is_told(scripted, tokenizer, wrong):
+    with pytest.raises(EvalError, match="max_position_embeddings: "):
+        generate_stream(scripted(chain, longest=wrong), tokenizer, "a", 5)
 
 
 def test_a_prompt_to_the_last_position_fits(model, tokenizer):

@@ -5,12 +5,13 @@ import tiny_models
 import torch
 from quantkit_eval import generate_stream
 from quantkit_eval.errors import EvalError
+from quantkit_eval.loop import generate_tokens
+from quantkit_eval.sampler import Sampling
 from quantkit_kernels.cpu import library
 
 import quantkit
 from quantkit.assets import calibration_text, default_model
-from quantkit.errors import ModelError
-from quantkit.runtime import generate, native, stream
+from quantkit.runtime import GraphDecoder, generate, native, stream
 
 needs_library = pytest.mark.skipif(
     not library.available(), reason="needs the native library (a C++ compiler)"
@@ -124,20 +125,20 @@ def test_what_is_not_native_runs_eager_and_says_why():
 @pytest.mark.parametrize(
     ("ids", "new", "error"),
     [
-        (torch.empty(0, dtype=torch.int64), 5, "at least one of each"),
-        (torch.tensor([3]), 0, "at least one of each"),
-        (torch.tensor([3] * 100), 29, "at most the model's 128"),
+        (torch.empty(0, dtype=torch.int64), 5, "no tokens"),
+        (torch.tensor([3]), 0, "max_new_tokens must be at least 1, got 0"),
+        (torch.tensor([3] * 100), 29, "100 tokens of prompt and 29 new ones are more than the model's 128"),
         (torch.ones(2, 5, dtype=torch.int64), 5, r"got \[2, 5\]"),
     ],
 )
 def test_prompts_that_do_not_fit_are_errors(ids, new, error):
-    with pytest.raises(ModelError, match=error):
+    with pytest.raises(EvalError, match=error):
         stream(tiny_models.FAMILIES["llama"](), ids, new)
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_options_out_of_range_are_errors(options):
-    with pytest.raises(ModelError, match="top_p in"):
+    with pytest.raises(EvalError, match=f"{next(iter(options))} must be"):
         stream(tiny_models.FAMILIES["llama"](), torch.tensor([3]), 5, **options)
 
 
@@ -145,3 +146,20 @@ def test_options_out_of_range_are_errors(options):
 def test_a_token_the_model_does_not_have_is_an_error():
     with pytest.raises(EvalError, match="token 128"):
         stream(tiny_models.FAMILIES["llama"](), torch.tensor([128]))
+
+
+@needs_library
+@pytest.mark.parametrize("run", [native, lambda model: GraphDecoder(model, 20), lambda model: model])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 7}])
+def test_text_and_tokens_come_from_one_loop(bookworm, run, options):
+    """`generate` and `generate_stream` choose the same tokens on every way to run, and end at the same ones."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    ids, runner = tokenizer("It was a", return_tensors="pt")["input_ids"], run(bookworm)
+    text = generate_stream(runner, tokenizer, "It was a", 20, **options)
+    if runner is bookworm:  # the loop itself; `generate` would take the native path
+        tokens = [t.id for t in generate_tokens(runner, ids[0].tolist(), 20, Sampling(**options), ())]
+    else:
+        tokens = generate(runner, ids, 20, **options)[0, ids.shape[1] :].tolist()
+    assert text.text == tokenizer.decode(tokens, skip_special_tokens=True)

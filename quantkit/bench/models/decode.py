@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from quantkit_eval.loop import decode, model_step
+from quantkit_eval.sampler import Sampling
 
 from quantkit.bench.machine import machine, where
 from quantkit.bench.rounds import Measured, interleave, ratios
@@ -84,32 +86,30 @@ def open_model(path: Path, way: Way) -> torch.nn.Module:
 
 
 def runner(model: torch.nn.Module, way: Way) -> Any:
-    """What takes input_ids and past_key_values: the model, or its native decoder."""
-    if not way.native:
-        return model
-    from quantkit.runtime import native
+    """What is called with input_ids and past_key_values: the model, or its native decoder."""
+    from quantkit.errors import BackendError
+    from quantkit.runtime import choose_runner
 
-    found = native(model, way.compute)
-    if isinstance(found, str):
-        raise NotHere(found)
-    return found
+    try:
+        return choose_runner(model, NEW, "native" if way.native else "eager", way.compute).model
+    except BackendError as error:
+        raise NotHere(str(error)) from error
 
 
 def measure(run: Any, vocabulary: int, prompt: int, new: int) -> Measured:
     """Tokens per second of one prompt in an empty cache, and of `new` greedy steps after one token."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (1, prompt), generator=random)
-    with torch.inference_mode():
-        start = time.perf_counter()
-        run(input_ids=tokens, past_key_values=None, use_cache=True, logits_to_keep=1)
-        prefill = prompt / (time.perf_counter() - start)
-        out = run(input_ids=tokens[:, :1], past_key_values=None, use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
-        for _ in range(new):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = run(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        decode = new / (time.perf_counter() - start)
-    return {"decode": decode, "prefill": prefill}
+    step = model_step(run)
+    start = time.perf_counter()
+    step(tokens, None)
+    prefill = prompt / (time.perf_counter() - start)
+    made = decode(step, tokens[0, :1], new + 1, Sampling().chooser())
+    next(made)
+    start = time.perf_counter()
+    for _ in made:
+        pass
+    return {"decode": new / (time.perf_counter() - start), "prefill": prefill}
 
 
 def engines(

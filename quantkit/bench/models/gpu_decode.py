@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantkit_eval.model import inference
-from quantkit_eval.sampler import pick
+from quantkit_eval.loop import decode, model_step
+from quantkit_eval.sampler import Sampling
 from torch import nn
 
 from quantkit.bench.machine import machine
@@ -27,7 +27,7 @@ from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.synthetic import Shape
 from quantkit.checkpoint.shards import write_json
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.runtime.graphs import GraphDecoder
+from quantkit.runtime import choose_runner
 from quantkit.scheme import Scheme, integer
 
 LLAMA_3_8B = Shape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256)
@@ -88,23 +88,31 @@ def _random(module: nn.Linear, scheme: Scheme, generator: torch.Generator) -> Qu
 
 
 def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: list[int] | None = None) -> Any:
-    """(seconds after the first step, tokens, logits [new, vocabulary]) of one sequence."""
-    runner = GraphDecoder(model, new) if captured else model
-    tokens, logits, cache = ids, [], None
-    start, random = 0.0, torch.Generator()
-    for step in range(new):
-        if step == 2:  # the prompt and the step that may be captured
-            start = _now(ids.device)
-        with inference(runner):
-            out = runner(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+    """(seconds after the second step, logits [new, vocabulary], the state) of one sequence of `new` tokens.
+
+    given: the tokens that are fed back instead of the likeliest; logits are kept only then.
+    """
+    found = choose_runner(model, new, "graph" if captured else "eager")
+    inner, logits, last = model_step(found.model), [], [None]
+
+    def step(tokens: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        out, last[0] = inner(tokens, state)
         if given is not None:
-            logits.append(out.logits[0, -1].float().clone())
-        token = pick(out.logits[0, -1], 0.0, 0, 1.0, random) if given is None else given[step]
-        tokens = torch.tensor([[token]], device=ids.device)
-    if captured and runner.why_eager:
-        raise SystemExit(f"the step was not captured: {runner.why_eager}")
-    return _now(ids.device) - start, logits, cache
+            logits.append(out.float().clone())
+        return out, last[0]
+
+    forced = iter(given or ())
+    choose = Sampling().chooser() if given is None else lambda _: next(forced)
+    made = decode(step, ids[0], new, choose)
+    next(made)
+    next(made)  # the prompt, and the step that may be captured
+    start = _now(ids.device)
+    for _ in made:
+        pass
+    seconds = _now(ids.device) - start
+    if captured and found.ran == "eager":
+        raise SystemExit(f"the step was not captured: {found.model.why_eager}")
+    return seconds, logits, last[0]
 
 
 def wrong(model: nn.Module, ids: torch.Tensor, new: int) -> str | None:

@@ -54,11 +54,19 @@ def test_measure_feeds_every_new_token_back():
         past_key_values = "cache"
         logits = torch.eye(4)[None, 2:3]  # token 2 is the most likely
 
-    def run(**given):
-        seen.append((given["input_ids"].tolist(), given["past_key_values"]))
-        return Out
+    class Model:
+        device = torch.device("cpu")
 
-    decode.measure(run, 4, prompt=3, new=2)
+        def forward(self, **given):
+            seen.append((given["input_ids"].tolist(), given["past_key_values"]))
+            return Out
+
+        __call__ = forward
+
+        def modules(self):
+            return iter(())
+
+    decode.measure(Model(), 4, prompt=3, new=2)
     assert len(seen[0][0][0]) == 3
     assert [cache for _, cache in seen] == [None, None, "cache", "cache"]
     assert [tokens for tokens, _ in seen[2:]] == [[[2]], [[2]]]

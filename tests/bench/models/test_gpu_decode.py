@@ -9,13 +9,16 @@ import torch
 from quantkit.bench import gpu_suite
 from quantkit.bench.models import gpu_decode
 from quantkit.bench.synthetic import Shape
+from quantkit.runtime import GraphDecoder, dispatch
 
 TINY = Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)
 
 
 @pytest.fixture
 def _small_roofline(monkeypatch):
+    """A bandwidth without measuring, and decoders with captured steps although there is no GPU."""
     monkeypatch.setattr(gpu_decode, "read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(dispatch, "graphed", GraphDecoder)
 
 
 @pytest.mark.usefixtures("_small_roofline")
@@ -41,9 +44,7 @@ def test_wrong_logits_are_not_timed(monkeypatch):
     model = gpu_decode.dense(TINY, 1, torch.device("cpu"))
     ids = torch.randint(0, 160, (1, 9))
     assert gpu_decode.wrong(model, ids, 8) is None
-    monkeypatch.setattr(
-        gpu_decode.GraphDecoder, "_steps", lambda self, *rest: self._eager(rest[0], None, True, {})
-    )
+    monkeypatch.setattr(GraphDecoder, "_steps", lambda self, *rest: self._eager(rest[0], None, True, {}))
     assert "off by" in gpu_decode.wrong(model, ids, 8)
     (row,) = gpu_decode.measure({"graph": (model, True)}, ids, 8, 1)
     assert "tokens_per_s" not in row

@@ -1,0 +1,60 @@
+"""What evaluation and generation ask of a tokenizer and of a causal LM; transformers' classes have it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    A call takes the text, `add_special_tokens` (default true) and `verbose`, and gives at least "input_ids".
+    """
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str: ...
+
+
+class Output(Protocol):
+    """What a causal LM returns: logits [batch, tokens, vocabulary], and its key-value cache if one was asked for."""
+
+    @property
+    def logits(self) -> torch.Tensor: ...
+
+    @property
+    def past_key_values(self) -> Any: ...
+
+
+class CausalLM(Protocol):
+    """A causal language model as transformers calls one.
+
+    A call takes `input_ids` [batch, tokens], `past_key_values` and `use_cache`; `logits_to_keep` if `forward` names
+    it. `config.get_text_config()` says `vocab_size` and, where known, `max_position_embeddings`; `generation_config`,
+    which may be missing, says the end tokens. `modules` are those whose training mode is switched.
+    """
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def forward(self) -> Any: ...
+
+    def __call__(self, *, input_ids: torch.Tensor, **options: Any) -> Output: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
