@@ -31,10 +31,10 @@ def test_a_packed_linear_has_the_predicted_bytes(bits, symmetric, n, k, group):
     import torch
 
     from quantkit.algorithms.rtn import rtn
-    from quantkit.formats.compressed_tensors import pack
+    from quantkit.formats.compressed_tensors import CompressedTensors
 
     grid = integer(bits, group, symmetric)
-    stored = pack(rtn(torch.randn(n, k), grid, torch.bfloat16))
+    stored = CompressedTensors().pack(rtn(torch.randn(n, k), grid, torch.bfloat16))
     layer = LayerPlan("a", (n, k), False, 0, Scheme(grid), load_recipe("w4a16-rtn").weights.algorithm)
     assert packed_bytes(layer, 2) == sum(t.nbytes for t in stored.values())
 
