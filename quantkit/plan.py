@@ -120,11 +120,13 @@ def _linears(headers: Headers) -> tuple[str, int, list[_Linear]]:
         )
     prefix = max(sizes, key=sizes.__getitem__)
     blocks = {name: int(match[2]) for name, match in numbered.items() if (match[1] or "") == prefix}
-    n_blocks = max(blocks.values()) + 1
-    missing = sorted(set(range(n_blocks)) - set(blocks.values()))
-    if missing:
+    numbers = sorted(set(blocks.values()))
+    n_blocks = numbers[-1] + 1
+    if n_blocks > len(numbers):  # compared before anything counts up to n_blocks, which may be absurd
+        first = next(i for i, number in enumerate(numbers) if number != i)
         raise ModelError(
-            f"{headers.path}: {prefix} has blocks up to {n_blocks - 1} but none numbered {missing[:8]}"
+            f"{headers.path}: {prefix} has blocks up to {numbers[-1]} but none numbered {first}; the checkpoint "
+            "is incomplete, fetch it again"
         )
     linears = []
     for name, tensor in matrices.items():

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
+from quantkit.models.config import read_config
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
@@ -33,7 +34,7 @@ SCHEMA = "quantkit-inspect/1"
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     """The report on the folder `path`; ModelError if it is corrupt or packed in a way we do not read."""
     path = Path(path)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
     codec = codec_of(quantization) if quantization is not None else None

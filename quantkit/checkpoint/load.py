@@ -7,8 +7,6 @@ error here.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +17,9 @@ from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import codec_of
 from quantkit.models import families
+from quantkit.models.borders import foreign_errors
+from quantkit.models.config import check_sizes, open_config, read_config
 from quantkit.models.headers import resolve_model
-from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, named, read_tensors
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def load(
     ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
     device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from quantkit.checkpoint import plugin
 
@@ -56,10 +55,12 @@ def load(
     place = _placement(device, device_map, max_memory, offload_folder)
     if dtype in (None, "auto"):
         dtype = torch.float32 if dtype is None and _on_cpu(place["device_map"]) else "auto"
-    stored = _quantization_config(path)
+    raw = read_config(path)
+    stored = raw.get("quantization_config")
     _, tensors = read_tensors(path)
-    with _as_model_errors(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_sizes(path, raw, tensors)
+    config = open_config(path)
+    with foreign_errors(f"{path} cannot be loaded"):
         packed = stored is not None
         if packed:
             codec_of(stored).parse(stored)
@@ -110,25 +111,9 @@ def _on_cpu(device_map: Any) -> bool:
     return device_map is None or not torch.cuda.is_available()
 
 
-def _quantization_config(path: Path) -> dict[str, Any] | None:
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{path} has no config.json; a model is a folder with config.json and safetensors")
-    return read_json(file, tag_infinities=True).get("quantization_config")
-
-
 def _by_module(model_type: str, tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
     names = families.module_names(model_type, tensors)
     return {names[disk]: (info.dtype, info.shape) for disk, info in tensors.items()}
-
-
-@contextlib.contextmanager
-def _as_model_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"{path} cannot be loaded: {reason}") from error
 
 
 def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from quantkit.errors import ModelError
 from quantkit.models.headers import resolve_model
 
 device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
@@ -44,10 +43,10 @@ def open_model(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from quantkit.checkpoint.load import load
+    from quantkit.models.tokenizer import open_tokenizer
 
     path = resolve(path_or_id)
     if not sys.stderr.isatty():
@@ -60,8 +59,4 @@ def open_model(
         compute=compute,
     )
     click.echo(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable tokenizer beside the model: {error}") from None
-    return model, tokenizer
+    return model, open_tokenizer(path)

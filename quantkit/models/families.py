@@ -90,6 +90,7 @@ EXPERT_COUNTS = (
     "num_routed_experts",
 )
 EXPERT_TENSOR = re.compile(r"(^|\.)(experts|shared_experts?)\.")
+ROUTER_TENSOR = re.compile(r"(^|\.)(router|gate|wg|block_sparse_moe|moe)\.")
 
 # config.json keys of models that also see or hear.
 OTHER_MODALITIES = ("vision_config", "audio_config", "mm_vision_tower")

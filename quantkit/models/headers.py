@@ -10,10 +10,9 @@ from typing import Any
 
 from quantkit.errors import ModelError
 from quantkit.models import families
-from quantkit.models.json_reader import read_json
+from quantkit.models.config import check_sizes, longest_window, read_config
 from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
 
-MAX_CONFIG = 10_000_000
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
@@ -41,6 +40,11 @@ class Headers:
         """Disk name -> why transformers leaves this tensor out."""
         reasons = {name: families.dropped(self.model_type, name) for name in self.tensors}
         return {name: reason for name, reason in reasons.items() if reason}
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model takes at once, by config.json; None if the file does not say."""
+        return longest_window(self.config)
 
     @property
     def tied(self) -> bool:
@@ -90,6 +94,7 @@ def read_checkpoint(path: str | Path) -> Headers:
         raise ModelError(f"no model folder {path}")
     config = _config(path)
     files, tensors = read_tensors(path)
+    check_sizes(path, config, tensors)
     headers = Headers(path, config, tensors, files)
     _check_tensors(headers)
     return headers
@@ -97,14 +102,7 @@ def read_checkpoint(path: str | Path) -> Headers:
 
 def _config(path: Path) -> dict[str, Any]:
     """config.json, refused if it describes something other than a dense, unquantized, text-only causal LM."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(
-            f"{path} has no config.json; a model is a folder with config.json and safetensors weights"
-        )
-    config: dict[str, Any] = read_json(file, limit=MAX_CONFIG, tag_infinities=True)
-    if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{file} names no model_type; it is not the config of a transformers model")
+    config = read_config(path)
     kind = config["model_type"]
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
@@ -114,7 +112,7 @@ def _config(path: Path) -> dict[str, Any]:
     if kind in families.UNSUPPORTED:
         raise ModelError(f"{path}: model type {kind} is not supported: {families.UNSUPPORTED[kind]}")
     architectures = config.get("architectures") or []
-    other_heads = [a for a in architectures if isinstance(a, str) and re.search(r"For(?!CausalLM)[A-Z]", a)]
+    other_heads = [a for a in architectures if re.search(r"For(?!CausalLM)[A-Z]", a)]
     if other_heads:
         raise ModelError(
             f"{path} holds {', '.join(other_heads)}, not a causal LM; give a ...ForCausalLM checkpoint"
@@ -131,12 +129,6 @@ def _refuse_kind(config: dict[str, Any], what: str) -> None:
         raise ModelError(f"{what} is an encoder-decoder model; only decoder-only causal LMs are supported")
     if any(config.get(key) for key in families.OTHER_MODALITIES):
         _refuse_multimodal(what)
-    for key in families.EXPERT_COUNTS:
-        count = config.get(key)
-        if isinstance(count, int) and count > 1:
-            raise ModelError(
-                f"{what} is a mixture of experts ({key}: {count}), not supported yet; use a dense model"
-            )
     if config.get("auto_map") and config.get("model_type") not in families.FAMILIES:
         raise ModelError(
             f"{what} needs remote code (auto_map in config.json), which quantkit never runs; if your "
@@ -155,11 +147,7 @@ def _check_tensors(headers: Headers) -> None:
     names = [name for name in headers.tensors if name not in headers.dropped]
     if not names:
         raise ModelError(f"{headers.path} holds no weights")
-    experts = [name for name in names if families.EXPERT_TENSOR.search(name)]
-    if experts:
-        raise ModelError(
-            f"{headers.path} is a mixture of experts ({named(experts)}), not supported yet; use a dense model"
-        )
+    _refuse_mixture(headers, names)
     quantized = [name for name in names if families.QUANTIZED_TENSOR.search(name)]
     if quantized:
         raise ModelError(
@@ -171,4 +159,27 @@ def _check_tensors(headers: Headers) -> None:
     if wrong:
         raise ModelError(
             f"{headers.path} has weights that are not {', '.join(WEIGHT_DTYPES)}: {named(wrong)}"
+        )
+
+
+def _refuse_mixture(headers: Headers, names: list[str]) -> None:
+    """A mixture of experts is one by its tensors; config.json alone may count experts that no block has."""
+    nested = headers.config.get("text_config")
+    parts = (headers.config, nested if isinstance(nested, dict) else {})
+    counts = {
+        key: part[key] for part in parts for key in families.EXPERT_COUNTS if type(part.get(key)) is int
+    }
+    several = {count for count in counts.values() if count > 1}
+    experts = [
+        name
+        for name in names
+        if families.EXPERT_TENSOR.search(name)
+        or (several and families.ROUTER_TENSOR.search(name))
+        or (len(headers.tensors[name].shape) == 3 and headers.tensors[name].shape[0] in several)
+    ]
+    if experts:
+        told = "".join(f"{key}: {count}; " for key, count in counts.items() if count > 1)
+        raise ModelError(
+            f"{headers.path} ({headers.model_type}) is a mixture of experts ({told}{named(experts)}), not supported "
+            "yet; use a dense model"
         )

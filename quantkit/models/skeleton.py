@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from quantkit.errors import ModelError
+from quantkit.models.borders import foreign_errors
 from quantkit.models.source import Source
 from quantkit.models.tensors import named
 
@@ -29,12 +30,12 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"{source.path}: transformers cannot build this model: {reason}") from error
+    with (
+        foreign_errors(f"{source.path}: transformers cannot build a model from config.json"),
+        torch.random.fork_rng(devices=[]),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     model.eval()
     _check(model, source)

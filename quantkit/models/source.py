@@ -10,12 +10,17 @@ import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from quantkit.errors import ModelError
+from quantkit.models.config import open_config
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CHUNK_BYTES = 16 << 20
 # What decides, beside the weights, how text becomes logits.
@@ -55,15 +60,9 @@ class Source:
         return self.headers.path
 
     @cached_property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         """transformers' config object; remote code never runs."""
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever a validator of transformers raises, the file is at fault
-            reason = " ".join(str(error).split())[:400]
-            raise ModelError(f"{self.path / 'config.json'} is refused by transformers: {reason}") from error
+        return open_config(self.path)
 
     def names(self) -> list[str]:
         """Module names of all tensors, those dropped left out."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
@@ -19,6 +18,7 @@ from quantkit.device import find_device
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
+from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
 from quantkit.pipeline.memory import large_blocks_apart
@@ -89,7 +89,7 @@ def quantize(
         source = Source(headers)
         skeleton_model = skeleton.build(source)
         transformers_logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = open_tokenizer(path)
         windows = None
         if Producer.needs_calibration(checked, plan):
             windows = token_windows(

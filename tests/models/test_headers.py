@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from math import prod
 
 import pytest
 
@@ -258,13 +259,9 @@ def test_other_weight_files_are_refused_with_advice(folder, name):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"num_local_experts": 8}, "mixture of experts (num_local_experts: 8)"),
-        ({"num_experts": 64}, "mixture of experts"),
-        ({"n_routed_experts": 64}, "mixture of experts"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
         ({"vision_config": {"depth": 2}}, "multimodal"),
-        ({"text_config": {"num_experts": 4}}, "mixture of experts"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "mamba"),
     ],
@@ -272,6 +269,73 @@ def test_other_weight_files_are_refused_with_advice(folder, name):
 def test_refused_by_config(folder, changes, fragment):
     config(folder, **changes)
     refused(folder, fragment)
+
+
+@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"n_routed_experts": 8}, {"num_experts": 8}])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.mlp.experts.0.up_proj.weight", [2, 3]),
+        ("model.layers.0.mlp.gate.weight", [8, 3]),
+        ("model.layers.0.block_sparse_moe.router.layer.weight", [8, 3]),
+        ("model.layers.0.own.weight", [8, 2, 3]),
+    ],
+)
+def test_a_mixture_is_one_by_its_tensors(folder, changes, name, shape):
+    """A dense Nemotron-H counts experts in its config and has none."""
+    config(folder, **changes)
+    read_checkpoint(folder)
+    first = entry([2, 3], 0)
+    write(folder / "model.safetensors", {NAME: first, name: entry(shape, 24)}, bytes(24 + 4 * prod(shape)))
+    refused(folder, "mixture of experts", name, next(iter(changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"n_layer": 3},
+        {"hidden_size": 10**12},
+        {"head_dim": 10**18},
+        {"vision": {"hidden_size": 10**12}},
+    ],
+)
+def test_numbers_no_checkpoint_can_have_are_refused_before_anything_is_built(folder, changes):
+    config(folder, **changes)
+    refused(folder, "config.json", str(next(iter(changes.values()))).strip("{}").split()[-1])
+
+
+@pytest.mark.parametrize("value", [-1, 0, "x", 1.5, True])
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions"])
+def test_positions_must_be_a_positive_number(folder, key, value):
+    config(folder, **{key: value})
+    refused(folder, "config.json", key, repr(value))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "some/kernel"},
+        {"_attn_implementation": {"text_config": "some/kernel"}},
+        {"text": {"experts_implementation": "some/kernel:fn"}},
+    ],
+)
+def test_kernels_of_the_hub_are_refused(folder, changes):
+    config(folder, **changes)
+    refused(folder, "some/kernel", "never runs")
+
+
+@pytest.mark.parametrize("architectures", [7, "LlamaForCausalLM", [7], {}])
+def test_architectures_must_be_names(folder, architectures):
+    config(folder, architectures=architectures)
+    refused(folder, "architectures must be a list")
+
+
+def test_an_adapter_is_called_one(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    refused(folder, "is an adapter of owner/base", "merge_and_unload")
+    (folder / "config.json").unlink()
+    refused(folder, "is an adapter of owner/base")
 
 
 @pytest.mark.parametrize(

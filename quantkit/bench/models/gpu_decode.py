@@ -53,7 +53,7 @@ def dense(shape: Shape, layers: int, device: torch.device) -> nn.Module:
     )
     with device, torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import quantkit_eval
-from transformers import AutoTokenizer
 
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_json
 from quantkit.errors import BackendError
+from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline import quantize
 
 RECIPES = ("w8a16-rtn", "w4a16-rtn", "w3a16-rtn", "w2a16-rtn")
@@ -37,7 +37,7 @@ def measure(work: Path) -> list[dict[str, Any]]:
     """One row per recipe and way; a way that cannot run a recipe has its reason instead of numbers."""
     rows = []
     original = load(assets.default_model(), device="cpu")
-    tokenizer = AutoTokenizer.from_pretrained(assets.default_model())
+    tokenizer = open_tokenizer(assets.default_model())
     for recipe in RECIPES:
         folder = work / recipe
         quantize(recipe, output=folder, evaluate=False, device="cpu")

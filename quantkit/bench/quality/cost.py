@@ -23,14 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
-
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.bench.quality import oneshot
 from quantkit.bench.rounds import ratio, spread
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.shards import write_json
+from quantkit.models.tokenizer import open_tokenizer
 from quantkit.recipe import load_recipe
 
 QUANTIZING = ("calibrate", "transform", "quantize")
@@ -140,7 +139,7 @@ def measure(
     work.mkdir(parents=True, exist_ok=True)
     model = model or assets.default_model()
     calibration = load_recipe(RUNS[runs[0]].recipe, overrides).calibration
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     windows = token_windows(calibration, tokenizer, assets.calibration_text())
     engines: dict[str, Callable[[], dict[str, Any]]] = {
         name: lambda run=RUNS[name]: ours(run, model, work, overrides, windows.digest) for name in runs

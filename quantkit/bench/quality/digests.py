@@ -24,10 +24,10 @@ TOKENS = 4096  # of the evaluation
 def digests(recipe: str, work: Path) -> dict[str, Any]:
     """What one recipe makes of the embedded model: {"files": {name: sha256}, "report": {name: number}}."""
     import quantkit_eval
-    from transformers import AutoTokenizer
 
     from quantkit import assets
     from quantkit.checkpoint.load import load
+    from quantkit.models.tokenizer import open_tokenizer
     from quantkit.pipeline import quantize
 
     output, model = work / recipe, assets.default_model()
@@ -38,7 +38,7 @@ def digests(recipe: str, work: Path) -> dict[str, Any]:
         report |= {f"{layer['name']}.{k}": layer[k] for k in ("weight_error", "relative_error") if k in layer}
     measured = quantkit_eval.evaluate(
         load(output, device="cpu"),
-        AutoTokenizer.from_pretrained(model, trust_remote_code=False),
+        open_tokenizer(model),
         text=[str(assets.evaluation_text())],
         baseline=load(model, device="cpu"),
         max_tokens=TOKENS,

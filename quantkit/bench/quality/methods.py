@@ -16,12 +16,12 @@ from typing import Any
 
 import quantkit_eval
 import torch
-from transformers import AutoTokenizer
 
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_atomically, write_json
+from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline import quantize
 
 CONTEXT, WINDOWS, KL_WINDOWS = 512, 120, 40
@@ -76,7 +76,7 @@ def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, A
     done = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
     known = {(r["table"], r["method"], r["bits"], r["symmetric"]) for r in done}
     original = remembering(load(assets.default_model(), device="cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(assets.default_model())
+    tokenizer = open_tokenizer(assets.default_model())
     for table, name, bits, group, symmetric, recipe in runs()[share[0] :: share[1]]:
         if (table, name, bits, symmetric) in known:
             continue

@@ -40,7 +40,7 @@ def main(model: str, windows: str, method: str) -> None:
         torch.Tensor.pin_memory = lambda tensor: tensor
     ids = json.loads(Path(windows).read_text())
     text = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(window) for window in ids]})
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     recipe = [modifier(method)]
     start = time.process_time()
     oneshot(
