@@ -1,28 +1,78 @@
-"""A recipe: what a run does, as one frozen value; read from YAML with every error told at once.
+"""A recipe: everything that a run is asked to do, as one frozen value.
 
-Defaults are filled in here and nowhere else; `Recipe.resolved()` is what a manifest stores.
+`load_recipe` reads it from YAML, `parse_recipe` from Python data; both report every mistake at once. Defaults are
+filled in here and nowhere else. Three ways to write it back: `resolved()` in full, `published()` without the folders of
+this machine (what a manifest stores), `identity()` what decides the result.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from quantkit import assets
-from quantkit.algorithms.config import AlgorithmConfig, GptqConfig, RtnConfig
+from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
-from quantkit.recipe_yaml import MAX_BYTES, Located, apply_override, read
+from quantkit.paths import user_path
+from quantkit.recipe_errors import configs_by_name, problems
+from quantkit.recipe_words import did_you_mean, meant_value
+from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, is_clean, read
 from quantkit.scheme import PRESETS, Scheme, integer
-from quantkit.transforms.config import AwqConfig, TransformConfig
+from quantkit.transforms.config import TransformConfig
 
-NOT_YET = ("activations", "kv_cache")
-SCHEME_KEYS = ("bits", "group_size", "symmetric")
+SCHEME_KEYS = tuple(inspect.signature(integer).parameters)  # bits, group_size, symmetric
 
-PresetName = Literal[tuple(PRESETS)]
+
+ALGORITHMS = configs_by_name(AlgorithmConfig)
+TRANSFORMS = configs_by_name(TransformConfig)
+
+
+def _named(value: Any, kind: str) -> Any:
+    """`gptq` is short for {name: gptq}; ValueError for a name that no config has."""
+    if isinstance(value, str):
+        value = {"name": value}
+    name = value.get("name") if isinstance(value, Mapping) else None
+    ours, others = (ALGORITHMS, TRANSFORMS) if kind == "algorithm" else (TRANSFORMS, ALGORITHMS)
+    if not isinstance(name, str) or name in ours:
+        return value
+    known = f"known: {', '.join(map(repr, ours))}"
+    elsewhere = meant_value(name, others)
+    if elsewhere and not meant_value(name, ours):
+        other = elsewhere.strip("`")
+        said = f"{other} is an algorithm: `algorithm: {other}` in weights"
+        if kind == "algorithm":
+            said = f"{other} is a transform: `transforms: [{other}]`, beside an algorithm"
+        raise ValueError(f"{said}; {known}, got {name!r}")
+    raise ValueError(f"unknown {kind}{did_you_mean(meant_value(name, ours))}; {known}, got {name!r}")
+
+
+def _clean(text: str) -> str:
+    if not is_clean(text):
+        raise ValueError("holds a NUL character or half of a surrogate pair; remove it")
+    return text
+
+
+if TYPE_CHECKING:
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_clean)]
+Algorithm = Annotated[AlgorithmConfig, BeforeValidator(lambda value: _named(value, "algorithm"))]
+Transform = Annotated[TransformConfig, BeforeValidator(lambda value: _named(value, "transform"))]
 Bits = Annotated[int, Field(ge=2, le=8)]
 GroupSize = Annotated[int, Field(ge=16)] | None
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -33,7 +83,7 @@ class _Part(BaseModel):
 
 
 class _SchemePart(_Part):
-    """The short forms shared by `weights` and `rules`."""
+    """What `weights` and a rule have in common: `preset` and `group_size: channel` are short for other values."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,15 +97,13 @@ class _SchemePart(_Part):
             value = {key: getattr(base, key) for key in SCHEME_KEYS} | value
         if value.get("group_size") in ("channel", -1):
             value["group_size"] = None
-        if isinstance(value.get("algorithm"), str):
-            value["algorithm"] = {"name": value["algorithm"]}
         return value
 
 
 class Weights(_SchemePart):
-    """The default for every linear of the decoder blocks. A preset fills bits, group_size and symmetric."""
+    """What happens to every linear of the decoder blocks. A preset fills bits, group_size and symmetric."""
 
-    algorithm: AlgorithmConfig
+    algorithm: Algorithm
     preset: PresetName | None = Field(None, exclude=True)
     bits: Bits = 4
     group_size: GroupSize = 128
@@ -63,18 +111,18 @@ class Weights(_SchemePart):
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(integer(self.bits, self.group_size, self.symmetric))
+        return Scheme(integer(**{key: getattr(self, key) for key in SCHEME_KEYS}))
 
 
 class Rule(_SchemePart):
-    """For the modules whose name fits the glob `match`: skip them, or replace these keys of `weights`.
+    """An exception for the modules whose name fits the glob `match`: skip them, or replace these keys of `weights`.
 
     Only keys that were written count; of several fitting rules the last alone is used.
     """
 
-    match: Annotated[str, Field(min_length=1, max_length=200)]
+    match: Annotated[Text, Field(max_length=200)]
     skip: bool = False
-    algorithm: AlgorithmConfig | None = None
+    algorithm: Algorithm | None = None
     preset: PresetName | None = Field(None, exclude=True)
     bits: Bits | None = None
     group_size: GroupSize = None
@@ -103,12 +151,12 @@ class Rule(_SchemePart):
 
 
 class DataSource(_Part):
-    """A text or JSONL file, or a dataset (id or folder); `samples` windows are cut from it."""
+    """One source of text: a file, a dataset folder or a dataset id; `samples` windows are cut from it."""
 
-    source: Annotated[str, Field(min_length=1)]
-    config: str | None = None
-    split: str | None = None
-    field: str | None = None
+    source: Text
+    config: Text | None = None
+    split: Text | None = None
+    field: Text | None = None
     samples: Count | None = None
 
     @model_validator(mode="before")
@@ -162,24 +210,36 @@ class Output(_Part):
 
 
 class Recipe(_Part):
-    """model: a folder or a hub id[@revision]; None = the embedded default."""
+    """What a run does. model: a folder or a hub id[@revision]; None = the embedded default."""
 
-    model: Annotated[str, Field(min_length=1)] | None = None
+    model: Text | None = None
     weights: Weights
-    transforms: Annotated[tuple[TransformConfig, ...], Field(strict=False)] = ()
+    transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     calibration: Calibration = Calibration()
     output: Output = Output()
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_a_mapping(cls, value: Any) -> Any:
+        if value == "none":
+            raise ValueError(
+                "a recipe without weights is not available yet; give a mapping with an algorithm"
+            )
+        if not isinstance(value, str):
+            return value
+        preset = (meant_value(value, PRESETS) or "").strip("`")
+        algorithm = (meant_value(value, ALGORITHMS) or "").strip("`")
+        example = f"{{preset: {preset or 'W4A16'}, algorithm: {algorithm or 'gptq'}}}"
+        raise ValueError(f"expected a mapping, for instance `weights: {example}`, got {value!r}")
+
     @field_validator("transforms", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return () if value is None else value
-        return tuple({"name": item} if isinstance(item, str) else item for item in value)
+    def _none_is_an_empty_list(cls, value: Any) -> Any:
+        return () if value is None else value
 
     def resolved(self) -> dict[str, Any]:
-        """Plain JSON-able data with every default filled in; parse_recipe() of it gives an equal recipe."""
+        """The recipe as JSON-able data with every default filled in; parse_recipe() of it gives an equal recipe."""
         data = self.model_dump(mode="json")
         data["rules"] = [rule.model_dump(mode="json", exclude_unset=True) for rule in self.rules]
         for written, rule in zip(data["rules"], self.rules, strict=True):
@@ -187,31 +247,48 @@ class Recipe(_Part):
                 written["algorithm"] = rule.algorithm.model_dump(mode="json")
         return data
 
+    def published(self) -> dict[str, Any]:
+        """`resolved()` for a file that others read: names instead of paths on this machine."""
+        data = self.resolved()
+        data["model"] = _without_folders(self.model)
+        for source in data["calibration"]["data"]:
+            source["source"] = _without_folders(source["source"])
+        return data
 
-_NAMED: dict[str, type[BaseModel]] = {"rtn": RtnConfig, "gptq": GptqConfig, "awq": AwqConfig}
-_PARTS: dict[tuple[str, ...], type[BaseModel]] = {
-    (): Recipe,
-    ("weights",): Weights,
-    ("rules", "*"): Rule,
-    ("calibration",): Calibration,
-    ("calibration", "data", "*"): DataSource,
-    ("output",): Output,
-    ("transforms", "*"): AwqConfig,
-}
+    def identity(self) -> dict[str, Any]:
+        """What decides the result beside the model, the text and the code, which have digests of their own.
+
+        So the same model or text under another path is the same run.
+        """
+        data = self.resolved()
+        del data["calibration"]["data"]
+        return data | {"model": None}
+
+
+def _without_folders(written: str | None) -> str | None:
+    """The last part of a path; what is no path on this machine, such as a hub id, stays as it is."""
+    if written is None:
+        return None
+    try:
+        path = user_path(written, RecipeError)
+        return path.resolve().name or written if path.is_absolute() or path.exists() else written
+    except (RecipeError, OSError):
+        return written
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a shipped recipe by name, with `overrides` like "weights.bits=3" applied.
 
-    RecipeError lists every problem, one per line, as `file:line: yaml.path: message`.
+    RecipeError lists every mistake, one per line, as `file:line: yaml.path: message`.
     """
-    path = Path(path_or_name)
+    path = user_path(path_or_name, RecipeError)
     if not path.is_file():
         named = assets.recipe_path(str(path_or_name))
         if named is None:
-            known = ", ".join(assets.recipe_names())
+            known = assets.recipe_names()
             raise RecipeError(
-                f"no recipe {str(path_or_name)!r}: not a file, and the shipped ones are {known}"
+                f"no recipe {str(path_or_name)!r}: it is neither a file nor a shipped recipe"
+                f"{did_you_mean(meant_value(str(path_or_name), known))}; shipped: {', '.join(known)}"
             )
         path = named
     try:
@@ -219,32 +296,31 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
             text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    found = read(text, str(path_or_name))
-    if not found.problems:
-        for override in overrides:
-            apply_override(found, override)
-    return _validate(found)
+    return _validate(read(text, str(path_or_name)), overrides)
 
 
 def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """The same from plain Python data, written as in YAML."""
-    found = Located(_plain(mapping), "recipe")
-    for override in overrides:
-        apply_override(found, override)
-    return _validate(found)
+    """Like `load_recipe`, from Python data written as in YAML."""
+    return _validate(Located(_plain(mapping), "recipe"), overrides)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """A copy with dicts and lists only, so that an override never changes the caller's data."""
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"recipe: nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    return [_plain(item, depth + 1) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _validate(found: Located) -> Recipe:
+def _validate(found: Located, overrides: Sequence[str]) -> Recipe:
+    """The recipe that was read, overrides applied; RecipeError with every mistake."""
+    if not found.problems:
+        for override in overrides:
+            apply_override(found, override)
     recipe = None
     if found.data is None and not found.problems:
-        found.problem((), "empty; the least recipe is `weights: {preset: W4A16, algorithm: gptq}`")
+        found.problem((), "empty; the shortest recipe is `weights: {preset: W4A16, algorithm: gptq}`")
     elif not isinstance(found.data, dict):
         if not found.problems:
             found.problem((), f"expected a mapping of keys, got {type(found.data).__name__}")
@@ -252,47 +328,8 @@ def _validate(found: Located) -> Recipe:
         try:
             recipe = Recipe.model_validate(found.data)
         except ValidationError as error:
-            for one in error.errors(include_url=False):
-                path = _yaml_path(found.data, one["loc"])
-                found.problem(path, _message(one, path))
+            for path, message in problems(error, found.data, Recipe, ALGORITHMS | TRANSFORMS):
+                found.problem(path, message)
     if found.problems or recipe is None:
         raise RecipeError("\n".join(dict.fromkeys(found.problems)))
     return recipe
-
-
-def _yaml_path(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """pydantic's location without the union tags it puts in, which nobody wrote."""
-    path: list[str | int] = []
-    for key in loc:
-        inside = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
-        if inside:
-            data = data[key]
-        elif key in _NAMED or not isinstance(data, dict):
-            continue
-        path.append(key)
-    return tuple(path)
-
-
-def _message(error: Mapping[str, Any], path: tuple[str | int, ...]) -> str:
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        if len(path) == 1 and path[0] in NOT_YET:
-            return "not available yet in this version; remove the key"
-        tag = error["loc"][-2] if len(error["loc"]) > 1 else None
-        part = _NAMED.get(tag) or _PARTS.get(tuple("*" if isinstance(p, int) else p for p in path[:-1]))
-        known = f"; known here: {', '.join(part.model_fields)}" if part else ""
-        return f"unknown key{known}"
-    if kind == "missing":
-        return "missing; it must be given"
-    if kind == "tuple_type":
-        message = "expected a list"
-    elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "expected a mapping of keys"
-    elif kind == "union_tag_invalid":
-        message = f"unknown name; known: {error['ctx']['expected_tags']}"
-    elif kind == "union_tag_not_found":
-        return "the key `name` is missing"
-    elif kind == "value_error":
-        return message
-    got = error["input"]
-    return f"{message}, got {got['name'] if kind == 'union_tag_invalid' else got!r}"[:500]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYWHERE = {"errors", "scheme", "device"}
+EVERYWHERE = {"errors", "paths", "scheme", "device"}
 ANY = None
 DOORS: dict[str, set[str] | None] = {
     "__init__": set(),
     "errors": set(),
+    "paths": set(),
     "scheme": set(),
     "device": set(),
     "assets": set(),
@@ -46,8 +47,8 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """A package's files belong to the package; two files stand beside their room."""
-    return {"recipe_yaml": "recipe", "__main__": "cli"}.get(parts[0], parts[0])
+    """A package's files belong to the package; those of the recipe stand beside each other."""
+    return "recipe" if parts[0].startswith("recipe_") else {"__main__": "cli"}.get(parts[0], parts[0])
 
 
 def imports(file: Path, package: str) -> list[tuple[int, tuple[str, ...]]]:

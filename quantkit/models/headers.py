@@ -12,6 +12,7 @@ from quantkit.errors import ModelError
 from quantkit.models import families
 from quantkit.models.config import check_sizes, longest_window, read_config
 from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
+from quantkit.paths import user_path
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
@@ -62,7 +63,7 @@ def resolve_model(path_or_id: str | Path | None, default: Path) -> Path:
     if path_or_id is None:
         return default
     text = str(path_or_id)
-    path = Path(text).expanduser()
+    path = user_path(text, ModelError)
     if path.is_dir():
         return path
     if path.exists():

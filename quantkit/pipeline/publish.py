@@ -60,7 +60,7 @@ def publish(
     manifest = {
         "schema": "quantkit/1",
         "identity": identity,
-        "recipe": producer.recipe.resolved(),
+        "recipe": producer.recipe.published(),
         "model": {"name": producer.source.path.resolve().name, "type": producer.source.headers.model_type},
         "code": {"quantkit": identity["code"], "source": _source_digest()},
         "size": _size(producer, entries, shards),

@@ -99,7 +99,7 @@ def quantize(
                 vocabulary=skeleton_model.get_input_embeddings().num_embeddings,
             )
         identity = {
-            "recipe": checked.resolved() | {"model": None},
+            "recipe": checked.identity(),
             "model": source.digest(),
             "data": windows.digest if windows else None,
             "code": _version(),

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from quantkit import assets
+from quantkit import assets, recipe_words
 from quantkit.errors import RecipeError
-from quantkit.recipe import load_recipe, parse_recipe
+from quantkit.recipe import ALGORITHMS, TRANSFORMS, Recipe, load_recipe, parse_recipe
+from quantkit.recipe_errors import NOT_YET, _parts
 from quantkit.scheme import PRESETS, Scheme, integer
 
 LEAST = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
@@ -47,7 +48,7 @@ def test_all_errors_come_at_once_with_path_and_line(tmp_path):
         "weights:\n"
         "  algorithm: {name: gptq, dampng: 0.1}\n"
         "  bits: 9\n"
-        "activations: {dtype: int8}\n"
+        "inputs: {dtype: int8}\n"
         "rules:\n"
         "  - {match: a, skip: true, bits: 3}\n"
         '  - {bits: "4"}\n'
@@ -63,7 +64,7 @@ def test_all_errors_come_at_once_with_path_and_line(tmp_path):
         "6: rules.0",
         "7: rules.1.match",
         "7: rules.1.bits",
-        "4: activations",
+        "4: inputs",
         "9: kv_cache",
         "10: speed",
     ]
@@ -186,3 +187,122 @@ def test_override_leaves_the_callers_mapping_alone():
     given = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
     assert parse_recipe(given, ["weights.bits=3"]).weights.bits == 3
     assert given == LEAST
+
+
+# a recipe that is no mapping ---------------------------------------
+
+
+@pytest.mark.parametrize("text", ["- weights", "[1, 2]", "gptq", "7", "true"])
+def test_overrides_do_not_hide_a_recipe_that_is_no_mapping(tmp_path, text):
+    found = problems(tmp_path, text, "weights.preset=W4A16", "weights.algorithm=gptq")
+    assert found == [found[0]]
+    assert "recipe: expected a mapping of keys, got" in found[0]
+
+
+@pytest.mark.parametrize("data", [[1], "gptq", 7, ("a",)])
+def test_the_same_from_python(data):
+    with pytest.raises(RecipeError, match="expected a mapping of keys"):
+        parse_recipe(data, ["weights.algorithm=gptq"])
+
+
+def test_overrides_alone_make_a_recipe(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("# nothing yet\n")
+    assert load_recipe(file, ["weights.algorithm=gptq"]) == parse_recipe({"weights": {"algorithm": "gptq"}})
+
+
+# words of other tools ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("weights: {algorithm: awq}", "awq is a transform: `transforms: [awq]`"),
+        ("weights: {algorithm: AWQ}", "awq is a transform: `transforms: [awq]`"),
+        ("weights: {algorithm: {name: awq}}", "awq is a transform: `transforms: [awq]`"),
+        ("{weights: {algorithm: rtn}, transforms: [gptq]}", "gptq is an algorithm: `algorithm: gptq`"),
+        ("weights: {algorithm: GPTQ}", "did you mean `gptq`?"),
+        ("weights: {algorithm: nearest}", "did you mean `rtn`?"),
+        ("{weights: {algorithm: rtn}, transforms: [AWQ]}", "did you mean `awq`?"),
+        ("weights: {algorithm: rtn, sym: true}", "did you mean `symmetric`?"),
+        ("weights: {algorithm: rtn, groupsize: 64}", "did you mean `group_size`?"),
+        ("weights: {algorithm: rtn, q_group_size: 64}", "did you mean `group_size`?"),
+        ("weights: {algorithm: rtn, w_bit: 4}", "did you mean `bits`?"),
+        ("weights: {algorithm: rtn, group-size: 4}", "did you mean `group_size`?"),
+        ("weights: {algorithm: rtn, Bits: 4}", "did you mean `bits`?"),
+        ("weights: {algorithm: gptq, desc_act: true}", "did you mean `weights.algorithm.order`"),
+        ("weights: {algorithm: {name: gptq, desc_act: true}}", "did you mean `order`"),
+        ("weights: {algorithm: {name: gptq, damp_percent: 0.1}}", "did you mean `damping`?"),
+        ("weights: {algorithm: {name: gptq, dampng: 0.1}}", "did you mean `damping`?"),
+        ("weights: {algorithm: rtn, preset: w4a16}", "did you mean `W4A16`?"),
+        ("weights: {algorithm: rtn, scheme: W4A16}", "did you mean `preset`?"),
+        ("weights: w4a16", "`weights: {preset: W4A16, algorithm: gptq}`"),
+        ("weights: rtn", "`weights: {preset: W4A16, algorithm: rtn}`"),
+        ("weights: none", "not available yet"),
+        ("{weights: {algorithm: rtn}, calibration: {num_samples: 8}}", "did you mean `samples`?"),
+        ("{weights: {algorithm: rtn}, calibration: {nsamples: 8}}", "did you mean `samples`?"),
+        ("{weights: {algorithm: rtn}, nsamples: 8}", "did you mean `calibration.samples`?"),
+        ("{weights: {algorithm: rtn}, calibration: {seqlen: 8}}", "did you mean `sequence_length`?"),
+        ("{weights: {algorithm: rtn}, ignore: [lm_head]}", "`{match: NAME, skip: true}`"),
+        ("{weights: {algorithm: rtn}, rules: [{targets: a}]}", "did you mean `match`?"),
+        ("{weights: {algorithm: rtn}, activations: {}}", "`inputs` would be its name here"),
+        ("{weights: {algorithm: rtn}, inputs: {}}", "not available yet"),
+        ("{weights: {algorithm: rtn}, kv_cache: {}}", "not available yet"),
+        ("{weights: {algorithm: rtn}, target: {engine: vllm}}", "not available yet"),
+        ("{weights: {algorithm: rtn}, output: {format: compressed_tensors}}", "`compressed-tensors`"),
+    ],
+)
+def test_messages_know_the_words_of_other_tools(tmp_path, text, said):
+    assert said in "\n".join(problems(tmp_path, text))
+
+
+def test_every_word_of_the_table_names_a_key_that_exists():
+    known = {".".join(p for p in path if p != "*") for path in _parts(Recipe)}
+    keys = {
+        f"{'.'.join(p for p in path if p != '*')}.{name}".strip(".")
+        for path, part in _parts(Recipe).items()
+        for name in part.model_fields
+    }
+    for union in (ALGORITHMS, "weights.algorithm"), (TRANSFORMS, "transforms"):
+        keys |= {f"{union[1]}.{name}" for config in union[0].values() for name in config.model_fields}
+    for written, meant in recipe_words.KEYS.items():
+        path, space, more = meant.partition(" ")
+        if not space or more.startswith("("):
+            assert path in keys | known | set(NOT_YET), f"{written} -> {meant}"
+
+
+def test_a_word_of_ours_is_never_taken_for_anothers():
+    for part in _parts(Recipe).values():
+        for name in part.model_fields:
+            assert recipe_words.meant_key(name, part.model_fields) == f"`{name}`"
+
+
+# what is written back ----------------------------------------------
+
+
+def test_what_is_published_names_no_folder(tmp_path):
+    model, text = tmp_path / "my model", tmp_path / "books.txt"
+    model.mkdir()
+    text.write_text("a")
+    recipe = parse_recipe(LEAST | {"model": str(model), "calibration": {"data": [f"{text}:128"]}})
+    written = recipe.published()
+    assert written["model"] == "my model"
+    assert written["calibration"]["data"][0]["source"] == "books.txt"
+    assert str(tmp_path) not in json.dumps(written)
+    assert parse_recipe(written).calibration.data[0].samples == 128
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name@main", "/nowhere/at/all/books.txt"])
+def test_a_hub_id_is_published_as_it_is_and_an_absolute_path_never(name):
+    written = parse_recipe(LEAST | {"model": name, "calibration": {"data": [name]}}).published()
+    assert written["model"] == name.removeprefix("/nowhere/at/all/")
+    assert written["calibration"]["data"][0]["source"] == written["model"]
+
+
+def test_the_place_of_model_and_text_is_no_part_of_a_runs_identity():
+    recipes = [
+        parse_recipe(LEAST | {"model": f"{at}/m", "calibration": {"data": [f"{at}/{at}.txt"]}}) for at in "ab"
+    ]
+    assert recipes[0].identity() == recipes[1].identity()
+    other = parse_recipe(LEAST | {"calibration": {"seed": 1}})
+    assert other.identity() != recipes[0].identity()

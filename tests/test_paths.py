@@ -1,0 +1,51 @@
+import os
+
+import pytest
+
+from quantkit import assets
+from quantkit.errors import DataError, ModelError, RecipeError
+from quantkit.models.headers import resolve_model
+from quantkit.paths import user_path
+from quantkit.recipe import load_recipe
+
+IMPOSSIBLE = {
+    "unknown user": ("~nosuchuser/x", "no user"),
+    "NUL": ("a\0b", "NUL"),
+    "lone surrogate": ("a\ud800b", "not valid text"),
+    "long name": ("x" * 5000, "too long"),
+    "long part": (f"a/{'y' * 300}.txt", "too long"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_path_that_cannot_be_is_an_error_of_ours(text, said):
+    with pytest.raises(DataError, match=said) as caught:
+        user_path(text, DataError)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("text", [text for text, _ in IMPOSSIBLE.values()], ids=IMPOSSIBLE)
+def test_recipes_and_models_say_so(text):
+    with pytest.raises(RecipeError):
+        load_recipe(text)
+    with pytest.raises(ModelError):
+        resolve_model(text, assets.default_model())
+
+
+def test_a_loop_of_links(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        user_path(tmp_path / "a", RecipeError)
+
+
+def test_what_exists_and_what_could_exist_pass(tmp_path):
+    assert user_path(str(tmp_path), DataError) == tmp_path
+    assert user_path(tmp_path / "no" / "such", DataError) == tmp_path / "no" / "such"
+    assert user_path("~", DataError).is_absolute()
+
+
+def test_a_name_that_is_no_utf8_passes(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    assert user_path(folder, ModelError).is_dir()
