@@ -51,6 +51,8 @@ def command(
         progress.finish()
     print_report(result.report, make_console())
     write_report(json_file, result.report)
+    if result.failed:
+        raise SystemExit(1)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

@@ -127,7 +127,7 @@ def load_block(
     dtype None: what the skeleton was built with. stored: full names of tensors read as stored.
     """
     prefix, blocks = find_blocks(model, blocks_prefix)
-    meta = blocks[index]
+    meta = blocks[index].__dict__.get("_meta_block", blocks[index])  # another walk may have loaded it
     block = copy.deepcopy(meta, {id(model.config): model.config})
     for name, place in _wanted(block).items():
         full = f"{prefix}.{index}.{name}"

@@ -8,12 +8,13 @@ import torch
 
 from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.registry import Outcome
-from quantkit.calibration.walk import BlockRun
+from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.memory import give_back
 from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
-from quantkit.pipeline.memory import give_back
+from quantkit.pipeline.inputs import needs
 from quantkit.plan import LayerPlan
 
 
@@ -69,53 +70,43 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> float:
     return error
 
 
-def quantize_block(
-    run: BlockRun, plans: dict[str, LayerPlan], scale_dtype: dict[str, torch.dtype], clock: Clock
-) -> BlockResult:
-    """Quantize the planned linears of one block, stage by stage (a stage: linears that share one input).
+def quantize_block(run: BlockRun, clock: Clock) -> BlockResult:
+    """Quantize the planned linears of one block, one set of siblings (linears that share an input) after the other.
 
-    plans, scale_dtype: by module name inside the block. The block keeps the quantized weights, so each stage's
-    statistics see the stages before it already quantized ("true sequential"), unless every algorithm declines that.
+    The block keeps the quantized weights, so the statistics of each set see the sets before it already quantized
+    ("true sequential"), unless every algorithm declines that.
     """
-    result = BlockResult()
-    stages = [s for s in run.trace.stages if any(n in plans for n in s)]
-    missing = plans.keys() - {n for s in stages for n in s}
+    result, plans = BlockResult(), run.plans
+    sets = [s for s in run.trace.siblings if any(n in plans for n in s)]
+    missing = plans.keys() - {n for s in sets for n in s}
     if missing:
         raise NumericalError(f"{sorted(missing)} never ran in the block's forward; skip them with a rule")
-    run.finished({n for s in run.trace.stages for n in s} - plans.keys())
-    needs = {s: frozenset().union(*(_needs(plans[n]) for n in s if n in plans)) for s in stages}
+    run.finished({n for s in run.trace.siblings for n in s} - plans.keys())
+    fields = {s: frozenset().union(*(needs(plans[n]) for n in s if n in plans)) for s in sets}
     if any(getattr(p.algorithm, "true_sequential", False) for p in plans.values()):
-        passes = [[s] for s in stages]
+        passes = [[s] for s in sets]
     else:
-        passes = [stages]
-    for group in passes:
+        passes = [sets]
+    for together in passes:
         with clock("calibrate"):
-            statistics = run.collect(group, needs)
+            statistics = run.collect(together, fields)
             give_back()
         with clock("quantize"):
-            for stage in group:
-                _quantize_stage(run, stage, plans, scale_dtype, statistics.pop(stage, Statistics()), result)
+            for siblings in together:
+                _quantize_siblings(run, siblings, statistics.pop(siblings, Statistics()), result)
     return result
 
 
-def _needs(plan: LayerPlan) -> frozenset[str]:
-    return algorithm(plan.algorithm.name).needs(plan.algorithm)
-
-
-def _quantize_stage(
-    run: BlockRun,
-    stage: tuple[str, ...],
-    plans: dict[str, LayerPlan],
-    scale_dtype: dict[str, torch.dtype],
-    statistics: Statistics,
-    result: BlockResult,
+def _quantize_siblings(
+    run: BlockRun, siblings: tuple[str, ...], statistics: Statistics, result: BlockResult
 ) -> None:
-    """Linears of a stage with one scheme and algorithm are quantized as one matrix: they share the Hessian."""
-    held = run.held
+    """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian."""
+    held, plans = run.held, run.plans
     alike: dict[tuple, list[str]] = {}
-    for name in stage:
+    for name in siblings:
         if name in plans:
-            alike.setdefault((plans[name].scheme, plans[name].algorithm, scale_dtype[name]), []).append(name)
+            dtype = run.stored[f"{name}.weight"]
+            alike.setdefault((plans[name].scheme, plans[name].algorithm, dtype), []).append(name)
     for (scheme, config, dtype), names in alike.items():
         rows = [held[n].out_features for n in names]
         together = torch.empty(sum(rows), held[names[0]].in_features, device=run.device)
@@ -135,5 +126,5 @@ def _quantize_stage(
             result.add(plans[name], weight, replace(outcome, weight=part))
             if run.streams.full is None:
                 held[name].forget()
-    run.finished(stage)
+    run.finished(siblings)
     give_back()

@@ -1,4 +1,4 @@
-"""From shards to a checkpoint: side files, index, config, verification, evaluation, manifest."""
+"""From shards to a checkpoint: side files, index, config, verification, manifest."""
 
 from __future__ import annotations
 
@@ -23,63 +23,53 @@ from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
-from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
-from quantkit.pipeline.produce import Producer
+from quantkit.pipeline.inputs import Run
 from quantkit.structure.trace import is_linear
 
 RUN = "quantkit.run.json"
 
 
-def publish(
-    producer: Producer, tokenizer: Any, identity: dict, *, request: EvaluationRequest | None, resumed: int
-) -> tuple[dict, dict]:
-    """Finish the checkpoint in `producer.output`; returns (manifest, report). The manifest is written last."""
-    output, entries, clock = producer.output, producer.journal.entries, producer.clock
+def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
+    """Finish the checkpoint in `run.output`, whose shards are journalled in `entries`; returns the manifest.
+
+    The manifest is written last: a folder that holds it is finished. It has no evaluation yet (`evaluate_published`).
+    """
+    output, clock = run.output, run.clock
     shards = {e["written"]["file"]: e["written"] for e in entries}
     account = {n: a for e in entries for n, a in e["account"].items()}
-    dropped = producer.source.headers.dropped
+    dropped = run.source.headers.dropped
     account |= {n: {"how": "dropped", "reason": reason} for n, reason in dropped.items()}
-    lost = producer.source.headers.tensors.keys() - account.keys()
+    lost = run.source.headers.tensors.keys() - account.keys()
     if lost:
         raise VerificationError(f"source tensors without an account: {sorted(lost)[:8]}")
     with clock("write"):
-        side = _side_files(producer, shards)
+        side = _side_files(run, shards)
     files = {n: {"sha256": w["sha256"], "bytes": w["nbytes"]} for n, w in shards.items()} | side
     with clock("verify"):
         verify_checkpoint(output, files, account)
-    evaluation = None
-    notes = _notes(producer)
-    if request:
-        producer.progress.message("evaluating original and quantized model")
-        with clock("evaluate"):
-            length = producer.recipe.calibration.sequence_length
-            evaluation, refused = evaluate_pair(
-                output, producer.source.headers, tokenizer, producer.device, length, request
-            )
-        notes += refused
     manifest = {
         "schema": "quantkit/1",
-        "identity": identity,
-        "recipe": producer.recipe.published(),
-        "model": {"name": producer.source.path.resolve().name, "type": producer.source.headers.model_type},
-        "code": {"quantkit": identity["code"], "source": _source_digest()},
-        "size": _size(producer, entries, shards),
+        "identity": run.identity,
+        "recipe": run.recipe.published(),
+        "model": {"name": run.source.path.resolve().name, "type": run.source.headers.model_type},
+        "code": {"quantkit": run.identity["code"], "source": _source_digest()},
+        "size": _size(run, entries, shards),
         "layers": [layer for e in entries for layer in e["layers"]],
         "scaling": [s for e in entries for s in e["scaling"]],
-        "calibration": {"notes": list(producer.windows.notes)} if producer.windows else None,
+        "calibration": {"notes": list(run.windows.notes)} if run.windows else None,
         "tensors": account,
         "files": files,
-        "evaluation": evaluation,
-        "notes": notes,
+        "evaluation": None,
+        "notes": _notes(run, entries),
     }
-    write_json(output / RUN, _run_facts(producer, resumed))
+    write_json(output / RUN, run_facts(run, resumed))
     write_json(output / MANIFEST, manifest)
-    return manifest, report_of(output, manifest)
+    return manifest
 
 
-def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
+def _side_files(run: Run, shards: dict[str, dict]) -> dict[str, dict]:
     """Tokenizer, generation config, index, and last the config that makes the folder loadable."""
-    output, source = producer.output, producer.source
+    output, source = run.output, run.source
     names = sorted({f.name for pattern in CARRIED for f in source.path.glob(pattern) if f.is_file()})
     for name in names:
         write_atomically(output / name, iter([(source.path / name).read_bytes()]))
@@ -87,9 +77,9 @@ def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     total = sum(n for w in shards.values() for n in w["tensors"].values())
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = dict(source.headers.config)
-    schemes = {layer.name: layer.scheme for layer in producer.plan.layers}
-    linears = {n for n, module in producer.model.named_modules() if is_linear(module)}
-    config["quantization_config"] = codec(producer.recipe.output.format).config(
+    schemes = {layer.name: layer.scheme for layer in run.plan.layers}
+    linears = {n for n, module in run.model.named_modules() if is_linear(module)}
+    config["quantization_config"] = codec(run.recipe.output.format).config(
         schemes, sorted(linears - schemes.keys())
     )
     write_json(output / "config.json", config)
@@ -97,18 +87,16 @@ def _side_files(producer: Producer, shards: dict[str, dict]) -> dict[str, dict]:
     return {n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in names}
 
 
-def _size(producer: Producer, entries: list[dict], shards: dict[str, dict]) -> dict[str, Any]:
+def _size(run: Run, entries: list[dict], shards: dict[str, dict]) -> dict[str, Any]:
     """Bytes of all tensors before and after, and bits per weight counted from the stored bytes."""
     tensors = {n: b for w in shards.values() for n, b in w["tensors"].items()}
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in producer.plan.layers)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in run.plan.layers)
     parts = {
         t for e in entries for a in e["account"].values() if a["how"] == "quantized" for t in a["became"]
     }
     packed = sum(tensors[t] for t in parts)
-    original = {i.name: i for i in producer.source.headers.tensors.values()}
-    parameters = sum(
-        math.prod(i.shape) for n, i in original.items() if n not in producer.source.headers.dropped
-    )
+    original = {i.name: i for i in run.source.headers.tensors.values()}
+    parameters = sum(math.prod(i.shape) for n, i in original.items() if n not in run.source.headers.dropped)
     planned = {n for e in entries for n, a in e["account"].items() if a["how"] == "quantized"}
     return {
         "original_linear_bits_per_weight": 8 * sum(original[n].nbytes for n in planned) / max(1, weights),
@@ -119,23 +107,23 @@ def _size(producer: Producer, entries: list[dict], shards: dict[str, dict]) -> d
     }
 
 
-def _notes(producer: Producer) -> list[str]:
+def _notes(run: Run, entries: list[dict]) -> list[str]:
     notes = [
         f"{layer['name']}: {text}"
-        for e in producer.journal.entries
+        for e in entries
         for layer in e["layers"]
         for text in layer.get("fallbacks", [])
     ]
     left_out = Counter(
-        name
-        for e in producer.journal.entries
+        (s["transform"], name)
+        for e in entries
         for s in e["scaling"]
         if "left_out" in s
         for name in s["consumers"]
     )
     notes += [
-        f"awq left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
-        for name, count in left_out.items()
+        f"{transform} left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
+        for (transform, name), count in left_out.items()
     ]
     quantized = [
         {
@@ -144,20 +132,20 @@ def _notes(producer: Producer) -> list[str]:
             "group_size": p.scheme.weights.group_size,
             "symmetric": p.scheme.weights.symmetric,
         }
-        for p in producer.plan.layers
+        for p in run.plan.layers
     ]
-    for loader in loaders(producer.source.headers.model_type, quantized):
+    for loader in loaders(run.source.headers.model_type, quantized):
         if not loader["loads"] or loader["how"].startswith((ASYMMETRIC, READS_WEIGHT)):
             notes.append(f"{loader['name']}: {loader['how']}")
-    return notes + (list(producer.windows.notes) if producer.windows else [])
+    return notes + (list(run.windows.notes) if run.windows else [])
 
 
-def _run_facts(producer: Producer, resumed: int) -> dict[str, Any]:
+def run_facts(run: Run, resumed: int) -> dict[str, Any]:
     """What this run happened to have; the only file that may differ between two runs."""
     return {
         "schema": "quantkit-run/1",
-        "seconds": producer.clock.wall | {"total": producer.clock.total},
-        "cpu_seconds": producer.clock.cpu,
+        "seconds": run.clock.wall | {"total": run.clock.total},
+        "cpu_seconds": run.clock.cpu,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_blocks": resumed,
         "threads": torch.get_num_threads(),
@@ -187,15 +175,15 @@ def _phases(seconds: dict[str, float]) -> dict[str, float]:
 def report_of(output: Path, manifest: dict) -> dict[str, Any]:
     """The report of a finished checkpoint, from its manifest and the facts of the run that made it."""
     facts = output / RUN
-    run = read_json(facts, VerificationError, advice=AGAIN) if facts.exists() else {}
+    told = read_json(facts, VerificationError, advice=AGAIN) if facts.exists() else {}
     return {
         "schema": "quantkit-run/1",
         "output": str(output),
         "size": manifest["size"],
         "evaluation": manifest["evaluation"],
-        "seconds": _phases(run.get("seconds", {})),
-        "cpu_seconds": _phases(run.get("cpu_seconds", {})),
-        "peak_rss_bytes": run.get("peak_rss_bytes"),
+        "seconds": _phases(told.get("seconds", {})),
+        "cpu_seconds": _phases(told.get("cpu_seconds", {})),
+        "peak_rss_bytes": told.get("peak_rss_bytes"),
         "notes": manifest["notes"],
-        "resumed_blocks": run.get("resumed_blocks", 0),
+        "resumed_blocks": told.get("resumed_blocks", 0),
     }

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
+from quantkit.calibration.memory import large_blocks_apart
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.shards import write_json
@@ -21,32 +22,27 @@ from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
-from quantkit.pipeline.memory import large_blocks_apart
-from quantkit.pipeline.produce import Producer
-from quantkit.pipeline.publish import publish, report_of
+from quantkit.pipeline.inputs import Run, needs_calibration
+from quantkit.pipeline.produce import produce
+from quantkit.pipeline.progress import Progress, Silent
+from quantkit.pipeline.publish import RUN, publish, report_of, run_facts
+from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.plan import build_plan
 from quantkit.recipe import Recipe, load_recipe, parse_recipe
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave. output: the checkpoint folder. report: see docs/checkpoint.md ("quantkit-run/1")."""
+    """What a run gave.
+
+    output: the checkpoint folder. report: see docs/checkpoint.md ("quantkit-run/1"). failed: why the closing
+    evaluation failed, if it did; the weights are finished all the same.
+    """
 
     output: Path
     report: dict[str, Any]
     manifest: dict[str, Any]
-
-
-class Silent:
-    """The progress protocol, without a display."""
-
-    def start(self, total_blocks: int, title: str) -> None: ...
-
-    def block(self, index: int, name: str, note: str = "") -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def finish(self) -> None: ...
+    failed: str | None = None
 
 
 def quantize(
@@ -57,7 +53,7 @@ def quantize(
     device: str = "auto",
     resume: bool = True,
     evaluate: bool = True,
-    progress: Any = None,
+    progress: Progress | None = None,
     eval_tokens: int | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
 ) -> Result:
@@ -69,11 +65,77 @@ def quantize(
     inputs (a finished one is verified and its stored result returned). evaluate: also measure original and quantized
     model. eval_text: on these files, dataset folders or `hf:` names; default the embedded evaluation text.
     eval_tokens: on exactly so many tokens; default at most 65,536, fewer once the KL is known to 2 %.
-    progress: an object with start/block/message/finish.
+    progress: who is told how far the run is (`quantkit.pipeline.progress`).
 
-    Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished.
+    Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished. The weights are published
+    before they are evaluated: an evaluation that fails is a note in the report and `Result.failed`, and the next call
+    with the same inputs only evaluates.
     """
-    progress = progress or Silent()
+    asked = (eval_tokens, eval_text) if evaluate else None
+    run = _prepared(recipe, model, output, overrides, device, asked, progress or Silent())
+    folder = run.output
+    resumed = None
+    if resume and (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        refuse_other(folder, manifest["identity"], run.identity)
+        verify_checkpoint(folder, manifest["files"], manifest["tensors"])
+        discard(folder)
+        run.progress.message(f"{folder} is finished; its files were verified again")
+    else:
+        journal = Journal(folder, run.identity, resume)
+        try:
+            resumed = produce(run, ShardWriter(run, journal))
+            manifest = publish(run, journal.entries, resumed=resumed)
+            journal.remove()
+        finally:
+            journal.close()
+    notes: list[str] = []
+    failed = None
+    if run.request and not run.request.answered_by(manifest["evaluation"]):
+        try:
+            notes = _evaluate(run, run.request, manifest, resumed)
+        except Exception as error:  # whatever it is, the weights are finished
+            failed = f"the evaluation failed: {' '.join(str(error).split()) or type(error).__name__}"
+            failed += f"; the weights in {folder} are finished, and the same command evaluates them again"
+            notes = [failed]
+    report = report_of(folder, manifest)
+    return Result(folder, report | {"notes": [*report["notes"], *notes]}, manifest, failed)
+
+
+def _evaluate(
+    run: Run, request: EvaluationRequest, manifest: dict[str, Any], resumed: int | None
+) -> list[str]:
+    """Measure a published checkpoint and add the result to its manifest; returns why not, if it cannot be.
+
+    resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
+    """
+    run.progress.message("evaluating original and quantized model")
+    with run.clock("evaluate"):
+        length = run.recipe.calibration.sequence_length
+        evaluation, refused = evaluate_pair(
+            run.output, run.source.headers, run.tokenizer, run.device, length, request
+        )
+    if evaluation is not None:
+        if resumed is not None:
+            write_json(run.output / RUN, run_facts(run, resumed))
+        write_json(run.output / MANIFEST, manifest | {"evaluation": evaluation})
+        manifest["evaluation"] = evaluation
+    return refused
+
+
+def _prepared(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: str | Path | None,
+    output: str | Path | None,
+    overrides: Sequence[str],
+    device: str,
+    asked: tuple[int | None, str | Path | Sequence[str | Path] | None] | None,
+    progress: Progress,
+) -> Run:
+    """Read and check everything a run needs, before anything is computed or written.
+
+    asked: the number of tokens and the text of the closing evaluation, None to leave it out.
+    """
     clock = Clock()
     large_blocks_apart()
     with clock("load"):
@@ -81,7 +143,7 @@ def quantize(
         embedded = assets.default_model()
         path = resolve_model(str(model) if model is not None else checked.model, embedded)
         length = checked.calibration.sequence_length
-        request = EvaluationRequest.of(eval_tokens, eval_text, length) if evaluate else None
+        request = EvaluationRequest.of(*asked, length) if asked else None
         headers = read_checkpoint(path)
         plan = build_plan(checked, headers)
         folder = Path(output) if output is not None else Path("out") / f"{path.resolve().name}-{name}"
@@ -91,7 +153,7 @@ def quantize(
         transformers_logging.disable_progress_bar()
         tokenizer = open_tokenizer(path)
         windows = None
-        if Producer.needs_calibration(checked, plan):
+        if needs_calibration(checked, plan):
             windows = token_windows(
                 checked.calibration,
                 tokenizer,
@@ -105,25 +167,20 @@ def quantize(
             "code": _version(),
             "device": where.type,
         }
-    if resume and (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        refuse_other(folder, manifest["identity"], identity)
-        verify_checkpoint(folder, manifest["files"], manifest["tensors"])
-        discard(folder)
-        progress.message(f"{folder} is finished; its files were verified again")
-        if request and not request.answered_by(manifest["evaluation"]):
-            manifest["evaluation"], _ = evaluate_pair(folder, headers, tokenizer, where, length, request)
-            write_json(folder / MANIFEST, manifest)
-        return Result(folder, report_of(folder, manifest), manifest)
-    journal = Journal(folder, identity, resume)
-    try:
-        producer = Producer(checked, plan, source, skeleton_model, windows, where, journal, clock, progress)
-        resumed = producer.run()
-        manifest, report = publish(producer, tokenizer, identity, request=request, resumed=resumed)
-        journal.remove()
-    finally:
-        journal.close()
-    return Result(folder, report, manifest)
+    return Run(
+        recipe=checked,
+        plan=plan,
+        source=source,
+        model=skeleton_model,
+        tokenizer=tokenizer,
+        windows=windows,
+        device=where,
+        output=folder,
+        identity=identity,
+        request=request,
+        clock=clock,
+        progress=progress,
+    )
 
 
 def _recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Recipe]:

@@ -34,12 +34,12 @@ def discover(
     seen = trace(prover.block, prover.hidden, prover.args, prover.kwargs)
     groups: list[ScalingGroup] = []
     refused: list[tuple[str, str]] = []
-    for stage in seen.stages:
-        repeated = [n for n in stage if seen.calls.count(n) > 1]
+    for siblings in seen.siblings:
+        repeated = [n for n in siblings if seen.calls.count(n) > 1]
         if repeated:
-            refused.append((f"? -> {', '.join(stage)}", f"{', '.join(repeated)} runs more than once"))
+            refused.append((f"? -> {', '.join(siblings)}", f"{', '.join(repeated)} runs more than once"))
             continue
-        for group in _candidates(prover.block, seen, stage):
+        for group in _candidates(prover.block, seen, siblings):
             change = prover.change(group)
             if change < PROOF_TOLERANCE:
                 groups.append(group)
@@ -50,21 +50,21 @@ def discover(
     return groups, refused
 
 
-def _candidates(block: nn.Module, seen: Trace, stage: tuple[str, ...]) -> Iterator[ScalingGroup]:
-    """Every pairing that the shapes allow for one stage, the likeliest first."""
-    columns = matrix(block.get_submodule(stage[0])).shape[1]
-    inspect = _common_parent(stage)
-    if stage in seen.norms:
-        producer = seen.norms[stage]
+def _candidates(block: nn.Module, seen: Trace, siblings: tuple[str, ...]) -> Iterator[ScalingGroup]:
+    """Every pairing that the shapes allow for one set of siblings, the likeliest first."""
+    columns = matrix(block.get_submodule(siblings[0])).shape[1]
+    inspect = _common_parent(siblings)
+    if siblings in seen.norms:
+        producer = seen.norms[siblings]
         if block.get_submodule(producer).weight.numel() == columns:
             for form in ("gamma", "one_plus_gamma"):
-                yield ScalingGroup(stage, producer, form, None, None, inspect)
+                yield ScalingGroup(siblings, producer, form, None, None, inspect)
         return
     head_dims = _head_dims(block)
-    for producer in reversed(seen.calls[: seen.calls.index(stage[0])]):
+    for producer in reversed(seen.calls[: seen.calls.index(siblings[0])]):
         if seen.calls.count(producer) == 1:
             for rows, expand in _layouts(matrix(block.get_submodule(producer)).shape[0], columns, head_dims):
-                yield ScalingGroup(stage, producer, "rows", rows, expand, inspect)
+                yield ScalingGroup(siblings, producer, "rows", rows, expand, inspect)
 
 
 def _layouts(

@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 class Trace:
     """What one forward of a block has shown. Names are module names inside the block.
 
-    stages: linears that read the same tensor, in the order of execution. calls: every call of a linear, in
-    order. norms: stage -> the norm whose output it reads. output_of: submodule -> the linear inside it whose
+    siblings: sets of linears that read the same tensor, in the order of execution. calls: every call of a linear, in
+    order. norms: siblings -> the norm whose output they read. output_of: submodule -> the linear inside it whose
     output it returns unchanged (alone, or first in a tuple of None); of two nested ones the inner comes
     first.
     """
 
-    stages: tuple[tuple[str, ...], ...]
+    siblings: tuple[tuple[str, ...], ...]
     calls: tuple[str, ...]
     norms: dict[tuple[str, ...], str]
     output_of: dict[str, str]
@@ -50,7 +50,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
 
     The block is in eval mode, and the call has no KV cache.
     """
-    stages: dict[tuple, list[str]] = {}
+    siblings: dict[tuple, list[str]] = {}
     norms: dict[tuple, str] = {}
     calls: list[str] = []
     made: dict[str, tuple[torch.Tensor, int]] = {}  # linear -> its output and the version it had then
@@ -64,7 +64,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
             x = args[0] if args else next(iter(kwargs.values()))
             alive.append(x)
             if name not in calls:
-                stages.setdefault(_identity(x), []).append(name)
+                siblings.setdefault(_identity(x), []).append(name)
             calls.append(name)
 
         return hook
@@ -106,8 +106,8 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    by_stage = {tuple(names): norms[key] for key, names in stages.items() if key in norms}
-    return Trace(tuple(tuple(names) for names in stages.values()), tuple(calls), by_stage, output_of)
+    norm_of = {tuple(names): norms[key] for key, names in siblings.items() if key in norms}
+    return Trace(tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of)
 
 
 def _identity(x: torch.Tensor) -> tuple:

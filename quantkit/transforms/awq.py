@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit.numerics.grid import grouped, round_to_grid, scale_and_zero
 from quantkit.numerics.range_search import search_grid
 from quantkit.scheme import Grid
+from quantkit.transforms.config import AwqConfig
+from quantkit.transforms.registry import register
 
+if TYPE_CHECKING:
+    from quantkit.calibration.block_run import BlockRun
+    from quantkit.plan import LayerPlan
+    from quantkit.structure.fold import ScalingGroup
+
+INSTEAD = "leave out the awq transform"
 CLIP_STEPS = 10  # ranges 1.00, 0.95, ... 0.55 of the largest weight
 
 
@@ -93,3 +102,142 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)
     return w.clamp(-best[:, :, None], best[:, :, None]).reshape(weight.shape)
+
+
+# on one block ----------------------------------------------------------------------------------------------------
+
+
+@register("awq", windows=lambda config: config.windows)
+@torch.no_grad()
+def apply(run: BlockRun, config: AwqConfig) -> list[dict[str, Any]]:
+    """Scale, then clip, the planned linears of one block. One report per scaling group that was looked at."""
+    report: list[dict[str, Any]] = []
+    for held in run.held.values():
+        held.weight.data = held.weight.data.float()
+    if config.scale:
+        proved, refused = run.scaling_groups(INSTEAD)
+        groups = [g for g in proved if _planned(g, run.plans)]
+        names = {n for g in groups for n in (g.inspect, g.consumers[0])}
+        # one pass serves all groups: a group's own fold is all that changes its consumers' input
+        seen = run.observe(names, config.windows)
+        report += [_scale(run, g, seen, config) for g in groups]
+        del seen
+        report += _left_out(run.trace.siblings, proved, refused, run.plans)
+    rounds_only = all(p.algorithm.name == "rtn" for p in run.plans.values())
+    if config.clip is True or (config.clip == "auto" and rounds_only):
+        _clip(run, config)
+    return report
+
+
+def _scale(run: BlockRun, group: ScalingGroup, seen: dict[str, list], config: AwqConfig) -> dict[str, Any]:
+    """Search the scales of one group and fold them in, if they are better than none."""
+    held = [run.held[n] for n in group.consumers]
+    inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
+    mean_abs = run.gather("mean_abs", inputs)
+    if group.expand is not None:
+        mean_abs = _by_channel(mean_abs, group.expand)
+    loss = _output_error(run, group, seen)
+    run.select(full=True)
+    found = search_scale(
+        mean_abs,
+        group.expand,
+        [m.weight for m in held],
+        [run.plans[n].scheme.weights for n in group.consumers],
+        run.stored[f"{group.consumers[0]}.weight"],
+        loss,
+        config.grid,
+    )
+    report = {
+        "producer": group.producer,
+        "consumers": list(group.consumers),
+        "exponent": found.exponent,
+        "loss": found.loss,
+        "identity_loss": found.identity_loss,
+    }
+    if found.exponent is None:
+        return report
+    return report | {"output_change": run.fold(group, found.scale, INSTEAD)}
+
+
+def _clip(run: BlockRun, config: AwqConfig) -> None:
+    """Clip every planned linear but those whose error is seen through attention logits."""
+    plans = {n: p for n, p in run.plans.items() if not run.feeds_attention_logits(n)}
+    seen = run.observe(plans, config.windows)
+    for name, plan in plans.items():
+        x = torch.cat([args[0].reshape(-1, plan.shape[1]) for args, _, _ in seen[name]])
+        sample = run.gather("sample", [x])
+        module = run.held[name]
+        module.weight.data = clip(
+            module.weight.data, sample, plan.scheme.weights, run.stored[f"{name}.weight"]
+        )
+
+
+def _output_error(
+    run: BlockRun, group: ScalingGroup, seen: dict[str, list]
+) -> Callable[[list[torch.Tensor]], float]:
+    """Mean squared error of the inspected module's output as a function of the consumers' weights.
+
+    A single linear needs no forward: its output error is tr(E H E^T).
+    """
+    held = [run.held[n] for n in group.consumers]
+    if group.inspect == group.consumers[0]:
+        hessian = run.gather("hessian", [args[0] for args, _, _ in seen[group.inspect]])
+
+        def of_linear(weights: list[torch.Tensor]) -> float:
+            off = weights[0] - held[0].weight
+            return float(((off @ hessian) * off).sum())
+
+        return of_linear
+    calls = seen[group.inspect]
+    inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
+
+    def of_module(weights: list[torch.Tensor]) -> float:
+        for module, weight in zip(held, weights, strict=True):
+            module.override = weight
+        total, count = 0.0, 0
+        for args, kwargs, wanted in calls:
+            out = inspected(*args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            total += float((out - wanted).square().sum())
+            count += wanted.numel()
+        for module in held:
+            module.override = None
+        return total / count
+
+    return of_module
+
+
+def _planned(group: ScalingGroup, plans: dict[str, LayerPlan]) -> bool:
+    """Whether all a fold would change is quantized here, or is a norm."""
+    return all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans)
+
+
+def _left_out(
+    sets: tuple[tuple[str, ...], ...],
+    proved: list[ScalingGroup],
+    refused: list[tuple[str, str]],
+    plans: dict[str, LayerPlan],
+) -> list[dict[str, Any]]:
+    """One entry for every set of planned siblings that no group scales, with the reason."""
+    entries = []
+    for siblings in sets:
+        group = next((g for g in proved if set(g.consumers) == set(siblings)), None)
+        if not any(n in plans for n in siblings) or (group and _planned(group, plans)):
+            continue
+        if group:
+            changes = (*siblings, group.producer) if group.form == "rows" else siblings
+            others = [n for n in changes if n not in plans]
+            why = f"{', '.join(others)} would change too and the recipe leaves it as it is"
+        else:
+            tried = [f"{pair}: {why}" for pair, why in refused if pair.endswith(f"-> {', '.join(siblings)}")]
+            why = "; ".join(tried) or "nothing before it can take the inverse scale"
+        entries.append({"producer": None, "consumers": list(siblings), "exponent": None, "left_out": why})
+    return entries
+
+
+def _by_channel(values: torch.Tensor, expand: torch.Tensor) -> torch.Tensor:
+    """Mean of the columns that share a channel: [K] -> [channels]."""
+    expand = expand.to(values.device)
+    channels = int(expand.max()) + 1
+    total = torch.zeros(channels, device=values.device).index_add_(0, expand, values)
+    return total / torch.bincount(expand, minlength=channels)

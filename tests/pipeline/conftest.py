@@ -8,6 +8,7 @@ import tiny_models
 import torch
 
 from quantkit import assets
+from quantkit.pipeline.progress import Silent
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def arguments(inputs):
     return make
 
 
-class Recorder:
+class Recorder(Silent):
     """The progress protocol, remembering its messages."""
 
     def __init__(self):
@@ -60,12 +61,6 @@ class Recorder:
 
     def message(self, text):
         self.messages.append(text)
-
-    def start(self, total_blocks, title): ...
-
-    def block(self, index, name, note=""): ...
-
-    def finish(self): ...
 
 
 @pytest.fixture

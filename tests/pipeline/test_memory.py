@@ -7,7 +7,7 @@ import torch
 
 import quantkit
 from quantkit.calibration.held import HeldLinear
-from quantkit.pipeline.produce import Producer
+from quantkit.pipeline.shard_writer import ShardWriter
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -24,7 +24,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_of_a_block_outlives_it(name, inputs, tmp_path, monkeypatch):
     alive: list[tuple[int, int]] = []
-    commit = Producer._commit
+    commit = ShardWriter.commit
 
     def counted(self, part, result, streams=None):
         done = commit(self, part, result, streams)
@@ -37,7 +37,7 @@ def test_nothing_of_a_block_outlives_it(name, inputs, tmp_path, monkeypatch):
         alive.append((held, packed))
         return done
 
-    monkeypatch.setattr(Producer, "_commit", counted)
+    monkeypatch.setattr(ShardWriter, "commit", counted)
     calibration = {"data": [str(inputs / "text")], "samples": 4, "sequence_length": 32}
     gc.collect()
     gc.disable()

@@ -23,8 +23,8 @@ from quantkit.checkpoint.verify import read_manifest, verify_checkpoint
 from quantkit.cli.main import run
 from quantkit.errors import ModelError, NumericalError, OutputError, VerificationError
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.pipeline import produce
-from quantkit.pipeline.produce import Producer
+from quantkit.pipeline import shard_writer
+from quantkit.pipeline.inputs import Run
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -300,7 +300,7 @@ def test_a_flipped_bit_on_disk_is_found(arguments, finished, tmp_path, monkeypat
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(produce, "write_shard", write_and_flip)
+        patch.setattr(shard_writer, "write_shard", write_and_flip)
         match = layer if leaf == "weight_shape" else f"read back for {layer} is not what was written"
         assert_rejected(arguments, tmp_path / "out", VerificationError, match, name)
     assert not (tmp_path / "out/config.json").exists()
@@ -338,7 +338,7 @@ def test_a_damaged_shard_is_found(arguments, tmp_path, monkeypatch, damage):
             damage(path)
         return written
 
-    monkeypatch.setattr(produce, "write_shard", write_and_damage)
+    monkeypatch.setattr(shard_writer, "write_shard", write_and_damage)
     assert_rejected(arguments, tmp_path / "out", VerificationError, SHARD(2))
 
 
@@ -349,19 +349,19 @@ def test_a_flipped_bit_of_a_copied_tensor_is_found(arguments, tmp_path, monkeypa
             flip(path, tensor_bytes(path, "model.embed_tokens.weight")[0])
         return written
 
-    monkeypatch.setattr(produce, "write_shard", write_and_flip)
+    monkeypatch.setattr(shard_writer, "write_shard", write_and_flip)
     assert_rejected(arguments, tmp_path / "out", VerificationError, SHARD(5))
 
 
 def test_a_lost_source_tensor_is_found(arguments, tmp_path, monkeypatch):
-    partition = Producer._partition
+    parts = Run.parts.func
 
-    def lossy(producer):
-        parts = partition(producer)
-        del parts[1]["model.layers.1.input_layernorm.weight"]
-        return parts
+    def lossy(run):
+        found = parts(run)
+        found[1].pop("model.layers.1.input_layernorm.weight", None)
+        return found
 
-    monkeypatch.setattr(Producer, "_partition", lossy)
+    monkeypatch.setattr(Run, "parts", property(lossy))
     assert_rejected(
         arguments, tmp_path / "out", VerificationError, r"account.*model.layers.1.input_layernorm.weight"
     )

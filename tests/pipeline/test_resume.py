@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import quantkit
 from quantkit.checkpoint.journal import read_lines
+from quantkit.checkpoint.verify import read_manifest
 from quantkit.errors import OutputError
 from quantkit.pipeline.block import BlockResult
 
@@ -166,7 +167,7 @@ def test_killed_before_the_head(server, reference, arguments, computed, tmp_path
 
 
 def test_killed_during_the_evaluation(server, arguments, computed, tmp_path):
-    """All shards are there: nothing is quantized again, and the manifest comes with its evaluation."""
+    """The weights are published: nothing is quantized again, and the same command adds the evaluation."""
     labels = []
     given = arguments("rtn", tmp_path / "whole", evaluate=True)
     with interrupt.watching(lambda *label: labels.append(label)):
@@ -174,7 +175,7 @@ def test_killed_during_the_evaluation(server, arguments, computed, tmp_path):
     wanted = files(tmp_path / "whole")
     given = arguments("rtn", tmp_path / "out", evaluate=True)
     assert server.run(labels.index(("evaluate", "")), given)
-    assert_not_finished(tmp_path / "out")
+    assert read_manifest(tmp_path / "out")["evaluation"] is None
     computed.clear()
     result = quantkit.quantize(**given)
     assert not computed

@@ -22,15 +22,15 @@ def test_trace_knows_whose_output_a_submodule_returns(name, parents):
     assert trace(block, *call).output_of == parents
 
 
-def test_trace_orders_stages_by_execution():
+def test_trace_orders_siblings_by_execution():
     block, call = tiny_models.block_and_call("falcon")
     seen = trace(block, *call)
-    assert seen.stages == (
+    assert seen.siblings == (
         ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
         ("self_attention.dense",),
         ("mlp.dense_4h_to_h",),
     )
-    assert seen.norms == {seen.stages[0]: "input_layernorm"}
+    assert seen.norms == {seen.siblings[0]: "input_layernorm"}
 
 
 class Toy(nn.Module):
@@ -47,7 +47,7 @@ class Toy(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("run", "stages"),
+    ("run", "siblings"),
     [
         (lambda m, x: m.a(x) + m.b(x), [("a", "b")]),
         (lambda m, x: m.a(x) + m.b(x.view(-1, 8)).view(x.shape), [("a", "b")]),  # the same rows
@@ -55,9 +55,9 @@ class Toy(nn.Module):
         (lambda m, x: m.a(x) + m.b(x.mul_(2)), [("a",), ("b",)]),  # the same memory, written in between
     ],
 )
-def test_trace_shares_by_identity(run, stages):
+def test_trace_shares_by_identity(run, siblings):
     torch.manual_seed(0)
-    assert trace(Toy(run), torch.randn(1, 9, 8), (), {}).stages == tuple(stages)
+    assert trace(Toy(run), torch.randn(1, 9, 8), (), {}).siblings == tuple(siblings)
 
 
 def test_trace_does_not_call_a_changed_output_the_linears():

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from quantkit.pipeline import memory
+from quantkit.calibration import memory
 
 HELD = """
 import ctypes, re, runpy

@@ -1,0 +1,292 @@
+"""`BlockRun`: one decoder block with real weights, and everything that works on a block may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.calls import BlockCalls, mappings
+from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.forward import Call, Stop, patched, refusing
+from quantkit.calibration.held import HeldLinear
+from quantkit.calibration.memory import give_back
+from quantkit.calibration.replay import Replay
+from quantkit.calibration.streams import Streams, kept
+from quantkit.errors import NumericalError
+from quantkit.models.families import ATTENTION_LOGIT_NAMES
+from quantkit.numerics.statistics import Statistics
+from quantkit.structure.discover import discover
+from quantkit.structure.fold import ScalingGroup, fold
+from quantkit.structure.trace import trace
+
+if TYPE_CHECKING:
+    from quantkit.plan import LayerPlan
+
+FOLD_TOLERANCE = 2e-3  # change of the block's output after a real fold, relative to its RMS, in fp32
+Groups = tuple[list[ScalingGroup], list[tuple[str, str]]]  # proved ones, and (pairing, why it was refused)
+Observed = dict[str, list[tuple[tuple, dict, torch.Tensor]]]  # module -> (args, kwargs, output) per chunk
+
+
+class BlockRun:
+    """One block, its planned linears held as `HeldLinear`, and the streams at its input.
+
+    index, name: its number and module name ("model.layers.3"). plans: its planned linears; stored: the dtype on disk
+    of every parameter; both by module or parameter name inside the block. trace: which tensor goes where.
+    changed: parameters that a transform has changed and that are not quantized, in stored dtype, for the shard.
+    Statistics and outputs may be asked for as long as the block is loaded; `leave` ends that.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        plans: dict[str, LayerPlan],
+        stored: dict[str, torch.dtype],
+        streams: Streams,
+        calls: BlockCalls,
+        batch: int,
+        device: torch.device,
+        groups: dict[tuple, Groups] | None = None,
+        free: Callable[[], None] | None = None,
+    ) -> None:
+        self.index, self.name, self.module = index, name, module
+        self.plans, self.stored, self.streams = plans, stored, streams
+        self.calls, self.batch, self.device = calls, batch, device
+        self.changed: dict[str, torch.Tensor] = {}
+        self.as_tuple = False
+        self._groups = {} if groups is None else groups
+        self.last = False  # whether nothing runs after this block
+        self._free = free
+        self._full_advanced = False
+        self._alive = True
+        x, call = self.first_call()
+        before = {place: dict(mapping) for place, mapping in mappings(call).items()}
+        with refusing(f"decoder block {index} ({type(module).__name__})"):
+            self.trace = trace(module, x, call.args, call.kwargs)
+        self._hands_on = bool(_written(call, before))
+        widest = max((m.in_features for m in self.held.values()), default=0)
+        self._replay = Replay(module, self.trace, widest, enabled=not self._hands_on)
+
+    @property
+    def held(self) -> dict[str, HeldLinear]:
+        """The planned linears, by module name inside the block."""
+        return {n: m for n, m in self.module.named_modules() if isinstance(m, HeldLinear)}
+
+    def chunks(self) -> list[slice]:
+        """The windows, in pieces that run at once."""
+        count = self.streams.leading.shape[0]
+        return [slice(a, min(a + self.batch, count)) for a in range(0, count, self.batch)]
+
+    def first_call(self) -> tuple[torch.Tensor, Call]:
+        """(hidden states of the first window, the call that goes with them)."""
+        full = self.streams.quantized is None
+        hidden = self.streams.leading[:1].to(self.device)
+        return hidden, self.calls.at(self.chunks()[0], 1, self.streams.shared.get((full, 0)))
+
+    def select(self, full: bool) -> None:
+        """Choose which weights run: the original ones or the quantized ones (where they exist)."""
+        for module in self.held.values():
+            module.active = not full
+
+    @torch.no_grad()
+    def forward(self, chunk: slice, full: bool) -> torch.Tensor:
+        """The block's output for the windows of `chunk`; finished parts are replayed from what was kept."""
+        return self._run(chunk, full)[0]
+
+    def _run(self, chunk: slice, full: bool) -> tuple[torch.Tensor, Call]:
+        """(the block's output for the windows of `chunk`, the call that was made)."""
+        self.select(full)
+        hidden = self.streams.of(full)[chunk].to(self.device)
+        call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)))
+        with patched(self._replay.forwards(chunk, full)):
+            out = self.module(hidden, *call.args, **call.kwargs)
+        self.as_tuple = isinstance(out, tuple)
+        return (out[0] if self.as_tuple else out), call
+
+    @torch.no_grad()
+    def collect(
+        self, sets: list[tuple[str, ...]], needs: dict[tuple[str, ...], frozenset[str]]
+    ) -> dict[tuple[str, ...], Statistics]:
+        """Statistics of the input that each set of siblings shares, in one pass over the chunks.
+
+        The forward stops at the last set's input; the full stream runs on when that was the block's last set, as its
+        weights will not change, and so advances in the same pass.
+        """
+        sets = [s for s in sets if needs[s]]
+        if not sets:
+            return {}
+        gatherers: dict[tuple[str, ...], Gatherer] = {}
+        final = sets[-1] == self.trace.siblings[-1]
+        for chunk in self.chunks():
+            seen: dict[bool, dict] = {}
+            for full in (False, True):
+                if self.streams.has(full, chunk):
+                    seen[full] = {}
+                    self._forward_to(sets, chunk, full, seen[full], stop=not (full and final))
+            for siblings in sets:
+                x = seen[False][siblings] if False in seen else seen[True][siblings]
+                if siblings not in gatherers:
+                    gatherers[siblings] = Gatherer(needs[siblings], x.shape[-1], self.device)
+                gatherers[siblings].update(x, seen.get(True, {}).get(siblings))
+                for full, inputs in seen.items():
+                    if not (full and self._full_advanced):
+                        self._replay.keep(siblings, chunk, full, inputs[siblings])
+        return {siblings: gatherers[siblings].finish() for siblings in sets}
+
+    def _forward_to(
+        self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: dict, stop: bool
+    ) -> None:
+        """Fill `seen` with the input of each set; without `stop`, the stream goes on to the block's output."""
+
+        def grab(siblings: tuple[str, ...]) -> Callable:
+            def hook(module: nn.Module, args: tuple) -> None:
+                seen[siblings] = args[0]
+                if stop and len(seen) == len(sets):
+                    raise Stop
+
+            return hook
+
+        handles = [self.module.get_submodule(s[0]).register_forward_pre_hook(grab(s)) for s in sets]
+        try:
+            self._step(chunk, full)
+            self._full_advanced = self._full_advanced or full
+        except Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _step(self, chunk: slice, full: bool) -> None:
+        """Bring one chunk of one stream to the block's output, and keep what the block hands on beside it."""
+        out, call = self._run(chunk, full)
+        stream = self.streams.of(full)
+        stream[chunk] = out.to(stream.device)
+        if self._hands_on:
+            shared = self.streams.shared.setdefault((full, chunk.start), {})
+            shared |= {place: kept(place, mapping) for place, mapping in mappings(call).items()}
+
+    def finished(self, names: Iterable[str]) -> None:
+        """These linears have their final weights: what they are the last of may be replayed."""
+        self._replay.finished(names)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Bring both streams to the output of this block."""
+        for chunk in self.chunks():
+            if self.streams.has(True, chunk) and not self._full_advanced:
+                self._step(chunk, full=True)
+            if self.streams.quantized is not None:
+                self._step(chunk, full=False)
+        self._replay.clear()
+
+    def leave(self) -> None:
+        """Advance the streams, if anything runs after this block, and let its weights go. A second call does nothing.
+
+        Left early, before the walk goes on, the block makes room for packing what it became.
+        """
+        if not self._alive:
+            return
+        self._alive = False
+        if not self.last:
+            self.advance()
+        if self._free is not None:
+            self._free()
+        del self.module, self._replay
+        give_back()
+
+    @torch.no_grad()
+    def observe(self, names: Iterable[str], windows: int) -> Observed:
+        """(args, kwargs, output) of submodules on the first `windows` windows of the full stream (or the only one).
+
+        One pass for all of them; "" is the block itself. Outputs are copies: a model may add to them in place.
+        """
+        calls: Observed = {name: [] for name in names}
+
+        def note(name: str) -> Callable:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+                calls[name].append((args, kwargs, (out[0] if isinstance(out, tuple) else out).clone()))
+
+            return hook
+
+        handles = [
+            self.module.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
+            for name in calls
+        ]
+        try:
+            for chunk in self.chunks():
+                full = self.streams.full is not None
+                if chunk.start >= windows or not self.streams.has(full, chunk):
+                    break
+                self.forward(chunk, full)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def gather(self, field: str, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """One field of `Statistics` over some inputs [..., K]."""
+        gatherer = Gatherer(frozenset({field}), inputs[0].shape[-1], self.device)
+        for x in inputs:
+            gatherer.update(x)
+        return getattr(gatherer.finish(), field)
+
+    # for transforms ---------------------------------------------------------------------------------------------
+
+    def scaling_groups(self, instead: str) -> Groups:
+        """The proved scaling groups of this block, and the pairings that were refused with the reason.
+
+        Found once for all blocks of one structure. instead: what to do where a block does not run on its own.
+        """
+        shape = tuple((n, tuple(p.shape)) for n, p in self.module.named_parameters())
+        if shape not in self._groups:
+            hidden, call = self.first_call()
+            self.select(full=True)
+            where = f"scaling groups of decoder block {self.index} ({type(self.module).__name__}, in float64)"
+            with refusing(where, instead=instead):
+                self._groups[shape] = discover(self.module, hidden, call.args, call.kwargs)
+        return self._groups[shape]
+
+    @torch.no_grad()
+    def fold(self, group: ScalingGroup, scale: torch.Tensor, instead: str) -> float:
+        """Fold `scale` [channels] into a group for good; the change of the block's output, relative to its RMS.
+
+        What is not quantized and has changed goes into `changed`. NumericalError if the output moved.
+        """
+        chunk = self.chunks()[0]
+        full = self.streams.full is not None
+        before = self.forward(chunk, full)
+        fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
+        moved = float(
+            (self.forward(chunk, full) - before).square().mean().sqrt() / before.square().mean().sqrt()
+        )
+        if not moved < FOLD_TOLERANCE:
+            raise NumericalError(
+                f"folding scales from {group.producer} into {', '.join(group.consumers)} in block {self.index} "
+                f"changed its output by {moved:.2g} of its RMS (limit {FOLD_TOLERANCE:g}); {instead}"
+            )
+        producer = self.module.get_submodule(group.producer)
+        for leaf, parameter in producer.named_parameters(recurse=False):
+            name = f"{group.producer}.{leaf}"
+            if group.form != "rows" or leaf == "bias":
+                self.changed[name] = parameter.data.to(self.stored[name])
+        return moved
+
+    @staticmethod
+    def feeds_attention_logits(name: str) -> bool:
+        """Whether a linear's error is seen through attention logits, where its own output error misleads."""
+        return any(part in name for part in ATTENTION_LOGIT_NAMES)
+
+
+def _written(call: Call, before: dict[str, dict]) -> list[str]:
+    """The places of the dictionaries that a call has changed."""
+    now = mappings(call)
+    return [
+        place
+        for place, mapping in now.items()
+        if mapping.keys() != before[place].keys()
+        or any(mapping[k] is not v for k, v in before[place].items())
+    ]

@@ -1,0 +1,174 @@
+"""How the model calls its decoder blocks: which arguments all windows share, and which depend on the tokens.
+
+Masks and rotary tables depend only on how many windows run at once: they are recorded once for each such number. Some
+models also pass what they computed from the tokens (the per-layer inputs of Gemma 4). These arguments are found by
+comparing the calls for two windows that differ in every token, and they are kept for every chunk of windows: memory of
+the size of these arguments, for all blocks. Dictionaries that blocks write into, for later blocks to read, are given to
+each call as a copy; `Streams.shared` carries their contents.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.forward import Call, embed
+from quantkit.calibration.streams import Shared
+from quantkit.errors import ModelError
+
+Place = tuple[Any, ...]  # the keys and indices that lead to a value inside (args, kwargs)
+
+
+def leaves(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """(place, value) of everything inside nested tuples, lists and dictionaries that is none of these itself."""
+    if isinstance(tree, tuple | list):
+        for number, item in enumerate(tree):
+            yield from leaves(item, (*at, number))
+    elif isinstance(tree, MutableMapping):
+        for key, item in tree.items():
+            yield from leaves(item, (*at, key))
+    else:
+        yield at, tree
+
+
+def rebuilt(tree: Any, change: Callable[[Place, Any], Any], at: Place = ()) -> Any:
+    """A copy of nested containers in which `change(place, value)` has replaced every leaf and every dictionary.
+
+    A dictionary is offered after its items were replaced; tuples and lists are not offered.
+    """
+    if isinstance(tree, tuple | list):
+        items = [rebuilt(item, change, (*at, number)) for number, item in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, MutableMapping):
+        own = copy.copy(tree)
+        for key, item in tree.items():
+            own[key] = rebuilt(item, change, (*at, key))
+        return change(at, own)
+    return change(at, tree)
+
+
+def _tree(call: Call) -> tuple:
+    return (call.args, call.kwargs)
+
+
+def mappings(call: Call) -> dict[str, MutableMapping]:
+    """The dictionaries among the arguments of a call, by the place where they stand."""
+    return {_spelled(at): mapping for at, mapping in _mappings(_tree(call))}
+
+
+def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping]]:
+    if isinstance(tree, tuple | list):
+        for number, item in enumerate(tree):
+            yield from _mappings(item, (*at, number))
+    elif isinstance(tree, MutableMapping):
+        if len(at) > 1:  # (1,) is the keyword arguments themselves
+            yield at, tree
+        for key, item in tree.items():
+            yield from _mappings(item, (*at, key))
+
+
+def _spelled(at: Place) -> str:
+    """(1, "attention_mask", 0) -> "attention_mask.0"; positional arguments after the hidden states count from 1."""
+    first = at[1] if at[0] == 1 else f"argument {at[1] + 1}"
+    return ".".join(map(str, (first, *at[2:])))
+
+
+def differing(one: Call, other: Call) -> tuple[Place, ...]:
+    """Places of the tensors that differ between two calls of one block; ModelError if anything else differs."""
+    first, second = dict(leaves(_tree(one))), dict(leaves(_tree(other)))
+    found = []
+    for at in first.keys() | second.keys():
+        a, b = first.get(at), second.get(at)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            if a.shape != b.shape or not torch.equal(a, b):
+                found.append(at)
+        elif type(a) is not type(b) or (isinstance(a, int | float | str) and a != b):
+            raise ModelError(
+                f"the argument {_spelled(at)} of a decoder block depends on the tokens and is no tensor "
+                f"({a!r} and {b!r}); this architecture is not supported here, quantize it with rtn, without transforms"
+            )
+    return tuple(sorted(found, key=str))
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """The calls of one block.
+
+    by_size: the recorded call for each number of windows. varying: places of the tensors that depend on the tokens.
+    values: those tensors, by the first window of a chunk.
+    """
+
+    by_size: dict[int, Call]
+    varying: tuple[Place, ...] = ()
+    values: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def at(self, chunk: slice, windows: int, shared: Shared | None = None) -> Call:
+        """The call for `windows` windows that begin where `chunk` does: with their own values of what depends on the
+        tokens, and with a copy of every dictionary, filled with what earlier blocks have `shared`.
+        """
+        call = self.by_size[windows]
+        own = dict(zip(self.varying, self.values.get(chunk.start, ()), strict=False))
+        if not own and not self.mutable:
+            return call
+        whole, device = windows == chunk.stop - chunk.start, self.device
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor if whole else tensor[:windows]).to(device)
+
+        def change(at: Place, value: Any) -> Any:
+            if at in own:
+                return part(own[at])
+            if isinstance(value, MutableMapping) and len(at) > 1 and shared:
+                for key, held in shared.get(_spelled(at), {}).items():
+                    tensors = tuple(map(part, held)) if isinstance(held, tuple) else part(held)
+                    value[key] = tensors
+            return value
+
+        return Call(*rebuilt(_tree(call), change))
+
+    @property
+    def mutable(self) -> bool:
+        """Whether a dictionary is among the arguments."""
+        return bool(mappings(next(iter(self.by_size.values()))))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors of the calls are."""
+        tensors = (
+            v for _, v in leaves(_tree(next(iter(self.by_size.values())))) if isinstance(v, torch.Tensor)
+        )
+        return next((t.device for t in tensors), torch.device("cpu"))
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor, batch: int, device: torch.device, hidden: bool
+) -> tuple[list[BlockCalls], torch.Tensor | None]:
+    """(the calls of every block, hidden states before block 0) for token ids [windows, length] in chunks of `batch`.
+
+    What lies before the blocks is loaded. hidden: whether the hidden states are wanted.
+    """
+    per_size = {}
+    for size in {1, batch, len(ids) % batch or batch}:
+        per_size[size] = embed(model, blocks, ids[:size].to(device))[1]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device))[1]
+    varying = [differing(call, twin) for call, twin in zip(per_size[1], other, strict=True)]
+    calls = [
+        BlockCalls({size: each[i] for size, each in per_size.items()}, places)
+        for i, places in enumerate(varying)
+    ]
+    states = []
+    if hidden or any(varying):
+        for number, chunk in enumerate(ids.split(batch)):
+            state, own = embed(model, blocks, chunk.to(device))
+            states.append(state.cpu())
+            for block, call in zip(calls, own, strict=True):
+                found = dict(leaves(_tree(call))) if block.varying else {}
+                block.values[number * batch] = [found[at].cpu() for at in block.varying]
+    return calls, torch.cat(states) if hidden else None

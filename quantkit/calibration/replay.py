@@ -1,0 +1,85 @@
+"""The memory of a block's finished parts: an attention or MLP whose weights are final need not run again.
+
+Only the input of its last linear is kept. That linear runs once more, with its final weight; its output takes the place
+of the input and serves every later pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from quantkit.structure.trace import Trace
+
+# Bytes of inputs kept: at least KEPT_BYTES, and what the matrices of the widest linear (H, its factor, the drift) leave
+# of SPARE_BYTES.
+KEPT_BYTES, SPARE_BYTES = 128 << 20, 480 << 20
+
+
+class Replay:
+    """Inputs and outputs kept for one block, by stream and chunk.
+
+    widest: in_features of the block's widest planned linear. enabled: False for a block that also hands on something
+    from inside (shared keys and values), which a replayed part would not compute.
+    """
+
+    def __init__(self, block: nn.Module, trace: Trace, widest: int, enabled: bool = True) -> None:
+        self.block, self.enabled = block, enabled
+        self.budget = max(KEPT_BYTES, SPARE_BYTES - 3 * 4 * widest**2)
+        self._inputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
+        self._outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
+        self._last = {linear: name for name, linear in trace.output_of.items()}  # last linear -> its module
+        self._arity: dict[str, int] = {}
+        self._done: set[str] = set()
+        for name in trace.output_of:
+            block.get_submodule(name).register_forward_hook(self._note_arity(name))
+
+    def _note_arity(self, name: str) -> Callable:
+        arity = self._arity  # and not self: the hook stays with the module, which self holds
+
+        def hook(module: nn.Module, args: object, out: object) -> None:
+            arity.setdefault(name, len(out) if isinstance(out, tuple) else 0)
+
+        return hook
+
+    def finished(self, names: Iterable[str]) -> None:
+        """These linears have their final weights: their parents may be replayed."""
+        self._done.update(names)
+
+    def keep(self, siblings: tuple[str, ...], chunk: slice, full: bool, x: torch.Tensor) -> None:
+        """Keep the input of a linear whose output is its parent's, while the budget lasts."""
+        linear = siblings[0]
+        if not self.enabled or len(siblings) != 1 or linear not in self._last:
+            return
+        stores = (*self._inputs.values(), *self._outputs.values())
+        used = sum(t.nbytes for store in stores for t in store.values())
+        if used + x.nbytes <= self.budget:
+            self._inputs.setdefault((full, linear), {})[chunk.start] = x
+
+    def forwards(self, chunk: slice, full: bool) -> list[tuple[nn.Module, Callable]]:
+        """(module, forward) of every finished part that need not run for this chunk and stream."""
+        found = []
+        for linear, name in self._last.items():
+            at = (full, linear)
+            inputs, outputs = self._inputs.get(at, {}), self._outputs.setdefault(at, {})
+            if linear not in self._done or name not in self._arity:
+                continue
+            if chunk.start not in outputs:
+                if chunk.start not in inputs:
+                    continue
+                outputs[chunk.start] = self.block.get_submodule(linear)(inputs.pop(chunk.start))
+
+            def replay(*args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw: object):
+                arity = self._arity[to]
+                out = out.clone()  # a model may add to it in place
+                return (out, *([None] * (arity - 1))) if arity else out
+
+            found.append((self.block.get_submodule(name), replay))
+        return found
+
+    def clear(self) -> None:
+        """Let go of everything that was kept."""
+        self._inputs.clear()
+        self._outputs.clear()

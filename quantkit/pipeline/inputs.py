@@ -1,0 +1,94 @@
+"""`Run`: everything one quantization is made of, as one frozen value that the steps pass on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.algorithms.catalog import algorithm
+from quantkit.calibration.text import Windows
+from quantkit.calibration.walk import Wanted
+from quantkit.models.source import Source
+from quantkit.models.tensors import TensorInfo
+from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.evaluation import EvaluationRequest
+from quantkit.pipeline.progress import Progress
+from quantkit.plan import LayerPlan, Plan
+from quantkit.recipe import Recipe
+from quantkit.transforms.catalog import transform
+
+
+@dataclass(frozen=True)
+class Run:
+    """The inputs of one run and where it reports to.
+
+    model: the skeleton on meta, checked against the checkpoint. windows: None if no layer needs text. identity: what
+    decides the result; two runs with equal ones write equal files. request: the closing evaluation, if any.
+    clock, progress: where time goes, and who is told.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    source: Source
+    model: torch.nn.Module
+    tokenizer: Any
+    windows: Windows | None
+    device: torch.device
+    output: Path
+    identity: dict[str, Any]
+    request: EvaluationRequest | None
+    clock: Clock
+    progress: Progress
+
+    @cached_property
+    def parts(self) -> list[dict[str, TensorInfo]]:
+        """The source tensors of every shard, by module tensor name: the blocks in order, then the rest."""
+        prefix = f"{self.plan.blocks_prefix}."
+        parts: list[dict[str, TensorInfo]] = [{} for _ in range(self.plan.n_blocks + 1)]
+        headers = self.source.headers
+        for disk, name in headers.module_names.items():
+            if disk not in headers.dropped:
+                number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
+                parts[int(number) if number.isdigit() else -1][name] = headers.tensors[disk]
+        return parts
+
+    def plans(self, part: int) -> list[LayerPlan]:
+        """The planned linears of one shard: a block's, or those outside the blocks."""
+        block = part if part < self.plan.n_blocks else None
+        return [layer for layer in self.plan.layers if layer.block == block]
+
+    def needs_streams(self, done: int) -> bool:
+        """Whether hidden states are needed to go on after `done` shards."""
+        total = self.plan.n_blocks
+        return self.windows is not None and done <= total and (done < total or bool(self.plans(total)))
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which hidden states the walk has to carry.
+
+        full: what transforms look at, what re-targeting aims at (half the windows, see docs/LOG.md), and what
+        data-aware rounding weighs by. quantized: what GPTQ compensates for.
+        """
+        every = len(self.windows.ids) if self.windows else 0
+        fields = frozenset().union(*(needs(layer) for layer in self.plan.layers))
+        quantized = "hessian" in fields
+        full = max((transform(t.name).windows(t) for t in self.recipe.transforms), default=0)
+        if "drift" in fields:
+            full = max(full, -(-every // 2))
+        if fields and not quantized:
+            full = every
+        return Wanted(full, quantized, behind_last=bool(self.plans(self.plan.n_blocks)))
+
+
+def needs(layer: LayerPlan) -> frozenset[str]:
+    """The statistics that a layer's algorithm asks for; none for a data-free one."""
+    return algorithm(layer.algorithm.name).needs(layer.algorithm)
+
+
+def needs_calibration(recipe: Recipe, plan: Plan) -> bool:
+    """Whether any layer needs text to be quantized."""
+    return bool(recipe.transforms) or any(needs(layer) for layer in plan.layers)

@@ -1,0 +1,103 @@
+"""`ShardWriter`: what a block became goes into a shard, is verified there, and only then into the journal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import load_file
+
+from quantkit.calibration.streams import Streams
+from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.shards import Written, write_shard
+from quantkit.checkpoint.verify import digest_file, verify_shard
+from quantkit.errors import ModelError
+from quantkit.formats.registry import codec
+from quantkit.models.tensors import TensorInfo
+from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.inputs import Run
+
+
+class ShardWriter:
+    """Writes the weight shards of one run, one per decoder block and one for everything outside the blocks."""
+
+    def __init__(self, run: Run, journal: Journal) -> None:
+        self.run, self.journal = run, journal
+        self.codec = codec(run.recipe.output.format)
+
+    def finished(self) -> int:
+        """How many shards of an earlier run are still what the journal says, if the run can go on after them."""
+        run, journal = self.run, self.journal
+        for count, entry in enumerate(journal.entries):
+            path = run.output / entry["written"]["file"]
+            if not path.is_file() or digest_file(path) != entry["written"]["sha256"]:
+                journal.forget_after(count)
+                break
+        done = len(journal.entries)
+        if done and run.needs_streams(done):
+            kept = journal.streams(done)
+            if not kept.is_file() or digest_file(kept) != journal.entries[-1].get("streams"):
+                run.progress.message(
+                    "the hidden states of the interrupted run are gone; starting from block 0"
+                )
+                journal.forget_after(0)
+                return 0
+        return done
+
+    def streams(self, done: int) -> Streams | None:
+        """The hidden states that an earlier run has kept after `done` shards; None at the beginning."""
+        if not done:
+            return None
+        # clones: mapped pages count as resident and are not aligned, which may change a matmul's last bit
+        return Streams.from_tensors({k: t.clone() for k, t in load_file(self.journal.streams(done)).items()})
+
+    def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
+        """Pack and write one shard, verify it, keep the hidden states for the next block, then journal.
+
+        streams: the hidden states behind this block, None if nothing was calibrated.
+        """
+        run, total = self.run, self.run.plan.n_blocks
+        with run.clock("write"):
+            tensors, account = self._packed(part, result)
+            path = run.output / f"model-{part + 1:05d}-of-{total + 1:05d}.safetensors"
+            written = write_shard(path, tensors)
+            del tensors
+        with run.clock("verify"):
+            verify_shard(path, result.weights, self.codec)
+        kept: Written | None = None
+        if streams is not None and run.needs_streams(part + 1):
+            with run.clock("write"):
+                kept = write_shard(self.journal.streams(part + 1), streams.to_tensors())
+        self.journal.append(
+            {
+                "part": part,
+                "written": asdict(written),
+                "account": account,
+                "layers": result.layers,
+                "scaling": result.scaling,
+                "streams": kept.sha256 if kept else None,
+            }
+        )
+        self.journal.drop_streams(part + 1 if kept else None)
+
+    def _packed(
+        self, part: int, result: BlockResult
+    ) -> tuple[dict[str, torch.Tensor | TensorInfo], dict[str, dict]]:
+        """(the tensors of a shard, what became of every source tensor in it)."""
+        tensors: dict[str, torch.Tensor | TensorInfo] = {}
+        account: dict[str, dict] = {}
+        sources = self.run.parts[part]
+        for name, info in sources.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "weight" and layer in result.weights:
+                packed = {f"{layer}.{k}": t for k, t in self.codec.pack(result.weights[layer]).items()}
+                tensors |= packed
+                account[info.name] = {"how": "quantized", "became": sorted(packed)}
+            else:
+                tensors[name] = result.changed.get(name, info)
+                how = "rescaled" if name in result.changed else "copied"
+                account[info.name] = {"how": how, "became": [name]}
+        lost = {f"{n}.weight" for n in result.weights} - sources.keys()
+        if lost:
+            raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")
+        return tensors, account
