@@ -6,7 +6,6 @@ Only one batch of logits per model is held, and those are read a few tokens at a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,10 @@ from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, device_of, inference
 from quantkit_eval.perplexity import fit, ratio, token_nll
+from quantkit_eval.protocols import CausalLM, Tokenizer
 from quantkit_eval.report import Report
-from quantkit_eval.text import load_text, source_name
-from quantkit_eval.windows import Window, context_of, cut, first_token, tokenize
+from quantkit_eval.text import Text, source_name
+from quantkit_eval.windows import Window, context_of, cut, first_token, first_tokens
 
 LEAST_WINDOWS = 16  # before the spread of the KL over windows is trusted to end an evaluation
 _BATCH_TOKENS = 4096
@@ -39,17 +39,17 @@ class _Sums:
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     text: str | Path | Iterable[str | Path],
-    baseline: Any = None,
+    baseline: CausalLM | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     kl_windows: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    baseline_tokenizer: Any = None,
+    baseline_tokenizer: Tokenizer | None = None,
     kl_error: float | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
@@ -65,16 +65,18 @@ def evaluate(
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, and logits that are not
     finite.
     """
-    for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size)):
+    for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise EvalError(f"{name} must be at least 1, got {value}")
     if kl_error is not None and not kl_error > 0:
         raise EvalError(f"kl_error must be above 0, got {kl_error}")
-    sources = [text] if isinstance(text, str | Path) else list(text)
+    read = Text(text)
     models = [model] if baseline is None else [model, baseline]
     context = context_of(models, context)
-    whole = load_text(sources)
-    ids, bos = _tokens(whole, tokenizer, baseline_tokenizer)
+    ids, bos = _tokens(read, tokenizer, baseline_tokenizer, max_tokens)
+    digest = (
+        read.sha256()
+    )  # also reads to the end, so that a text that is damaged there is told before the work
     for each in models:
         check_vocabulary(each, ids)
     windows = cut(ids, context, stride, bos, max_tokens)
@@ -87,18 +89,20 @@ def evaluate(
         windows=len(windows),
         context=context,
         stride=stride or context,
-        text=[source_name(source) for source in sources],
-        text_sha256=hashlib.sha256(whole.encode()).hexdigest(),
+        text=[source_name(source) for source in read.sources],
+        text_sha256=digest,
         max_tokens=max_tokens,
         stopped_early=len(windows) < planned,
         **_figures(sums, windows),
     )
 
 
-def _tokens(text: str, tokenizer: Any, other: Any) -> tuple[list[int], int | None]:
-    """Ids of the text and the BOS to put before each window, if any. other: a tokenizer that must agree, or None."""
-    ids, bos = tokenize(tokenizer, text), first_token(tokenizer)
-    if other is not None and (tokenize(other, text) != ids or first_token(other) != bos):
+def _tokens(
+    text: Text, tokenizer: Tokenizer, other: Tokenizer | None, most: int | None
+) -> tuple[list[int], int | None]:
+    """The first `most` ids of the text, and the BOS to put before each window, if any. other: must agree, or None."""
+    ids, bos = first_tokens(tokenizer, text, most), first_token(tokenizer)
+    if other is not None and (first_tokens(other, text, most) != ids or first_token(other) != bos):
         raise EvalError(
             "model and baseline tokenize the text differently; their losses are of different tokens"
         )

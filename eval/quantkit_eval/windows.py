@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from quantkit_eval.errors import EvalError
 from quantkit_eval.model import longest_context
+from quantkit_eval.protocols import CausalLM, Tokenizer
+from quantkit_eval.text import Text
 
 DEFAULT_CONTEXT = 2048
+WHOLE = 1 << 20  # characters: a text that is not longer is tokenized whole
+CHARACTERS = 8  # read per token wanted, to begin with
+CHECKED = 1 << 14  # characters, how far what follows is tried out
 
 
 @dataclass(frozen=True)
@@ -21,19 +26,51 @@ class Window:
     scored: int
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of the whole text in one call (pieces would change tokens at their ends), none added."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def first_token(tokenizer: Any) -> int | None:
+def first_tokens(tokenizer: Tokenizer, text: Text, most: int | None) -> list[int]:
+    """The first `most` token ids of a text (None: all), as `tokenize` gives them for the whole of it.
+
+    Of a long text only a beginning is read: until the tokens wanted are the same whether it ends after them or
+    CHECKED characters later. Both ends are behind a line break (else a space), where tokenizers cut anyway. Only in a
+    text without spaces could what follows even later still change them.
+    """
+    if most is None:
+        return tokenize(tokenizer, text.whole())
+    size = max(WHOLE, CHARACTERS * most)
+    while True:
+        beginning, everything = text.start(size)
+        if everything:
+            return tokenize(tokenizer, beginning)[:most]
+        end = _cut(beginning, len(beginning))
+        longer = tokenize(tokenizer, beginning[:end])[:most]
+        shorter = tokenize(tokenizer, beginning[: _cut(beginning, end - CHECKED)])[:most]
+        if len(shorter) == most and shorter == longer:
+            return longer
+        size *= 2
+
+
+def _cut(text: str, before: int) -> int:
+    """Where to end the text at or before a position: behind a line break, else behind a space, else right there."""
+    before = max(0, before)
+    for mark in "\n ":
+        found = text.rfind(mark, max(0, before - CHECKED), before)
+        if found >= 0:
+            return found + 1
+    return before
+
+
+def first_token(tokenizer: Tokenizer) -> int | None:
     """The id the tokenizer puts in front by itself (BOS), or None."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and ids[:1] == [bos] else None
 
 
-def context_of(models: list[Any], wanted: int | None) -> int:
+def context_of(models: Sequence[CausalLM], wanted: int | None) -> int:
     """The window length: `wanted`, or min(2048, what the models were made for)."""
     known = [most for most in map(longest_context, models) if most]
     if wanted is None:
