@@ -10,7 +10,8 @@ The words are those of compressed-tensors: bits is its num_bits, kind its type, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["int", "float", "table"]
@@ -19,24 +20,54 @@ Granularity = Literal["tensor", "channel", "group", "token", "block", "head"]
 
 @dataclass(frozen=True)
 class Number:
-    """How one value is coded. `numerics/number.py` encodes and decodes.
+    """How one value is coded; `numerics/number.py` rounds to it. A new format is an entry of NUMBERS.
 
     name: "int4", "fp8_e4m3", ... bits: of one code. kind: "int" are equal steps around a zero point, "float" a sign,
     an exponent and a mantissa, "table" a list of values. zero: the code that stands for 0 if no zero point is stored.
+    values: what each code stands for (not of integers); NaN or infinity: a code that is never written.
     """
 
     name: str
     bits: int
     kind: Kind
     zero: int = 0
+    values: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
+
+def _floating(name: str, exponent: int, mantissa: int, finite: int, beyond: float = math.nan) -> Number:
+    """A float with a sign bit and that many bits of exponent and mantissa, subnormals included.
+
+    finite: how many non-negative codes are finite. beyond: what the first code after them stands for; the rest is NaN.
+    """
+    bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
+    positive = []
+    for code in range(2 ** (exponent + mantissa)):
+        power, fraction = divmod(code, steps)
+        value = (fraction + steps * (power > 0)) * 2.0 ** (max(power, 1) - bias - mantissa)
+        positive.append(value if code < finite else beyond if code == finite else math.nan)
+    return Number(name, 1 + exponent + mantissa, "float", 0, (*positive, *(-value for value in positive)))
+
+
+# QLoRA (Dettmers et al. 2023), appendix E: quantiles of the normal distribution, with an exact zero.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+)
 
 NUMBERS: dict[str, Number] = {
     **{f"int{bits}": Number(f"int{bits}", bits, "int", 2 ** (bits - 1)) for bits in range(2, 9)},
-    "fp8_e4m3": Number("fp8_e4m3", 8, "float"),
-    "fp8_e5m2": Number("fp8_e5m2", 8, "float"),
-    "fp4_e2m1": Number("fp4_e2m1", 4, "float"),
-    "nf4": Number("nf4", 4, "table", 7),
+    "fp8_e4m3": _floating("fp8_e4m3", 4, 3, finite=127),
+    "fp8_e5m2": _floating("fp8_e5m2", 5, 2, finite=124, beyond=math.inf),
+    "fp4_e2m1": _floating("fp4_e2m1", 2, 1, finite=8),
+    "nf4": Number("nf4", 4, "table", 7, _NF4),
 }
 
 

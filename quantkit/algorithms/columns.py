@@ -1,7 +1,7 @@
 """GPTQ's loops over the columns of a weight: one pass that spreads each error, and sweeps that go over all again.
 
 Matrices are transposed, [K, N]: a column of W is then a contiguous row. All of a matrix is in one order of columns.
-Inside the loops a code is its level q - zero, between -zero and qmax - zero, so that w_hat = level * scale.
+Inside the loops a weight is its level, its value in units of the scale, so that w_hat = level * scale.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.numerics.grid import scale_and_zero
-from quantkit.scheme import Grid
+from quantkit.numerics.number import bounds, nearest
+from quantkit.scheme import Grid, Number
 
 
 @dataclass
@@ -22,9 +23,9 @@ class ColumnGrid:
     zero: torch.Tensor
     group_of: list[int]
 
-    def values(self, q: torch.Tensor) -> torch.Tensor:
-        """w_hat [K, N] of codes."""
-        return (q - self.zero[self.group_of]).mul_(self.scale[self.group_of])
+    def values(self, levels: torch.Tensor) -> torch.Tensor:
+        """w_hat [K, N] of levels."""
+        return levels * self.scale[self.group_of]
 
 
 def solve(
@@ -37,12 +38,12 @@ def solve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The column loop. weight: [K, N] in quantization order, overwritten. factor: of `inverse_factor`, same order.
 
-    Returns codes (float, [K, N]) and the scaled errors Err [K, N], for which
+    Returns levels [K, N] and the scaled errors Err [K, N], for which
     tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
     dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
     """
     k = weight.shape[0]
-    group = grid.group(k)
+    group, round_ = grid.group(k), nearest(grid.number)
     if dynamic is not None:
         block = group  # a group then never straddles a pending update
     out = torch.empty_like(weight)
@@ -52,17 +53,16 @@ def solve(
         if dynamic is not None:
             lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
             grids.scale[start // group], grids.zero[start // group] = scale_and_zero(lo, hi, grid, dynamic)
-        low, high = -grids.zero, grid.qmax - grids.zero
+        low, high = bounds(grids.zero, grid.number)
         back = slice(k - end, k - start)
         u = factor[back, back].flip(0, 1)
         pivots = u.diagonal().tolist()
         for i in range(start, end):
             j, g = i - start, grids.group_of[i]
             w, scale = weight[i], grids.scale[g]
-            level = torch.div(w, scale, out=out[i]).round_().clamp_(low[g], high[g])
+            level = round_(torch.div(w, scale, out=out[i]), low[g], high[g])
             error = torch.addcmul(w, level, scale, value=-1, out=errors[i]).div_(pivots[j])
             weight[i + 1 : end].addr_(u[j, j + 1 :], error, alpha=-1)
-        out[start:end] += grids.zero[grids.group_of[start:end]]
         if end < k:
             weight[end:].addmm_(factor[back, : k - end].flip(0, 1).T, errors[start:end], alpha=-1)
     return out, errors
@@ -71,21 +71,21 @@ def solve(
 def sweep(
     target: torch.Tensor,
     hessian: torch.Tensor,
-    q: torch.Tensor,
+    levels: torch.Tensor,
     grids: ColumnGrid,
     grid: Grid,
     rounds: int,
     block: int = 32,
     panel: int = 256,
 ) -> tuple[int, float]:
-    """Coordinate descent on tr(E H E^T), E = target - W_hat, over the codes `q` [K, N], changed in place.
+    """Coordinate descent on tr(E H E^T), E = target - W_hat, over the `levels` [K, N], changed in place.
 
     With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
     raise the objective. G is taken anew for every panel of columns and kept up to date inside it. Returns the number of
     codes changed and by how much the objective did (<= 0 but for rounding).
     """
-    k = q.shape[0]
-    value = grids.values(q)
+    k = levels.shape[0]
+    value = grids.values(levels)
     error = target - value
     changed, gained = 0, 0.0
     for _ in range(rounds):
@@ -97,7 +97,7 @@ def sweep(
             for start in range(first, last, block):
                 end = min(start + block, last)
                 inside = gradient[start - first : end - first].clone()
-                _descend(value[start:end], inside, hessian[start:end, start:end], start, grids, grid.qmax)
+                _descend(value[start:end], inside, hessian[start:end, start:end], start, grids, grid.number)
                 now = target[start:end] - value[start:end]
                 gradient.addmm_(hessian[first:last, start:end], now - error[start:end])
                 error[start:end] = now
@@ -107,20 +107,27 @@ def sweep(
         changed += moved
         if not moved:
             break
-    q.copy_(value.div_(grids.scale[grids.group_of]).round_().add_(grids.zero[grids.group_of]))
+    low, high = bounds(grids.zero[grids.group_of], grid.number)
+    levels.copy_(nearest(grid.number)(value.div_(grids.scale[grids.group_of]), low, high))
     return changed, gained
 
 
 def _descend(
-    value: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor, at: int, grids: ColumnGrid, qmax: int
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    at: int,
+    grids: ColumnGrid,
+    number: Number,
 ) -> None:
     """One step for every column of a block, in order. value, gradient [B, N]: changed; `at`: its first column."""
-    low, high = -grids.zero, qmax - grids.zero
+    low, high = bounds(grids.zero, number)
+    round_ = nearest(number)
     for j, pivot in enumerate(hessian.diagonal().tolist()):
         g = grids.group_of[at + j]
         scale, old = grids.scale[g], value[j]
         new = torch.add(old, gradient[j], alpha=1 / pivot).div_(scale)
-        new.round_().clamp_(low[g], high[g]).mul_(scale)
+        round_(new, low[g], high[g]).mul_(scale)
         gradient[j + 1 :].addr_(hessian[j, j + 1 :], old.sub_(new))
         old.copy_(new)
 

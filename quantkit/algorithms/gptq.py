@@ -20,6 +20,7 @@ from quantkit.algorithms.columns import ColumnGrid, quadratic, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
+from quantkit.numerics.number import encode
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
@@ -199,16 +200,17 @@ class _Problem:
         groups = (self.order // grid.group(len(h))).tolist()
         grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups)
         dynamic = self.dtype if config.groups == "dynamic" else None
-        q, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
+        levels, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
         error, changed = float(errors.square_().sum()), 0
         del errors
         if config.refine:
-            changed, gained = sweep(target, h, q, grids, grid, config.refine)
+            changed, gained = sweep(target, h, levels, grids, grid, config.refine)
             error = max(0.0, error + gained)
-        codes_out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        codes_out[:, self.order] = q.T.to(torch.uint8)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        zero = None if grid.symmetric else grids.zero[groups]
+        codes[:, self.order] = encode(levels, grid.number, zero).T
         return _Rows(
-            codes_out,
+            codes,
             grids.scale.T.contiguous().to(self.dtype),
             grids.zero.T.contiguous().to(torch.uint8),
             error,

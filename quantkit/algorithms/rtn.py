@@ -6,7 +6,8 @@ import torch
 
 from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.registry import Outcome, register
-from quantkit.numerics.grid import codes, grouped
+from quantkit.numerics.grid import grouped
+from quantkit.numerics.number import encode
 from quantkit.numerics.range_search import refit_scale, search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight, row_chunks
@@ -20,7 +21,7 @@ def on_grid(
     out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(*weight.shape):
         w = grouped(weight[rows], grid.group(weight.shape[1]))
-        q = codes(w, scale[rows, :, None], zero[rows, :, None], grid.qmax)
+        q = encode(w / scale[rows, :, None], grid.number, zero[rows, :, None])
         out[rows] = q.view(-1, weight.shape[1])
     return QuantizedWeight(
         codes=out,

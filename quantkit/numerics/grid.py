@@ -1,7 +1,8 @@
-"""Integer grids: from a range to (scale, zero), from a value to a code.
+"""Grids of weights: from the range of a group to its scale and zero point, and from weights to the nearest values.
 
-Symmetric ("7.5" convention of GPTQ and compressed-tensors): s = 2 max|w| / (2^b - 1), z = 2^(b-1).
-Asymmetric, zero included: s = (max(hi, 0) - min(lo, 0)) / (2^b - 1), z = round(-lo / s).
+Symmetric integers ("7.5" convention of GPTQ and compressed-tensors): s = 2 max|w| / (2^b - 1), z = 2^(b-1).
+Asymmetric integers, zero included: s = (max(hi, 0) - min(lo, 0)) / (2^b - 1), z = round(-lo / s).
+Floats and tables: s = max|w| / the format's largest value.
 The scale is rounded to its stored dtype *before* any code is computed from it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.numerics.number import bounds, largest, nearest
 from quantkit.scheme import Grid
 
 
@@ -19,26 +21,29 @@ def scale_and_zero(
 
     An empty range (lo = hi = 0) gets scale 1, so that zero is represented exactly.
     """
-    if grid.symmetric:
+    steps: float = grid.qmax
+    if grid.number.kind != "int":
+        span, steps = torch.maximum(lo.abs(), hi.abs()), largest(grid.number)
+    elif grid.symmetric:
         span = torch.maximum(lo.abs(), hi.abs()) * 2
     else:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         span = hi - lo
-    scale = torch.where(span > 0, span / grid.qmax, torch.ones_like(span))
+    scale = torch.where(span > 0, span / steps, torch.ones_like(span))
     scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(lo.dtype)
     if grid.symmetric:
         return scale, torch.full_like(scale, grid.midpoint)
     return scale, (-lo / scale).round_().clamp_(0, grid.qmax)
 
 
-def codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int) -> torch.Tensor:
-    """clamp(round(w / s) + z, 0, qmax) as a float; ties to even."""
-    return (w / scale).round_().add_(zero).clamp_(0, qmax)
+def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The value on the grid nearest to `w`; scale and zero broadcast to it."""
+    return levels(w, scale, zero, grid).mul_(scale)
 
 
-def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int) -> torch.Tensor:
-    """The value on the grid nearest to `w`: (code - z) * s."""
-    return codes(w, scale, zero, qmax).sub_(zero).mul_(scale)
+def levels(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """`round_to_grid` in units of the scale."""
+    return nearest(grid.number)(w / scale, *bounds(zero, grid.number))
 
 
 def grouped(w: torch.Tensor, group: int) -> torch.Tensor:

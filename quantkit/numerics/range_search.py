@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.numerics.grid import codes, grouped, round_to_grid, scale_and_zero
+from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero
+from quantkit.numerics.number import bounds, nearest
 from quantkit.scheme import Grid
 
 STRIDE = 0.02
@@ -48,11 +49,11 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lo, hi = w.amin(2), w.amax(2)  # (n, K/G)
     best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype)
-    least = _error(w, best_scale, best_zero, grid.qmax, column)
+    least = _error(w, best_scale, best_zero, grid, column)
     for step in range(1, STEPS.get(grid.bits, STEPS_WIDE)):
         shrink = 1 - step * STRIDE
         scale, zero = scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
-        error = _error(w, scale, zero, grid.qmax, column)
+        error = _error(w, scale, zero, grid, column)
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -61,15 +62,15 @@ def _search(
 
 
 def _error(
-    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmax: int, column: torch.Tensor | None
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, column: torch.Tensor | None
 ) -> torch.Tensor:
     """Error of every group (n, K/G): |.|^2.5, or squared and weighted by `column` (1, K/G, G) if that is given.
 
-    In units of the step, off = clamp(round(w/s), -z, qmax - z) - w/s: half the passes of dequantizing. GPTQ's power
+    In units of the step, off = level - w/s: half the passes of dequantizing. GPTQ's power
     2.4 is as good and needs `pow`, 2 clips too deep (docs/LOG.md).
     """
     steps = w / scale[:, :, None]
-    off = steps.round().clamp_(-zero[:, :, None], qmax - zero[:, :, None]).sub_(steps)
+    off = nearest(grid.number)(steps.clone(), *bounds(zero[:, :, None], grid.number)).sub_(steps)
     if column is not None:
         return torch.linalg.vecdot(off, off * column) * scale.square()
     return torch.linalg.vecdot(off.square(), off.abs_().sqrt_()) * scale.pow(2.5)
@@ -94,12 +95,12 @@ def refit_scale(
     v = torch.ones(1) if importance is None else importance.to(w.dtype).view(1, -1, group)
 
     def error(s: torch.Tensor) -> torch.Tensor:
-        off = round_to_grid(w, s[:, :, None], zero[:, :, None], grid.qmax) - w
+        off = round_to_grid(w, s[:, :, None], zero[:, :, None], grid) - w
         return (off.square_() * v).sum(2)
 
     least = error(scale)
     for _ in range(rounds):
-        q = codes(w, scale[:, :, None], zero[:, :, None], grid.qmax) - zero[:, :, None]
+        q = levels(w, scale[:, :, None], zero[:, :, None], grid)
         norm = (v * q * q).sum(2)
         fitted = torch.where(norm > 0, (v * w * q).sum(2) / norm.clamp(min=1e-30), scale)
         fitted = torch.where(fitted > torch.finfo(dtype).tiny, fitted.to(dtype).to(w.dtype), scale)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.numerics.number import decode
 from quantkit.scheme import Grid
 
 _CHUNK = 1 << 20  # elements
@@ -19,11 +20,12 @@ def row_chunks(n: int, k: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integer codes of one linear weight [N, K] with K/G groups per row.
+    """The codes of one linear weight [N, K] with K/G groups per row.
 
     codes: uint8 [N, K], 0..2^bits-1.
     scale: stored dtype (the checkpoint's float dtype) [N, K/G]; the codes were computed from this rounded scale.
-    zero:  uint8 [N, K/G] for asymmetric schemes, None for symmetric ones (zero = 2^(bits-1)).
+    zero:  uint8 [N, K/G] for asymmetric integers, None for the others (the zero point is `grid.midpoint`).
+    grid:  the number format and the grouping.
     """
 
     codes: torch.Tensor
@@ -50,11 +52,10 @@ class QuantizedWeight:
         return error / norm if norm else 0.0
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(q - z) * s as [N, K]; computed in fp32 (fp64 if asked), then cast."""
+        """level * s as [N, K]; computed in fp32 (fp64 if asked), then cast."""
         n, k = self.codes.shape
         work = torch.float64 if dtype == torch.float64 else torch.float32
         groups = self.scale.shape[1]
-        q = self.codes.view(n, groups, k // groups).to(work)  # (N, K/G, G)
-        q -= self.grid.midpoint if self.zero is None else self.zero.to(work)[:, :, None]
-        q *= self.scale.to(work)[:, :, None]
-        return q.view(n, k).to(dtype)
+        zero = None if self.zero is None else self.zero.to(work)[:, :, None]
+        level = decode(self.codes.view(n, groups, k // groups), self.grid.number, zero, work)  # (N, K/G, G)
+        return level.mul_(self.scale.to(work)[:, :, None]).view(n, k).to(dtype)

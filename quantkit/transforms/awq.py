@@ -48,7 +48,7 @@ def rounded(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tenso
     """`weight` [N, K] on the plain min-max grid of `grid`."""
     scale, zero = search_grid(weight, grid, dtype)
     w = grouped(weight, grid.group(weight.shape[1]))
-    return round_to_grid(w, scale[:, :, None], zero[:, :, None], grid.qmax).view(weight.shape)
+    return round_to_grid(w, scale[:, :, None], zero[:, :, None], grid).view(weight.shape)
 
 
 def search_scale(
@@ -97,7 +97,7 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
         bound = limit * (1 - step / 20)
         clamped = w.clamp(-bound[:, :, None], bound[:, :, None])
         scale, zero = scale_and_zero(clamped.amin(2), clamped.amax(2), grid, dtype)
-        off = (round_to_grid(clamped, scale[:, :, None], zero[:, :, None], grid.qmax) - w).transpose(0, 1)
+        off = (round_to_grid(clamped, scale[:, :, None], zero[:, :, None], grid) - w).transpose(0, 1)
         error = ((off @ gram) * off).sum(2).T  # (N, K/G)
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)

@@ -9,6 +9,7 @@ from quantkit.algorithms.columns import ColumnGrid, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.gptq import column_order, damped, inverse_factor, quantize
 from quantkit.algorithms.rtn import rtn
+from quantkit.numerics.number import encode
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
 from quantkit.scheme import integer
@@ -55,7 +56,7 @@ def test_error_identity(bits, symmetric, order):
     scale, zero = search_grid(weight_of(20, k), grid, torch.float32)
     grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), (perm // 32).tolist())
     q, err = solve(w.T.clone().contiguous(), inverse_factor(h), grids, grid, 40)
-    off = w.T - (q - grids.zero[grids.group_of]) * grids.scale[grids.group_of]
+    off = w.T - grids.values(q)
     assert float((off * (h @ off)).sum()) == pytest.approx(float(err.square().sum()), rel=1e-9)
 
 
@@ -102,7 +103,7 @@ def test_sweeps_are_monotone_and_help():
     q, _ = solve(w.T.clone().contiguous(), inverse_factor(h), grids, grid, 32)
 
     def objective():
-        off = w.T - (q - grids.zero[grids.group_of]) * grids.scale[grids.group_of]
+        off = w.T - grids.values(q)
         return float((off * (h @ off)).sum())
 
     values = [objective()]
@@ -166,7 +167,7 @@ def test_weight_already_on_the_grid_is_unchanged():
     grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), (torch.arange(64) // 32).tolist())
     before = rtn(weight_of(16, 64), grid, torch.float32)
     q, err = solve(before.dequantize(torch.float64).T.contiguous(), inverse_factor(h), grids, grid, 32)
-    assert torch.equal(q.T.to(torch.uint8), before.codes)
+    assert torch.equal(encode(q, grid.number).T, before.codes)
     assert float(err.abs().max()) < 1e-9
 
 
