@@ -71,10 +71,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("falcon", {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}),
 }
 
+# Families without a promise whose blocks are called with what depends on the tokens: per-layer inputs, and a dictionary
+# of keys and values that later blocks reuse (as if all blocks of the second half were shared).
+_PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "global_head_dim": 32}
+_GEMMA4 = _GROUPED | _PER_LAYER | {"sliding_window": 8, "num_hidden_layers": 4}
+_GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+BY_TOKENS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": ("gemma4_text", _GEMMA4 | {"num_kv_shared_layers": 0}),
+    "gemma4-shared": ("gemma4_text", _GEMMA4 | {"num_kv_shared_layers": 2}),
+}
+
 
 def build(name: str, **overrides: Any) -> nn.Module:
-    """A tiny model of `CONFIGS[name]`; overrides: config keys. The global random state is left alone."""
-    model_type, settings = CONFIGS[name]
+    """A tiny model of `CONFIGS[name]` or `BY_TOKENS[name]`; overrides: config keys. The random state is left alone."""
+    model_type, settings = (CONFIGS | BY_TOKENS)[name]
     config = AutoConfig.for_model(model_type, **(_COMMON | settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -58,7 +58,7 @@ def _tree(call: Call) -> tuple:
 
 def mappings(call: Call) -> dict[str, MutableMapping]:
     """The dictionaries among the arguments of a call, by the place where they stand."""
-    return {_spelled(at): mapping for at, mapping in _mappings(_tree(call))}
+    return {spelled(at): mapping for at, mapping in _mappings(_tree(call))}
 
 
 def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping]]:
@@ -72,7 +72,7 @@ def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping
             yield from _mappings(item, (*at, key))
 
 
-def _spelled(at: Place) -> str:
+def spelled(at: Place) -> str:
     """(1, "attention_mask", 0) -> "attention_mask.0"; positional arguments after the hidden states count from 1."""
     first = at[1] if at[0] == 1 else f"argument {at[1] + 1}"
     return ".".join(map(str, (first, *at[2:])))
@@ -89,7 +89,7 @@ def differing(one: Call, other: Call) -> tuple[Place, ...]:
                 found.append(at)
         elif type(a) is not type(b) or (isinstance(a, int | float | str) and a != b):
             raise ModelError(
-                f"the argument {_spelled(at)} of a decoder block depends on the tokens and is no tensor "
+                f"the argument {spelled(at)} of a decoder block depends on the tokens and is no tensor "
                 f"({a!r} and {b!r}); this architecture is not supported here, quantize it with rtn, without transforms"
             )
     return tuple(sorted(found, key=str))
@@ -124,7 +124,7 @@ class BlockCalls:
             if at in own:
                 return part(own[at])
             if isinstance(value, MutableMapping) and len(at) > 1 and shared:
-                for key, held in shared.get(_spelled(at), {}).items():
+                for key, held in shared.get(spelled(at), {}).items():
                     tensors = tuple(map(part, held)) if isinstance(held, tuple) else part(held)
                     value[key] = tensors
             return value

@@ -112,6 +112,10 @@ def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[t
         try:
             model(input_ids=ids, use_cache=False)
         except Stop:
+            if hidden[0].dim() != 3 or hidden[0].shape[:2] != ids.shape:
+                raise ValueError(
+                    f"its blocks take hidden states of shape {list(hidden[0].shape)} for {list(ids.shape)} tokens"
+                ) from None
             return hidden[0], calls
         raise RuntimeError(f"the forward ran {len(calls)} of {len(blocks)} decoder blocks")
 

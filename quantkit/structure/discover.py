@@ -108,13 +108,21 @@ def _head_dims(block: nn.Module) -> list[int]:
         config = getattr(module, "config", None)
         for owner in (module, config):
             for name in ("head_dim", "head_size", "v_head_dim"):
-                size = getattr(owner, name, None)
+                size = _attribute(owner, name)
                 if isinstance(size, int) and size > 0:
                     found[size] = None
-        heads, width = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
+        heads, width = (_attribute(config, n) for n in ("num_attention_heads", "hidden_size"))
         if heads and width:
             found[width // heads] = None
     return list(found or HEAD_DIMS)
+
+
+def _attribute(owner: object, name: str) -> Any:
+    """An attribute, None where there is none: a config whose layers differ refuses with errors of its own."""
+    try:
+        return getattr(owner, name, None)
+    except (AttributeError, ValueError, RuntimeError):
+        return None
 
 
 def _common_parent(names: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ on a float64 copy of the block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -169,13 +169,16 @@ def _float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply `function` to the tensors in nested tuples, lists and dicts."""
+    """Apply `function` to the tensors in nested tuples, lists and mappings, which are copied."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, (tuple, list)):
         return type(tree)(_map_tensors(item, function) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _map_tensors(item, function) for key, item in tree.items()}
+    if isinstance(tree, MutableMapping):
+        own = copy.copy(tree)
+        for key, item in tree.items():
+            own[key] = _map_tensors(item, function)
+        return own
     return tree
 
 

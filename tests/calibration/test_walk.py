@@ -5,11 +5,16 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.algorithms.catalog import algorithm
-from quantkit.calibration.forward import finish
+from quantkit.calibration.calls import record, spelled
+from quantkit.calibration.forward import embed, finish
+from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import Wanted, walk
+from quantkit.checkpoint.shards import write_shard
+from quantkit.errors import ModelError
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
@@ -29,7 +34,7 @@ class Checkpoint:
     """A tiny model on disk, its skeleton, and plans for it."""
 
     def __init__(self, name, folder, **overrides):
-        tiny_models.save(tiny_models.FAMILIES[name](**overrides), folder)
+        tiny_models.save(tiny_models.build(name, **overrides), folder)
         self.folder = folder
         self.source = Source(read_checkpoint(folder))
         self.model = skeleton.build(self.source)
@@ -82,14 +87,48 @@ def test_two_walks_over_one_model_do_not_disturb_each_other(llama):
     assert {p.device.type for p in llama.model.parameters()} == {"meta"}
 
 
-def test_a_walk_goes_on_from_kept_streams(llama):
-    whole = [run.streams.quantized.clone() for run in llama.walk()]
-    first = next(llama.walk())
-    first.leave()
-    kept = type(first.streams).from_tensors(first.streams.to_tensors())
-    rest = [run.streams.quantized.clone() for run in llama.walk(start=1, streams=kept)]
-    assert len(rest) == len(whole) - 1
-    assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma4-shared"])
+def test_a_walk_goes_on_from_kept_streams(tmp_path, monkeypatch, name):
+    """Hidden states, and what blocks hand on beside them, are the same after a file and from memory."""
+    monkeypatch.setattr("quantkit.calibration.walk.chunk_windows", lambda plan, windows: 2)
+    checkpoint, wanted = Checkpoint(name, tmp_path / "model"), Wanted(4, True, behind_last=True)
+    count, kept = 0, []
+    for run in checkpoint.walk(wanted=wanted):
+        run.leave()
+        write_shard(tmp_path / f"streams-{run.index + 1}", run.streams.to_tensors())
+        kept.append(run.streams.to_tensors())
+        kept[-1] = {k: t.clone() for k, t in kept[-1].items()}
+        count += 1
+    for start in range(1, count):
+        streams = Streams.from_tensors(load_file(tmp_path / f"streams-{start}"))
+        for run in checkpoint.walk(wanted=wanted, start=start, streams=streams):
+            last = run
+        found = last.streams.to_tensors()
+        assert found.keys() == kept[-1].keys()
+        assert all(torch.equal(found[n], kept[-1][n]) for n in found)
+    assert any("shared" in n for n in kept[-1]) == (name == "gemma4-shared")
+
+
+@pytest.mark.parametrize(("name", "varies"), [("llama-gqa", []), ("gemma2", []), ("gemma4", ["argument 1"])])
+def test_arguments_that_depend_on_the_tokens_are_found(name, varies):
+    model = tiny_models.build(name)
+    calls, hidden = record(model, tiny_models.blocks(model), ids(), 2, torch.device("cpu"), hidden=True)
+    assert hidden.shape == (5, 24, 64)
+    for number, block in enumerate(calls):
+        assert [spelled(place) for place in block.varying] == varies
+        for start in (0, 2, 4) if varies else ():
+            chunk = slice(start, min(start + 2, 5))
+            wanted = tiny_models.captured_calls(model, ids()[chunk])[number]
+            assert torch.equal(block.at(chunk, chunk.stop - start).args[0], wanted[1][0])
+
+
+def test_hidden_states_of_another_shape_are_refused():
+    """The blocks of Gemma 3n take four of them at once."""
+    model = tiny_models.build("llama")
+
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: torch.stack([out, out]))
+    with pytest.raises(ModelError, match=r"hidden states of shape \[2, 5, 24, 64\] for \[5, 24\] tokens"):
+        embed(model, tiny_models.blocks(model), ids())
 
 
 def test_a_block_that_was_left_is_not_advanced_again(llama):
@@ -103,7 +142,7 @@ def test_a_block_that_was_left_is_not_advanced_again(llama):
     assert not hasattr(run, "module")
 
 
-@pytest.mark.parametrize("name", list(tiny_models.CONFIGS))
+@pytest.mark.parametrize("name", [*tiny_models.CONFIGS, *tiny_models.BY_TOKENS])
 def test_behind_the_last_block_are_the_models_own_logits(tmp_path, monkeypatch, name):
     """In both streams, for every chunk of windows, as no weight is quantized."""
     checkpoint, windows = Checkpoint(name, tmp_path), ids()

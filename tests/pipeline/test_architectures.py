@@ -320,6 +320,18 @@ def test_an_unlisted_dense_family_runs_end_to_end(tmp_path, model_type):
     assert relative(logits(reference), before) < 0.05
 
 
+@pytest.mark.parametrize("name", tiny_models.BY_TOKENS)
+@pytest.mark.parametrize("transforms", [[], ["awq"]])
+def test_a_family_whose_blocks_are_called_with_the_tokens(tmp_path, name, transforms):
+    original = tiny_models.save(tiny_models.build(name, tie_word_embeddings=True), tmp_path / "original")
+    recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": transforms}
+    result = quantize(recipe, original, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    before = logits(model)
+    assert len(result.manifest["layers"]) == linears_of_blocks(model)
+    assert relative(logits(quantkit.load(result.output)), before) < 0.15
+
+
 def test_a_family_whose_blocks_do_not_run_alone_is_refused_by_module(tmp_path):
     """XGLM's attention cannot run in float64, which the proof needs; without transforms it can be quantized."""
     sizes = {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128}
