@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from quantkit_kernels import pack_bits
+from quantkit_kernels import Spec, Stored, pack_bits
 
 
 def packed_weight(
@@ -14,8 +14,8 @@ def packed_weight(
     symmetric: bool,
     scale_dtype: torch.dtype = torch.float16,
     seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(packed, scale, zero_packed, W [N, K] in fp64) with extreme codes, negative scales and an all-zero group."""
+) -> tuple[Stored, torch.Tensor]:
+    """(weight, W [N, K] in fp64) with extreme codes, negative scales and an all-zero group."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
     codes[0] = 2**bits - 1
@@ -26,5 +26,24 @@ def packed_weight(
     if not symmetric:
         zero = torch.randint(0, 2**bits, zero.shape, dtype=torch.uint8, generator=g)
     w = (codes.double().view(n, -1, group) - zero.double()[:, :, None]) * scale.double()[:, :, None]
-    zero_packed = None if symmetric else pack_bits(zero.T.contiguous(), bits).T.contiguous()
-    return pack_bits(codes, bits), scale, zero_packed, w.view(n, k)
+    return stored(codes, scale, None if symmetric else zero, bits), w.view(n, k)
+
+
+def stored(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> Stored:
+    """A weight from its codes uint8 [N, K], scale [N, K/G] and zero points uint8 [N, K/G]."""
+    (n, k), groups = codes.shape, scale.shape[1]
+    zero_packed = None if zero is None else pack_bits(zero.T.contiguous(), bits).T.contiguous()
+    spec = Spec.integer(bits, k // groups, zero is None, n, k)
+    return Stored(pack_bits(codes, bits), scale, zero_packed, spec)
+
+
+def same(a: Stored, b: Stored) -> bool:
+    """Whether two weights are the same, bit for bit."""
+    mine, other = a.tensors(), b.tensors()
+    return (
+        a.spec == b.spec
+        and mine.keys() == other.keys()
+        and all(
+            mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]) for name in mine
+        )
+    )

@@ -1,34 +1,28 @@
 """Ops on packed weights. One schema per op, a plain-torch reference as default, other backends by name.
 
-Knows tensors and numbers of bits, nothing of models, recipes or files.
+A weight is a `Stored`: canonical tensors and the `Spec` that says what they mean. `select` names the backend that runs
+it on a device, `backend(name)` prepares its layout and binds it to a call. Knows nothing of models, recipes or files.
 """
 
-from quantkit_kernels.backends import (
-    COMPUTES,
-    BackendMissing,
-    Choice,
-    available,
-    backends,
-    check_compute,
-    prepare,
-    restore,
-    run,
-    select,
-)
+from quantkit_kernels.backend import Backend, BackendMissing, Call
+from quantkit_kernels.backends import Choice, available, backend, backends, select
 from quantkit_kernels.bits import pack_bits, unpack_bits, words
 from quantkit_kernels.ops import wna16_linear
+from quantkit_kernels.stored import INPUTS, Layout, Spec, Stored
 
 __all__ = [
-    "COMPUTES",
+    "INPUTS",
+    "Backend",
     "BackendMissing",
+    "Call",
     "Choice",
+    "Layout",
+    "Spec",
+    "Stored",
     "available",
+    "backend",
     "backends",
-    "check_compute",
     "pack_bits",
-    "prepare",
-    "restore",
-    "run",
     "select",
     "unpack_bits",
     "wna16_linear",

@@ -1,59 +1,80 @@
-"""The ops, defined once: schema, implementation, fake kernel for tracing.
+"""The ops of the reference, defined once: schema, implementation, fake kernel for tracing, gradient.
 
 `quantkit::wna16_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k)`
-    x [..., K] float; packed int32 [N, ceil(K bits / 32)]; scale [N, K/G] float; zero_packed int32
-    [ceil(N bits / 32), K/G] or None (symmetric); bias [N] or None; returns [..., N] in x's dtype, also under
-    autocast (a traced graph and eager must agree).
+    x [..., K] float; packed, scale and zero_packed as in `stored.py`; bias [N] or None; returns [..., N] in x's dtype,
+    also under autocast (a traced graph and eager must agree).
+`quantkit::wna16_dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype)`
+    the weight [N, K].
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from quantkit_kernels.bits import words
-from quantkit_kernels.reference.wna16_linear import wna16_linear as _reference
+from quantkit_kernels import gradient
+from quantkit_kernels.reference import wna16_linear as reference
+from quantkit_kernels.stored import Spec, Stored
 
-_SCHEMA = (
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_packed, Tensor? bias, "
-    "int bits, int group_size, int n, int k) -> Tensor"
-)
+_WEIGHT = "int bits, int group_size, int n, int k"
+_LINEAR = f"(Tensor x, Tensor packed, Tensor scale, Tensor? zero_packed, Tensor? bias, {_WEIGHT}) -> Tensor"
+_DEQUANTIZE = f"(Tensor packed, Tensor scale, Tensor? zero_packed, {_WEIGHT}, ScalarType dtype) -> Tensor"
+_spec = lru_cache(maxsize=4096)(Spec.integer)
 
 
-def _check_shapes(x, packed, scale, zero_packed, bits: int, group_size: int, n: int, k: int) -> None:
-    groups = k // group_size
-    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
-    for name, tensor, shape in (
-        ("packed", packed, (n, words(k, bits))),
-        ("scale", scale, (n, groups)),
-        ("zero_packed", zero_packed, (words(n, bits), groups)),
-    ):
-        if tensor is not None:
-            torch._check(
-                tuple(tensor.shape) == shape,
-                lambda name=name, tensor=tensor, shape=shape: (
-                    f"{name} of a {bits}-bit [{n}, {k}] weight is {shape}, got {tuple(tensor.shape)}"
-                ),
+def _checked(x, packed, scale, zero_packed, bias, bits: int, group_size: int, n: int, k: int) -> Stored:
+    """The weight, if everything fits together."""
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"x has {x.shape[-1] if x.dim() else 0} features, the weight takes {k}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a float type, got {x.dtype}")
+    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be [{n}] of a float type, got {bias.dtype} {list(bias.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, packed on {packed.device}; move them to one device"
             )
+    return Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k))
 
 
-def _run(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
-    _check_shapes(x, packed, scale, zero_packed, bits, group_size, n, k)
+def _linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
+    stored = _checked(x, packed, scale, zero_packed, bias, bits, group_size, n, k)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _reference(x, packed, scale, zero_packed, bias, bits, n, k)
-    return _reference(x, packed, scale, zero_packed, bias, bits, n, k)
+            return reference.wna16_linear(x, stored, bias)
+    return reference.wna16_linear(x, stored, bias)
 
 
-def _fake(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
-    _check_shapes(x, packed, scale, zero_packed, bits, group_size, n, k)
+def _fake_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
+    _checked(x, packed, scale, zero_packed, bias, bits, group_size, n, k)
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype):
+    spec = _spec(bits, group_size, zero_packed is None, n, k)
+    return reference.dequantize(Stored(packed, scale, zero_packed, spec), dtype)
+
+
+def _fake_dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype):
+    Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k))
+    return packed.new_empty((n, k), dtype=dtype)
+
+
+def _weight_of(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
+    return torch.ops.quantkit.wna16_dequantize(packed, scale, zero_packed, bits, group_size, n, k, x.dtype)
 
 
 # Imported under a second name (a copy on the path), this module must not define the op again: torch refuses
 # that.
 if not hasattr(torch.ops.quantkit, "wna16_linear"):
-    torch.library.define("quantkit::wna16_linear", _SCHEMA)
-    torch.library.impl("quantkit::wna16_linear", "CompositeExplicitAutograd")(_run)
-    torch.library.register_fake("quantkit::wna16_linear")(_fake)
+    torch.library.define("quantkit::wna16_linear", _LINEAR)
+    torch.library.impl("quantkit::wna16_linear", "CompositeExplicitAutograd")(_linear)
+    torch.library.register_fake("quantkit::wna16_linear")(_fake_linear)
+    torch.library.define("quantkit::wna16_dequantize", _DEQUANTIZE)
+    torch.library.impl("quantkit::wna16_dequantize", "CompositeExplicitAutograd")(_dequantize)
+    torch.library.register_fake("quantkit::wna16_dequantize")(_fake_dequantize)
+    gradient.register("quantkit::wna16_linear", _weight_of, bias_at=4)
 
 wna16_linear = torch.ops.quantkit.wna16_linear.default

@@ -15,7 +15,7 @@ from torch import nn
 
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError
-from quantkit.formats.registry import codec_of
+from quantkit.formats.registry import codec, codec_of
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, open_config, read_config
@@ -142,16 +142,16 @@ def _finish(
     linears, siblings = _siblings_together(packed_linears(model))
     arena = None
     for name, module in linears:
-        offloaded = module.weight_packed.is_meta
-        if not offloaded and module.weight_shape.tolist() != [module.out_features, module.in_features]:
-            raise ModelError(
-                f"{path}: {name}.weight_shape says {module.weight_shape.tolist()}, the model has "
-                f"{[module.out_features, module.in_features]}"
-            )
-        if offloaded and backend not in (None, "auto", "reference"):
-            raise BackendError(f"backend {backend!r} needs every layer in memory; {name} is offloaded")
-        if not offloaded:
-            module.prepare(backend, model.dtype, compute)
+        if module.offloaded:
+            if backend not in (None, "auto", "reference") or compute != "float":
+                wanted = f"compute {compute!r}" if compute != "float" else f"backend {backend!r}"
+                raise BackendError(f"{wanted} needs every layer in memory; {name} is offloaded")
+            continue
+        said = codec(module.file_format).dimensions(module.leaves, module.scheme)
+        if said != (module.out_features, module.in_features):
+            have = [module.out_features, module.in_features]
+            raise ModelError(f"{path}: {name}.weight_shape says {list(said)}, the model has {have}")
+        module.prepare(backend, model.dtype, compute)
         if module.backend == "cpu":
             if arena is None:
                 arena = huge_pages([module for _, module in linears])

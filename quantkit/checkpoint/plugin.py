@@ -68,7 +68,7 @@ class PackedQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, module in prepared:
             try:
-                state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.stored().items()}
+                state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.on_disk().items()}
             except BackendError as error:
                 raise BackendError(
                     f"{name}: {error}; copy the folder it was loaded from, or load it with backend='reference'"
@@ -125,7 +125,7 @@ def _packed(
         )
     bias = module.bias
     dtype = None if bias is None else bias.dtype
-    return QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, device="meta")
+    return QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, "meta", codec.name)
 
 
 def check_shapes(model: nn.Module, codec: Codec, tensors: Tensors) -> None:

@@ -11,13 +11,12 @@ from quantkit.cli.output import json_option, make_console, write_report
 @click.option(
     "--shape", metavar="NxK", default="4096x4096", show_default=True, help="Of the weight asked about."
 )
-@click.option("--m", "tokens", type=click.IntRange(1), default=1, show_default=True, help="Tokens per call.")
 @click.option("--backend", metavar="NAME", help="Ask about this backend. Default: what would run by itself.")
 @click.option(
     "--check", is_flag=True, help="First compare the GPU kernels with the reference, which compiles them all."
 )
 @json_option
-def command(shape: str, tokens: int, backend: str | None, check: bool, json_file: str | None) -> None:
+def command(shape: str, backend: str | None, check: bool, json_file: str | None) -> None:
     """Which kernels are built and found, and what runs each scheme, with the reason."""
     from rich.table import Table
 
@@ -28,7 +27,7 @@ def command(shape: str, tokens: int, backend: str | None, check: bool, json_file
         raise click.BadParameter(f"{shape!r} is not NxK, such as 4096x4096", param_hint="--shape")
     if check:
         _compare_all(int(n), int(k))
-    found = inventory(int(n), int(k), tokens, backend)
+    found = inventory(int(n), int(k), backend)
     write_report(json_file, found)
     console = make_console()
     for part, says in found["built"].items():
@@ -43,7 +42,7 @@ def command(shape: str, tokens: int, backend: str | None, check: bool, json_file
             row["runs"] or "-",
             row["why"],
         )
-    console.print(f"\nweight [{n}, {k}], {tokens} token(s) per call", highlight=False)
+    console.print(f"\nweight [{n}, {k}]", highlight=False)
     console.print(table)
 
 
@@ -58,5 +57,5 @@ def _compare_all(n: int, k: int) -> None:
         for group in GROUPS:
             for symmetric in (True, False):
                 if k % (group or k) == 0:
-                    scheme = (bits, group or k, symmetric, 1, n, k)
-                    quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16)
+                    spec = quantkit_kernels.Spec.integer(bits, group, symmetric, n, k)
+                    quantkit_kernels.select(spec, "cuda", "auto", torch.bfloat16)

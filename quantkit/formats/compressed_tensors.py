@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from quantkit_kernels import pack_bits, unpack_bits, words
+from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits, words
 
 from quantkit.errors import ModelError
 from quantkit.formats.patterns import PatternError, matches, parsed
@@ -80,6 +80,11 @@ class CompressedTensors(Codec):
             zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
             grid=grid,
         )
+
+    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Stored:
+        """The very same tensors."""
+        zero = tensors.get("weight_zero_point")
+        return Stored(tensors["weight_packed"], tensors["weight_scale"], zero, spec)
 
     def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
         if "weight_shape" not in tensors or "weight_scale" not in tensors:

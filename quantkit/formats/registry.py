@@ -16,6 +16,7 @@ from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from quantkit_kernels import Spec, Stored
 
     from quantkit.numerics.weight import QuantizedWeight
     from quantkit.scheme import Scheme
@@ -67,6 +68,30 @@ class Codec(ABC):
 
         ModelError naming what is corrupt in it, or what it asks for that quantkit does not read.
         """
+
+    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Stored:
+        """The weight as kernels take it. A format that stores these very tensors overrides it and copies nothing."""
+        from quantkit_kernels import Stored, pack_bits
+
+        from quantkit.scheme import Scheme, integer
+
+        group = None if spec.group_size == spec.k else spec.group_size
+        weight = self.unpack(tensors, Scheme(integer(spec.bits, group, spec.symmetric)))
+        zero = (
+            None if weight.zero is None else pack_bits(weight.zero.T.contiguous(), spec.bits).T.contiguous()
+        )
+        return Stored(pack_bits(weight.codes, spec.bits), weight.scale, zero, spec)
+
+    def from_stored(self, stored: Stored, scheme: Scheme) -> dict[str, torch.Tensor]:
+        """The inverse of `stored`: the tensors of the file."""
+        from quantkit_kernels import unpack_bits
+
+        from quantkit.numerics.weight import QuantizedWeight
+
+        spec, zero = stored.spec, stored.zero_packed
+        zero = None if zero is None else unpack_bits(zero.T, spec.bits, spec.n).T.contiguous()
+        codes = unpack_bits(stored.packed, spec.bits, spec.k).contiguous()
+        return self.pack(QuantizedWeight(codes, stored.scale, zero, scheme.weights))
 
     def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
         """A known reason why a tensor is stored in a shape that is not its own, such as an older packing."""

@@ -1,4 +1,4 @@
-"""`QuantLinear`: packed buffers, named as on disk, and one dispatch call."""
+"""`QuantLinear`: a packed linear layer. It holds tensors and a backend, and a forward is one call of a bound object."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 
 import quantkit_kernels
 import torch
-from quantkit_kernels.cpu import library, ops
+from quantkit_kernels import Call, Layout, Spec, Stored
+from quantkit_kernels.cpu import layout as native
+from quantkit_kernels.cpu import library
 from torch import nn
+from torch.compiler import is_compiling
 
 from quantkit.errors import BackendError
-from quantkit.formats.registry import codec
-from quantkit.layers.siblings import LAYOUT, Siblings
+from quantkit.formats.registry import DEFAULT, codec
+from quantkit.layers.siblings import Siblings
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-_UNITS = LAYOUT + "units"
-_NUMBERS = {name: number for number, name in enumerate(quantkit_kernels.COMPUTES)}
-
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias with W [N, K] packed as `quantkit.formats.compressed_tensors` describes.
+    """y = x W^T + bias with a packed W [N, K].
 
-    Not an nn.Linear: there is no `weight`. Buffers: weight_packed, weight_scale, weight_shape,
-    weight_zero_point (None
-    if symmetric); bias: Parameter [N] or None. x [..., K] of any float dtype; y has x's dtype.
+    Not an nn.Linear: there is no `weight`. Its buffers are the tensors of a file format until `prepare` builds the
+    layout of a backend, which replaces them; layouts are not in the state dict. bias: Parameter [N] or None.
+    x [..., K] of any float dtype; y has x's dtype. Gradients reach x and the bias, codes and scales get none.
     """
 
     siblings: Siblings | None = None  # those that run together with this one
-    _bound: tuple[torch.Tensor, int, Callable[..., torch.Tensor]] | None = None  # units, address, call
+    _call: Call | None = None  # the product on the layout; holds addresses, so it is made anew in a copy
 
     def __init__(
         self,
@@ -40,156 +40,138 @@ class QuantLinear(nn.Module):
         scale_dtype: torch.dtype,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        file_format: str = DEFAULT,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        for name, shape in codec().shapes(out_features, in_features, scheme).items():
-            kind = codec().leaves[name] or scale_dtype
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
-        if scheme.weights.symmetric:
-            self.register_buffer("weight_zero_point", None)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
-        )
-        self.backend, self.compute = "reference", "float"
+        self.file_format = file_format
+        for leaf, shape in codec(file_format).shapes(out_features, in_features, scheme).items():
+            kind = codec(file_format).leaves[leaf] or scale_dtype
+            self.register_buffer(leaf, torch.empty(shape, dtype=kind, device=device))
+        self._leaves = tuple(self._buffers)  # of the file; none once a backend has its layout
+        shift = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        self.register_parameter("bias", shift)
+        self.backend = "reference"
+        grid, n, k = scheme.weights, out_features, in_features
+        self.spec = Spec(grid.number.name, grid.bits, grid.group(k), grid.symmetric, n, k)
         self.prepared: tuple[str, ...] = ()  # tensors of a backend's layout; then nothing stored is left
+        self.dtype: torch.dtype | None = None  # of the activations the layout was built for
         self._facts: dict[str, Any] = {}  # the plain values of that layout
-        self._dtype: torch.dtype | None = None  # of the activations the layout was built for
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: torch.Tensor | None) -> QuantLinear:
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: torch.Tensor | None, file_format: str = DEFAULT
+    ) -> QuantLinear:
         """From codes in memory."""
         n, k = weight.shape
-        module = cls(k, n, Scheme(weight.grid), False, weight.scale.dtype, device="meta")
-        for name, tensor in codec().pack(weight).items():
-            setattr(module, name, tensor)
+        scheme, dtype = Scheme(weight.grid), weight.scale.dtype
+        module = cls(k, n, scheme, False, dtype, device="meta", file_format=file_format)
+        for leaf, tensor in codec(file_format).pack(weight).items():
+            setattr(module, leaf, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
         return module
 
+    @property
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """The tensors of the file by name, while they are here."""
+        return {leaf: self._buffers[leaf] for leaf in self._leaves}
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weight is elsewhere until it is used."""
+        return any(buffer.is_meta for buffer in self.buffers())
+
+    @property
+    def compute(self) -> str:
+        """How its inputs are multiplied: "float", "int8" or "int8-token" (`quantkit_kernels.Spec`)."""
+        return self.spec.inputs
+
     def prepare(self, backend: str | None, dtype: torch.dtype, compute: str = "float") -> None:
         """Choose the backend for activations of type `dtype` and build its layout, once.
 
-        backend: a name, "auto" or None (see `quantkit_kernels.select`). compute: see
-        `quantkit_kernels.check_compute`. BackendError if a named one cannot run. A backend with a layout of its own
-        frees the stored tensors: there is no second copy.
+        backend: a name, "auto" or None (see `quantkit_kernels.select`). compute: overrides how the scheme's inputs are
+        multiplied (`quantkit_kernels.Spec.inputs`). BackendError if a named one cannot run. A backend with a layout of
+        its own frees the stored tensors: there is no second copy.
         """
-        k, n, bits = self.in_features, self.out_features, self.scheme.weights.bits
-        group = self.scheme.weights.group(k)
-        device = self.weight_shape.device
         try:
-            name, _ = quantkit_kernels.select(
-                device, bits, group, self.scheme.weights.symmetric, 1, n, k, backend, dtype
-            )
-            quantkit_kernels.check_compute(name, compute)
-            self.compute = compute
-            if name == self.backend:
-                return
-            if self.prepared:
+            spec = self.spec.with_inputs(compute)
+            name, _ = quantkit_kernels.select(spec, next(self.buffers()).device, backend, dtype)
+            chosen = quantkit_kernels.backend(name)
+            if name != self.backend and self.prepared:
                 raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
-            layout = quantkit_kernels.prepare(
-                name, self.weight_packed, self.weight_scale, self.weight_zero_point, bits, n, k, dtype
-            )
-        except quantkit_kernels.BackendMissing as error:
+            self.spec = spec
+            self._forget()
+            if name == self.backend or chosen.keeps_stored:
+                return
+            layout = chosen.prepare(self.stored(), dtype)
+        except ValueError as error:
             raise BackendError(str(error)) from error
-        self.backend, self._dtype = name, dtype
-        if layout is not None:
-            for part, value in layout.items():
-                if isinstance(value, torch.Tensor):
-                    self.register_buffer(LAYOUT + part, value, persistent=False)
-                else:
-                    self._facts[part] = value
-            self.prepared = tuple(part for part in layout if part not in self._facts)
-            for stored in ("weight_packed", "weight_scale", "weight_zero_point"):
-                delattr(self, stored)  # torch.export stumbles over buffers that are None
-                setattr(self, stored, None)
+        self.backend, self.dtype = name, dtype
+        for leaf in self._leaves:
+            delattr(self, leaf)
+        self._leaves = ()
+        for part, tensor in layout.tensors.items():
+            self.register_buffer(part, tensor, persistent=False)
+        self.prepared, self._facts = tuple(layout.tensors), dict(layout.facts)
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """The backend's layout; empty if it runs on the stored tensors."""
-        return {part: getattr(self, LAYOUT + part) for part in self.prepared} | self._facts
-
-    @property
-    def cpu_packed(self) -> Any:
-        """The native layout (`quantkit_kernels.cpu.ops.Packed`), or None on another backend."""
-        return ops.Packed(**self.layout) if self.backend == "cpu" else None
+    def layout(self) -> Layout:
+        """What the backend multiplies by: its own layout, or the stored tensors."""
+        if not self.prepared:
+            return Layout(codec(self.file_format).stored(self.leaves, self.spec).tensors(), self.spec, {})
+        return Layout({part: self._buffers[part] for part in self.prepared}, self.spec, self._facts)
 
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
         for part in self.prepared:
-            setattr(self, LAYOUT + part, place(getattr(self, LAYOUT + part)))
+            self._buffers[part] = place(self._buffers[part])
         self._forget()
 
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The packed tensors as on disk, given back by the layout if there is one. BackendError if it cannot."""
-        names = ("weight_packed", "weight_scale", "weight_zero_point")
-        tensors = (self.weight_packed, self.weight_scale, self.weight_zero_point)
-        if self.prepared:
-            try:
-                tensors = quantkit_kernels.restore(self.backend, self.layout)
-            except quantkit_kernels.BackendMissing as error:
-                raise BackendError(str(error)) from error
-        return {n: t for n, t in zip(names, tensors, strict=True) if t is not None} | {
-            "weight_shape": self.weight_shape
-        }
+    def stored(self) -> Stored:
+        """The weight as every backend takes it. BackendError if the layout does not keep all of it."""
+        try:
+            return quantkit_kernels.backend(self.backend).restore(self.layout)
+        except quantkit_kernels.BackendMissing as error:
+            raise BackendError(str(error)) from error
+
+    def on_disk(self) -> dict[str, torch.Tensor]:
+        """The tensors of the file, given back by the layout if there is one. BackendError if it cannot."""
+        if self._leaves:
+            return self.leaves
+        return codec(self.file_format).from_stored(self.stored(), self.scheme)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
-        if self.backend != "cpu":
-            y = self._with_siblings(x)
-            return self._dispatched(x) if y is None else y
-        if not ops.direct(x) or x.dtype is not self._dtype:
-            return self._dispatched(x)
-        units, bound = self._buffers[_UNITS], self._bound
-        if bias is not None and not ops.plain(bias):
-            return self._dispatched(x)
+        if not self.prepared or is_compiling():
+            return self._by_op(x)
+        call = self._call or self._bind()
+        return call(x, self._parameters["bias"])
+
+    def _by_op(self, x: torch.Tensor) -> torch.Tensor:
+        """The product by the backend's torch op, on the module's own buffers, where compilers find them."""
+        backend = quantkit_kernels.backend(self.backend)
+        if not self.prepared:
+            return backend.linear(self.layout, x, self.bias)
+        return backend.linear(self.layout, x.to(self.dtype), self.bias).to(x.dtype)
+
+    def _bind(self) -> Call:
+        """The product bound to the buffers of this module, which may still be replaced, and to its siblings."""
+        layout = Layout(self._buffers, self.spec, self._facts)
+        call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
         if self.siblings is not None:
-            y = self.siblings.run(self, x, units, bias)
-            if y is not None:
-                return y
-        if bound is None or bound[0] is not units or bound[1] != units.data_ptr():
-            if not ops.plain(units):
-                return self._dispatched(x)
-            self._bound = bound = units, units.data_ptr(), self.cpu_packed.bind(self._dtype)
-        return bound[2](x, bias, _NUMBERS[self.compute])
-
-    def _with_siblings(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The result by one op for all siblings; None if this has to run alone."""
-        if self.siblings is None or not ops.unwatched(x) or x.dtype is not self._dtype:
-            return None
-        first = self._buffers[LAYOUT + self.prepared[0]]
-        return self.siblings.run(self, x, first, self.bias) if x.device == first.device else None
-
-    def _dispatched(self, x: torch.Tensor) -> torch.Tensor:
-        """The result by the ops; what `forward` gives without torch's dispatcher where nobody looks at it."""
-        group = self.scheme.weights.group(self.in_features)
-        if self.prepared:
-            y = quantkit_kernels.run(
-                self.backend, x.to(self._dtype), self.layout, group, self.bias, self.compute
-            )
-            return y.to(x.dtype)
-        return quantkit_kernels.wna16_linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.scheme.weights.bits,
-            group,
-            self.out_features,
-            self.in_features,
-        )
+            call = self.siblings.bind(self, call)
+        self._call = call
+        return call
 
     def _forget(self) -> None:
         """Let go of a layout that was replaced."""
-        self._bound = None
+        self._call = None
         if self.siblings is not None:
             self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what holds addresses; it is made anew at the next call."""
         state = self.__dict__.copy()
-        state.pop("_bound", None)
+        state.pop("_call", None)
         return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -213,8 +195,8 @@ def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
     """One arena for the native layouts of all these modules: a page fault per 2 MiB, and one forward stream."""
     size = 0
     for module in modules:
-        n, k, bits = module.out_features, module.in_features, module.scheme.weights.bits
-        group = module.scheme.weights.group(k)
-        if ops.refuses(bits, group, k) is None:
-            size += -(-ops.units_bytes(bits, group, n, k, wide_scales=True) // 64) * 64
+        spec = module.spec
+        if native.refuses(spec.bits, spec.group_size, spec.k) is None:
+            most = native.units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide_scales=True)
+            size += -(-most // 64) * 64
     return library.Arena(size)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from quantkit_kernels import COMPUTES
+from quantkit_kernels import INPUTS
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.decoder import Decoder, Tables
 from torch import nn
@@ -113,8 +113,8 @@ def native(
     compute: how packed linears are multiplied, "float", "int8" (activations in int8, one scale per token and group)
     or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16.
     """
-    if compute is not None and compute not in COMPUTES:
-        raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
+    if compute is not None and compute not in INPUTS:
+        raise ValueError(f"unknown compute {compute!r}; known: {', '.join(INPUTS)}")
     if library.load() is None:
         return "the native CPU library is not built"
     try:

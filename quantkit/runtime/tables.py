@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from quantkit_kernels import pack_bits, unpack_bits
-from quantkit_kernels.cpu import ops
+from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits
+from quantkit_kernels.cpu import layout as native
+from quantkit_kernels.cpu.backend import packed_of
 from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Norm, Tables
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
 
 
@@ -132,34 +134,32 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def _packed(name: str, module: QuantLinear) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
-    grid, n, k = module.scheme.weights, module.out_features, module.in_features
-    packed = module.cpu_packed
-    if packed is None:
-        stored = (module.weight_packed, module.weight_scale, module.weight_zero_point)
-        if stored[0] is None:
-            raise NotNative(
-                f"{name} runs on backend {module.backend!r}, whose layout the native path cannot read"
-            )
-        bits = grid.bits
-        if bits not in ops.BITS:
-            stored, bits = _widened(*stored, bits, n, k), 8
-        reason = ops.refuses(bits, grid.group(k), k)
-        if reason:
-            raise NotNative(f"{name}: {reason}")
-        packed = ops.pack(*stored, bits, n, k)
-    return Matrix(packed, _bias(module))
+    if module.backend == "cpu":
+        return Matrix(packed_of(module.layout), _bias(module))
+    try:
+        stored = module.stored()
+    except BackendError:
+        raise NotNative(
+            f"{name} runs on backend {module.backend!r}, whose layout the native path cannot read"
+        ) from None
+    if stored.spec.bits not in native.BITS:
+        stored = _widened(stored)
+    reason = native.refuses(stored.spec.bits, stored.spec.group_size, stored.spec.k)
+    if reason:
+        raise NotNative(f"{name}: {reason}")
+    return Matrix(native.pack(stored), _bias(module))
 
 
-def _widened(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, n: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _widened(stored: Stored) -> Stored:
     """The same codes and zero points in 8 bits."""
-    codes = pack_bits(unpack_bits(packed, bits, k), 8)
-    if zero is None:
-        zeros = torch.full((scale.shape[1], n), 2 ** (bits - 1), dtype=torch.uint8)
+    spec = stored.spec
+    codes = pack_bits(unpack_bits(stored.packed, spec.bits, spec.k), 8)
+    if stored.zero_packed is None:
+        zeros = torch.full((spec.groups, spec.n), 2 ** (spec.bits - 1), dtype=torch.uint8)
     else:
-        zeros = unpack_bits(zero.T, bits, n)
-    return codes, scale, pack_bits(zeros, 8).T.contiguous()
+        zeros = unpack_bits(stored.zero_packed.T, spec.bits, spec.n)
+    wide = Spec.integer(8, spec.group_size, False, spec.n, spec.k)
+    return Stored(codes, stored.scale, pack_bits(zeros, 8).T.contiguous(), wide)
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

@@ -38,24 +38,25 @@ def test_kernels_answers_every_scheme_once_per_device(tmp_path, capsys):
 
 def test_kernels_says_what_select_says(monkeypatch):
     monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
-    for row in inventory.schemes(256, 512, 1):
+    for row in inventory.schemes(256, 512):
         group = 512 if row["groups"][0] == "channel" else int(row["groups"][0])
         symmetric = row["zero_point"] != "stored"
-        chosen = quantkit_kernels.select(row["device"], row["bits"][0], group, symmetric, 1, 256, 512)
+        spec = quantkit_kernels.Spec.integer(row["bits"][0], group, symmetric, 256, 512)
+        chosen = quantkit_kernels.select(spec, row["device"])
         assert (row["runs"], row["why"]) == tuple(chosen)
 
 
 def test_kernels_merges_what_differs_in_numbers_only(monkeypatch):
-    def select(device, bits, group_size, symmetric, m, n, k, backend):
-        if bits in (5, 6, 7) or (bits == 2 and not symmetric):
-            kind = "symmetric" if symmetric else "asymmetric"
+    def select(spec, device, backend):
+        if spec.bits in (5, 6, 7) or (spec.bits == 2 and not spec.symmetric):
+            kind = "symmetric" if spec.symmetric else "asymmetric"
             return quantkit_kernels.Choice(
-                "slow", f"nothing has {kind} {bits} bits in groups of {group_size}"
+                "slow", f"nothing has {kind} {spec.bits} bits in groups of {spec.group_size}"
             )
         return quantkit_kernels.Choice("fast", "built")
 
     monkeypatch.setattr(quantkit_kernels, "select", select)
-    rows = [row for row in inventory.schemes(256, 512, 1) if row["device"] == "cpu"]
+    rows = [row for row in inventory.schemes(256, 512) if row["device"] == "cpu"]
     assert [(row["bits"], row["zero_point"], row["runs"]) for row in rows] == [
         ([2], "none", "fast"),
         ([2], "stored", "slow"),
@@ -66,7 +67,7 @@ def test_kernels_merges_what_differs_in_numbers_only(monkeypatch):
 
 
 def test_kernels_of_a_forced_backend_names_what_it_cannot_run():
-    rows = inventory.schemes(256, 512, 1, "torch")
+    rows = inventory.schemes(256, 512, "torch")
     runs = {bits for row in rows if row["runs"] == "torch" for bits in row["bits"]}
     assert runs == {4, 8}
     assert all("torch" in row["why"] for row in rows if row["runs"] is None)

@@ -131,7 +131,7 @@ def test_a_named_backend_runs_every_packed_linear(packed_llama, scheme):
     folder, dense = packed_llama(scheme)
     model = quantkit.load(folder, backend="torch")
     assert {m.backend for m in packed(model).values()} == {"torch"}
-    assert all(m.weight_packed is None for m in packed(model).values())
+    assert not any(m.leaves for m in packed(model).values())
     torch.testing.assert_close(logits(model), logits(dense), rtol=0, atol=1e-5)
     with pytest.raises(BackendError, match="what a checkpoint stores"):
         model.save_pretrained(folder.parent / "again")
@@ -200,7 +200,7 @@ def layer_map(model, where):
 def test_a_device_map_with_disk_gives_the_same_logits(packed_llama, tmp_path, where):
     folder, dense = packed_llama(ASYM)
     model = quantkit.load(folder, device_map=layer_map(dense, where), offload_folder=tmp_path / "offload")
-    offloaded = [name for name, m in packed(model).items() if m.weight_packed.is_meta]
+    offloaded = [name for name, m in packed(model).items() if m.offloaded]
     assert len(offloaded) == 7 * where.count("disk")
     assert torch.equal(logits(model), logits(dense))
     assert torch.equal(logits(model), logits(dense))  # the second time layers come back from disk
@@ -214,7 +214,7 @@ def test_an_automatic_map_keeps_to_max_memory(packed_llama, tmp_path):
         folder, device_map="auto", max_memory={"cpu": 120_000}, offload_folder=tmp_path / "offload"
     )
     assert "disk" in model.hf_device_map.values()
-    assert any(m.weight_packed.is_meta for m in packed(model).values())
+    assert any(m.offloaded for m in packed(model).values())
     assert torch.equal(logits(model), logits(dense))
 
 

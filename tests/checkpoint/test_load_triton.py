@@ -51,7 +51,7 @@ def alone(model):
 
 
 def storages(model):
-    tensors = [t for m in linears(model).values() for t in (m.layout_codes, m.layout_scales, m.layout_zeros)]
+    tensors = [t for m in linears(model).values() for t in (m.codes, m.scales, m.zeros)]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}, tensors
 
 

@@ -14,32 +14,26 @@ import types
 import pytest
 import torch
 from cpu_paths import DTYPES, SOURCES, assert_close
-from packed_weights import packed_weight
-from quantkit_kernels import pack_bits
-from quantkit_kernels.cpu import library, ops
+from packed_weights import packed_weight, same, stored
+from quantkit_kernels import Stored
+from quantkit_kernels.cpu import layout, library, ops
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
 
+def facts(weight, compute=ops.FLOAT):
+    """The op's arguments after the bias."""
+    spec = weight.spec
+    kind = (spec.bits, spec.group_size, spec.n, spec.k, spec.symmetric)
+    return (*kind, compute, weight.scale_factor, weight.wide_scales)
+
+
 def run(weight, x, compute=ops.FLOAT, bias=None):
     """What the bare call leaves in memory that held NaN, and the op as well, through the dispatcher and past it."""
-    poison = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
-    ops.run(x, weight.weight(bias=bias), x.shape[0], compute, poison)
-    args = (
-        x,
-        weight.units,
-        bias,
-        weight.bits,
-        weight.group_size,
-        weight.n,
-        weight.k,
-        weight.symmetric,
-        compute,
-        weight.scale_factor,
-        weight.wide_scales,
-    )
-    y = ops.cpu_linear(*args)
-    for found in (y, ops.linear(*args), weight.bind(x.dtype)(x, bias, compute)):
+    poison = torch.full((x.shape[0], weight.spec.n), float("nan"), dtype=x.dtype)
+    ops.run(x, weight, compute, poison, bias)
+    y = ops.cpu_linear(x, weight.units, bias, *facts(weight, compute))
+    for found in (y, ops.linear(weight, x, bias, compute), ops.bind(weight, x.dtype, compute)(x, bias)):
         torch.testing.assert_close(found, poison, rtol=0, atol=0, equal_nan=True)
     return y
 
@@ -62,15 +56,15 @@ SHAPES = [(16, 128), (17, 384), (50, 640)]
 GROUPS = (32, 64, 128, 0)  # 0: per channel
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_float_is_close_to_fp64(path, bits, group, symmetric):
     for (n, k), m, dtype in zip(SHAPES * 2, (1, 2, 3, 8, 16, 33), DTYPES * 2, strict=True):
-        packed, scale, zero, w = packed_weight(bits, n, k, group or k, symmetric)
+        packed, w = packed_weight(bits, n, k, group or k, symmetric)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
         bias = torch.randn(n, generator=torch.Generator().manual_seed(n)) if m % 2 else None
-        y = run(ops.pack(packed, scale, zero, bits, n, k), x, bias=bias)
+        y = run(layout.pack(packed), x, bias=bias)
         limit = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
         truth = x.double() @ w.T + (0 if bias is None else bias.double())
         assert_close(f"{path} {bits} bits g{group} [{n}, {k}] m={m} {dtype}", y, truth, limit)
@@ -79,8 +73,8 @@ def test_float_is_close_to_fp64(path, bits, group, symmetric):
 @pytest.mark.parametrize("m", [1, 5, 24])
 def test_fp32_that_stands_for_halves_is_closer_than_halves(path, m):
     """15 bits of each activation; on AMX bf16 tiles, whose result is that of rounding first."""
-    packed, scale, zero, w = packed_weight(4, 40, 256, 128, False)
-    weight = ops.pack(packed, scale, zero, 4, 40, 256)
+    packed, w = packed_weight(4, 40, 256, 128, False)
+    weight = layout.pack(packed)
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(1))
     y = run(weight, x, ops.HALVES)
     assert_close(path, y, x.double() @ w.T, 4e-3 if "amx" in path and m >= 16 else 1e-4)
@@ -88,68 +82,64 @@ def test_fp32_that_stands_for_halves_is_closer_than_halves(path, m):
     assert torch.equal(rounded.bfloat16(), run(weight, x.bfloat16(), ops.FLOAT))
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("compute", [ops.HALVES, ops.INT8_GROUP])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_do_not_overflow(path, bits, compute, sign):
     codes = torch.full((16, 256), 2**bits - 1, dtype=torch.uint8)
-    weight = ops.pack(pack_bits(codes, bits), torch.ones(16, 2).half(), None, bits, 16, 256)
+    weight = layout.pack(stored(codes, torch.ones(16, 2).half(), None, bits))
     for m in (1, 2, 4, 16):
         x = torch.full((m, 256), 1.9999 * sign)
         truth = x.double().sum(1, keepdim=True).expand(m, 16) * (2**bits - 1 - 2 ** (bits - 1))
         assert_close(f"{path} {bits} bits m={m}", run(weight, x, compute), truth, 5e-3)
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("compute", [ops.INT8_GROUP, ops.INT8_TOKEN])
 def test_int8_is_its_formula(path, bits, group, compute):
     for (n, k), m, dtype in zip(SHAPES * 2, (1, 2, 3, 8, 16, 33), DTYPES * 2, strict=True):
-        packed, scale, zero, w = packed_weight(bits, n, k, group or k, False)
+        packed, w = packed_weight(bits, n, k, group or k, False)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
         x[0, : k // 2] = 0
-        y = run(ops.pack(packed, scale, zero, bits, n, k), x, compute)
+        y = run(layout.pack(packed), x, compute)
         rounded = int8_twin(x, group or k, compute == ops.INT8_TOKEN)
         limit = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
         assert_close(f"{path} {bits} bits g{group} [{n}, {k}] m={m} {dtype}", y, rounded @ w.T, limit)
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 def test_rows_of_any_length_per_channel(path, bits):
     for n, k in ((3, 1), (17, 101), (16, 130), (33, 31)):
-        tensors = packed_weight(bits, n, k, k, False)
-        weight = ops.pack(*tensors[:3], bits, n, k)
-        for before, after in zip(tensors[:3], ops.unpack(weight), strict=True):
-            assert torch.equal(before, after)
+        packed, w = packed_weight(bits, n, k, k, False)
+        weight = layout.pack(packed)
+        assert same(layout.unpack(weight), packed)
         x = torch.randn(9, k, generator=torch.Generator().manual_seed(k))
-        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x), x.double() @ tensors[3].T, 1e-6)
+        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x), x.double() @ w.T, 1e-6)
         rounded = int8_twin(x, k, False)
-        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x, ops.INT8_GROUP), rounded @ tensors[3].T, 2e-6)
+        assert_close(f"{bits} bits [{n}, {k}]", run(weight, x, ops.INT8_GROUP), rounded @ w.T, 2e-6)
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_layout_converts_back_exactly(bits, group, scale_dtype):
     for n, k in (*SHAPES, (5, 256)):
         for symmetric in (True, False):
-            tensors = packed_weight(bits, n, k, group or k, symmetric, scale_dtype)[:3]
-            weight = ops.pack(*tensors, bits, n, k)
+            packed, _ = packed_weight(bits, n, k, group or k, symmetric, scale_dtype)
+            weight = layout.pack(packed)
             assert weight.wide_scales == (scale_dtype == torch.float32)
-            for before, after in zip(tensors, ops.unpack(weight), strict=True):
-                assert (before is None) == (after is None)
-                assert before is None or (before.dtype == after.dtype and torch.equal(before, after))
+            assert same(layout.unpack(weight), packed)
 
 
-@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("compute", [ops.FLOAT, ops.INT8_GROUP])
 def test_every_path_gives_the_bits_of_the_portable_one(path, bits, compute):
     for group in GROUPS:
         for m, dtype in zip(
             (1, 3, 11, 40), (torch.bfloat16, torch.float32, torch.float16, torch.float16), strict=True
         ):
-            packed, scale, zero, _ = packed_weight(bits, 21, 384, group or 384, False)
-            weight = ops.pack(packed, scale, zero, bits, 21, 384)
+            weight = layout.pack(packed_weight(bits, 21, 384, group or 384, False)[0])
             x = torch.randn(m, 384, generator=torch.Generator().manual_seed(m)).to(dtype)
             y = run(weight, x, compute)
             library.set_isa("portable")
@@ -159,7 +149,7 @@ def test_every_path_gives_the_bits_of_the_portable_one(path, bits, compute):
 
 
 def test_a_nan_or_an_infinity_reaches_its_own_token_only(path):
-    weight = ops.pack(*packed_weight(4, 32, 256, 128, False)[:3], 4, 32, 256)
+    weight = layout.pack(packed_weight(4, 32, 256, 128, False)[0])
     for compute in (ops.FLOAT, ops.INT8_GROUP, ops.INT8_TOKEN):
         for m, dtype in ((3, torch.float32), (20, torch.bfloat16)):
             for bad in (float("nan"), float("inf")):
@@ -172,22 +162,22 @@ def test_a_nan_or_an_infinity_reaches_its_own_token_only(path):
 
 
 def test_zero_tokens_and_more_dimensions(path):
-    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
-    rest = (weight.units, None, 4, 32, 20, 64, True, 0, weight.scale_factor, weight.wide_scales)
+    weight = layout.pack(packed_weight(4, 20, 64, 32, True)[0])
+    rest = (weight.units, None, *facts(weight))
     assert ops.cpu_linear(torch.ones(0, 64), *rest).shape == (0, 20)
     x = torch.randn(3, 2, 128)[..., ::2]
     assert torch.equal(ops.cpu_linear(x, *rest).view(6, 20), run(weight, x.reshape(6, 64).contiguous()))
 
 
 def test_schemes_that_do_not_fit_are_refused():
-    packed, scale, zero, _ = packed_weight(4, 20, 96, 48, True)
+    packed, _ = packed_weight(4, 20, 96, 48, True)
     with pytest.raises(ValueError, match="groups of 32, 64, multiples of 128 or whole rows, not 48"):
-        ops.pack(packed, scale, zero, 4, 20, 96)
-    assert "not 5" in ops.refuses(5, 128, 256)
-    assert ops.refuses(3, 256, 256) is None
+        layout.pack(packed)
+    assert "not 5" in layout.refuses(5, 128, 256)
+    assert layout.refuses(3, 256, 256) is None
     with pytest.raises(ValueError, match=r"scale of a 4-bit \[21, 96\] weight is \(21, 3\)"):
-        ops.pack(pack_bits(torch.zeros(21, 96, dtype=torch.uint8), 4), torch.ones(20, 3), None, 4, 21, 96)
-    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
+        Stored(packed.packed, packed.scale[:20], None, packed.spec)
+    weight = layout.pack(packed_weight(4, 20, 64, 32, True)[0])
     with pytest.raises(ValueError, match="units of a 4-bit"):
         ops.cpu_linear(torch.ones(1, 64), weight.units[1:], None, 4, 32, 20, 64, True, 0, 1.0, False)
     with pytest.raises(ValueError, match="x has 32 features"):
@@ -199,17 +189,16 @@ def test_schemes_that_do_not_fit_are_refused():
 
 
 def test_a_bound_call_refuses_what_the_op_refuses():
-    weight = ops.pack(*packed_weight(4, 20, 64, 32, True)[:3], 4, 20, 64)
-    call = weight.bind(torch.float32)
+    weight = layout.pack(packed_weight(4, 20, 64, 32, True)[0])
+    call = ops.bind(weight, torch.float32)
     with pytest.raises(ValueError, match="x has 32 features, the weight takes 64"):
-        call(torch.ones(1, 32), None, 0)
+        call(torch.ones(1, 32), None)
     with pytest.raises(ValueError, match=r"bias must be contiguous fp32 \[20\]"):
-        call(torch.ones(1, 64), torch.ones(21), 0)
+        call(torch.ones(1, 64), torch.ones(21))
     with pytest.raises(ValueError, match="units of a 4-bit"):
-        weight._replace(units=weight.units[1:]).bind(torch.float32)
-    facts = (weight.units, None, 4, 32, 20, 64, True, 0, weight.scale_factor, weight.wide_scales)
+        ops.bind(weight._replace(units=weight.units[1:]), torch.float32)
     with pytest.raises(TypeError, match="x must be fp32, bf16 or fp16"):
-        ops.linear(torch.ones(1, 64).double(), *facts)
+        ops.linear(weight, torch.ones(1, 64).double())
 
 
 def test_isa_is_forced_by_the_environment():
@@ -293,8 +282,7 @@ def test_arena_places_and_outlives_itself():
 
 
 def test_op_passes_opcheck():
-    packed, scale, zero, _ = packed_weight(4, 20, 64, 32, False)
-    w = ops.pack(packed, scale, zero, 4, 20, 64)
+    w = layout.pack(packed_weight(4, 20, 64, 32, False)[0])
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (
         torch.ones(2, 64),
@@ -314,8 +302,7 @@ def test_op_passes_opcheck():
 
 
 def test_threads_at_once_give_the_serial_results():
-    packed, scale, zero, _ = packed_weight(4, 192, 512, 128, False)
-    w = ops.pack(packed, scale, zero, 4, 192, 512)
+    w = layout.pack(packed_weight(4, 192, 512, 128, False)[0])
     inputs = [
         torch.randn(m, 512, generator=torch.Generator().manual_seed(m)) for m in (1, 2, 3, 5, 8, 13, 21, 34)
     ]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cpu_paths import DTYPES, assert_close
-from quantkit_kernels import pack_bits
-from quantkit_kernels.cpu import library, ops
+from packed_weights import same
+from quantkit_kernels import Spec, Stored, pack_bits
+from quantkit_kernels.cpu import layout, library, ops
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
@@ -43,12 +44,13 @@ def table_weight(table, n, k, group, scale_dtype=torch.float16):
 
 def run(weight, x, bias=None):
     """What the bare call leaves in memory that held NaN, and every other way of calling gives as well."""
-    y = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype)
-    ops.run(x, weight.weight(bias=bias), x.shape[0], ops.FLOAT, y)
-    facts = (weight.bits, weight.group_size, weight.n, weight.k, True, ops.FLOAT)
-    scales = (weight.scale_factor, weight.wide_scales, 1 + TABLES.index(weight.table))
+    spec = weight.spec
+    y = torch.full((x.shape[0], spec.n), float("nan"), dtype=x.dtype)
+    ops.run(x, weight, ops.FLOAT, y, bias)
+    facts = (spec.bits, spec.group_size, spec.n, spec.k, True, ops.FLOAT)
+    scales = (weight.scale_factor, weight.wide_scales, 1 + TABLES.index(spec.number))
     by_op = ops.cpu_linear(x, weight.units, bias, *facts, *scales)
-    for found in (by_op, weight.linear(x, bias), weight.bind(x.dtype)(x, bias, ops.FLOAT)):
+    for found in (by_op, ops.linear(weight, x, bias), ops.bind(weight, x.dtype)(x, bias)):
         torch.testing.assert_close(found, y, rtol=0, atol=0, equal_nan=True)
     return y
 
@@ -57,7 +59,7 @@ def run(weight, x, bias=None):
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
 def test_close_to_fp64_for_any_number_of_tokens(path, table, n, k, group):
     codes, scale, w = table_weight(table, n, k, group)
-    weight = ops.pack_codes(codes, scale, table)
+    weight = layout.pack_codes(codes, scale, table)
     g = torch.Generator().manual_seed(k)
     tokens = torch.randn(33, k, generator=g)
     for m in range(1, 34):
@@ -73,7 +75,7 @@ def test_close_to_fp64_for_any_number_of_tokens(path, table, n, k, group):
 @pytest.mark.parametrize("table", TABLES)
 def test_agrees_with_the_portable_path_within_fp32_rounding(path, table):
     for n, k, group in SHAPES:
-        weight = ops.pack_codes(*table_weight(table, n, k, group, torch.float32)[:2], table)
+        weight = layout.pack_codes(*table_weight(table, n, k, group, torch.float32)[:2], table)
         assert weight.wide_scales
         x = torch.randn(23, k, generator=torch.Generator().manual_seed(k))
         found = {m: run(weight, x[:m]) for m in (1, 3, 4, 6, 8, 23)}
@@ -97,7 +99,7 @@ def test_every_code_is_its_value_exactly(path, table, m):
     codes[(codes & 127) == NAN] = 0
     codes = codes.repeat(512 // len(codes)).view(16, 32)
     scale = torch.tensor([1.0, 2.0**-20] * 8)[:, None]
-    weight = ops.pack_codes(codes, scale, table)
+    weight = layout.pack_codes(codes, scale, table)
     flushing = torch.set_flush_denormal(True)
     try:
         back = torch.cat([run(weight, x.contiguous()) for x in torch.eye(32).split(m)]).T
@@ -120,14 +122,14 @@ def test_a_nan_code_reaches_its_own_row_only(path, code, n, k, group):
         bad = codes.clone()
         bad[3, column] = code
         for m in (1, 9):
-            y = run(ops.pack_codes(bad, scale, "fp8_e4m3"), torch.ones(m, k))
+            y = run(layout.pack_codes(bad, scale, "fp8_e4m3"), torch.ones(m, k))
             assert y[:, 3].isnan().all()
             assert y[:, torch.arange(n) != 3].isfinite().all()
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_nan_or_an_infinity_reaches_its_own_token_only(path, table):
-    weight = ops.pack_codes(*table_weight(table, 32, 256, 128)[:2], table)
+    weight = layout.pack_codes(*table_weight(table, 32, 256, 128)[:2], table)
     for m in (3, 20):
         for bad in (float("nan"), float("inf")):
             x = torch.ones(m, 256)
@@ -144,24 +146,22 @@ def test_layout_converts_back_exactly(table, scale_dtype):
     for n, k, group in SHAPES:
         codes, scale, _ = table_weight(table, n, k, group, scale_dtype)
         codes[2, 5] |= NAN if table != "nf4" else 0
-        packed, back, zero = ops.unpack(ops.pack_codes(codes, scale, table))
-        assert torch.equal(packed, pack_bits(codes, 4 if table == "nf4" else 8))
-        assert torch.equal(back, scale)
-        assert back.dtype == scale_dtype
-        assert zero is None
+        bits = 4 if table == "nf4" else 8
+        stored = Stored(pack_bits(codes, bits), scale, None, Spec(table, bits, group, True, n, k))
+        assert same(layout.unpack(layout.pack_codes(codes, scale, table)), stored)
 
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("compute", [ops.INT8_GROUP, ops.INT8_TOKEN])
 def test_int8_activations_are_refused(path, table, compute):
-    weight = ops.pack_codes(*table_weight(table, 16, 64, 32)[:2], table)
+    weight = layout.pack_codes(*table_weight(table, 16, 64, 32)[:2], table)
     x = torch.ones(2, 64)
     says = rf"weights stored by table \({table}\) have no compute int8; use compute float"
     with pytest.raises(ValueError, match=says):
-        weight.linear(x, compute=compute)
+        ops.linear(weight, x, compute=compute)
     with pytest.raises(ValueError, match=says):
-        ops.run(x, weight.weight(), 2, compute, torch.empty(2, 16))
-    facts = (weight.bits, 32, 16, 64, True, compute, weight.scale_factor, weight.wide_scales)
+        ops.run(x, weight, compute, torch.empty(2, 16))
+    facts = (weight.spec.bits, 32, 16, 64, True, compute, weight.scale_factor, weight.wide_scales)
     with pytest.raises(ValueError, match=says):
         ops.cpu_linear(x.to("meta"), weight.units.to("meta"), None, *facts, 1 + TABLES.index(table))
 
@@ -169,27 +169,27 @@ def test_int8_activations_are_refused(path, table, compute):
 def test_what_is_no_table_weight_is_refused():
     codes, scale = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 2)
     with pytest.raises(ValueError, match="unknown table 'fp4'; known: nf4, fp8_e4m3"):
-        ops.pack_codes(codes, scale, "fp4")
+        layout.pack_codes(codes, scale, "fp4")
     with pytest.raises(ValueError, match="code 16 does not fit in 4 bits"):
-        ops.pack_codes(codes + 16, scale, "nf4")
+        layout.pack_codes(codes + 16, scale, "nf4")
     with pytest.raises(ValueError, match="64 columns do not divide into 3 groups"):
-        ops.pack_codes(codes, torch.ones(16, 3), "nf4")
+        layout.pack_codes(codes, torch.ones(16, 3), "nf4")
     with pytest.raises(ValueError, match=r"codes are \[N, K\] and scale \[N, K/G\]"):
-        ops.pack_codes(codes, torch.ones(15, 2), "nf4")
+        layout.pack_codes(codes, torch.ones(15, 2), "nf4")
     with pytest.raises(ValueError, match="not 16"):
-        ops.pack_codes(codes, torch.ones(16, 4), "nf4")
+        layout.pack_codes(codes, torch.ones(16, 4), "nf4")
     with pytest.raises(TypeError, match="codes must be uint8"):
-        ops.pack_codes(codes.int(), scale, "nf4")
-    with pytest.raises(ValueError, match="codes of nf4 have 4 bits, not 8"):
-        ops.pack(pack_bits(codes, 8), scale, None, 8, 16, 64, "nf4")
+        layout.pack_codes(codes.int(), scale, "nf4")
+    with pytest.raises(ValueError, match="no number 'nf4' of 8 bits"):
+        Spec("nf4", 8, 32, True, 16, 64)
     with pytest.raises(ValueError, match="codes of fp8_e4m3 have no zero points"):
-        ops.pack(pack_bits(codes, 8), scale, torch.zeros(4, 2, dtype=torch.int32), 8, 16, 64, "fp8_e4m3")
+        Spec("fp8_e4m3", 8, 32, False, 16, 64)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_op_passes_opcheck(table):
-    w = ops.pack_codes(*table_weight(table, 20, 64, 32)[:2], table)
-    facts = (w.bits, 32, 20, 64, True, ops.FLOAT, w.scale_factor, w.wide_scales, 1 + TABLES.index(table))
+    w = layout.pack_codes(*table_weight(table, 20, 64, 32)[:2], table)
+    facts = (w.spec.bits, 32, 20, 64, True, ops.FLOAT, w.scale_factor, w.wide_scales, 1 + TABLES.index(table))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (torch.ones(2, 64), w.units, torch.zeros(20), *facts)
     result = torch.library.opcheck(ops.cpu_linear, args, test_utils=checks)

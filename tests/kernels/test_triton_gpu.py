@@ -3,9 +3,9 @@
 import pytest
 import quantkit_kernels
 import torch
-from quantkit_kernels import pack_bits
+from quantkit_kernels import Spec, Stored, pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
-from quantkit_kernels.triton import backend, layout
+from quantkit_kernels.triton import layout
 from quantkit_kernels.triton.configs import BUCKETS, rule
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 
@@ -13,6 +13,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+TRITON = quantkit_kernels.backend("triton")
 
 
 def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
@@ -24,7 +27,8 @@ def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
     scale[0, 0] = 0
     zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g, device="cuda")
     zero[0, 0], zero[-1, -1] = 0, 2**bits - 1
-    return pack_bits(codes, bits), scale, None if symmetric else pack_bits(zero, bits).T.contiguous()
+    zero_packed = None if symmetric else pack_bits(zero, bits).T.contiguous()
+    return Stored(pack_bits(codes, bits), scale, zero_packed, Spec.integer(bits, group, symmetric, n, k))
 
 
 def activations(m, k, dtype, seed=0):
@@ -59,8 +63,8 @@ SCHEMES = [(b, g, s) for b in (2, 3, 4, 8) for g in (32, 64, 128, 0) for s in (T
 def test_close_to_fp64_at_every_m(bits, group, symmetric, dtype):
     n, k = 1000, 1024
     tensors = stored(bits, n, k, group or k, symmetric, dtype)
-    built = layout.build(*tensors, bits, n, k)
-    w = reference_dequantize(*tensors, bits, n, k, torch.float64)
+    built = layout.build(tensors)
+    w = reference_dequantize(tensors, torch.float64)
     every = (1, 3, 8, 16, 17, 33, 63, 64, 128, 257, 800)
     for m in every if (bits, group) == (4, 128) else (3, 33, 257, 800):  # one tile size, one compilation
         x = activations(m, k, dtype, m)
@@ -74,8 +78,8 @@ def test_close_to_fp64_at_every_m(bits, group, symmetric, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_ragged_and_real_shapes_with_bias_and_strides(n, k, group, symmetric):
     tensors = stored(4, n, k, group, symmetric)
-    built = layout.build(*tensors, 4, n, k)
-    w = reference_dequantize(*tensors, 4, n, k, torch.float64)
+    built = layout.build(tensors)
+    w = reference_dequantize(tensors, torch.float64)
     bias = torch.randn(n, device="cuda").bfloat16()
     for m in (1, 5, 40):
         wide = activations(m, k + 8, torch.bfloat16, m)
@@ -102,10 +106,10 @@ def test_fp8_weights(dtype, n, k, group):
 @pytest.mark.parametrize("group", [32, 128, 1024])
 def test_written_out_weight_equals_reference(bits, group):
     tensors = stored(bits, 200, 1024, group, False)
-    built = layout.build(*tensors, bits, 200, 1024)
+    built = layout.build(tensors)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         w = dequantize(*built, bits, group, 200, 1024, dtype)
-        assert torch.equal(w, reference_dequantize(*tensors, bits, 200, 1024, dtype))
+        assert torch.equal(w, reference_dequantize(tensors, dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -113,7 +117,7 @@ def test_written_out_weight_equals_reference(bits, group):
 def test_every_output_is_written_and_every_run_is_the_same(bits, m):
     n, k = 1000, 4096
     tensors = stored(bits, n, k, 128, False)
-    built = layout.build(*tensors, bits, n, k)
+    built = layout.build(tensors)
     x = activations(m, k, torch.bfloat16)
     config = rule(bits, m, n, layout.geometry(bits, 128, k), 132)._replace(splits=4)
     first = None
@@ -123,16 +127,16 @@ def test_every_output_is_written_and_every_run_is_the_same(bits, m):
         assert torch.isfinite(y).all()
         assert first is None or torch.equal(first, y)
         first = y
-    assert_close("split", first, x, reference_dequantize(*tensors, bits, n, k, torch.float64))
+    assert_close("split", first, x, reference_dequantize(tensors, torch.float64))
 
 
 def test_buckets_agree_with_each_other():
     n, k = 512, 2048
     tensors = stored(4, n, k, 128, True)
-    built = layout.build(*tensors, 4, n, k)
+    built = layout.build(tensors)
     x = activations(1, k, torch.bfloat16)
     cut = layout.geometry(4, 128, k)
-    w = reference_dequantize(*tensors, 4, n, k, torch.float64)
+    w = reference_dequantize(tensors, torch.float64)
     for m in BUCKETS:
         config = rule(4, m, n, cut, 132)
         assert_close(f"{config}", launch(x, *built, None, 4, 128, n, k, config), x, w)
@@ -145,19 +149,19 @@ def test_buckets_agree_with_each_other():
 def test_graph_capture(m):
     n, k = 1024, 4096
     tensors = stored(4, n, k, 128, False)
-    prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
+    prepared = TRITON.prepare(tensors, torch.bfloat16)
     x = activations(m, k, torch.bfloat16)
-    eager = backend.run(x, prepared)
+    eager = TRITON.linear(prepared, x, None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        first = backend.run(x, prepared)
-        second = backend.run(x, prepared)
+        first = TRITON.linear(prepared, x, None)
+        second = TRITON.linear(prepared, x, None)
     for seed in (0, 1, 2):
         x.copy_(activations(m, k, torch.bfloat16, seed))
         graph.replay()
         assert torch.equal(first, second)
-        assert torch.equal(first, backend.run(x, prepared))
+        assert torch.equal(first, TRITON.linear(prepared, x, None))
     x.copy_(activations(m, k, torch.bfloat16))
     graph.replay()
     assert torch.equal(first, eager)
@@ -166,15 +170,15 @@ def test_graph_capture(m):
 def test_streams_do_not_share_tickets():
     n, k = 1024, 4096
     tensors = stored(4, n, k, 128, True)
-    prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
+    prepared = TRITON.prepare(tensors, torch.bfloat16)
     x = activations(1, k, torch.bfloat16)
-    truth = backend.run(x, prepared)
+    truth = TRITON.linear(prepared, x, None)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
     found = []
     for i in range(200):
         with torch.cuda.stream(streams[i % 4]):
-            found.append(backend.run(x, prepared))
+            found.append(TRITON.linear(prepared, x, None))
     torch.cuda.synchronize()
     assert all(torch.equal(y, truth) for y in found)
 
@@ -182,7 +186,7 @@ def test_streams_do_not_share_tickets():
 def test_the_compiled_graph_is_the_eager_result():
     n, k = 1000, 1024
     tensors = stored(4, n, k, 128, False)
-    built = layout.build(*tensors, 4, n, k)
+    built = layout.build(tensors)
     x = activations(3, k, torch.bfloat16)
     arguments = (*built, None, 4, 128, n, k)
     compiled = torch.compile(lambda t: triton_linear(t, *arguments), fullgraph=True, backend="aot_eager")
@@ -193,19 +197,19 @@ def test_captured_launches_share_no_tickets_with_others():
     """A graph on one stream, eager launches on another, more of them than the ring has room for."""
     n, k = 1024, 4096
     tensors = stored(4, n, k, 128, False)
-    prepared = backend.prepare(*tensors, 4, n, k, torch.bfloat16)
+    prepared = TRITON.prepare(tensors, torch.bfloat16)
     x = activations(1, k, torch.bfloat16)
-    truth = backend.run(x, prepared)
+    truth = TRITON.linear(prepared, x, None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = [backend.run(x, prepared) for _ in range(100)]
+        found = [TRITON.linear(prepared, x, None) for _ in range(100)]
     side = torch.cuda.Stream()
     eager = []
     for _ in range(20):
         graph.replay()
         with torch.cuda.stream(side):
-            eager.append([backend.run(x, prepared) for _ in range(100)][-1])
+            eager.append([TRITON.linear(prepared, x, None) for _ in range(100)][-1])
         torch.cuda.synchronize()
         assert all(torch.equal(y, truth) for y in (*found, eager[-1]))
 
@@ -214,16 +218,18 @@ def test_captured_launches_share_no_tickets_with_others():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_auto_trusts_the_kernels(bits, group, symmetric, dtype):
     for k in (1024, 33 * (group or 32)):  # whole chunks, and not always
-        found = quantkit_kernels.select("cuda", bits, group or k, symmetric, 1, 256, k, "auto", dtype)
+        found = quantkit_kernels.select(
+            Spec.integer(bits, group or k, symmetric, 256, k), "cuda", "auto", dtype
+        )
         assert found == ("triton", "agrees with the reference on this device")
 
 
 def test_nothing_is_compared_inside_a_capture():
-    scheme = (4, 96, True, 1, 256, 960)
+    spec = Spec.integer(4, 96, True, 256, 960)
     x = torch.ones(8, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        found = quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16)
+        found = quantkit_kernels.select(spec, "cuda", "auto", torch.bfloat16)
         x + 1
     assert found.name == "reference"
     assert "captured" in found.why
-    assert quantkit_kernels.select("cuda", *scheme, "auto", torch.bfloat16).name == "triton"
+    assert quantkit_kernels.select(spec, "cuda", "auto", torch.bfloat16).name == "triton"

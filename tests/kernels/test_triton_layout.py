@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import quantkit_kernels
 import torch
-from quantkit_kernels import BackendMissing, pack_bits, unpack_bits
+from packed_weights import same
+from quantkit_kernels import BackendMissing, Spec, Stored, pack_bits, unpack_bits
 from quantkit_kernels.reference.wna16_linear import wna16_linear
 from quantkit_kernels.triton import backend, layout, op
 from quantkit_kernels.triton.configs import DEQUANTIZE_FROM, Config, bucket, choose, rule, table
@@ -19,7 +20,8 @@ def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
     scale = torch.randn(n, k // group, generator=g).to(dtype)
     zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
-    return pack_bits(codes, bits), scale, None if symmetric else pack_bits(zero, bits).T.contiguous()
+    zero_packed = None if symmetric else pack_bits(zero, bits).T.contiguous()
+    return Stored(pack_bits(codes, bits), scale, zero_packed, Spec.integer(bits, group, symmetric, n, k))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -31,11 +33,9 @@ def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
 @pytest.mark.parametrize("by_row", [True, False])
 def test_layout_round_trip(bits, n, k, group, symmetric, by_row):
     tensors = stored(bits, n, k, group, symmetric)
-    built = layout.build(*tensors, bits, n, k, by_row)
+    built = layout.build(tensors, by_row)
     assert layout.is_by_row(built[0]) == by_row
-    back = layout.restore(*built, bits, group, n, k)
-    for before, after in zip(tensors, back, strict=True):
-        assert (before is None and after is None) or torch.equal(before, after)
+    assert same(layout.restore(*built, tensors.spec), tensors)
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(64, 256, 128), (65, 96, 32), (33, 100, 100)])
@@ -75,8 +75,9 @@ def test_by_row_a_thread_finds_its_row_in_16_bytes():
 
 
 def test_groups_that_follow_each_other_share_a_word():
-    _, scales, zeros = layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320)
-    _, scale, _ = layout.restore(*layout.build(*stored(4, 64, 320, 64, False), 4, 64, 320), 4, 64, 64, 320)
+    weight = stored(4, 64, 320, 64, False)
+    codes, scales, zeros = layout.build(weight)
+    scale = layout.restore(codes, scales, zeros, weight.spec).scale
     assert scales.shape == zeros.shape == (1, 3, 64, 2)  # the last word is half empty
     assert torch.equal(scales[0, 1, :, 0], scale[:, 2])
     assert torch.equal(scales[0, 1, :, 1], scale[:, 3])
@@ -87,17 +88,17 @@ def test_groups_that_follow_each_other_share_a_word():
 @pytest.mark.parametrize("by_row", [True, False])
 def test_weights_behind_each_other_are_one(bits, by_row):
     parts = [stored(bits, n, 320, 64, False) for n in (64, 128, 70)]
-    built = [layout.build(*part, bits, len(part[0]), 320, by_row) for part in parts]
+    built = [layout.build(part, by_row) for part in parts]
     codes, scales, zeros = (torch.cat(each) for each in zip(*built, strict=True))
-    back = layout.restore(codes, scales, zeros, bits, 64, 262, 320)
-    assert torch.equal(back[0], torch.cat([packed for packed, _, _ in parts]))
-    assert torch.equal(back[1], torch.cat([scale for _, scale, _ in parts]))
-    unpacked = [unpack_bits(part[2].T, bits, len(part[0])) for part in parts]
-    assert torch.equal(unpack_bits(back[2].T, bits, 262), torch.cat(unpacked, 1))
+    back = layout.restore(codes, scales, zeros, parts[0].spec.with_rows(262))
+    assert torch.equal(back.packed, torch.cat([part.packed for part in parts]))
+    assert torch.equal(back.scale, torch.cat([part.scale for part in parts]))
+    unpacked = [unpack_bits(part.zero_packed.T, bits, part.spec.n) for part in parts]
+    assert torch.equal(unpack_bits(back.zero_packed.T, bits, 262), torch.cat(unpacked, 1))
 
 
 def test_w4_g128_is_half_a_byte_per_weight():
-    codes, scales, zeros = layout.build(*stored(4, 256, 1024, 128, True), 4, 256, 1024)
+    codes, scales, zeros = layout.build(stored(4, 256, 1024, 128, True))
     assert zeros is None
     assert codes.numel() * 8 + scales.numel() * 16 == 256 * 1024 * 4.125
 
@@ -106,8 +107,8 @@ def test_w4_g128_is_half_a_byte_per_weight():
 def test_twin_is_the_reference(bits, group, symmetric):
     tensors = stored(bits, 20, 256, group, symmetric)
     x, bias = torch.randn(2, 3, 256), torch.randn(20)
-    y = triton_linear(x, *layout.build(*tensors, bits, 20, 256), bias, bits, group, 20, 256)
-    assert torch.equal(y, wna16_linear(x, *tensors, bias, bits, 20, 256))
+    y = triton_linear(x, *layout.build(tensors), bias, bits, group, 20, 256)
+    assert torch.equal(y, wna16_linear(x, tensors, bias))
 
 
 def test_fp8_twin_is_the_formula():
@@ -120,50 +121,61 @@ def test_fp8_twin_is_the_formula():
 
 
 def test_op_passes_opcheck():
-    built = layout.build(*stored(3, 20, 64, 32, False), 3, 20, 64)
+    built = layout.build(stored(3, 20, 64, 32, False))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = (torch.ones(2, 64), *built, torch.zeros(20), 3, 32, 20, 64)
     assert set(torch.library.opcheck(triton_linear, arguments, test_utils=checks).values()) == {"SUCCESS"}
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The backend takes the CPU, where the twin runs."""
+    monkeypatch.setattr(backend, "refuses", lambda *_: None)
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_backend_prepares_and_runs():
     tensors = stored(4, 20, 256, 128, False)
-    prepared = backend.prepare(*tensors, 4, 20, 256, torch.bfloat16)
+    triton = quantkit_kernels.backend("triton")
+    prepared = triton.prepare(tensors, torch.bfloat16)
     x = torch.randn(3, 256).bfloat16()
-    assert torch.equal(backend.run(x, prepared), wna16_linear(x, *tensors, None, 4, 20, 256))
-    for before, after in zip(tensors, quantkit_kernels.restore("triton", prepared), strict=True):
-        assert torch.equal(before, after)
+    assert torch.equal(triton.bind(prepared, torch.bfloat16)(x, None), wna16_linear(x, tensors, None))
+    assert same(triton.restore(prepared), tensors)
     with pytest.raises(BackendMissing, match="float32"):
-        quantkit_kernels.prepare("triton", *tensors, 4, 20, 256, torch.float32)
+        triton.prepare(tensors, torch.float32)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_of_any_type_is_part_of_the_one_op(dtype):
     tensors = stored(4, 20, 256, 128, False)
-    prepared = backend.prepare(*tensors, 4, 20, 256, torch.bfloat16)
+    triton = quantkit_kernels.backend("triton")
+    prepared = triton.prepare(tensors, torch.bfloat16)
     x, bias = torch.randn(2, 3, 256).bfloat16(), torch.randn(20).to(dtype)
     with torch.profiler.profile() as profile:
-        y = quantkit_kernels.run("triton", x, prepared, 128, bias)
-    assert torch.equal(y, wna16_linear(x, *tensors, bias, 4, 20, 256))
+        y = triton.linear(prepared, x, bias)
+    assert torch.equal(y, wna16_linear(x, tensors, bias))
     outermost = [event.name for event in profile.events() if event.cpu_parent is None]
     assert [name for name in outermost if "profiler" not in name.lower()] == ["quantkit::triton_linear"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_op_refuses_what_does_not_fit(device):
-    built = [t.to(device) for t in layout.build(*stored(4, 20, 64, 32, False), 4, 20, 64)]
+    built = [t.to(device) for t in layout.build(stored(4, 20, 64, 32, False))]
     x, facts = torch.ones(2, 64, device=device), (4, 32, 20, 64)
-    with pytest.raises(RuntimeError, match=r"bias must be \[20\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"bias must be \[20\].* got torch.float32 \[1\]"):
         triton_linear(x, *built, torch.ones(1, device=device), *facts)
-    with pytest.raises(RuntimeError, match="x has 32 features, the weight takes 64"):
+    with pytest.raises(ValueError, match="x has 32 features, the weight takes 64"):
         triton_linear(x.view(4, 32), *built, None, *facts)
 
 
 def test_backend_says_what_it_cannot_run():
-    assert backend.refuses("cuda", 4, 128, True, 64, 256) is None
-    assert backend.refuses("cuda", 3, 100, False, 7, 100) is None
-    assert "not on cpu" in backend.refuses("cpu", 4, 128, True, 64, 256)
-    assert "not 16" in backend.refuses("cuda", 4, 16, True, 64, 256)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert backend.refuses(Spec.integer(4, 128, True, 64, 256), cuda) is None
+    assert backend.refuses(Spec.integer(3, 100, False, 7, 100), cuda) is None
+    assert "not on cpu" in backend.refuses(Spec.integer(4, 128, True, 64, 256), cpu)
+    assert "not 16" in backend.refuses(Spec.integer(4, 16, True, 64, 256), cuda)
+    assert "not nf4" in backend.refuses(Spec("nf4", 4, 32, True, 64, 256), cuda)
 
 
 def test_import_is_inert():

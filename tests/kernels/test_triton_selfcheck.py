@@ -7,6 +7,7 @@ import warnings
 import pytest
 import quantkit_kernels
 import torch
+from quantkit_kernels import Spec
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
 
@@ -14,18 +15,18 @@ from quantkit.cli.main import run
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
-SCHEME = (4, 128, True, 1, 64, 256)
+SCHEME = (4, 128, True, 64, 256)
 
 
 def right(x, codes, scales, zeros, bias, bits, group_size, n, k, config, y):
-    stored = layout.restore(codes, scales, zeros, bits, group_size, n, k)
-    truth = x.double() @ reference_dequantize(*stored, bits, n, k, torch.float64).T
+    stored = layout.restore(codes, scales, zeros, Spec.integer(bits, group_size, zeros is None, n, k))
+    truth = x.double() @ reference_dequantize(stored, torch.float64).T
     return y.copy_(truth if bias is None else truth + bias)
 
 
 def right_weight(codes, scales, zeros, bits, group_size, n, k, dtype):
-    stored = layout.restore(codes, scales, zeros, bits, group_size, n, k)
-    return reference_dequantize(*stored, bits, n, k, dtype)
+    stored = layout.restore(codes, scales, zeros, Spec.integer(bits, group_size, zeros is None, n, k))
+    return reference_dequantize(stored, dtype)
 
 
 @pytest.fixture
@@ -130,23 +131,23 @@ def gpu(monkeypatch):
 
 
 def select(device="cuda", scheme=SCHEME, backend=None, dtype=torch.bfloat16):
-    return quantkit_kernels.select(device, *scheme, backend, dtype)
+    return quantkit_kernels.select(Spec.integer(*scheme), device, backend, dtype)
 
 
 def test_auto_compares_once_per_device_and_scheme(gpu):
     first = select()
     assert first == ("triton", "agrees with the reference on this device")
     assert gpu == [(torch.device("cuda", 1), 4, 128, True, True, torch.bfloat16)]
-    assert select("cuda:1") == select(torch.device("cuda:1"), (4, 128, True, 7, 99, 1024)) == first
+    assert select("cuda:1") == select(torch.device("cuda:1"), (4, 128, True, 99, 1024)) == first
     assert len(gpu) == 1
     for device, scheme, dtype in (
         ("cuda:0", SCHEME, torch.bfloat16),
         ("cuda", SCHEME, torch.float16),
-        ("cuda", (4, 128, False, 1, 64, 256), torch.bfloat16),
-        ("cuda", (8, 128, True, 1, 64, 256), torch.bfloat16),
-        ("cuda", (4, 64, True, 1, 64, 256), torch.bfloat16),
-        ("cuda", (4, 256, True, 1, 64, 256), torch.bfloat16),
-        ("cuda", (4, 100, True, 1, 64, 100), torch.bfloat16),
+        ("cuda", (4, 128, False, 64, 256), torch.bfloat16),
+        ("cuda", (8, 128, True, 64, 256), torch.bfloat16),
+        ("cuda", (4, 64, True, 64, 256), torch.bfloat16),
+        ("cuda", (4, 256, True, 64, 256), torch.bfloat16),
+        ("cuda", (4, 100, True, 64, 100), torch.bfloat16),
     ):
         assert select(device, scheme, dtype=dtype).name == "triton"
     assert len(set(gpu)) == len(gpu) == 8
@@ -170,7 +171,7 @@ def test_auto_goes_on_to_the_reference_and_warns_once(gpu, monkeypatch, answer, 
         warnings.simplefilter("error")
         assert select() == found == select(dtype=None)
         monkeypatch.setattr(selfcheck, "compare", answer)
-        assert select(scheme=(8, 128, True, 1, 64, 256)).name == "reference"
+        assert select(scheme=(8, 128, True, 64, 256)).name == "reference"
     assert select(backend="triton") == ("triton", "asked for")
 
 

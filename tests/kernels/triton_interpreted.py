@@ -1,9 +1,11 @@
 """The Triton kernels, interpreted on the CPU, against the reference; run by `test_triton_interpreter.py`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
-from quantkit_kernels import pack_bits
+from quantkit_kernels import Spec, Stored, pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
@@ -32,7 +34,9 @@ def exact_weight(bits, n, k, group, symmetric):
     if not symmetric:
         zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
         zero = pack_bits(zero, bits).T.contiguous()
-    return pack_bits(codes, bits), scale.to(torch.float16), zero
+    return Stored(
+        pack_bits(codes, bits), scale.to(torch.float16), zero, Spec.integer(bits, group, symmetric, n, k)
+    )
 
 
 def integers(*shape, seed=0):
@@ -66,9 +70,9 @@ SCHEMES = [
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_linear_equals_reference(bits, n, k, group, symmetric):
     stored = exact_weight(bits, n, k, group, symmetric)
-    built = layout.build(*stored, bits, n, k)
+    built = layout.build(stored)
     bias = integers(n, seed=1)
-    w = reference_dequantize(*stored, bits, n, k, torch.float64)
+    w = reference_dequantize(stored, torch.float64)
     for m, dtype in ((3, torch.float32), (1, torch.float16)):
         x = integers(m, k).to(dtype)
         truth = x.double() @ w.T + bias.double()
@@ -84,20 +88,20 @@ def test_linear_equals_reference(bits, n, k, group, symmetric):
 def test_every_tiling_gives_the_same(bits, group, config):
     n, k, m = 70, 512, 18
     stored = exact_weight(bits, n, k, group, False)
-    built = layout.build(*stored, bits, n, k)
+    built = layout.build(stored)
     x = integers(m, k)
     y = launch(x, *built, None, bits, group, n, k, config, torch.full((m, n), torch.nan))
-    assert torch.equal(y.double(), x.double() @ reference_dequantize(*stored, bits, n, k, torch.float64).T)
+    assert torch.equal(y.double(), x.double() @ reference_dequantize(stored, torch.float64).T)
     assert torch.equal(launch(x, *built, None, bits, group, n, k, config), y)  # the tickets are back at 0
 
 
 @pytest.mark.parametrize(("bits", "n", "k", "group"), SCHEMES)
 def test_dequantize_equals_reference(bits, n, k, group):
     stored = exact_weight(bits, n, k, group, False)
-    built = layout.build(*stored, bits, n, k)
+    built = layout.build(stored)
     for dtype in (torch.float32, torch.float16):
         w = dequantize(*built, bits, group, n, k, dtype)
-        assert torch.equal(w, reference_dequantize(*stored, bits, n, k, dtype))
+        assert torch.equal(w, reference_dequantize(stored, dtype))
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(65, 256, 128), (20, 96, 32), (33, 100, 100)])
@@ -116,8 +120,8 @@ def test_fp8_is_every_value(n, k, group):
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 32), (4, 128), (8, 128)])
 def test_the_order_by_row_gives_the_same(bits, group):
     stored = exact_weight(bits, 70, 512, group, False)
-    built = layout.build(*stored, bits, 70, 512, True)
-    w = reference_dequantize(*stored, bits, 70, 512, torch.float32)
+    built = layout.build(stored, True)
+    w = reference_dequantize(stored, torch.float32)
     x = integers(3, 512)
     assert torch.equal(dequantize(*built, bits, group, 70, 512, torch.float32), w)
     assert torch.equal(triton_linear(x, *built, None, bits, group, 70, 512), x @ w.T)
@@ -127,12 +131,12 @@ def test_the_order_by_row_gives_the_same(bits, group):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scales_of_every_type(dtype, symmetric):
     """The interpreter cannot add bf16, but scales are words until they are fp32. An odd number of groups."""
-    packed, scale, zero = exact_weight(4, 65, 320, 64, symmetric)
-    stored = packed, scale.to(dtype), zero
-    built = layout.build(*stored, 4, 65, 320)
+    stored = exact_weight(4, 65, 320, 64, symmetric)
+    stored = replace(stored, scale=stored.scale.to(dtype))
+    built = layout.build(stored)
     x = integers(3, 320)
     y = triton_linear(x, *built, None, 4, 64, 65, 320)
-    assert torch.equal(y.double(), x.double() @ reference_dequantize(*stored, 4, 65, 320, torch.float64).T)
+    assert torch.equal(y.double(), x.double() @ reference_dequantize(stored, torch.float64).T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -140,8 +144,8 @@ def test_a_bias_is_added_before_the_rounding(dtype):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(3, 96).half()
     bias = torch.arange(40).to(dtype)[::2] + 2.0**-8  # the sum has more bits than fp16
-    y = triton_linear(x, *layout.build(*stored, 4, 20, 96), bias, 4, 32, 20, 96)
-    truth = x.double() @ reference_dequantize(*stored, 4, 20, 96, torch.float64).T + bias.double()
+    y = triton_linear(x, *layout.build(stored), bias, 4, 32, 20, 96)
+    truth = x.double() @ reference_dequantize(stored, torch.float64).T + bias.double()
     assert torch.equal(y, truth.half())
 
 
@@ -149,8 +153,8 @@ def test_large_m_is_dequantized_once(monkeypatch):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(800, 96)
     monkeypatch.setattr("quantkit_kernels.triton.op.launch", None)
-    y = triton_linear(x, *layout.build(*stored, 4, 20, 96), None, 4, 32, 20, 96)
-    assert torch.equal(y, x @ reference_dequantize(*stored, 4, 20, 96, torch.float32).T)
+    y = triton_linear(x, *layout.build(stored), None, 4, 32, 20, 96)
+    assert torch.equal(y, x @ reference_dequantize(stored, torch.float32).T)
 
 
 def test_the_kernels_pass_their_own_check():
@@ -171,7 +175,7 @@ def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 128, False), (3, 64, True), (8, 384, False)])
 def test_weights_behind_each_other_run_as_one(bits, group, symmetric):
     rows, k = (64, 192, 128), 384
-    built = [layout.build(*exact_weight(bits, n, k, group, symmetric), bits, n, k) for n in rows]
+    built = [layout.build(exact_weight(bits, n, k, group, symmetric)) for n in rows]
     joint = [None if parts[0] is None else torch.cat(parts) for parts in zip(*built, strict=True)]
     bias, x = integers(sum(rows), seed=1), integers(3, k).half()
     y = triton_linear(x, *joint, bias, bits, group, sum(rows), k)

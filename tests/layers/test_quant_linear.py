@@ -65,9 +65,8 @@ def test_a_backend_with_a_layout_frees_the_stored_tensors(grid):
     module.prepare("torch", torch.float32)
     module.prepare("torch", torch.float32)  # again is harmless
     assert module.backend == "torch"
-    assert module.weight_packed is None
-    assert module.weight_scale is None
-    assert module.state_dict().keys() == {"weight_shape", "bias"}
+    assert module.leaves == {}
+    assert module.state_dict().keys() == {"bias"}
     assert ((module(X) - truth).square().mean() / truth.square().mean()).sqrt() < 2e-6
     assert module(X.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(BackendError, match="already runs on 'torch'"):
@@ -95,7 +94,7 @@ def test_casting_the_model_keeps_what_the_codes_were_computed_for(backend):
         assert buffer.dtype == before[name].dtype
         assert torch.equal(buffer, before[name])
     assert torch.equal(module(X), truth)
-    assert module.to("meta").get_buffer("weight_shape").is_meta
+    assert module.to("meta").offloaded
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", NATIVE])
@@ -113,10 +112,10 @@ def test_compiles_without_a_break_and_equals_eager(backend):
 )
 def test_the_native_layout_gives_the_stored_tensors_back(grid):
     module, _, _ = layer(grid)
-    before = {name: tensor.clone() for name, tensor in module.stored().items()}
+    before = {name: tensor.clone() for name, tensor in module.on_disk().items()}
     module.prepare("cpu", torch.float32)
-    assert module.weight_packed is None
-    after = module.stored()
+    assert module.leaves == {}
+    after = module.on_disk()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n], before[n]) for n in before)
 
@@ -244,7 +243,7 @@ def test_copies_do_not_use_the_memory_of_the_original(copied):
     y = module(X)
     twin = copied(module)
     if copied is not copy.copy:
-        module.layout_units.zero_()
+        module.units.zero_()
     del module
     assert torch.equal(twin(X), y)
 
@@ -253,14 +252,14 @@ def test_copies_do_not_use_the_memory_of_the_original(copied):
 def test_a_replaced_layout_is_used_and_the_old_one_let_go():
     module = native()
     y = module(X)
-    old = weakref.ref(module.layout_units)
+    old = weakref.ref(module.units)
     module.move_layout(torch.clone)
     assert old() is None
     assert torch.equal(module(X), y)
-    module.layout_units.data = module.layout_units.data.clone()
+    module.units.data = module.units.data.clone()
     assert torch.equal(module(X), y)
-    module.layout_units = torch.zeros_like(module.layout_units)
+    module.units = torch.zeros_like(module.units)
     assert torch.equal(module(X), module.bias.expand(2, 5, 48))
-    module.layout_units = module.layout_units[:-1]
+    module.units = module.units[:-1]
     with pytest.raises(ValueError, match="units of a 4-bit"):
         module(X)

@@ -105,41 +105,42 @@ def storages(modules):
     return len(tensors), sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-def test_there_is_one_copy_of_the_weights_and_biases(device):
+def test_there_is_one_copy_of_the_weights(device):
     single = alone(device, bias=True)
-    old = [weakref.ref(t) for m in single for t in (*m.layout.values(), m.bias.data) if torch.is_tensor(t)]
+    old = [weakref.ref(t) for m in single for t in m.layout.tensors.values()]
     _, size = storages(single)
     assert Siblings.join(list(single))
     assert [ref() for ref in old] == [None] * len(old)
     for module in single:
         module(tokens(1, device=device))
-    assert storages(single) == (4, size)  # codes, scales, zeros, biases
+    assert storages(single) == (3 + len(single), size)  # codes, scales, zeros, and each its bias
 
 
 def test_the_stored_tensors_come_back(device):
     for fused, single in zip(together(device), alone(device), strict=True):
-        found, expected = fused.stored(), single.stored()
+        found, expected = fused.on_disk(), single.on_disk()
         assert found.keys() == expected.keys()
         assert_equal(found.values(), expected.values())
     codes = torch.randint(0, 16, (64, K), dtype=torch.uint8)
     weight = QuantizedWeight(codes, torch.rand(64, 2), None, integer(4, 64, True))
     module = QuantLinear.from_quantized(weight, None).to(device)
-    before = {name: tensor.clone() for name, tensor in module.stored().items()}
+    before = {name: tensor.clone() for name, tensor in module.on_disk().items()}
     module.prepare("triton", torch.bfloat16)
-    assert module.weight_packed is None
-    assert_equal(module.stored().values(), before.values())
+    assert module.leaves == {}
+    assert_equal(module.on_disk().values(), before.values())
 
 
-def test_a_bias_costs_no_copy_while_it_lies_where_it_was_laid(device, monkeypatch):
+def test_a_bias_is_copied_once_and_again_when_it_was_changed(device, monkeypatch):
     fused, single = together(device, bias=True), alone(device, bias=True)
     x = tokens(1, device=device)
+    assert_equal([m(x) for m in fused], [m(x) for m in single])
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_: pytest.fail("copied"))
         assert_equal([m(x) for m in fused], [m(x) for m in single])
-        fused[0](x)
-        for modules in (fused, single):
-            modules[1].bias.add_(1)
-        assert_equal([m(x) for m in fused[1:]], [m(x) for m in single[1:]])
+    fused[0](x)
+    for modules in (fused, single):
+        modules[1].bias.add_(1)
+    assert_equal([m(x) for m in fused[1:]], [m(x) for m in single[1:]])
     for modules in (fused, single):
         modules[2].bias.data = modules[2].bias.data + 2
     assert_equal([m(x) for m in fused], [m(x) for m in single])
@@ -159,8 +160,8 @@ def test_a_part_of_a_layout_replaced_in_between_is_seen(device, part):
     fused[0](x)
     for modules in (fused, single):
         for which in (1, 2):
-            other = getattr(linear(ROWS[which], 7 + which, device=device), f"layout_{part}")
-            setattr(modules[which], f"layout_{part}", other)
+            other = getattr(linear(ROWS[which], 7 + which, device=device), part)
+            setattr(modules[which], part, other)
     assert_equal([fused[1](x), fused[2](x)], [single[1](x), single[2](x)])
     assert_equal([m(x) for m in fused], [m(x) for m in single])
 
@@ -171,7 +172,7 @@ def test_new_memory_of_a_layout_is_seen(device):
     for module in fused:
         module(x)
     for modules in (fused, single):
-        modules[0].layout_codes.data = linear(ROWS[0], 9, device=device).layout_codes
+        modules[0].codes.data = linear(ROWS[0], 9, device=device).codes
     assert_equal([m(x) for m in fused], [m(x) for m in single])
 
 
@@ -180,7 +181,7 @@ def test_members_that_lie_in_one_memory_but_not_behind_each_other_run_alone(call
     x = tokens(1, device=device)
     for part in ("codes", "scales", "zeros"):
         for modules in (fused, single):  # the second weight is the first half of the first one
-            setattr(modules[1], f"layout_{part}", getattr(modules[0], f"layout_{part}")[:1])
+            setattr(modules[1], part, getattr(modules[0], part)[:1])
     assert_equal([m(x) for m in fused], [m(x) for m in single])
     assert sum(ROWS) not in calls
 
@@ -201,7 +202,7 @@ def test_what_waits_is_for_the_stream_or_graph_it_was_computed_on(calls, monkeyp
     monkeypatch.setattr(backend, "refuses", lambda *_: None)
     fused, x, here = together(), tokens(1), []
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(siblings, "_queue", lambda device: tuple(here))
+    monkeypatch.setattr(siblings, "_stream", lambda device: tuple(here))
     fused[0](x)
     for place in (("side", False), ("side", True), ("stream", True)):
         here[:] = place
@@ -248,7 +249,7 @@ def test_copies_run_together_on_their_own(calls, device, copied):
     assert twins[0].siblings is twins[2].siblings is not fused[0].siblings
     assert storages(twins)[1] == storages(fused)[1]
     for module in fused:
-        module.layout_codes.zero_()
+        module.codes.zero_()
     expected = [m(x) for m in single]
     calls.clear()
     assert_equal([m(x) for m in twins], expected)
@@ -260,7 +261,7 @@ def test_moves_and_casts_leave_the_results_right(device):
     fused, single = together(device, bias=True), alone(device, bias=True)
     for change in (nn.Module.bfloat16, nn.Module.float, lambda m: m.to("cpu"), lambda m: m.to(device)):
         change(fused), change(single)
-        at = fused[0].layout_codes.device
+        at = fused[0].codes.device
         for x in (tokens(1, device=at), tokens(2, 3, device=at)):
             assert_equal([m(x) for m in fused], [m(x) for m in single])
     assert fused.to("meta")[0](tokens(1).to("meta")).is_meta
@@ -271,11 +272,11 @@ def test_a_member_that_is_offloaded_leaves_the_others_right(device):
     fused, single = together(device), alone(device)
     x = tokens(1, device=device)
     fused[0](x)
-    codes = fused[1].layout_codes
-    fused[1]._buffers["layout_codes"] = codes.to("meta")
+    codes = fused[1].codes
+    fused[1]._buffers["codes"] = codes.to("meta")
     for _ in range(2):
         assert_equal([fused[0](x), fused[2](x)], [single[0](x), single[2](x)])
-    fused[1]._buffers["layout_codes"] = codes.clone()
+    fused[1]._buffers["codes"] = codes.clone()
     assert_equal([m(x) for m in fused], [m(x) for m in single])
 
 
@@ -291,10 +292,10 @@ def test_only_what_fits_together_is_joined(device):
         [],
     ):
         modules = [linear(64, device=device), *others]
-        before = [module.layout_codes.data_ptr() for module in modules]
+        before = [module.codes.data_ptr() for module in modules]
         assert not Siblings.join(modules)
         assert all(module.siblings is None for module in modules)
-        assert [module.layout_codes.data_ptr() for module in modules] == before
+        assert [module.codes.data_ptr() for module in modules] == before
     meta = linear(64, 1, device=device).to("meta")
     assert not Siblings.join([linear(64, device=device), meta])
     stored = QuantLinear(K, 64, Scheme(ASYM), False, torch.bfloat16)

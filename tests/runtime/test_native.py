@@ -264,9 +264,9 @@ def test_a_layout_that_is_built_already_is_used_without_a_copy():
     found = decoder(model)
     assert found.compute == "int8"
     units = [m.weight.units for layer in found.tables.layers for m in (layer.o, layer.down)]
-    assert {u.data_ptr() for u in units} <= {m.cpu_packed.units.data_ptr() for m in packed}
+    assert {u.data_ptr() for u in units} <= {m.units.data_ptr() for m in packed}
     assert_close(decoder(model, compute="float").start().append(ids, keep=30), truth, 2e-4)
-    packed[0].compute = "float"
+    packed[0].prepare("cpu", torch.float32)
     assert "compute float and int8" in native(model)
 
 

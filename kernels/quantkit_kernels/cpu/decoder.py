@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.ops import Packed
+from quantkit_kernels.cpu.layout import Packed
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3}  # qk::Compute
@@ -59,7 +59,7 @@ class Matrix:
 
     @property
     def n(self) -> int:
-        return self.weight.n if isinstance(self.weight, Packed) else self.weight.shape[0]
+        return self.weight.spec.n if isinstance(self.weight, Packed) else self.weight.shape[0]
 
     def _structure(self) -> _Matrix:
         if isinstance(self.weight, Packed):

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 
 from quantkit_kernels.bits import pack_bits, unpack_bits
+from quantkit_kernels.stored import Spec, Stored
 
 ROWS = 64  # of a chunk
 HIGH_BITS = (2, 3, 6, 7, 0, 1, 4, 5)  # two fields of a half meet their third bits at once, in bits 2 and 6
@@ -149,39 +150,34 @@ def _codes(q: torch.Tensor, cut: Geometry, bits: int, by_row: bool) -> torch.Ten
     return to_fragments(planes, by_row)
 
 
-def build(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_packed: torch.Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    by_row: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, scales, zeros) from the stored tensors (see `../ops.py`)."""
-    cut = geometry(bits, k // scale.shape[1], k)
-    zero = None if zero_packed is None else unpack_bits(zero_packed.T, bits, n).T.to(scale.dtype)
-    codes = _codes(unpack_bits(packed, bits, k), cut, bits, by_row)
-    return codes, _columns(scale, n, cut.groups), _columns(zero, n, cut.groups)
+def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(codes, scales, zeros) of a weight with integer codes."""
+    spec, scale = stored.spec, stored.scale
+    cut = geometry(spec.bits, spec.group_size, spec.k)
+    zero = None
+    if stored.zero_packed is not None:
+        zero = unpack_bits(stored.zero_packed.T, spec.bits, spec.n).T.to(scale.dtype)
+    codes = _codes(unpack_bits(stored.packed, spec.bits, spec.k), cut, spec.bits, by_row)
+    return codes, _columns(scale, spec.n, cut.groups), _columns(zero, spec.n, cut.groups)
 
 
-def restore(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The inverse of `build`, bit for bit: (packed, scale, zero_packed)."""
-    q = _planes_to_fields(from_fragments(codes), bits).flatten(1)[:n, :k]
-    groups = k // group_size
-    scale = _rows(scales, n, groups)
-    zero = (
-        None if zeros is None else pack_bits(_rows(zeros, n, groups).T.to(torch.uint8), bits).T.contiguous()
-    )
-    return pack_bits(q.contiguous(), bits), scale, zero
+def restore(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: Spec) -> Stored:
+    """The inverse of `build`, bit for bit."""
+    q = _planes_to_fields(from_fragments(codes), spec.bits).flatten(1)[: spec.n, : spec.k]
+    zero = None
+    if zeros is not None:
+        zero = pack_bits(_rows(zeros, spec.n, spec.groups).T.to(torch.uint8), spec.bits).T.contiguous()
+    return Stored(pack_bits(q.contiguous(), spec.bits), _rows(scales, spec.n, spec.groups), zero, spec)
+
+
+def shapes(
+    bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of codes and of scales (and zeros) of a weight [N, K]."""
+    cut = geometry(bits, group_size, k)
+    blocks, each = -(-n // ROWS), 4 // scale_bytes
+    unit = (cut.h // 16, 16 * ROWS) if by_row else (ROWS // 2, 2 * cut.h)
+    return (blocks, cut.chunks, cut.planes, *unit), (blocks, -(-cut.groups // each), ROWS, each)
 
 
 def build_fp8(

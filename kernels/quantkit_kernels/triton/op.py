@@ -16,15 +16,16 @@ from functools import cache
 
 import torch
 
-from quantkit_kernels.reference.wna16_linear import wna16_linear
+from quantkit_kernels import gradient
+from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.stored import FLOATS, Spec
 from quantkit_kernels.triton import unpack
 from quantkit_kernels.triton.configs import Config, choose, table
-from quantkit_kernels.triton.layout import geometry, is_by_row, restore, restore_fp8
+from quantkit_kernels.triton.layout import geometry, is_by_row, restore, restore_fp8, shapes
 
-_SCHEMA = (
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
-    "int bits, int group_size, int n, int k) -> Tensor"
-)
+_WEIGHT = "int bits, int group_size, int n, int k"
+_SCHEMA = f"(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, {_WEIGHT}) -> Tensor"
+_DEQUANTIZE = f"(Tensor codes, Tensor scales, Tensor? zeros, {_WEIGHT}, ScalarType dtype) -> Tensor"
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TICKETS = 1 << 19
 _turn = threading.Lock()
@@ -33,14 +34,16 @@ _next: dict[tuple[torch.device, bool], int] = {}
 
 
 def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
-    _check(x, bias, n, k)
+    w = _twin_dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
+    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _twin_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype):
     if codes.dtype == torch.float8_e4m3fn:
         weight, scale = restore_fp8(codes, scales, group_size, n, k)
-        w = weight.float().view(n, -1, group_size) * scale.float()[:, :, None]
-        y = torch.nn.functional.linear(x, w.view(n, k).to(x.dtype))
-        return y if bias is None else y + bias.to(x.dtype)
-    stored = restore(codes, scales, zeros, bits, group_size, n, k)
-    return wna16_linear(x, *stored, bias, bits, n, k)
+        return (weight.float().view(n, -1, group_size) * scale.float()[:, :, None]).view(n, k).to(dtype)
+    spec = Spec.integer(bits, group_size, zeros is None, n, k)
+    return reference_dequantize(restore(codes, scales, zeros, spec), dtype)
 
 
 @cache
@@ -120,7 +123,10 @@ def _plan(
 
 
 def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
-    """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None."""
+    """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None.
+
+    Trusts the sizes of the weight, which the op has checked.
+    """
     from quantkit_kernels.triton.linear import linear_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
@@ -168,7 +174,7 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
 
 
 def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
-    """W [N, K] = (q - z) * s in fp32, rounded to `dtype`."""
+    """W [N, K] = (q - z) * s in fp32, rounded to `dtype`. Trusts sizes, which the op has checked."""
     from quantkit_kernels.triton.linear import dequantize_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
@@ -194,13 +200,55 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     return out
 
 
-def _check(x, bias, n: int, k: int) -> None:
-    torch._check(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features, the weight takes {k}")
-    torch._check(bias is None or bias.shape == (n,), lambda: f"bias must be [{n}], got {list(bias.shape)}")
+def _check_weight(codes, scales, zeros, bits: int, group_size: int, n: int, k: int) -> None:
+    """ValueError unless the kernels, which trust sizes, would read the memory of these tensors only."""
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    if codes.dtype != torch.uint8 and not (fp8 and bits == 8 and zeros is None):
+        raise ValueError(
+            f"codes are uint8, or float8_e4m3fn of 8 bits without zeros, got {codes.dtype}, {bits} bits"
+        )
+    if scales.dtype not in FLOATS:
+        raise ValueError(f"scales are fp32, bf16 or fp16, got {scales.dtype}")
+    by_row = codes.dim() == 5 and is_by_row(codes)
+    wanted, of_scales = _shapes(bits, group_size, n, k, by_row, scales.element_size())
+    for name, tensor, shape, dtype in (
+        ("codes", codes, wanted, codes.dtype),
+        ("scales", scales, of_scales, scales.dtype),
+        ("zeros", zeros, of_scales, scales.dtype),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of a {bits}-bit [{n}, {k}] weight are contiguous {dtype} {list(shape)}, got {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {tensor.stride()}"
+            )
+        if tensor.device != codes.device:
+            raise ValueError(
+                f"{name} are on {tensor.device}, codes on {codes.device}; move them to one device"
+            )
+
+
+@cache
+def _shapes(bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int) -> tuple:
+    """`layout.shapes` of a weight that the kernels know; else ValueError."""
+    Spec.integer(bits, group_size, True, n, k)
+    return shapes(bits, group_size, n, k, by_row, scale_bytes)
+
+
+def _check(x, codes, scales, zeros, bias, bits: int, group_size: int, n: int, k: int) -> None:
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"x has {x.shape[-1] if x.dim() else 0} features, the weight takes {k}")
+    if not x.is_floating_point() or x.device != codes.device:
+        raise ValueError(f"x is a float tensor on {codes.device}, got {x.dtype} on {x.device}")
+    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device):
+        raise ValueError(
+            f"bias must be [{n}] of a float type on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}"
+        )
+    _check_weight(codes, scales, zeros, bits, group_size, n, k)
 
 
 def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
-    _check(x, bias, n, k)
     rows = x.reshape(-1, k)
     m = rows.shape[0]
     if m == 0:
@@ -221,6 +269,7 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 
 def _cuda(x, *rest):
+    _check(x, *rest)
     with torch.cuda.device(x.device):  # triton launches on the current device
         if torch.is_autocast_enabled("cuda"):
             with torch.autocast("cuda", enabled=False):
@@ -228,8 +277,13 @@ def _cuda(x, *rest):
         return _run(x, *rest)
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _other(x, *rest):
-    run = _run if os.environ.get("TRITON_INTERPRET") == "1" else _twin
+    _check(x, *rest)
+    run = _run if _interpreted() else _twin
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *rest)
@@ -237,8 +291,24 @@ def _other(x, *rest):
 
 
 def _fake(x, codes, scales, zeros, bias, bits, group_size, n, k):
-    _check(x, bias, n, k)
+    _check(x, codes, scales, zeros, bias, bits, group_size, n, k)
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantize(codes, *rest):
+    _check_weight(codes, *rest[:-1])
+    if codes.device.type == "cuda":
+        with torch.cuda.device(codes.device):
+            return dequantize(codes, *rest)
+    return (dequantize if _interpreted() else _twin_dequantize)(codes, *rest)
+
+
+def _fake_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype):
+    return codes.new_empty((n, k), dtype=dtype)
+
+
+def _weight_of(x, codes, scales, zeros, bias, bits, group_size, n, k):
+    return torch.ops.quantkit.triton_dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
 
 
 if not hasattr(torch.ops.quantkit, "triton_linear"):
@@ -246,5 +316,9 @@ if not hasattr(torch.ops.quantkit, "triton_linear"):
     torch.library.impl("quantkit::triton_linear", "CompositeExplicitAutograd")(_other)
     torch.library.impl("quantkit::triton_linear", "CUDA")(_cuda)
     torch.library.register_fake("quantkit::triton_linear")(_fake)
+    torch.library.define("quantkit::triton_dequantize", _DEQUANTIZE)
+    torch.library.impl("quantkit::triton_dequantize", "CompositeExplicitAutograd")(_dequantize)
+    torch.library.register_fake("quantkit::triton_dequantize")(_fake_dequantize)
+    gradient.register("quantkit::triton_linear", _weight_of, bias_at=4)
 
 triton_linear = torch.ops.quantkit.triton_linear.default

@@ -12,12 +12,13 @@ import contextlib
 import itertools
 import threading
 import warnings
-from typing import NamedTuple
 
 import torch
 
+from quantkit_kernels.backend import Verdict
 from quantkit_kernels.bits import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.stored import Spec, Stored
 from quantkit_kernels.triton import layout
 from quantkit_kernels.triton.backend import DTYPES, by_row
 from quantkit_kernels.triton.configs import Config, rule
@@ -30,16 +31,7 @@ _found: dict[tuple, str | None] = {}  # what `compare` said, by device and schem
 _warned: set[torch.device] = set()
 
 
-class Verdict(NamedTuple):
-    """Whether "auto" may take the kernels, and why."""
-
-    trusted: bool
-    why: str
-
-
-def verdict(
-    device: torch.device, bits: int, group_size: int, symmetric: bool, k: int, dtype: torch.dtype | None
-) -> Verdict:
+def verdict(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verdict:
     """What `compare` finds for a scheme, once per process; a warning if it is the first complaint of a device.
 
     dtype: of the activations; None asks what is known for bf16 and runs nothing.
@@ -50,8 +42,9 @@ def verdict(
         return Verdict(False, "no CUDA device is here to compare them with the reference on")
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
-    cut = layout.geometry(bits, group_size, k)
-    scheme = (bits, cut.group, symmetric, k == cut.chunks * cut.chunk, dtype or torch.bfloat16)
+    cut = layout.geometry(spec.bits, spec.group_size, spec.k)
+    even = spec.k == cut.chunks * cut.chunk
+    scheme = (spec.bits, cut.group, spec.symmetric, even, dtype or torch.bfloat16)
     with _turn:
         if (device, *scheme) not in _found:
             if dtype is None:
@@ -86,9 +79,9 @@ def compare(
     """Where the kernels part from fp64 on `device`, or None. group: 0 for whole rows; even: K fills its chunks."""
     k = _columns(bits, group, even)
     group_size = group or k
-    stored = _random_weight(bits, k, group_size, symmetric, dtype, device)
-    w = reference_dequantize(*stored, bits, N, k, torch.float64)
-    built = layout.build(*stored, bits, N, k, by_row(device))
+    stored = _random_weight(Spec.integer(bits, group_size, symmetric, N, k), dtype, device)
+    w = reference_dequantize(stored, torch.float64)
+    built = layout.build(stored, by_row(device))
     g = torch.Generator().manual_seed(1)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for m, config, biased in _cases(device, bits, layout.geometry(bits, group_size, k)):
@@ -121,14 +114,14 @@ def _cases(device: torch.device, bits: int, cut: layout.Geometry) -> list[tuple[
     return [(1, one._replace(bn=128, splits=2), False), (16, few, True), (70, many, False)]
 
 
-def _random_weight(bits, k, group_size, symmetric, dtype, device) -> tuple[torch.Tensor | None, ...]:
-    """(packed, scale, zero_packed) of [N, K]; sums of K products of normal numbers come out around 1."""
-    g = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 2**bits, (N, k), dtype=torch.uint8, generator=g)
-    scale = torch.randn(N, k // group_size, generator=g) / (k**0.5 * 2 ** (bits - 1))
-    zero = torch.randint(0, 2**bits, (k // group_size, N), dtype=torch.uint8, generator=g)
-    zero_packed = None if symmetric else pack_bits(zero, bits).T.contiguous().to(device)
-    return pack_bits(codes, bits).to(device), scale.to(device, dtype), zero_packed
+def _random_weight(spec: Spec, dtype: torch.dtype, device: torch.device) -> Stored:
+    """A weight for which sums of K products of normal numbers come out around 1."""
+    bits, g = spec.bits, torch.Generator().manual_seed(spec.bits)
+    codes = torch.randint(0, 2**bits, (spec.n, spec.k), dtype=torch.uint8, generator=g)
+    scale = torch.randn(spec.n, spec.groups, generator=g) / (spec.k**0.5 * 2 ** (bits - 1))
+    zero = torch.randint(0, 2**bits, (spec.groups, spec.n), dtype=torch.uint8, generator=g)
+    zero_packed = None if spec.symmetric else pack_bits(zero, bits).T.contiguous().to(device)
+    return Stored(pack_bits(codes, bits).to(device), scale.to(device, dtype), zero_packed, spec)
 
 
 def _close(found: torch.Tensor, truth: torch.Tensor) -> bool:

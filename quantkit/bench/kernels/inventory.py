@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import quantkit_kernels
 import torch
+from quantkit_kernels import Spec
 from quantkit_kernels.backends import ENVIRONMENT
 
 BITS = range(2, 9)
@@ -18,9 +19,9 @@ GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
 NOT_BUILT = "not built: PyTorch's ops or the reference run"
 
 
-def inventory(n: int, k: int, m: int, backend: str | None = None) -> dict[str, Any]:
-    """{"built": {part: what there is}, "schemes": [...]}, for a weight [N, K] and M tokens per call."""
-    return {"schema": "quantkit-inventory/1", "built": built(), "schemes": schemes(n, k, m, backend)}
+def inventory(n: int, k: int, backend: str | None = None) -> dict[str, Any]:
+    """{"built": {part: what there is}, "schemes": [...]}, for a weight [N, K]."""
+    return {"schema": "quantkit-inventory/1", "built": built(), "schemes": schemes(n, k, backend)}
 
 
 def built() -> dict[str, str]:
@@ -28,7 +29,7 @@ def built() -> dict[str, str]:
     forced = os.environ.get(ENVIRONMENT)
     return {
         "native CPU library": native(),
-        "NF4 and FP8 E4M3 codes": "packed from tensors by quantkit_kernels.cpu.ops.pack_codes, on the native CPU "
+        "NF4 and FP8 E4M3 codes": "packed from tensors by quantkit_kernels.cpu.layout.pack_codes, on the native CPU "
         "library with float products; no checkpoint holds them",
         "Triton": _triton(),
         "CUDA": _cuda(),
@@ -82,7 +83,7 @@ def _cuda() -> str:
     )
 
 
-def schemes(n: int, k: int, m: int, backend: str | None = None) -> list[dict[str, Any]]:
+def schemes(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
     """What `quantkit_kernels.select` says, schemes with the same answer in one row.
 
     Row: device, bits [..], groups [..], zero_point ("none", "stored" or "any"), runs (None if nothing can), why (of
@@ -92,7 +93,7 @@ def schemes(n: int, k: int, m: int, backend: str | None = None) -> list[dict[str
     for device in ("cpu", "cuda"):
         alike: dict[Any, tuple[list[int], dict[str, _Answer]]] = {}
         for bits in BITS:
-            answers = _answers(device, bits, n, k, m, backend)
+            answers = _answers(device, bits, n, k, backend)
             key = tuple((pattern, tuple(answer.schemes)) for pattern, answer in answers.items())
             alike.setdefault(key, ([], answers))[0].append(bits)
         for all_bits, answers in alike.values():
@@ -118,23 +119,21 @@ class _Answer(NamedTuple):
         return [(name, groups) for name, groups in found if groups]
 
 
-def _answers(device: str, bits: int, n: int, k: int, m: int, backend: str | None) -> dict[str, _Answer]:
+def _answers(device: str, bits: int, n: int, k: int, backend: str | None) -> dict[str, _Answer]:
     """By backend and reason, numbers and the kind of zero point in it aside."""
     found: dict[str, _Answer] = {}
     for group in GROUPS:
         if k % (group or k):
             continue
         for symmetric in (True, False):
-            runs, why = _ask(device, bits, group or k, symmetric, m, n, k, backend)
+            runs, why = _ask(device, Spec.integer(bits, group, symmetric, n, k), backend)
             pattern = re.sub(r"\d+", "#", f"{runs} {why}").replace("asymmetric", "symmetric")
             found.setdefault(pattern, _Answer(runs, why, [])).schemes.append((group, symmetric))
     return found
 
 
-def _ask(
-    device: str, bits: int, group: int, symmetric: bool, m: int, n: int, k: int, backend: str | None
-) -> tuple[str | None, str]:
+def _ask(device: str, spec: Spec, backend: str | None) -> tuple[str | None, str]:
     try:
-        return tuple(quantkit_kernels.select(device, bits, group, symmetric, m, n, k, backend))
+        return tuple(quantkit_kernels.select(spec, device, backend))
     except quantkit_kernels.BackendMissing as error:
         return None, str(error)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import quantkit_kernels
 import torch
+from quantkit_kernels import Layout, Spec, Stored
 from quantkit_kernels.reference.wna16_linear import dequantize
 
 from quantkit.bench.machine import native_available
@@ -22,26 +23,23 @@ class Refused(Exception):
 
 
 class Source(NamedTuple):
-    """A weight as it is stored: codes packed, scales bf16, symmetric; `dense` gives it back in any dtype."""
+    """A random weight as it is stored: scales bf16, symmetric; `dense` gives it back in any dtype."""
 
-    packed: torch.Tensor
-    scale: torch.Tensor
-    bits: int
-    n: int
-    k: int
+    stored: Stored
 
     @classmethod
     def random(cls, n: int, k: int, bits: int, group: int | None, device: str) -> Source:
         random = torch.Generator().manual_seed(n + k + bits)
         codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=random)
-        groups = k // (group or k)
-        scale = torch.rand(n, groups, generator=random).add_(0.5).div_(2**bits * k**0.5).bfloat16()
-        return cls(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), bits, n, k)
+        spec = Spec.integer(bits, group, True, n, k)
+        scale = torch.rand(n, spec.groups, generator=random).add_(0.5).div_(2**bits * k**0.5).bfloat16()
+        return cls(Stored(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), None, spec))
 
     def dense(self, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
         """The first `rows` rows (all of them: None), dequantized."""
-        n = self.n if rows is None else min(rows, self.n)
-        return dequantize(self.packed[:n], self.scale[:n], None, self.bits, n, self.k, dtype)
+        packed, scale, spec = self.stored.packed, self.stored.scale, self.stored.spec
+        n = spec.n if rows is None else min(rows, spec.n)
+        return dequantize(Stored(packed[:n], scale[:n], None, spec.with_rows(n)), dtype)
 
 
 class Op(NamedTuple):
@@ -83,22 +81,19 @@ def _backend_op(
 ) -> Op:
     """A backend of quantkit_kernels, through the calls a loaded model makes."""
 
+    backend = quantkit_kernels.backend(name)
+
     def build(source: Source, dtype: torch.dtype) -> Weights:
-        packed, scale, _, n, k = source
-        columns = group or k
+        stored = source.stored
+        spec = stored.spec.with_inputs(compute)
         try:
-            quantkit_kernels.select(packed.device.type, bits, columns, True, 1, n, k, name)
-            layout = quantkit_kernels.prepare(name, packed, scale, None, bits, n, k, dtype)
+            layout = backend.prepare(Stored(stored.packed, stored.scale, None, spec), dtype)
         except quantkit_kernels.BackendMissing as error:
             raise Refused(str(error)) from error
-        return {"packed": packed, "scale": scale, "n": n, "k": k} if layout is None else layout
+        return dict(layout.tensors) | {"spec": spec, "facts": layout.facts}
 
-    def run(x: torch.Tensor, layout: Weights) -> torch.Tensor:
-        return quantkit_kernels.run(name, x, layout, group or x.shape[1], None, compute)
-
-    def run_stored(x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        packed, scale, n, k = weights.values()
-        return quantkit_kernels.wna16_linear(x, packed, scale, None, None, bits, group or k, n, k)
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        return backend.linear(Layout(weights, weights["spec"], weights["facts"]), x, None)
 
     def refuses(m: int, _n: int, _k: int) -> str | None:
         return "the reference is timed at M=1 only" if slow and m > 1 else None
@@ -109,7 +104,7 @@ def _backend_op(
         group,
         "bf16" if compute == "float" else "int8",
         build,
-        run_stored if name == "reference" else run,
+        run,
         refuses=refuses,
         place=in_huge_pages if name == "cpu" else None,
     )
@@ -128,7 +123,7 @@ def _int_mm_op(device: str) -> Op:
         8,
         None,
         "int8",
-        lambda source, _: {"codes": _int8_codes(source).T, "scale": source.scale[:, 0].float()},
+        lambda source, _: {"codes": _int8_codes(source).T, "scale": source.stored.scale[:, 0].float()},
         lambda x, weights: torch._int_mm(x, weights["codes"]),
         prepare=lambda x: (x.float() * 31).round().clamp(-127, 127).to(torch.int8),
         finish=lambda y, weights: y / 31 * weights["scale"],
@@ -138,7 +133,9 @@ def _int_mm_op(device: str) -> Op:
 
 def _int8_codes(source: Source) -> torch.Tensor:
     """int8 [N, K] of an 8-bit weight."""
-    return (quantkit_kernels.unpack_bits(source.packed, 8, source.k) ^ 128).view(torch.int8)
+    return (quantkit_kernels.unpack_bits(source.stored.packed, 8, source.stored.spec.k) ^ 128).view(
+        torch.int8
+    )
 
 
 def _fp8_op() -> Op:
@@ -163,16 +160,17 @@ def _gemlite_op() -> Op:
     def build(source: Source, _: torch.dtype) -> Weights:
         from gemlite.core import DType, GemLiteLinearTriton
 
+        stored, spec = source.stored, source.stored.spec
         linear = GemLiteLinearTriton(
-            source.bits,
-            group_size=source.k // source.scale.shape[1],
-            in_features=source.k,
-            out_features=source.n,
+            spec.bits,
+            group_size=spec.group_size,
+            in_features=spec.k,
+            out_features=spec.n,
             input_dtype=DType.BF16,
             output_dtype=DType.BF16,
         )
-        codes = quantkit_kernels.unpack_bits(source.packed, source.bits, source.k)
-        linear.pack(codes, source.scale, 2 ** (source.bits - 1), bias=None)
+        codes = quantkit_kernels.unpack_bits(stored.packed, spec.bits, spec.k)
+        linear.pack(codes, stored.scale, 2 ** (spec.bits - 1), bias=None)
         return {"linear": linear}
 
     return Op("gemlite W4A16 g128", 4, 128, "bf16", build, lambda x, weights: weights["linear"](x))

@@ -18,25 +18,26 @@ def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
     `QuantLinear` and its `__call__` take, which is what a loaded model pays; run: the backend's function, which the
     cells time; op: the torch op, which compiled and exported models contain.
     """
-    from quantkit_kernels.cpu import library, ops
+    from quantkit_kernels.cpu import layout, library, ops
+    from quantkit_kernels.cpu.backend import layout_of
 
     from quantkit.layers.quant_linear import QuantLinear
     from quantkit.scheme import PRESETS
 
-    packed = ops.pack(*Source.random(16, 128, 4, 128, "cpu")[:2], None, 4, 16, 128)
+    packed = layout.pack(Source.random(16, 128, 4, 128, "cpu").stored)
     x, y, weight = torch.zeros(1, 128), torch.empty(1, 16), packed.weight()
     linear, x_at, y_at = library.required().qk_linear, x.data_ptr(), y.data_ptr()
     facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.wide_scales)
-    layout = packed._asdict()
+    backend, prepared = quantkit_kernels.backend("cpu"), layout_of(packed)
     layer = QuantLinear(128, 16, PRESETS["W4A16"], False, torch.float16)
-    for stored in (layer.weight_packed, layer.weight_scale):
-        stored.zero_()
+    for tensor in layer.buffers():
+        tensor.zero_()
     layer.prepare("cpu", torch.float32)
     runs = {
         "ctypes": lambda: linear(weight, x_at, 0, 1, ops.FLOAT, y_at, 0, 1),
         "forward": lambda: layer.forward(x),
         "layer": lambda: layer(x),
-        "run": lambda: quantkit_kernels.run("cpu", x, layout, 128, None, "float"),
+        "run": lambda: backend.linear(prepared, x, None),
         "op": lambda: torch.ops.quantkit.cpu_linear(x, packed.units, None, *facts),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -27,6 +27,7 @@ from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.synthetic import Shape
 from quantkit.checkpoint.shards import write_json
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.numerics.weight import QuantizedWeight
 from quantkit.runtime import choose_runner
 from quantkit.scheme import Scheme, integer
 
@@ -74,17 +75,11 @@ def packed(shape: Shape, layers: int, device: torch.device, scheme: Scheme, back
 
 def _random(module: nn.Linear, scheme: Scheme, generator: torch.Generator) -> QuantLinear:
     """Uniform codes whose weights have the standard deviation 0.02."""
-    device, spread = module.weight.device, 2**scheme.weights.bits / 12**0.5
-    linear = QuantLinear(
-        module.in_features, module.out_features, scheme, False, torch.bfloat16, device=device
-    )
-    shape = linear.weight_packed.shape
-    linear.weight_packed = torch.randint(
-        -(2**31), 2**31, shape, dtype=torch.int32, generator=generator, device=device
-    )
-    linear.weight_scale.fill_(0.02 / spread)
-    linear.weight_shape.copy_(torch.tensor([module.out_features, module.in_features]))
-    return linear
+    n, k, device, grid = module.out_features, module.in_features, module.weight.device, scheme.weights
+    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=generator, device=device)
+    spread = 2**grid.bits / 12**0.5
+    scale = torch.full((n, k // grid.group(k)), 0.02 / spread, dtype=torch.bfloat16, device=device)
+    return QuantLinear.from_quantized(QuantizedWeight(codes, scale, None, grid), None)
 
 
 def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: list[int] | None = None) -> Any:

@@ -65,7 +65,9 @@ def test_every_weight_of_the_rotation_is_used_in_turn():
 def test_weights_are_made_once_for_all_numbers_of_tokens():
     made = []
     dense = ops._dense_op("dense", torch.float32, "fp32")
-    op = dense._replace(build=lambda source, dtype: made.append(source.bits) or dense.build(source, dtype))
+    op = dense._replace(
+        build=lambda source, dtype: made.append(source.stored.spec.bits) or dense.build(source, dtype)
+    )
     loaded = lane.Loaded(op, 32, 256, rotation=1 << 16)
     assert not made
     assert all(loaded.lane(m, burst=0.0).error < 1e-5 for m in (1, 5))

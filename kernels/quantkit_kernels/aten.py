@@ -1,0 +1,67 @@
+"""The backend "torch": PyTorch's own packed int4 and int8 products on the CPU, in the layouts they want."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit_kernels.backend import Backend
+from quantkit_kernels.bits import unpack_bits
+from quantkit_kernels.stored import Layout, Spec, Stored
+
+_INT4_GROUPS = (32, 64, 128, 256)
+
+
+class AtenBackend(Backend):
+    """4 bits in groups, and symmetric 8 bits with one scale per row."""
+
+    name = "torch"
+
+    def _refuses(self, spec: Spec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"PyTorch's packed int4 and int8 ops are used on the CPU only, not on {device.type}"
+        if spec.bits == 4 and spec.integers:
+            if spec.group_size not in _INT4_GROUPS:
+                return f"the int4 op takes groups of 32, 64, 128 or 256, not {spec.group_size}"
+            return None if spec.n % 16 == 0 else f"the int4 op needs N divisible by 16, got {spec.n}"
+        if spec.bits == 8 and spec.integers and spec.symmetric and spec.group_size == spec.k:
+            # torch 2.13's bf16 kernel reads past rows it cannot cut into vectors: wrong numbers, or a crash.
+            return None if spec.k % 32 == 0 else f"the int8 op needs K divisible by 32, got {spec.k}"
+        kind = "symmetric" if spec.symmetric else "asymmetric"
+        what = f"{kind} {spec.bits} bits" if spec.integers else spec.number
+        return f"PyTorch has int4 and symmetric per-channel int8, not {what} in groups of {spec.group_size}"
+
+    def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
+        build = _int4 if stored.spec.bits == 4 else _int8
+        return Layout(build(stored, dtype), stored.spec, {})
+
+    def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, tensors = x.reshape(-1, x.shape[-1]), layout.tensors
+        if "pairs" in tensors:
+            group = layout.spec.group_size
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, tensors["codes"], group, tensors["pairs"])
+        else:
+            y = torch.ops.aten._weight_int8pack_mm(rows, tensors["codes"], tensors["scale"])
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def _int4(stored: Stored, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """codes: uint8 [N, K/2] in PyTorch's own order; pairs: `dtype` [K/G, N, 2].
+
+    The op computes (q - 8) * pairs[..., 0] + pairs[..., 1]; (q - z) s is that with s and (8 - z) s.
+    """
+    codes = unpack_bits(stored.packed, 4, stored.spec.k).to(torch.int32)  # the conversion takes int32
+    s = stored.scale.float()
+    offset = torch.zeros_like(s)
+    if stored.zero_packed is not None:
+        offset = (8 - unpack_bits(stored.zero_packed.T, 4, stored.spec.n).T.float()) * s
+    return {
+        "codes": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2),
+        "pairs": torch.stack([s, offset], -1).transpose(0, 1).to(dtype).contiguous(),
+    }
+
+
+def _int8(stored: Stored, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """codes: int8 [N, K]; scale: `dtype` [N]."""
+    codes = unpack_bits(stored.packed, 8, stored.spec.k) ^ 128  # q - 128 as two's complement
+    return {"codes": codes.view(torch.int8), "scale": stored.scale[:, 0].to(dtype).contiguous()}

@@ -1,0 +1,92 @@
+"""The backend "cpu": the native kernels, by a C call past torch's dispatcher where nothing observes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+
+from quantkit_kernels.backend import Backend, BackendMissing, Call
+from quantkit_kernels.cpu import layout as native
+from quantkit_kernels.cpu import library, ops
+from quantkit_kernels.stored import INPUTS, Layout, Spec, Stored
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class CpuBackend(Backend):
+    """2, 3, 4 and 8 bits, NF4 and FP8; activations as they are or rounded to int8."""
+
+    name = "cpu"
+    inputs = INPUTS
+    block_rows = 16
+
+    def _refuses(self, spec: Spec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"the native kernels run on the CPU, not on {device.type}"
+        if not library.available():
+            return "the native library was not built (no C++ compiler at install time)"
+        try:
+            library.isa()
+        except RuntimeError as error:  # QUANTKIT_ISA names a path that cannot run: also "auto" must not go on
+            raise BackendMissing(str(error)) from error
+        if not spec.integers and spec.inputs != "float":
+            return f"weights stored by table ({spec.number}) have no compute int8"
+        return native.refuses(spec.bits, spec.group_size, spec.k)
+
+    def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
+        return layout_of(native.pack(stored))
+
+    def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return ops.linear(packed_of(layout), x, bias, INPUTS.index(layout.spec.inputs))
+
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
+        """One frame of Python before the C call; the checks of `ops.direct` and `ops.plain` are repeated in line."""
+        tensors, compute = layout.tensors, INPUTS.index(layout.spec.inputs)
+        linear, plain = self.linear, ops.plain
+        bound = (
+            None,
+            0,
+            None,
+        )  # the units, their address, the product on them; replaced whole: threads share it
+
+        def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            nonlocal bound
+            if (
+                x.dtype is not dtype
+                or type(x) not in _PLAIN
+                or not x.is_cpu
+                or x.is_neg()
+                or (x.requires_grad and is_grad_enabled())
+                or _len_torch_dispatch_stack()
+                or _len_torch_function_stack()
+                or peek_interpreter_stack() is not None
+                or _get_tracing_state() is not None
+                or (bias is not None and not plain(bias))
+            ):
+                return linear(layout, x.to(dtype), bias).to(x.dtype)
+            units = tensors["units"]
+            kept, at, product = bound
+            if units is not kept or units.data_ptr() != at:
+                if not plain(units):
+                    return linear(layout, x, bias)
+                product = ops.bind(packed_of(layout), dtype, compute)
+                bound = units, units.data_ptr(), product
+            return product(x, bias)
+
+        return call
+
+    def restore(self, layout: Layout) -> Stored:
+        return native.unpack(packed_of(layout))
+
+
+def layout_of(packed: native.Packed) -> Layout:
+    """A packed weight as a layout: the tensor `units` and three facts."""
+    facts = {name: getattr(packed, name) for name in ("scale_factor", "wide_scales", "scale_dtype")}
+    return Layout({"units": packed.units}, packed.spec, facts)
+
+
+def packed_of(layout: Layout) -> native.Packed:
+    """The inverse of `layout_of`."""
+    return native.Packed(layout.tensors["units"], layout.spec, **layout.facts)

@@ -1,0 +1,37 @@
+"""The backend "reference": the plain-torch twin of every kernel, on any device, on the stored tensors themselves."""
+
+from __future__ import annotations
+
+import torch
+
+from quantkit_kernels.backend import Backend
+from quantkit_kernels.ops import wna16_linear
+from quantkit_kernels.stored import Layout, Spec, Stored
+
+
+class ReferenceBackend(Backend):
+    """Dequantizes the weight at every call. Takes integers of any width and every float type of activations."""
+
+    name = "reference"
+    dtypes = None
+    keeps_stored = True
+
+    def _refuses(self, spec: Spec, device: torch.device) -> str | None:
+        return None if spec.integers else f"the reference takes integer codes, not {spec.number}"
+
+    def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
+        return Layout(stored.tensors(), stored.spec, {})
+
+    def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        tensors, spec = layout.tensors, layout.spec
+        stored = (tensors["packed"], tensors["scale"], tensors.get("zero_packed"))
+        return wna16_linear(x, *stored, bias, spec.bits, spec.group_size, spec.n, spec.k)
+
+    def bind(self, layout: Layout, dtype: torch.dtype):
+        """In the type of x, whatever it is."""
+        linear = self.linear
+        return lambda x, bias: linear(layout, x, bias)
+
+    def restore(self, layout: Layout) -> Stored:
+        tensors = layout.tensors
+        return Stored(tensors["packed"], tensors["scale"], tensors.get("zero_packed"), layout.spec)

@@ -1,0 +1,138 @@
+"""`Spec` and `Stored`: one packed weight as every backend takes it, whatever file it came from.
+
+    packed       int32 [N, ceil(K bits / 32)]     the codes of a row as one bit string (`bits.py`)
+    scale        fp32, bf16 or fp16 [N, K/G]
+    zero_packed  int32 [ceil(N bits / 32), K/G]   zero points, packed along N; None: every zero point is 2^(bits-1)
+
+    w = (q - z) * s
+
+Both values check themselves when they are made, so that native code, which trusts sizes, is only given sizes that
+are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit_kernels.bits import words
+
+TABLES = {"nf4": 4, "fp8_e4m3": 8}  # numbers whose codes index a table, and their bits
+INPUTS = ("float", "int8", "int8-token")  # in the order of the native library's numbers
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a weight [N, K] is: its number format, its grid and how its inputs are multiplied. No tensors.
+
+    number: "int2" to "int8", or "nf4" and "fp8_e4m3", whose codes index a table. group_size: columns that share a
+    scale, K if a row has one scale. symmetric: there are no stored zero points. inputs: "float", the activations as
+    they are; "int8", rounded to int8 with one scale per token and group of columns; "int8-token", with one scale per
+    token.
+    """
+
+    number: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    n: int
+    k: int
+    inputs: str = "float"
+
+    def __post_init__(self) -> None:
+        known = {f"int{bits}": bits for bits in range(2, 9)} | TABLES
+        if known.get(self.number) != self.bits:
+            raise ValueError(f"no number {self.number!r} of {self.bits} bits; known: {', '.join(known)}")
+        if self.number in TABLES and not self.symmetric:
+            raise ValueError(f"codes of {self.number} have no zero points; use symmetric=True")
+        if self.n < 1 or self.k < 1:
+            raise ValueError(f"a weight has at least one row and one column, got [{self.n}, {self.k}]")
+        if self.group_size < 1 or self.k % self.group_size:
+            raise ValueError(f"groups of {self.group_size} columns do not divide a row of {self.k}")
+        if self.inputs not in INPUTS:
+            raise ValueError(f"unknown compute {self.inputs!r}; known: {', '.join(INPUTS)}")
+
+    @classmethod
+    def integer(
+        cls, bits: int, group_size: int | None, symmetric: bool, n: int, k: int, inputs: str = "float"
+    ) -> Spec:
+        """Integer codes; group_size None: one scale per row."""
+        return cls(f"int{bits}", bits, group_size or k, symmetric, n, k, inputs)
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes are numbers, (q - z) * s; else they index a table."""
+        return self.number not in TABLES
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return self.k // self.group_size
+
+    def with_inputs(self, inputs: str) -> Spec:
+        """The same weight, multiplied another way."""
+        return replace(self, inputs=inputs)
+
+    def with_rows(self, n: int) -> Spec:
+        """A weight of the same kind with other rows."""
+        return replace(self, n=n)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of a `Stored`, by its name."""
+        shapes = {"packed": (self.n, words(self.k, self.bits)), "scale": (self.n, self.groups)}
+        return shapes if self.symmetric else shapes | {"zero_packed": (words(self.n, self.bits), self.groups)}
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A packed weight: the canonical tensors (see the top of this file) and what they mean."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    zero_packed: torch.Tensor | None
+    spec: Spec
+
+    def __post_init__(self) -> None:
+        spec, packed = self.spec, self.packed
+        if (self.zero_packed is None) != spec.symmetric:
+            if spec.symmetric:
+                raise ValueError("a symmetric weight has no zero points, got zero_packed")
+            raise ValueError("an asymmetric weight needs zero points, got zero_packed=None")
+        shapes = spec.shapes()
+        for name, tensor in self.tensors().items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(
+                    f"{name} of a {spec.bits}-bit [{spec.n}, {spec.k}] weight is {shapes[name]}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype not in (FLOATS if name == "scale" else (torch.int32,)):
+                wanted = "fp32, bf16 or fp16" if name == "scale" else "int32"
+                raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
+            if tensor.device != packed.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, packed on {packed.device}; move them to one device"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that are there, by name."""
+        found = {"packed": self.packed, "scale": self.scale, "zero_packed": self.zero_packed}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+class Layout(NamedTuple):
+    """What a backend multiplies by: built once from a `Stored`, never saved.
+
+    tensors: by name; may be a mapping that changes, such as the buffers of a module. facts: the backend's own values.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    spec: Spec
+    facts: Mapping[str, Any]
