@@ -1,43 +1,26 @@
-"""Calibration text -> token windows: seeded, disjoint, the same on every machine.
+"""Calibration windows: the text of a recipe's sources cut into seeded, disjoint pieces, the same on every machine.
 
-Each source becomes one long text (documents joined by a blank line, chats rendered by the tokenizer's
-template), then one token stream. Its windows are disjoint pieces at random places: a book gives more than its
-first chapter.
+Each source becomes one token stream (`documents.py` reads its text). Its windows are disjoint pieces at random places,
+so that a book gives more than its first chapter.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from quantkit_eval.dataset import is_saved, reader
 
+from quantkit.calibration.documents import DataSource, Document, read_source
 from quantkit.errors import DataError
 
 PIECE = 32768  # characters per call of the tokenizer
 CHARACTERS_PER_TOKEN = 32  # how much text is read for each token wanted, so that a huge source stays bounded
 LEAST_READ = 2_000_000
-MAX_LINE = 50_000_000
 UNKNOWN_SHARE = 0.1
-FIELDS = ("text", "messages", "conversations")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".csv", ".gz")
-
-
-class DataSource(Protocol):
-    """A source as a recipe describes it; None leaves the choice to this module."""
-
-    source: str
-    config: str | None
-    split: str | None
-    field: str | None
-    samples: int | None
 
 
 class Calibration(Protocol):
@@ -51,11 +34,16 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [samples, sequence_length]. digest: sha256 (hex) of the ids. notes: lines for the report."""
+    """What a model is calibrated on.
+
+    ids: int64 [samples, sequence_length]. digest: sha256 (hex) of the ids. notes: lines for the report. sources: per
+    source its name, the windows taken from it and the sha256 of the text that was read.
+    """
 
     ids: torch.Tensor
     digest: str
     notes: list[str]
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,17 +53,6 @@ class _Embedded:
     split: None = None
     field: None = None
     samples: None = None
-
-
-@dataclass
-class _Reading:
-    """One source while it is read; counts what is left out."""
-
-    source: DataSource
-    limit: int
-    empty: int = 0
-    documents: int = 0
-    cut: bool = False
 
 
 def token_windows(
@@ -90,21 +67,22 @@ def token_windows(
     counts = _counts(sources, calibration.samples)
     generator = torch.Generator().manual_seed(calibration.seed)
     bos = _bos(tokenizer)
-    parts, notes = [], []
+    length = calibration.sequence_length
+    parts, notes, read = [], [], []
     for source, count in zip(sources, counts, strict=True):
-        reading = _Reading(
-            source, max(LEAST_READ, CHARACTERS_PER_TOKEN * count * calibration.sequence_length)
-        )
-        tokens = _tokens(_text(reading, tokenizer), tokenizer)
-        parts.append(_cut(tokens, count, calibration.sequence_length, bos, generator, source.source))
-        notes += _notes(reading, tokens, count, calibration.sequence_length, tokenizer)
+        limit = max(LEAST_READ, CHARACTERS_PER_TOKEN * count * length)
+        document = read_source(source, limit, tokenizer)
+        tokens = _tokens(document.text, tokenizer)
+        parts.append(_cut(tokens, count, length, bos, generator, source.source))
+        notes += _notes(document, tokens, count, length, tokenizer)
+        read.append({"name": document.name, "samples": count, "sha256": document.digest})
     ids = torch.cat(parts)
     ids = ids[torch.randperm(len(ids), generator=generator)]  # the first windows are a sample of all of them
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise DataError(
             f"the tokenizer gives token {int(ids.max())}, the model has {vocabulary}; they do not match"
         )
-    return Windows(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(), notes)
+    return Windows(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(), notes, read)
 
 
 def _counts(sources: Iterable[DataSource], samples: int) -> list[int]:
@@ -160,148 +138,18 @@ def _cut(
     return torch.cat([torch.full((count, 1), bos), windows], dim=1)
 
 
-def _notes(reading: _Reading, tokens: torch.Tensor, count: int, length: int, tokenizer: Any) -> list[str]:
-    name = Path(reading.source.source).name
-    notes = [f"{name}: {count} windows of {length} tokens, without overlap, from {len(tokens)} tokens"]
-    if reading.cut:
-        notes.append(f"{name}: only its first {reading.limit} characters were read, enough for these windows")
-    if reading.empty:
-        notes.append(f"{name}: {reading.empty} of {reading.documents} documents are empty and left out")
+def _notes(document: Document, tokens: torch.Tensor, count: int, length: int, tokenizer: Any) -> list[str]:
+    """One line on what the windows were cut from, and one for each thing that looks wrong."""
+    name = document.name
+    share = f" of its first {len(document.text):,} characters" if document.cut else ""
+    notes = [f"{name}: {count} windows of {length} tokens, without overlap, from {len(tokens)} tokens{share}"]
+    if document.empty:
+        notes.append(f"{name}: {document.empty} of {document.records} documents are empty and left out")
     unknown = tokenizer.unk_token_id
     if unknown is not None:
-        share = float((tokens == unknown).double().mean())
-        if share > UNKNOWN_SHARE:
+        missing = float((tokens == unknown).double().mean())
+        if missing > UNKNOWN_SHARE:
             notes.append(
-                f"{name}: {share:.0%} of its tokens are unknown to the tokenizer; is it the right language?"
+                f"{name}: {missing:.0%} of its tokens are unknown to the tokenizer; is it the right language?"
             )
     return notes
-
-
-def _text(reading: _Reading, tokenizer: Any) -> str:
-    """The text of one source, at most `reading.limit` characters."""
-    name = reading.source.source
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix in (".jsonl", ".json"):
-            text = _joined(_json_lines(path), reading, tokenizer)
-        else:
-            text = _file_text(path, reading)
-    elif path.is_dir() or (_HUB_ID.fullmatch(name) and path.suffix not in _FILE_SUFFIXES):
-        text = _joined(_dataset(reading.source, path), reading, tokenizer)
-    else:
-        raise DataError(f"calibration data {name!r} is no file, no folder and no dataset id; check the path")
-    if not text.strip():
-        raise DataError(f"calibration data {name} is empty")
-    return text
-
-
-def _file_text(path: Path, reading: _Reading) -> str:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(reading.limit)
-            reading.cut = bool(file.read(1))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if "\0" in text:
-        raise DataError(f"calibration data {path} is not text (it holds NUL bytes)")
-    return text
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"calibration data {path} is not UTF-8 text ({error.reason}); convert it to UTF-8")
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"calibration data {path} cannot be read: {error.strerror or error}")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, record) for each line."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
-                where = f"{path}:{number}"
-                if len(line) > MAX_LINE:
-                    raise DataError(
-                        f"{where}: more than {MAX_LINE} characters in one line; is it JSON Lines?"
-                    )
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(
-                        f"{where}: not valid JSON ({error}); one object per line is expected"
-                    ) from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: a {type(record).__name__}, one object per line is expected")
-                yield where, record
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _dataset(source: DataSource, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, record) of a dataset folder or hub dataset, streamed, not fetched or cached whole."""
-    local = path.is_dir()
-    split = source.split or "train"
-    with reader(f"{source.source} (split {split})", DataError) as datasets:
-        if local and is_saved(path):
-            rows = datasets.load_from_disk(str(path))
-            rows = rows[split] if isinstance(rows, dict) else rows
-        else:
-            rows = datasets.load_dataset(
-                str(path) if local else source.source, source.config, split=split, streaming=True
-            )
-        for number, record in enumerate(rows):
-            yield f"{source.source}[{number}]", record
-
-
-def _joined(records: Iterable[tuple[str, Mapping[str, Any]]], reading: _Reading, tokenizer: Any) -> str:
-    parts, size = [], 0
-    for where, record in records:
-        text = _document(where, record, reading.source.field, tokenizer)
-        reading.documents += 1
-        if not text.strip():
-            reading.empty += 1
-            continue
-        parts.append(text)
-        size += len(text)
-        if size >= reading.limit:
-            reading.cut = True
-            break
-    return "".join(parts)[: reading.limit]
-
-
-def _document(where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: Any) -> str:
-    present = [key for key in (FIELDS if wanted is None else (wanted,)) if key in record]
-    if not present:
-        raise DataError(
-            f"{where}: no field {wanted or ' or '.join(FIELDS)}; it has {', '.join(map(str, record))}; "
-            "name the one to use with `field`"
-        )
-    name = next((key for key in present if record[key] is not None), present[0])
-    value = record[name]
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value.strip("\n") + "\n\n" if value.strip() else ""
-    if isinstance(value, list) and all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in value
-    ):
-        return _chat(where, value, tokenizer) if value else ""
-    raise DataError(f"{where}: field {name} is neither a text nor a list of {{role, content}} messages")
-
-
-def _chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: chat messages need a chat template, the tokenizer has none; give plain text"
-        )
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
-    except Exception as error:  # a template is a program of the model's maker
-        raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
