@@ -56,7 +56,7 @@ def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
         "size": _size(run, entries, shards),
         "layers": [layer for e in entries for layer in e["layers"]],
         "scaling": [s for e in entries for s in e["scaling"]],
-        "calibration": {"notes": list(run.windows.notes)} if run.windows else None,
+        "calibration": {"notes": run.windows.notes, "sources": run.windows.sources} if run.windows else None,
         "tensors": account,
         "files": files,
         "evaluation": None,

@@ -220,3 +220,22 @@ def test_a_second_process_is_refused(server, reference, arguments, tmp_path):
         assert files(tmp_path / "out") == before
     finally:
         os.kill(stopped, signal.SIGKILL)
+
+
+def test_the_same_text_under_another_path_is_the_same_run(arguments, inputs, tmp_path):
+    """Name and digest of the text are written down, not where it was."""
+    asked = arguments("gptq", tmp_path / "out")
+    first = quantkit.quantize(**asked)
+    moved = tmp_path / "elsewhere" / "renamed.txt"
+    moved.parent.mkdir()
+    moved.write_bytes((inputs / "text").read_bytes())
+    asked["recipe"]["calibration"] = asked["recipe"]["calibration"] | {"data": [str(moved)]}
+    second = quantkit.quantize(**asked)
+    assert second.manifest == first.manifest
+    written = (tmp_path / "out" / "quantkit.json").read_text()
+    assert str(inputs) not in written
+    source = first.manifest["calibration"]["sources"][0]
+    assert (source["name"], source["samples"], len(source["sha256"])) == ("text", 8, 64)
+    moved.write_text(moved.read_text()[::-1])
+    with pytest.raises(OutputError, match="data: "):
+        quantkit.quantize(**asked)
