@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit_eval.baseline import KeptBaseline
+from quantkit_eval.cache import Cache
 from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
-from quantkit_eval.model import check_vocabulary, device_of, inference
+from quantkit_eval.model import check_vocabulary, inference, run
 from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.protocols import CausalLM, Tokenizer
 from quantkit_eval.report import Report
 from quantkit_eval.text import Text, source_name
 from quantkit_eval.windows import Window, context_of, cut, first_token, first_tokens
 
+Run = Callable[
+    [torch.Tensor], torch.Tensor
+]  # ids [windows, context] -> logits [windows, context, vocabulary]
 LEAST_WINDOWS = 16  # before the spread of the KL over windows is trusted to end an evaluation
 _BATCH_TOKENS = 4096
 _BATCH_LOGITS = 1 << 28  # elements of one model's logits per batch, one window at least
@@ -51,6 +57,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     baseline_tokenizer: Tokenizer | None = None,
     kl_error: float | None = None,
+    baseline_cache: Cache | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -60,7 +67,8 @@ def evaluate(
     for KL and agreement (default all). batch_size: windows per forward. progress(done, total) is called after
     each batch. baseline_tokenizer: given, it must give the same tokens. kl_error: stop before the end of the text
     once the standard error of the mean KL is at most this share of it, after LEAST_WINDOWS windows at the earliest;
-    the report says so.
+    the report says so. baseline_cache: keeps what the baseline computed for later evaluations on the same windows;
+    results are the same bit for bit with and without it.
 
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, and logits that are not
     finite.
@@ -74,15 +82,17 @@ def evaluate(
     models = [model] if baseline is None else [model, baseline]
     context = context_of(models, context)
     ids, bos = _tokens(read, tokenizer, baseline_tokenizer, max_tokens)
-    digest = (
-        read.sha256()
-    )  # also reads to the end, so that a text that is damaged there is told before the work
+    digest = read.sha256()  # reads to the end: damage there is an error before the work, not after
     for each in models:
         check_vocabulary(each, ids)
     windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
     size = batch_size or _batch_size(model, context)
-    sums = _score(models, windows, compared, size, progress, kl_error)
+    runs: list[Run] = [partial(run, each) for each in models]
+    if baseline is not None and baseline_cache is not None:
+        runs[1] = KeptBaseline(baseline, baseline_cache).logits
+    with inference(*models):
+        sums = _score(runs, windows, compared, size, progress, kl_error)
     planned, windows = len(windows), windows[: len(sums.model)]
     return Report(
         tokens=sum(window.scored for window in windows),
@@ -115,25 +125,24 @@ def _batch_size(model: Any, context: int) -> int:
 
 
 def _score(
-    models: list[Any],
+    runs: list[Run],
     windows: list[Window],
     compared: int,
     size: int,
     progress: Callable[[int, int], None] | None,
     kl_error: float | None,
 ) -> _Sums:
-    """Run the models on the windows, `size` at a time; the first `compared` give KL and agreement.
+    """Run the models (ids to logits) on the windows, `size` at a time; the first `compared` give KL and agreement.
 
     With kl_error it ends as soon as the KL is known that well.
     """
     sums = _Sums()
-    with inference(*models):
-        for start in range(0, len(windows), size):
-            _score_batch(sums, models, windows[start : start + size], start, compared)
-            if progress:
-                progress(min(start + size, len(windows)), len(windows))
-            if kl_error is not None and _known(sums, windows, kl_error):
-                break
+    for start in range(0, len(windows), size):
+        _score_batch(sums, runs, windows[start : start + size], start, compared)
+        if progress:
+            progress(min(start + size, len(windows)), len(windows))
+        if kl_error is not None and _known(sums, windows, kl_error):
+            break
     return sums
 
 
@@ -152,10 +161,10 @@ def _counts(windows: list[Window]) -> torch.Tensor:
     return torch.tensor([float(window.scored) for window in windows], dtype=torch.float64)
 
 
-def _score_batch(sums: _Sums, models: list[Any], batch: list[Window], start: int, compared: int) -> None:
+def _score_batch(sums: _Sums, runs: list[Run], batch: list[Window], start: int, compared: int) -> None:
     """Run the batch, whose first window has number `start`; its logits are freed on return."""
     ids = torch.stack([window.ids for window in batch])
-    logits = [model(input_ids=ids.to(device_of(model)), use_cache=False).logits for model in models]
+    logits = [each(ids) for each in runs]
     vocabularies = [one.shape[-1] for one in logits]  # each [windows, context, vocabulary]
     if len(set(vocabularies)) > 1:
         raise EvalError(

@@ -53,3 +53,8 @@ def check_vocabulary(model: CausalLM, ids: list[int]) -> None:
         raise EvalError(
             f"the tokenizer gives token {max(ids)}, the model has {rows}; use the tokenizer it was made with"
         )
+
+
+def run(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [windows, context, vocabulary] of ids [windows, context], without a key-value cache."""
+    return model(input_ids=ids.to(device_of(model)), use_cache=False).logits

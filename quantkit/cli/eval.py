@@ -10,8 +10,16 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.opening import backend_option, compute_option, device_option, dtype_option, open_model
+from quantkit.cli.opening import (
+    backend_option,
+    compute_option,
+    device_option,
+    dtype_option,
+    open_model,
+    resolve,
+)
 from quantkit.cli.output import json_option, make_console, write_report
+from quantkit.errors import ModelError
 
 
 @click.command("eval")
@@ -59,9 +67,22 @@ def command(
         context=context,
         stride=stride,
         max_tokens=max_tokens,
+        baseline_cache=_cache(baseline) if baseline else None,
     ).to_json()
     print_evaluation(report, make_console())
     write_report(json_file, report)
+
+
+def _cache(baseline: str) -> Any:
+    """What the baseline computed in earlier evaluations; None if it is no checkpoint of a kind that is quantized."""
+    from quantkit.models.headers import read_checkpoint
+    from quantkit.models.source import Source
+    from quantkit.pipeline.cache import evaluation_cache
+
+    try:
+        return evaluation_cache(Source(read_checkpoint(resolve(baseline))).digest())
+    except ModelError:
+        return None
 
 
 def print_evaluation(report: dict[str, Any], console: Console) -> None:

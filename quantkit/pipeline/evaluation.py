@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from quantkit import assets
 from quantkit.checkpoint.load import load
 from quantkit.errors import DataError
 from quantkit.models.headers import Headers
+from quantkit.pipeline.cache import cache_limit, evaluation_cache
 
 TOKENS = 65536  # at most, unless the user says how many
 CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
@@ -42,7 +43,7 @@ class EvaluationRequest:
     ) -> EvaluationRequest:
         """The request, checked before a run begins.
 
-        DataError for a text that is missing, or fewer tokens than a window, which is as long as the recipe's
+        DataError for a text that is missing, and for fewer tokens than a window, which is as long as the recipe's
         calibration sequences (sequence_length) but at most CONTEXT.
         """
         several = () if text is None else (text,) if isinstance(text, str | Path) else tuple(text)
@@ -50,6 +51,7 @@ class EvaluationRequest:
             check_sources(several or (assets.evaluation_text(),))
         except quantkit_eval.EvalError as error:
             raise DataError(str(error)) from None
+        cache_limit()
         window = min(sequence_length, CONTEXT)
         if tokens is not None and (
             isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < window
@@ -88,10 +90,13 @@ def evaluate_pair(
     device: torch.device,
     sequence_length: int,
     request: EvaluationRequest,
+    digest: str,
+    message: Callable[[str], None],
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """(report of schema "quantkit-eval/1", notes); no report, and a note why, if the original does not fit in memory.
 
-    The context is the calibration length, but at most CONTEXT and what the model was made for.
+    The context is the calibration length, but at most CONTEXT and what the model was made for. digest: of the
+    original's files; what the original computes is kept under it for later runs. message: prints a line.
     """
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
     if device.type == "cpu" and needed > _available():
@@ -99,6 +104,7 @@ def evaluate_pair(
             f"not evaluated: the original in fp32 needs {needed / 2**30:.1f} GiB, more than this machine has free; "
             "run `quantkit eval` where it fits"
         ]
+    cache = evaluation_cache(digest)
     original = load(headers.path, device=device)
     longest = longest_context(original) or CONTEXT
     report = quantkit_eval.evaluate(
@@ -109,7 +115,13 @@ def evaluate_pair(
         max_tokens=request.tokens or TOKENS,
         context=min(sequence_length, longest, CONTEXT),
         kl_error=KL_ERROR if request.tokens is None else None,
+        baseline_cache=cache,
     )
+    if cache and cache.found:
+        message(
+            f"the original was evaluated before: {cache.found} of {cache.found + cache.missed} batches came from "
+            f"{cache.folder}"
+        )
     return report.to_json(), []
 
 

@@ -113,7 +113,14 @@ def _evaluate(
     with run.clock("evaluate"):
         length = run.recipe.calibration.sequence_length
         evaluation, refused = evaluate_pair(
-            run.output, run.source.headers, run.tokenizer, run.device, length, request
+            run.output,
+            run.source.headers,
+            run.tokenizer,
+            run.device,
+            length,
+            request,
+            digest=run.identity["model"],
+            message=run.progress.message,
         )
     if evaluation is not None:
         if resumed is not None:

@@ -3,7 +3,9 @@
 import pytest
 
 import quantkit
-from quantkit.errors import DataError
+from quantkit.checkpoint.load import load
+from quantkit.errors import DataError, UserError
+from quantkit.pipeline import cache
 from quantkit.pipeline.evaluation import TOKENS, EvaluationRequest
 
 
@@ -51,3 +53,61 @@ def test_a_stored_report_answers_only_what_it_measured():
     assert not EvaluationRequest(TOKENS, ("a.txt",)).answered_by(stored)
     assert EvaluationRequest(TOKENS, ("a.txt",)).answered_by(stored | {"stopped_early": False})
     assert not EvaluationRequest().answered_by(None)
+
+
+@pytest.fixture
+def caching(tmp_path, monkeypatch):
+    """A cache of its own, as large as it likes."""
+    monkeypatch.delenv("QUANTKIT_CACHE_GB")
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_sweep_evaluates_the_original_once(arguments, tmp_path, caching, monkeypatch):
+    runs = []
+
+    def counting(path, **options):
+        model = load(path, **options)
+        block = model.model.layers[0]
+        block.register_forward_hook(lambda *_: runs.append("packed" if "out" in str(path) else "original"))
+        return model
+
+    monkeypatch.setattr("quantkit.pipeline.evaluation.load", counting)
+    reports = {}
+    for name, changes in (("a", {}), ("b", {"overrides": ["weights.bits=8"]}), ("c", {"overrides": []})):
+        given = arguments("rtn", tmp_path / f"out-{name}") | {"evaluate": True, "eval_tokens": 640} | changes
+        reports[name] = quantkit.quantize(**given).report["evaluation"]
+        assert runs.count("original") * len(reports) == runs.count("packed")
+    assert reports["a"] == reports["c"]
+    assert reports["a"]["original"] == reports["b"]["original"]
+    assert any(caching.iterdir())
+    monkeypatch.setenv("QUANTKIT_CACHE_GB", "0")
+    again = arguments("rtn", tmp_path / "out-d") | {"evaluate": True, "eval_tokens": 640}
+    assert quantkit.quantize(**again).report["evaluation"] == reports["a"]
+    assert runs.count("original") * 2 == runs.count("packed")
+
+
+def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
+    for name in ("QUANTKIT_CACHE", "QUANTKIT_CACHE_GB", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_folder() == tmp_path / ".cache" / "quantkit" / "evaluation"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.cache_folder() == tmp_path / ".cache" / "quantkit" / "evaluation"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_folder() == tmp_path / "xdg" / "quantkit" / "evaluation"
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "own"))
+    assert cache.cache_folder() == tmp_path / "own"
+    assert cache.cache_limit() == 4_000_000_000
+    monkeypatch.setenv("QUANTKIT_CACHE_GB", "0.5")
+    assert cache.cache_limit() == 500_000_000
+    monkeypatch.setenv("QUANTKIT_CACHE_GB", "0")
+    assert cache.evaluation_cache("digest") is None
+
+
+@pytest.mark.parametrize("wrong", ["much", "-1", "nan", "inf", "1 GB"])
+def test_a_limit_that_is_no_number_stops_before_the_run(arguments, tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("QUANTKIT_CACHE_GB", wrong)
+    with pytest.raises(UserError, match="QUANTKIT_CACHE_GB must be a number of gigabytes"):
+        quantkit.quantize(**(arguments("rtn", tmp_path / "out") | {"evaluate": True}))
+    assert not (tmp_path / "out").exists()

@@ -467,7 +467,7 @@ def test_evaluation_left_out_at_first_is_made_up_for(out, arguments, monkeypatch
     measured = {"original": None, "quantized": {"perplexity": 1.0}}
     seen = []
 
-    def evaluate_pair(output, *rest):
+    def evaluate_pair(output, *rest, **options):
         seen.append(output)
         return measured, []
 
