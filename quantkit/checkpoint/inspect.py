@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from quantkit.checkpoint.check import REMOVE
+from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
 from quantkit.models.config import read_config
-from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
 
@@ -203,10 +204,10 @@ def loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, 
 
 def _stored_errors(path: Path) -> dict[str, float]:
     """Layer -> relative squared weight error, from quantkit.json if quantkit wrote this checkpoint."""
-    manifest = path / "quantkit.json"
-    if not manifest.is_file():
+    if not (path / MANIFEST).is_file():
         return {}
-    return {layer["name"]: layer.get("weight_error") for layer in read_json(manifest).get("layers", ())}
+    layers = read_manifest(path, ModelError, REMOVE)["layers"]
+    return {layer["name"]: layer.get("weight_error") for layer in layers if "name" in layer}
 
 
 def _read(info: TensorInfo) -> torch.Tensor:

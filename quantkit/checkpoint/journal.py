@@ -1,49 +1,52 @@
 """The journal of a run: what is finished, so that the same command continues after a kill.
 
-`OUT/.quantkit/journal.jsonl`: a first line with what the run is made of (recipe, model, data, code), then one line
-per finished shard. A line is appended, flushed and synced only after the shard's rename; a torn last line is ignored.
-Beside it lie the hidden states at the input of the next block, when the run needs them.
+`OUT/.quantkit/journal.jsonl` holds one step per line: first what the run is made of (recipe, model, data, code) and
+the files it is going to write, then one line per finished shard. Each line is a JSON object behind its checksum, which
+covers the number of the line too. A line is appended, flushed and synced only after the shard's rename. A last line
+without an end is the trace of a kill and is dropped; from a line with a wrong checksum on the journal is cut, and the
+run says so. Beside the journal lie the hidden states at the input of the next block, when the run needs them.
+
+Starting over deletes what the journal or the manifest names, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from quantkit.checkpoint.shards import output_error, sync_folder
-from quantkit.checkpoint.verify import MANIFEST
+from quantkit.checkpoint.manifest import MANIFEST, inside, recorded
+from quantkit.checkpoint.shards import check_numbers, output_error, sync_folder
 from quantkit.errors import OutputError
 from quantkit.models.json_reader import parse_json
 
 FOLDER = ".quantkit"
-CARRIED = (  # files of the source that belong to a checkpoint beside weights and config
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-    "LICENSE*",
-)
+START_OVER = "start over with --no-resume, or choose another --output"
+_SUM = 32  # hex digits of a line's checksum
 
 
 class Journal:
-    """Open the journal of `output` for a run made of `identity` (a flat JSON-able dict).
+    """Open the journal of `output` for a run made of `identity` (a flat JSON-able dict) that writes the files `writes`.
 
-    resume: continue finished work of the same run; otherwise start over. OutputError if the folder belongs to a run
-    with another identity (naming what differs), is in use by another process, or holds foreign files.
+    resume: continue finished work of the same run; otherwise start over. entries: the finished shards. cut: what a
+    user should know about lines that were damaged, or None. OutputError if the folder belongs to a run with another
+    identity (naming what differs), is in use by another process, holds foreign files, or if a file of another
+    origin has the name of one that the run would write.
     """
 
-    def __init__(self, output: Path, identity: dict, resume: bool = True) -> None:
+    def __init__(
+        self, output: Path, identity: dict[str, Any], resume: bool = True, writes: Iterable[str] = ()
+    ) -> None:
         self.output = output
         self.folder = output / FOLDER
         self.file = self.folder / "journal.jsonl"
+        self.cut: str | None = None
         try:
             ours = self.folder.exists() or (output / MANIFEST).exists()
             if output.exists() and not ours and any(output.iterdir()):
@@ -51,12 +54,15 @@ class Journal:
                     f"{output} exists and is not the output of a quantkit run; choose another --output or remove it"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.folder.is_symlink():
+                raise OutputError(f"{self.folder} is a symbolic link; remove it or choose another --output")
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  (held until close)
         except OSError as error:
             raise output_error(output, error) from error
         try:
             self._take(resume)
-            self.entries = self._open(identity, resume)
+            self.entries: list[dict[str, Any]] = []
+            self._open(identity, resume, sorted(writes))
         except BaseException:
             self.close()
             raise
@@ -72,33 +78,56 @@ class Journal:
         if not there or (resume and (self.output / MANIFEST).exists()):  # it has finished in between
             raise in_use
 
-    def _open(self, identity: dict, resume: bool) -> list[dict]:
-        lines = read_lines(self.file)
+    def _open(self, identity: dict[str, Any], resume: bool, writes: list[str]) -> None:
+        lines, damage = read_lines(self.file)
+        if resume and damage and not lines:
+            raise OutputError(f"{damage}, and so which run {self.output} belongs to is lost; {START_OVER}")
+        first = {"identity": identity, "writes": writes}
         if lines and resume:
-            refuse_other(self.output, lines[0], identity)
-            self._clear(("*.tmp",))
-            self._rewrite(lines)
-            return lines[1:]
-        # the manifest first: a folder that holds it is finished
-        self._clear((MANIFEST, "config.json", "*.json", "model-*.safetensors", *CARRIED, "*.tmp"))
-        self.drop_streams(None)
-        self._rewrite([identity])
-        return []
+            refuse_other(self.output, lines[0]["identity"], identity)
+            known = _named(lines)
+            self._refuse_foreign(writes, known)
+            self._delete({f"{name}.tmp" for name in known})
+            self.entries = lines[1:]
+            if damage:
+                self.cut = f"{damage}; what it said from there on is made again"
+        else:
+            known = _named(_all_sound(self.file)) | recorded(self.output)
+            self._refuse_foreign(writes, known)
+            # the manifest first: a folder that holds it is finished
+            self._delete({MANIFEST} & known)
+            self._delete({*known, *(f"{name}.tmp" for name in known)})
+            self.drop_streams(None)
+        self._rewrite([first, *self.entries])
 
-    def _clear(self, patterns: tuple[str, ...]) -> None:
+    def _refuse_foreign(self, writes: Iterable[str], known: set[str]) -> None:
+        """OutputError naming files that the run would write over and that no run of quantkit recorded."""
+        taken = [name for name in writes if name not in known and os.path.lexists(self.output / name)]
+        if taken:
+            raise OutputError(
+                f"{self.output} holds files that quantkit did not write and that this run would replace: "
+                f"{', '.join(taken[:8])}; move them away or choose another --output"
+            )
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Remove files of the output folder, and the folders below it that this leaves empty."""
         try:
-            for pattern in patterns:
-                for old in self.output.glob(pattern):
-                    old.unlink()
+            for name in sorted(names):
+                path = self.output / name
+                if inside(name) and os.path.lexists(path) and not _through_link(self.output, name):
+                    path.unlink()
+                    if path.parent != self.output:
+                        with contextlib.suppress(OSError):
+                            path.parent.rmdir()
         except OSError as error:
             raise output_error(self.output, error) from error
 
-    def _rewrite(self, lines: list[dict]) -> None:
-        """Drop a torn last line, so that the next append starts on a line of its own."""
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Write all lines anew, so that the next append starts on a line of its own."""
         temporary = self.file.with_suffix(".tmp")
         try:
             with open(temporary, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(_line(number, line) for number, line in enumerate(lines))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.file)
@@ -106,11 +135,13 @@ class Journal:
         except OSError as error:
             raise output_error(self.file, error) from error
 
-    def append(self, entry: dict) -> None:
+    def append(self, entry: dict[str, Any]) -> None:
         """Add one finished step, durably."""
+        check_numbers(entry.get("layers", []), "layers")
+        check_numbers(entry.get("scaling", []), "scaling")
         try:
             with open(self.file, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(_line(len(self.entries) + 1, entry))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -119,9 +150,9 @@ class Journal:
 
     def forget_after(self, count: int) -> None:
         """Keep only the first `count` entries (what they describe is gone)."""
-        first = read_lines(self.file)[0]
+        lines, _ = read_lines(self.file)
         self.entries = self.entries[:count]
-        self._rewrite([first, *self.entries])
+        self._rewrite([lines[0], *self.entries])
 
     def streams(self, block: int) -> Path:
         """Where the hidden states at the input of `block` are kept."""
@@ -147,15 +178,61 @@ def discard(output: Path) -> None:
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The lines of a journal up to the first that is torn."""
-    lines: list[dict] = []
-    if file.exists():
-        with contextlib.suppress(OutputError):
-            for line in file.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    lines.append(parse_json(line, str(file), OutputError))
-    return lines
+def _line(number: int, value: dict[str, Any]) -> str:
+    text = json.dumps(value, allow_nan=False)
+    return f"{_sum(number, text.encode())} {text}\n"
+
+
+def _sum(number: int, text: bytes) -> str:
+    return hashlib.sha256(f"{number} ".encode() + text).hexdigest()[:_SUM]
+
+
+def _sound(file: Path, number: int, line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None unless its checksum is right."""
+    found, _, text = line.partition(b" ")
+    if not line.endswith(b"\n") or found != _sum(number, text[:-1]).encode():
+        return None
+    value: dict[str, Any] = parse_json(text, str(file), OutputError)
+    return value
+
+
+def read_lines(file: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """(the lines of a journal up to the first that is torn or damaged, what is damaged or None)."""
+    sound: list[dict[str, Any]] = []
+    for number, line in enumerate(_raw(file)):
+        value = _sound(file, number, line)
+        if value is None:
+            torn = not line.endswith(b"\n") and number > 0
+            return sound, None if torn else f"line {number + 1} of {file} does not match its checksum"
+        sound.append(value)
+    return sound, None
+
+
+def _all_sound(file: Path) -> list[dict[str, Any]]:
+    """Every line whose checksum is right, also behind a damaged one."""
+    found = [_sound(file, number, line) for number, line in enumerate(_raw(file))]
+    return [value for value in found if value is not None]
+
+
+def _raw(file: Path) -> list[bytes]:
+    try:
+        return file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    except OSError as error:
+        raise output_error(file, error) from error
+
+
+def _named(lines: list[dict[str, Any]]) -> set[str]:
+    """The files that journal lines say are written or going to be."""
+    names = {name for line in lines for name in line.get("writes", ())}
+    return names | {line["written"]["file"] for line in lines if "written" in line}
+
+
+def _through_link(folder: Path, name: str) -> bool:
+    """Whether a folder on the way to the file is a symbolic link."""
+    path = folder / name
+    return any(
+        parent.is_symlink() for parent in path.parents if parent != folder and folder in parent.parents
+    )
 
 
 def differences(stored: object, given: object, at: str = "") -> list[str]:
@@ -171,7 +248,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:24] + "..."
 
 
-def refuse_other(output: Path, stored: dict, given: dict) -> None:
+def refuse_other(output: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """OutputError naming what differs when `output` belongs to another run."""
     different = differences(stored, given)
     if different:

@@ -11,8 +11,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +28,18 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file: its size and digest, and the bytes of each tensor."""
+    """A finished file: its size and digest, and the bytes and the CRC-32 (hex) of each tensor."""
 
     file: str
     nbytes: int
     sha256: str
     tensors: dict[str, int]
+    crc32: dict[str, str]
+
+
+def shard_name(part: int, parts: int) -> str:
+    """The file of one part of a checkpoint, counted from 0."""
+    return f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) -> Written:
@@ -50,15 +58,20 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
+    sums: dict[str, str] = {}
+
     def pieces() -> Iterator[memoryview | bytes]:
         yield len(text).to_bytes(8, "little")
         yield text
         for name in sorted(tensors):
-            t = tensors[name]
-            yield from _copied(t) if isinstance(t, TensorInfo) else _own(path, name, t)
+            t, crc = tensors[name], 0
+            for piece in _copied(t) if isinstance(t, TensorInfo) else _own(path, name, t):
+                crc = zlib.crc32(piece, crc)
+                yield piece
+            sums[name] = f"{crc:08x}"
 
     digest = write_atomically(path, pieces())
-    return Written(path.name, 8 + len(text) + offset, digest, sizes)
+    return Written(path.name, 8 + len(text) + offset, digest, sizes, sums)
 
 
 def _own(path: Path, name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -93,12 +106,15 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ModelError(f"tensor {name} holds NaN or infinity; the checkpoint is damaged, get a sound copy")
 
 
-def write_atomically(path: Path, pieces: Iterator[bytes | memoryview]) -> str:
-    """Write the pieces to `path` through a temporary file; returns the sha256. OutputError when the disk refuses."""
+def write_atomically(path: Path, pieces: Iterator[bytes | memoryview], mode: int | None = None) -> str:
+    """Write the pieces to `path` through a temporary file; returns the sha256. OutputError when the disk refuses.
+
+    mode: the permissions the file may have at most; the umask takes away from them.
+    """
     temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=None if mode is None else _opener(mode)) as file:
             for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
@@ -115,6 +131,14 @@ def write_atomically(path: Path, pieces: Iterator[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def _opener(mode: int) -> Callable[[str, int], int]:
+    def opened(path: str, flags: int) -> int:
+        _unlink(Path(path))  # one left by a kill would keep its permissions
+        return os.open(path, flags | os.O_EXCL, mode)
+
+    return opened
+
+
 def _unlink(temporary: Path) -> None:
     with contextlib.suppress(OSError):
         temporary.unlink()
@@ -122,8 +146,24 @@ def _unlink(temporary: Path) -> None:
 
 def write_json(path: Path, value: object) -> str:
     """A JSON file with sorted keys, atomically; returns the sha256."""
+    check_numbers(value, path.name)
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return write_atomically(path, iter([text.encode()]))
+
+
+def check_numbers(value: object, where: str) -> None:
+    """NumericalError naming the first NaN or infinity in a value that is to be written as JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NumericalError(
+            f"{where} became {value}; look for extreme weights in the model, or leave the layer out with a rule"
+        )
+    if isinstance(value, dict):
+        for key, each in value.items():
+            check_numbers(each, f"{where}: {key}")
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            name = each.get("name", number) if isinstance(each, dict) else number
+            check_numbers(each, f"{where}: {name}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,23 +7,21 @@ dequantized one. `verify_checkpoint` needs only the folder: digests, names, shap
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from quantkit.checkpoint.check import damage, digest_file
+from quantkit.checkpoint.manifest import AGAIN
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import Codec
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.json_reader import read_json
-from quantkit.models.tensors import INDEX
+from quantkit.models.tensors import INDEX, named
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
-MANIFEST = "quantkit.json"
-AGAIN = "quantize again with --no-resume"
 _PROBE = 4  # tokens of the packed-forward check
 
 
@@ -63,21 +61,6 @@ def _verify_forward(name: str, found: QuantizedWeight, wanted: QuantizedWeight) 
         )
 
 
-def digest_file(path: Path) -> str:
-    """sha256 of a file, streamed."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(output: Path) -> dict[str, Any]:
-    """`quantkit.json` of a finished checkpoint; VerificationError if it is damaged."""
-    manifest: dict[str, Any] = read_json(output / MANIFEST, VerificationError, advice=AGAIN)
-    missing = {"identity", "files", "tensors", "size", "notes"} - manifest.keys()
-    if missing:
-        raise VerificationError(f"{output / MANIFEST} lacks {sorted(missing)}; {AGAIN}")
-    return manifest
-
-
 def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, dict]) -> None:
     """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say.
 
@@ -88,7 +71,11 @@ def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, d
         if not path.is_file():
             raise VerificationError(f"{output}: {name} is missing; {AGAIN}")
         if path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
-            raise VerificationError(f"{output}: {name} is not the file that was written; {AGAIN}")
+            where = damage(path, entry)
+            raise VerificationError(f"{output}: {name} is not the file that was written{where}; {AGAIN}")
+    stray = {each.name for each in output.glob("*.safetensors")} - files.keys()
+    if stray:
+        raise VerificationError(f"{output} holds weight files of another origin: {named(stray)}; remove them")
     weight_map = read_json(output / INDEX, VerificationError, advice=AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise VerificationError(f"{output / INDEX} has no weight_map; {AGAIN}")

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 import transformers
 
+from quantkit.checkpoint.check import digest_file
+from quantkit.checkpoint.companions import Companions, copy_companions, find_companions
 from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
-from quantkit.checkpoint.journal import CARRIED
-from quantkit.checkpoint.shards import write_atomically, write_json
-from quantkit.checkpoint.verify import AGAIN, MANIFEST, digest_file, verify_checkpoint
+from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, read_sealed, write_manifest, write_sealed
+from quantkit.checkpoint.shards import shard_name, write_json
+from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
-from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.inputs import Run
 from quantkit.structure.trace import is_linear
-
-RUN = "quantkit.run.json"
 
 
 def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
@@ -43,12 +42,13 @@ def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
     if lost:
         raise VerificationError(f"source tensors without an account: {sorted(lost)[:8]}")
     with clock("write"):
-        side = _side_files(run, shards)
-    files = {n: {"sha256": w["sha256"], "bytes": w["nbytes"]} for n, w in shards.items()} | side
+        companions = find_companions(run.source.path, output)
+        side = _side_files(run, shards, companions)
+    files = {n: _listed(w) for n, w in shards.items()} | side
     with clock("verify"):
         verify_checkpoint(output, files, account)
     manifest = {
-        "schema": "quantkit/1",
+        "schema": SCHEMA,
         "identity": run.identity,
         "recipe": run.recipe.published(),
         "model": {"name": run.source.path.resolve().name, "type": run.source.headers.model_type},
@@ -59,20 +59,32 @@ def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
         "calibration": {"notes": run.windows.notes, "sources": run.windows.sources} if run.windows else None,
         "tensors": account,
         "files": files,
+        "left_out": companions.left,
         "evaluation": None,
         "notes": _notes(run, entries),
     }
-    write_json(output / RUN, run_facts(run, resumed))
-    write_json(output / MANIFEST, manifest)
+    write_run_facts(run, manifest, resumed)
+    write_manifest(output, manifest)
     return manifest
 
 
-def _side_files(run: Run, shards: dict[str, dict]) -> dict[str, dict]:
-    """Tokenizer, generation config, index, and last the config that makes the folder loadable."""
+def files_of(run: Run) -> list[str]:
+    """The names of all files that a run writes into its output folder."""
+    parts = run.plan.n_blocks + 1
+    shards = [shard_name(part, parts) for part in range(parts)]
+    companions = find_companions(run.source.path, run.output).files
+    return [*shards, *companions, INDEX, "config.json", RUN, MANIFEST]
+
+
+def _listed(written: dict[str, Any]) -> dict[str, Any]:
+    """A shard's entry in the manifest's `files`."""
+    return {"sha256": written["sha256"], "bytes": written["nbytes"], "tensors": written["crc32"]}
+
+
+def _side_files(run: Run, shards: dict[str, dict], companions: Companions) -> dict[str, dict]:
+    """Companions, index, and last the config that makes the folder loadable."""
     output, source = run.output, run.source
-    names = sorted({f.name for pattern in CARRIED for f in source.path.glob(pattern) if f.is_file()})
-    for name in names:
-        write_atomically(output / name, iter([(source.path / name).read_bytes()]))
+    copied = copy_companions(companions, output)
     weight_map = {t: file for file, w in shards.items() for t in w["tensors"]}
     total = sum(n for w in shards.values() for n in w["tensors"].values())
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -83,8 +95,10 @@ def _side_files(run: Run, shards: dict[str, dict]) -> dict[str, dict]:
         schemes, sorted(linears - schemes.keys())
     )
     write_json(output / "config.json", config)
-    names += [INDEX, "config.json"]
-    return {n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in names}
+    written = (INDEX, "config.json")
+    return copied | {
+        n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in written
+    }
 
 
 def _size(run: Run, entries: list[dict], shards: dict[str, dict]) -> dict[str, Any]:
@@ -140,7 +154,13 @@ def _notes(run: Run, entries: list[dict]) -> list[str]:
     return notes + (list(run.windows.notes) if run.windows else [])
 
 
-def run_facts(run: Run, resumed: int) -> dict[str, Any]:
+def write_run_facts(run: Run, manifest: dict[str, Any], resumed: int) -> None:
+    """Write `quantkit.run.json`, which also names the files of the checkpoint, should its manifest be damaged."""
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    write_sealed(run.output / RUN, _run_facts(run, resumed) | {"files": files})
+
+
+def _run_facts(run: Run, resumed: int) -> dict[str, Any]:
     """What this run happened to have; the only file that may differ between two runs."""
     return {
         "schema": "quantkit-run/1",
@@ -175,7 +195,7 @@ def _phases(seconds: dict[str, float]) -> dict[str, float]:
 def report_of(output: Path, manifest: dict) -> dict[str, Any]:
     """The report of a finished checkpoint, from its manifest and the facts of the run that made it."""
     facts = output / RUN
-    told = read_json(facts, VerificationError, advice=AGAIN) if facts.exists() else {}
+    told = read_sealed(facts) if facts.exists() else {}
     return {
         "schema": "quantkit-run/1",
         "output": str(output),

@@ -13,8 +13,8 @@ from quantkit import assets
 from quantkit.calibration.memory import large_blocks_apart
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
-from quantkit.checkpoint.shards import write_json
-from quantkit.checkpoint.verify import MANIFEST, read_manifest, verify_checkpoint
+from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
@@ -25,7 +25,7 @@ from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
 from quantkit.pipeline.inputs import Run, needs_calibration
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
-from quantkit.pipeline.publish import RUN, publish, report_of, run_facts
+from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.plan import build_plan
 from quantkit.recipe import Recipe, load_recipe, parse_recipe
@@ -82,8 +82,10 @@ def quantize(
         discard(folder)
         run.progress.message(f"{folder} is finished; its files were verified again")
     else:
-        journal = Journal(folder, run.identity, resume)
+        journal = Journal(folder, run.identity, resume, files_of(run))
         try:
+            if journal.cut:
+                run.progress.message(journal.cut)
             resumed = produce(run, ShardWriter(run, journal))
             manifest = publish(run, journal.entries, resumed=resumed)
             journal.remove()
@@ -124,8 +126,8 @@ def _evaluate(
         )
     if evaluation is not None:
         if resumed is not None:
-            write_json(run.output / RUN, run_facts(run, resumed))
-        write_json(run.output / MANIFEST, manifest | {"evaluation": evaluation})
+            write_run_facts(run, manifest, resumed)
+        write_manifest(run.output, manifest | {"evaluation": evaluation})
         manifest["evaluation"] = evaluation
     return refused
 

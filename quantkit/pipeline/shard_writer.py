@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.calibration.streams import Streams
+from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.journal import Journal
-from quantkit.checkpoint.shards import Written, write_shard
-from quantkit.checkpoint.verify import digest_file, verify_shard
+from quantkit.checkpoint.shards import Written, shard_name, write_shard
+from quantkit.checkpoint.verify import verify_shard
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.models.tensors import TensorInfo
@@ -59,7 +60,7 @@ class ShardWriter:
         run, total = self.run, self.run.plan.n_blocks
         with run.clock("write"):
             tensors, account = self._packed(part, result)
-            path = run.output / f"model-{part + 1:05d}-of-{total + 1:05d}.safetensors"
+            path = run.output / shard_name(part, total + 1)
             written = write_shard(path, tensors)
             del tensors
         with run.clock("verify"):

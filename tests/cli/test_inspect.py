@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.inspect import inspect_checkpoint
+from quantkit.checkpoint.manifest import SCHEMA, write_manifest
 from quantkit.cli.main import run
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
@@ -41,9 +42,10 @@ def loads(report):
 
 def test_layers_and_totals_count_stored_bytes(tmp_path):
     folder = packed_folder(tmp_path / "m", [Scheme(integer(4, 32, True)), Scheme(integer(3, 32, False))])
-    (folder / "quantkit.json").write_text(
-        json.dumps({"layers": [{"name": "model.layers.1.mlp.c_fc", "weight_error": 0.01}]})
-    )
+    manifest = {"schema": SCHEMA, "identity": {}, "files": {}, "tensors": {}, "size": {}}
+    weights = {"model.safetensors": {"bytes": (folder / "model.safetensors").stat().st_size, "sha256": ""}}
+    layers = [{"name": "model.layers.1.mlp.c_fc", "weight_error": 0.01}]
+    write_manifest(folder, manifest | {"files": weights, "layers": layers, "scaling": [], "notes": []})
     report = inspect_checkpoint(folder)
     layers = {layer["name"]: layer for layer in report["layers"]}
     first, second = layers["model.layers.0.mlp.c_fc"], layers["model.layers.1.mlp.c_fc"]

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 
 import quantkit
-from quantkit.checkpoint.verify import read_manifest
+from quantkit.checkpoint.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("steady")
 

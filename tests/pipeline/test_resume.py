@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import quantkit
 from quantkit.checkpoint.journal import read_lines
-from quantkit.checkpoint.verify import read_manifest
+from quantkit.checkpoint.manifest import read_manifest
 from quantkit.errors import OutputError
 from quantkit.pipeline.block import BlockResult
 
@@ -93,7 +93,7 @@ def moment_of(labels, label, seed=0):
 
 
 def finished_parts(folder):
-    return {entry["part"] for entry in read_lines(folder / ".quantkit/journal.jsonl")[1:]}
+    return {entry["part"] for entry in read_lines(folder / ".quantkit/journal.jsonl")[0][1:]}
 
 
 def assert_not_finished(folder):

@@ -1,0 +1,155 @@
+"""Is a checkpoint that is about to be used whole? What `load`, `inspect` and `eval` look at before they start.
+
+Always: whether a weight file lies there that does not belong to the checkpoint, whether every weight file that
+`quantkit.json` lists has its size, and whether scales, norms and biases are finite. On request (`verify`): whether
+every listed file has its sha256; of a file that has not, the tensors whose bytes changed are named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.manifest import MANIFEST, read_manifest
+from quantkit.errors import ModelError
+from quantkit.formats.registry import Codec
+from quantkit.models.tensors import FLOATS, INDEX, SINGLE, TensorInfo, named, read_tensors, torch_dtype
+
+REMOVE = f"fetch the checkpoint again, or remove {MANIFEST} to use it without what it guarantees"
+_PIECE = 4 << 20
+_LARGE = 1 << 28  # bytes of a one-dimensional tensor; a norm or a bias is far smaller
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was looked at. sizes: the weight files against quantkit.json. digests: all files against its sha256s.
+
+    tensors: how many scales, norms and biases were found finite. changed: files beside the weights whose size is not
+    the listed one, as after an edit by hand.
+    """
+
+    sizes: bool
+    digests: bool
+    tensors: int
+    changed: tuple[str, ...] = ()
+
+
+def check_files(path: Path, verify: bool = False) -> Checked:
+    """Look at the files of a folder; ModelError naming what is missing, foreign or damaged."""
+    if not (path / MANIFEST).exists():
+        if (path / SINGLE).exists() and (path / INDEX).exists():
+            raise ModelError(
+                f"{path} holds both {SINGLE} and {INDEX}, so which weights are meant is unclear; remove the one "
+                "that does not belong to the model"
+            )
+        if verify:
+            raise ModelError(
+                f"{path} has no {MANIFEST}, so there are no digests to verify; load it without verify"
+            )
+        return Checked(False, False, 0)
+    files = read_manifest(path, ModelError, REMOVE)["files"]
+    present = {each.name for each in path.iterdir() if each.suffix == ".safetensors"}
+    if stray := present - files.keys():
+        raise ModelError(
+            f"{path} holds weight files that do not belong to its checkpoint ({MANIFEST} does not list them): "
+            f"{named(stray)}; remove them"
+        )
+    changed = []
+    for name, entry in files.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size == entry["bytes"]:
+            continue
+        if size is None and not _is_weights(name):
+            changed.append(name)
+        elif _is_weights(name):
+            found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+            raise ModelError(f"{path}: {name} {found}; {REMOVE}")
+        else:
+            changed.append(name)
+    if verify:
+        check_digests(path, files)
+    return Checked(True, verify, 0, tuple(changed))
+
+
+def check_digests(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    """ModelError unless every listed file has its sha256; names the damaged tensors of a weight file."""
+    for name, entry in files.items():
+        if not (path / name).is_file():
+            raise ModelError(f"{path}: {name} is missing; {REMOVE}")
+        if digest_file(path / name) != entry["sha256"]:
+            raise ModelError(
+                f"{path}: {name} is damaged or was changed{damage(path / name, entry)}; {REMOVE}"
+            )
+
+
+def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None) -> int:
+    """How many scales, norms and biases are finite; ModelError names those that are not."""
+    chosen = [info for info in tensors.values() if _is_small(info, codec)]
+    bad = [info.name for info in chosen if not _is_finite(info)]
+    if bad:
+        raise ModelError(
+            f"NaN or infinity in {named(bad)}; the checkpoint is damaged, fetch it again or quantize again"
+        )
+    return len(chosen)
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(file: Path, entry: Mapping[str, Any]) -> str:
+    """Which tensors of a weight file changed, in words; empty if that cannot be told."""
+    sums = entry.get("tensors")
+    if not isinstance(sums, Mapping):
+        return ""
+    try:
+        infos = read_tensors(file.parent)[1].values()
+    except ModelError:
+        return " (its header)"
+    found = {info.name: info for info in infos if info.file.name == file.name}
+    bad = [name for name, crc in sums.items() if name not in found or _crc32(found[name]) != crc]
+    return f" in {named(bad)}" if bad else " (its header)"
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or name == INDEX
+
+
+def _is_small(info: TensorInfo, codec: Codec | None) -> bool:
+    if info.dtype not in FLOATS:
+        return False
+    return (codec is not None and info.name.rpartition(".")[2] == codec.scale) or (
+        len(info.shape) <= 1 and info.nbytes <= _LARGE
+    )
+
+
+def _is_finite(info: TensorInfo) -> bool:
+    dtype = torch_dtype(info.dtype)
+    return all(bool(torch.frombuffer(piece, dtype=dtype).isfinite().all()) for piece in _pieces(info))
+
+
+def _crc32(info: TensorInfo) -> str:
+    crc = 0
+    for piece in _pieces(info):
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def _pieces(info: TensorInfo) -> Iterable[bytearray]:
+    with open(info.file, "rb", buffering=0) as file:
+        left, at = info.nbytes, info.offset
+        while left:
+            piece = bytearray(os.pread(file.fileno(), min(_PIECE, left), at))
+            if not piece:
+                raise ModelError(f"{info.file} ended inside tensor {info.name}; it changed while it was read")
+            left, at = left - len(piece), at + len(piece)
+            yield piece
