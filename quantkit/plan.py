@@ -155,13 +155,13 @@ def _outside_problem(rule: Rule, linears: list[_Linear], headers: Headers) -> st
 
 
 def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str]]) -> list[str]:
-    """One problem per set of linears that engines fuse into one and that got different schemes."""
+    """One problem per set of siblings that engines fuse into one and that got different schemes."""
     schemes: dict[str, Scheme | None] = {layer.name: layer.scheme for layer in layers}
     schemes |= dict.fromkeys((name for name, _ in skipped), None)
     found: dict[str, None] = {}
     for name in schemes:
         parent, _, leaf = name.rpartition(".")
-        for members in families.FUSED:
+        for members in families.SIBLINGS:
             if leaf not in members:
                 continue
             here = {m: schemes[f"{parent}.{m}"] for m in sorted(members) if f"{parent}.{m}" in schemes}

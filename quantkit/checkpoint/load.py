@@ -165,7 +165,7 @@ def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list, li
     groups: dict[Any, list[tuple[str, QuantLinear]]] = {}
     for name, module in linears:
         parent, _, leaf = name.rpartition(".")
-        kind = next((names for names in families.FUSED if leaf in names), leaf)
+        kind = next((names for names in families.SIBLINGS if leaf in names), leaf)
         groups.setdefault((parent, kind), []).append((name, module))
     ordered = [each for group in groups.values() for each in group]
     return ordered, [[module for _, module in group] for group in groups.values() if len(group) > 1]

@@ -47,10 +47,12 @@ class TerminalProgress:
         self._bar.start()
         self._task = self._bar.add_task(title, total=total_blocks, where="", memory=_memory())
 
-    def block(self, index: int, name: str, note: str = "") -> None:
+    def block(self, index: int, name: str, note: str = "", left: float | None = None) -> None:
         where = f"{name} {note}".strip()
         if self._task is not None:
             self._bar.update(self._task, completed=index + 1, where=where, memory=_memory())
+
+    def phase(self, name: str, share: float, left: float | None = None) -> None: ...
 
     def message(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
@@ -72,7 +74,7 @@ class PlainProgress:
         self._total, self._title, self._first, self._began = total_blocks, title, None, time.monotonic()
         self.message(f"{title}: {total_blocks} blocks")
 
-    def block(self, index: int, name: str, note: str = "") -> None:
+    def block(self, index: int, name: str, note: str = "", left: float | None = None) -> None:
         if self._first is None:
             self._first = index
         rate = (time.monotonic() - self._began) / (index - self._first + 1)
@@ -80,6 +82,8 @@ class PlainProgress:
         done = min(index + 1, self._total)
         parts = [f"{self._title} {done}/{self._total} {name}", note, f"eta {left:.0f} s", _memory()]
         self.message(", ".join(part for part in parts if part))
+
+    def phase(self, name: str, share: float, left: float | None = None) -> None: ...
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

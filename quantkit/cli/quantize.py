@@ -52,7 +52,7 @@ def command(
     print_report(result.report, make_console())
     write_report(json_file, result.report)
     if result.failed:
-        raise SystemExit(1)
+        click.get_current_context().exit(1)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

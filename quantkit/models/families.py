@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Linears of one block that inference engines fuse into one and that therefore share a scheme.
-FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+# Siblings (linears of a block that share an input) that engines fuse into one and that therefore share a scheme.
+SIBLINGS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 
 # Parts of the names of linears whose output goes into attention logits, where a weight's own output error
 # misleads.

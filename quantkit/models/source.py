@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +48,7 @@ class Source:
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
         self._disk: dict[str, str] = {}
+        self._digest: str | None = None
         for disk, module in headers.module_names.items():
             if disk in headers.dropped:
                 continue
@@ -121,21 +124,36 @@ class Source:
                     return False
         return True
 
-    def digest(self) -> str:
-        """sha256 (hex) over config.json, the tokenizer's files and the weight files: names and contents."""
+    def digest(self, told: Callable[[float], None] = lambda share: None) -> str:
+        """sha256 (hex) over config.json, the tokenizer's files and the weight files: names and contents.
+
+        Every byte is read once per `Source`. told: called with the share that is read, 0 to 1, about once per second
+        of reading.
+        """
+        if self._digest is None:
+            self._digest = self._hashed(told)
         return self._digest
 
-    @cached_property
-    def _digest(self) -> str:
+    def _hashed(self, told: Callable[[float], None]) -> str:
         total = hashlib.sha256()
         present = [self.path / name for name in HASHED if (self.path / name).is_file()]
-        for path in present + self.headers.files:
-            try:
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-            total.update(f"{path.name} {content}\n".encode())
+        paths = present + self.headers.files
+        done, said = 0, time.monotonic()
+        piece = memoryview(bytearray(CHUNK_BYTES))
+        try:
+            size = sum(path.stat().st_size for path in paths)
+            for path in paths:
+                content = hashlib.sha256()
+                with path.open("rb", buffering=0) as file:
+                    while got := file.readinto(piece):
+                        content.update(piece[:got])
+                        done += got
+                        if time.monotonic() - said > 1:
+                            told(min(1.0, done / size))
+                            said = time.monotonic()
+                total.update(f"{path.name} {content.hexdigest()}\n".encode())
+        except OSError as error:
+            raise ModelError(f"{error.filename or self.path} cannot be read: {error.strerror}") from error
         return total.hexdigest()
 
     def _open(self, info: TensorInfo):

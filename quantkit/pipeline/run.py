@@ -21,6 +21,7 @@ from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
 from quantkit.pipeline.inputs import Run, needs_calibration
 from quantkit.pipeline.produce import produce
@@ -28,6 +29,7 @@ from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.plan import build_plan
+from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe
 
 
@@ -169,9 +171,11 @@ def _prepared(
                 assets.calibration_text(),
                 vocabulary=skeleton_model.get_input_embeddings().num_embeddings,
             )
+        if not (folder / MANIFEST).exists():
+            check_disk(folder, predict(checked, plan, headers).disk)
         identity = {
             "recipe": checked.identity(),
-            "model": source.digest(),
+            "model": source.digest(lambda share: progress.phase("hashing the source", share)),
             "data": windows.digest if windows else None,
             "code": _version(),
             "device": where.type,

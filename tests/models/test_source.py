@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
 
@@ -148,3 +149,18 @@ def test_every_stored_dtype_has_its_torch_dtype_and_size():
         dtype = torch_dtype(name)
         assert stored_dtype(dtype) == name
         assert torch.empty((), dtype=dtype).element_size() * 8 == bits
+
+
+def test_hashing_tells_how_far_it_is(tmp_path, monkeypatch):
+    """Reading a big source takes minutes: the display hears of it, with shares that grow to at most 1."""
+    tiny_models.save(tiny_models.FAMILIES["llama"](), tmp_path, max_shard_size="40KB")
+    seconds = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("quantkit.models.source.time.monotonic", lambda: next(seconds))
+    shares = []
+    source = Source(read_checkpoint(tmp_path))
+    digest = source.digest(shares.append)
+    assert shares == sorted(shares)
+    assert len(shares) > 5
+    assert 0 < shares[0] < 0.5
+    assert shares[-1] == 1
+    assert source.digest(shares.append) == digest == Source(read_checkpoint(tmp_path)).digest()

@@ -1,10 +1,14 @@
 """The closing evaluation: what it is asked for, checked before a run begins, and what it measures."""
 
+import json
+
 import pytest
 
 import quantkit
 from quantkit.checkpoint.load import load
-from quantkit.errors import DataError, UserError
+from quantkit.checkpoint.verify import read_manifest
+from quantkit.cli.main import run
+from quantkit.errors import DataError, ModelError, UserError
 from quantkit.pipeline import cache
 from quantkit.pipeline.evaluation import TOKENS, EvaluationRequest
 
@@ -111,3 +115,48 @@ def test_a_limit_that_is_no_number_stops_before_the_run(arguments, tmp_path, mon
     with pytest.raises(UserError, match="QUANTKIT_CACHE_GB must be a number of gigabytes"):
         quantkit.quantize(**(arguments("rtn", tmp_path / "out") | {"evaluate": True}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, monkeypatch):
+    """It is a note and `failed`; the next call only evaluates, and its result is that of a run without a failure."""
+    wanted = quantkit.quantize(**arguments("rtn", tmp_path / "whole", evaluate=True))
+    given = arguments("rtn", tmp_path / "out", evaluate=True)
+
+    def fail(*rest, **options):
+        raise ZeroDivisionError("a loss that is\nnot finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.pipeline.run.evaluate_pair", fail)
+        result = quantkit.quantize(**given)
+        assert "the evaluation failed: a loss that is not finite; the weights in" in result.failed
+        assert result.report["notes"][-1] == result.failed
+        assert result.manifest["evaluation"] is None
+    quantkit.load(tmp_path / "out", device="cpu")
+    monkeypatch.setattr("quantkit.pipeline.run.produce", lambda *rest: pytest.fail("computed again"))
+    again = quantkit.quantize(**given)
+    assert again.failed is None
+    assert again.manifest == wanted.manifest
+    assert again.report["notes"] == wanted.report["notes"]
+
+
+def test_a_result_that_is_no_number_is_a_failed_evaluation(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "quantkit.pipeline.run.evaluate_pair", lambda *rest, **options: ({"perplexity": float("nan")}, [])
+    )
+    result = quantkit.quantize(**arguments("rtn", tmp_path / "out", evaluate=True))
+    assert "the evaluation failed" in result.failed
+    assert read_manifest(tmp_path / "out")["evaluation"] is None
+
+
+def test_a_failed_evaluation_is_exit_code_1(arguments, tmp_path, monkeypatch, capsys):
+    def fail(*rest, **options):
+        raise ModelError("the original cannot be read")
+
+    monkeypatch.setattr("quantkit.pipeline.run.evaluate_pair", fail)
+    given = arguments("rtn", tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(given["recipe"]))
+    command = ["quantize", str(tmp_path / "recipe.yaml"), "--model", given["model"]]
+    assert run([*command, "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "the evaluation failed: the original cannot be read" in " ".join((said.out + said.err).split())
+    assert (tmp_path / "out/quantkit.json").exists()
