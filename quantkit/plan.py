@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from quantkit.errors import ModelError, RecipeError
 from quantkit.models import families
-from quantkit.models.headers import Headers, read_checkpoint, resolve_model
-from quantkit.recipe import AlgorithmConfig, Recipe, Rule, load_recipe
+from quantkit.models.headers import Headers
+from quantkit.recipe import AlgorithmConfig, Recipe, Rule
 from quantkit.scheme import Scheme
 
-GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+ENGINE_GROUPS = (128, 64, 32)  # group sizes that the kernels of vLLM and SGLang take, and ours
+OTHER_GROUPS = (16, 48, 96, 192, 256, 512, 1024)
 _NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d+)\..+$")  # (block list, number), the leftmost number counts
 _EMBEDDING = re.compile(r"(embed|wte|wpe)[^.]*$")
 
@@ -56,18 +56,11 @@ class _Linear:
     block: int | None
 
 
-def validate(
-    recipe: str | Path, model: str | None = None, overrides: Sequence[str] = ()
-) -> tuple[Recipe, Plan | None]:
-    """Check a recipe and, with a model, what it does to it; RecipeError or ModelError with every problem."""
-    checked = load_recipe(recipe, overrides)
-    if model is None:
-        return checked, None
-    return checked, build_plan(checked, read_checkpoint(resolve_model(model, Path(model))))
-
-
 def build_plan(recipe: Recipe, headers: Headers) -> Plan:
-    """The plan, or one error with every rule that does not fit and every layer that cannot be quantized."""
+    """The plan, or one error with every rule that does not fit and every layer that cannot be quantized.
+
+    RecipeError if a rule is wrong, ModelError if only the model's shapes do not fit the group size.
+    """
     prefix, n_blocks, linears = _linears(headers)
     inside = [linear for linear in linears if linear.block is not None]
     problems = []
@@ -94,11 +87,13 @@ def build_plan(recipe: Recipe, headers: Headers) -> Plan:
             layers.append(LayerPlan(**vars(linear), scheme=scheme, algorithm=algorithm))
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, skipped)
-    if problems:
-        raise RecipeError("\n".join(problems))
-    _check_groups(layers)
+    undivided = _undivided(layers)
     if not layers:
-        raise RecipeError("the rules skip every linear; nothing is left to quantize")
+        problems.append("the rules skip every linear; nothing is left to quantize")
+    if problems:
+        raise RecipeError("\n".join(problems + undivided))
+    if undivided:
+        raise ModelError("\n".join(undivided))
     return Plan(prefix, n_blocks, tuple(layers), tuple(skipped))
 
 
@@ -174,24 +169,22 @@ def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str
     return list(found)
 
 
-def _check_groups(layers: Sequence[LayerPlan]) -> None:
-    """One error for every layer whose in_features the group size does not divide."""
+def _undivided(layers: Sequence[LayerPlan]) -> list[str]:
+    """One problem per kind of layer whose in_features the group size does not divide."""
     bad: dict[tuple[str, int, int], int] = {}
     for layer in layers:
         grid = layer.scheme.weights
         if not grid.divides(layer.shape[1]):
             key = (_starred(layer.name), layer.shape[1], grid.group(layer.shape[1]))
             bad[key] = bad.get(key, 0) + 1
-    if not bad:
-        return
     lines = []
     for (name, k, group), count in bad.items():
-        fitting = "".join(f"{g}, " for g in GROUP_SIZES if k % g == 0)
+        fitting = [g for g in ENGINE_GROUPS if k % g == 0] or [g for g in OTHER_GROUPS if k % g == 0]
         lines.append(
             f"in_features={k} is not divisible by group_size={group} in {name} ({count} of them); use "
-            f"group_size {fitting}channel, or a rule {{match: '{name}', skip: true}}"
+            f"group_size {''.join(f'{g}, ' for g in fitting)}channel, or a rule {{match: '{name}', skip: true}}"
         )
-    raise ModelError("\n".join(lines))
+    return lines
 
 
 def _starred(name: str) -> str:

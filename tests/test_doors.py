@@ -25,6 +25,7 @@ DOORS: dict[str, set[str] | None] = {
     "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
     "plan": {"recipe", "models"},
     "predict": {"plan", "recipe", "models"},
+    "validation": {"plan", "predict", "recipe", "models", "calibration"},
     "calibration": {"models", "structure", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets
     "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
     "checkpoint": {"layers", "models", "formats", "numerics"},

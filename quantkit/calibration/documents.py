@@ -34,10 +34,6 @@ ROLES = {  # of ShareGPT's {from, value} messages -> those of chat templates
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_TEXTS = (".txt", ".md", ".text")
-_LINES = (".jsonl", ".ndjson", ".json")
-_TABLES = {".csv": ",", ".tsv": "\t"}
-_PARQUET = ".parquet"
 _REFUSED = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "an archive; unpack it first"),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".epub", ".odt"), "a document; save it as plain text first"),
@@ -80,22 +76,39 @@ class Document:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def read_source(source: DataSource, limit: int, tokenizer: Any) -> Document:
-    """The text of one source, at most `limit` characters; DataError for anything wrong with it."""
+def check_source(source: DataSource) -> Path:
+    """The path of a source that can be read as far as its name and the recipe tell; otherwise DataError."""
     path = user_path(source.source, DataError)
     suffix = _suffix(path)
     if path.is_file():
-        document = _file(source, path, suffix, limit, tokenizer)
+        if suffix in _REFUSED:
+            raise DataError(f"calibration data {path} is {_REFUSED[suffix]}")
+        if suffix in _RECORDS:
+            _refuse(source, f"a {suffix} file", "config", "split")
+        else:
+            _refuse(source, "a text file", "config", "split", "field")
     elif path.is_dir():
         if is_saved(path):
             _refuse(source, "a saved dataset", "config")
-        document = _joined(_folder(source, path), source, limit, tokenizer)
-    elif _HUB_ID.fullmatch(source.source) and not (_is_file_suffix(suffix) or path.suffix == ".gz"):
-        document = _joined(_hub(source), source, limit, tokenizer)
-    else:
+    elif not _HUB_ID.fullmatch(source.source) or suffix in _KNOWN or path.suffix == ".gz":
         raise DataError(
             f"calibration data {source.source!r} is no file, no folder and no dataset id; check the path"
         )
+    return path
+
+
+def read_source(source: DataSource, limit: int, tokenizer: Any) -> Document:
+    """The text of one source, at most `limit` characters; DataError for anything wrong with it."""
+    path = check_source(source)
+    if path.is_file():
+        suffix = _suffix(path)
+        if suffix not in _RECORDS:
+            document = _plain(path, limit)
+        else:
+            document = _joined(_RECORDS[suffix](path), source, limit, tokenizer)
+    else:
+        records = _folder(source, path) if path.is_dir() else _hub(source)
+        document = _joined(records, source, limit, tokenizer)
     if not document.text.strip():
         raise DataError(f"calibration data {source.source} is empty")
     return document
@@ -106,10 +119,6 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
-def _is_file_suffix(suffix: str) -> bool:
-    return suffix in _TEXTS + _LINES + (_PARQUET,) or suffix in _TABLES or suffix in _REFUSED
-
-
 def _refuse(source: DataSource, kind: str, *keys: str) -> None:
     """DataError if the recipe gives one of `keys` for a source that has no such thing."""
     given = [key for key in keys if getattr(source, key) is not None]
@@ -118,22 +127,6 @@ def _refuse(source: DataSource, kind: str, *keys: str) -> None:
             f"calibration data {source.source} is {kind}, which has no {' and no '.join(given)}; remove "
             f"{' and '.join(given)} from the recipe"
         )
-
-
-def _file(source: DataSource, path: Path, suffix: str, limit: int, tokenizer: Any) -> Document:
-    if suffix in _REFUSED:
-        raise DataError(f"calibration data {path} is {_REFUSED[suffix]}")
-    if suffix in _LINES:
-        kind, records = "a JSON file", _json(path)
-    elif suffix in _TABLES:
-        kind, records = "a table", _table(path, _TABLES[suffix])
-    elif suffix == _PARQUET:
-        kind, records = "a Parquet file", _parquet(path)
-    else:
-        _refuse(source, "a text file", "config", "split", "field")
-        return _plain(path, limit)
-    _refuse(source, kind, "config", "split")
-    return _joined(records, source, limit, tokenizer)
 
 
 @contextmanager
@@ -209,8 +202,9 @@ def _json_list(path: Path, file: IO[bytes]) -> list[Any]:
     return found
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Record]:
+def _table(path: Path) -> Iterator[Record]:
     """The rows of a table whose first line names the columns."""
+    delimiter = "\t" if _suffix(path) == ".tsv" else ","
     before = csv.field_size_limit(MAX_LINE)
     try:
         with _opened(path) as file:
@@ -246,25 +240,12 @@ def _folder(source: DataSource, path: Path) -> Iterator[Record]:
         else:
             builder = datasets.load_dataset_builder(str(path), source.config)
             files = [Path(name) for name in (builder.config.data_files or {}).get(split, ())]
-            readers = {_record_reader(file) for file in files}
-            if len(readers) == 1 and None not in readers:
+            if files and all(file.is_file() and _suffix(file) in _RECORDS for file in files):
                 for file in files:
-                    yield from readers.copy().pop()(file)
+                    yield from _RECORDS[_suffix(file)](file)
                 return
             rows = datasets.load_dataset(str(path), source.config, split=split, streaming=True)
         yield from _numbered(source, rows)
-
-
-def _record_reader(file: Path) -> Any:
-    """The function that reads the records of this file within bounds; None leaves it to `datasets`."""
-    suffix = _suffix(file)
-    if not file.is_file():
-        return None
-    return _json if suffix in _LINES else _comma_table if suffix == ".csv" else None
-
-
-def _comma_table(path: Path) -> Iterator[Record]:
-    return _table(path, ",")
 
 
 def _hub(source: DataSource) -> Iterator[Record]:
@@ -353,3 +334,11 @@ def _message(where: str, name: str, message: Any) -> dict[str, Any]:
     raise DataError(
         f"{where}: field {name} is neither a text nor a list of {{role, content}} or {{from, value}} messages"
     )
+
+
+_RECORDS = {  # suffix -> the function that reads the records of such a file
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json),
+    **dict.fromkeys((".csv", ".tsv"), _table),
+    ".parquet": _parquet,
+}
+_KNOWN = {".txt", ".md", ".text", *_RECORDS, *_REFUSED}  # a name that ends so is a file's, not a hub id

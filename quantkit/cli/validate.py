@@ -7,8 +7,10 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from quantkit.cli.output import make_console
-from quantkit.plan import Plan, validate
+from quantkit.cli.output import make_console, size
+from quantkit.plan import Plan
+from quantkit.predict import Prediction
+from quantkit.validation import validate
 
 
 @click.command("validate")
@@ -17,10 +19,12 @@ from quantkit.plan import Plan, validate
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key: weights.bits=3.")
 def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     """Check RECIPE (a file or a shipped name) and print it with every default filled in."""
-    checked, plan = validate(recipe, model, overrides)
-    click.echo(yaml.safe_dump(checked.resolved(), sort_keys=False), nl=False)
-    if plan is not None:
-        print_plan(plan, make_console())
+    found = validate(recipe, model, overrides)
+    click.echo(yaml.safe_dump(found.recipe.resolved(), sort_keys=False), nl=False)
+    if found.plan is not None and found.prediction is not None:
+        console = make_console()
+        print_plan(found.plan, console)
+        print_prediction(found.prediction, console)
     click.echo(f"{recipe}: valid")
 
 
@@ -38,3 +42,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, reason in plan.skipped:
         table.add_row(name, "", "as it is", reason)
     console.print(table)
+
+
+def print_prediction(found: Prediction, console: Console) -> None:
+    """What a run will need; memory as an upper estimate, for the CPU."""
+    console.print(
+        f"output: about {size(found.output)}; free disk needed: {size(found.disk)}; memory on the CPU: at most "
+        f"{size(found.memory)} to quantize, about {size(found.evaluation)} to evaluate",
+        highlight=False,
+        soft_wrap=True,
+    )

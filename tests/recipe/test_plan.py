@@ -6,7 +6,7 @@ import pytest
 from quantkit import assets
 from quantkit.errors import ModelError, RecipeError
 from quantkit.models.headers import read_checkpoint
-from quantkit.plan import build_plan, validate
+from quantkit.plan import build_plan
 from quantkit.recipe import parse_recipe
 from quantkit.scheme import Scheme, integer
 
@@ -123,7 +123,7 @@ def test_group_that_does_not_divide_names_layers_and_remedies(bookworm):
         "in_features=768 is not divisible by group_size=100 in model.layers.*.mlp.down_proj (8 of them)"
         in text
     )
-    assert "group_size 16, 32, 48, 64, 96, 128, 192, 256, channel" in text
+    assert "group_size 128, 64, 32, channel" in text
     assert "{match: 'model.layers.*.mlp.down_proj', skip: true}" in text
 
 
@@ -152,12 +152,6 @@ def test_a_model_without_blocks_or_with_a_gap_is_refused(tmp_path):
     gap = {f"model.layers.{i}.mlp.up_proj.weight": (64, 64) for i in (0, 2)}
     with pytest.raises(ModelError, match=r"none numbered 1"):
         plan(checkpoint(tmp_path / "b", gap, model_type="llama"))
-
-
-def test_validate_with_and_without_a_model():
-    recipe, nothing = validate("w4a16-gptq", overrides=["weights.bits=3"])
-    assert (recipe.weights.bits, nothing) == (3, None)
-    assert validate("w4a16-gptq", str(assets.default_model()))[1].n_blocks == 8
 
 
 def test_an_absurd_block_number_is_told_at_once(tmp_path):
