@@ -6,7 +6,7 @@ import pytest
 
 import quantkit
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.verify import read_manifest
+from quantkit.checkpoint.manifest import read_manifest
 from quantkit.cli.main import run
 from quantkit.errors import DataError, ModelError, UserError
 from quantkit.pipeline import cache
