@@ -9,10 +9,25 @@
     │   └── BackendError        a kernel backend that was asked for by name and is missing
     └── RunError                the run itself failed; exit code 1
         ├── NumericalError      non-finite or collapsed layers, no positive-definite Hessian at any damping
+        ├── OutOfMemory         this machine or device has not enough memory
         └── VerificationError   what was written is not what was computed
 
-Each message says what, got, and what to do.
+Each message says what, got, and what to do. `memory_named` turns the many errors by which libraries report that memory
+ran out into `OutOfMemory`.
 """
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(?:'t|not) allocate memory|bad_alloc|unable to mmap|"
+    r"failed to map segment|memory allocation of \d+ bytes failed",
+    re.IGNORECASE,
+)
 
 
 class QuantkitError(Exception):
@@ -57,3 +72,43 @@ class NumericalError(RunError):
 
 class VerificationError(RunError):
     """The files do not hold what was computed."""
+
+
+class OutOfMemory(RunError):
+    """This machine or device has not enough memory for what was asked."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> OutOfMemory:
+        """The error to raise for a library's `error`."""
+        detail = " ".join(str(error).split()) or type(error).__name__
+        return cls(
+            f"out of memory: {detail[:200]}; close other programs or use a machine with more memory; quantizing takes "
+            "less with fewer calibration.samples or a smaller calibration.sequence_length, evaluating with --no-eval "
+            "or a smaller --context"
+        )
+
+
+def memory_ran_out(error: BaseException | None) -> bool:
+    """Whether `error`, or one that it was raised from or while handling, says that memory ran out."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if not isinstance(error, QuantkitError) and _MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Raise `OutOfMemory` instead of a library's error that means it; also a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not memory_ran_out(error):
+            raise
+        raise OutOfMemory.of(error) from error

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quantkit.device import find_device
-from quantkit.errors import BackendError, ModelError
+from quantkit.errors import BackendError, ModelError, memory_named
 from quantkit.formats.registry import codec, codec_of
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantkit.layers.quant_linear import QuantLinear
 
 
+@memory_named()
 def load(
     path: str | Path,
     device: str | torch.device | None = None,

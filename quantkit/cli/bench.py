@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
+from quantkit.cli.opening import threads_option
 from quantkit.cli.output import json_option, write_report
+from quantkit.cli.terminal import say
 
 
 def _listed(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> list[str]:
@@ -15,8 +17,8 @@ def _listed(_context: click.Context, _option: click.Parameter, values: tuple[str
 def _tokens(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[int]:
     listed = _listed(context, option, values)
     for part in listed:
-        if not part.isdecimal() or not int(part):
-            raise click.BadParameter(f"{part!r} is no number of tokens")
+        if not (part.isascii() and part.isdecimal()) or len(part) > 9 or not int(part):
+            raise click.BadParameter(f"number of tokens must be a positive integer, got {part!r}")
     return list(map(int, listed))
 
 
@@ -34,7 +36,7 @@ def _tokens(context: click.Context, option: click.Parameter, values: tuple[str, 
 )
 @click.option("--ops", multiple=True, callback=_listed, metavar="TEXT,...", help="Only ops named like this.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @json_option
 def command(
@@ -43,13 +45,12 @@ def command(
     tokens: list[int],
     ops: list[str],
     rounds: int,
-    threads: int | None,
     device: str,
     json_file: str | None,
 ) -> None:
     """Time kernels on this machine. Times mean something only while nothing else runs."""
     if not kernels:
-        raise click.UsageError("say what to time: --kernels")
+        raise click.UsageError("nothing to time was chosen; add --kernels")
     import torch
 
     from quantkit.bench.kernels import table as bench
@@ -60,14 +61,12 @@ def command(
         bench.shapes(shapes)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--shapes") from error
-    if threads:
-        torch.set_num_threads(threads)
     bench.run(
         shapes or tuple(bench.SHAPES),
         tokens or bench.TOKENS,
         device,
         ops,
         rounds,
-        write=click.echo,
+        write=say,
         save=lambda report: write_report(json_file, report),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from quantkit import assets
@@ -17,8 +16,9 @@ from quantkit.cli.opening import (
     dtype_option,
     open_model,
     resolve,
+    threads_option,
 )
-from quantkit.cli.output import json_option, make_console, write_report
+from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.errors import ModelError
 
 
@@ -39,6 +39,7 @@ from quantkit.errors import ModelError
 @compute_option
 @device_option
 @dtype_option
+@threads_option
 @json_option
 def command(
     model: str,
@@ -69,8 +70,7 @@ def command(
         max_tokens=max_tokens,
         baseline_cache=_cache(baseline) if baseline else None,
     ).to_json()
-    print_evaluation(report, make_console())
-    write_report(json_file, report)
+    deliver(json_file, report, lambda: print_evaluation(report, make_console()))
 
 
 def _cache(baseline: str) -> Any:
@@ -85,7 +85,7 @@ def _cache(baseline: str) -> Any:
         return None
 
 
-def print_evaluation(report: dict[str, Any], console: Console) -> None:
+def print_evaluation(report: dict[str, Any], console: Screen) -> None:
     """The table of a `quantkit-eval/1` report; without a baseline it has one column of numbers."""
     names = ("baseline", "model")
     shown = names if report["original"] else names[1:]
@@ -95,4 +95,4 @@ def print_evaluation(report: dict[str, Any], console: Console) -> None:
     for what, *values in evaluation_rows(report, names):
         table.add_row(what, *values[-len(shown) :])
     console.print(table)
-    console.print(evaluation_footer(report), highlight=False)
+    console.print(evaluation_footer(report))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from quantkit.cli.opening import backend_option, compute_option, device_option, dtype_option, open_model
+from quantkit.cli.opening import (
+    backend_option,
+    compute_option,
+    device_option,
+    dtype_option,
+    open_model,
+    threads_option,
+)
+from quantkit.cli.terminal import say
 
 
 @click.command("generate")
@@ -19,6 +27,7 @@ from quantkit.cli.opening import backend_option, compute_option, device_option, 
 @compute_option
 @device_option
 @dtype_option
+@threads_option
 def command(
     model: str,
     prompt: str,
@@ -44,7 +53,7 @@ def command(
     opened, tokenizer = open_model(model, device, dtype, backend, compute)
     runner = choose_runner(opened, max_new_tokens)
     if runner.reason:
-        click.echo(f"in transformers: {runner.reason}", err=True)
+        say(f"in transformers: {runner.reason}", err=True)
     done = generate_stream(
         runner.model,
         tokenizer,
@@ -54,13 +63,13 @@ def command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        write=lambda text: click.echo(text, nl=False),
+        write=lambda text: say(text, nl=False),
     )
-    click.echo()
+    say()
     how = {"native": "native", "graph": "in a CUDA graph", "eager": "in transformers"}[runner.ran]
     decode = done.decode_tokens_per_second
     speed = f"{decode:.1f} tokens/s" if decode else "nothing to time"
-    click.echo(
+    say(
         f"prompt: {done.prompt_tokens} tokens, {done.prompt_tokens_per_second:.1f} tokens/s; "
         f"decode {how}: {done.new_tokens} tokens, {speed}",
         err=True,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import click
 
-from quantkit.cli.output import json_option, make_console, write_report
+from quantkit.cli.output import Screen, deliver, json_option, make_console
 
 
 @click.command("kernels")
@@ -18,20 +21,31 @@ from quantkit.cli.output import json_option, make_console, write_report
 @json_option
 def command(shape: str, backend: str | None, check: bool, json_file: str | None) -> None:
     """Which kernels are built and found, and what runs each scheme, with the reason."""
-    from rich.table import Table
-
     from quantkit.bench.kernels.inventory import inventory
 
-    n, _, k = shape.partition("x")
-    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
-        raise click.BadParameter(f"{shape!r} is not NxK, such as 4096x4096", param_hint="--shape")
+    n, k = _rows_and_columns(shape)
     if check:
-        _compare_all(int(n), int(k))
-    found = inventory(int(n), int(k), backend)
-    write_report(json_file, found)
-    console = make_console()
+        _compare_all(n, k)
+    found = inventory(n, k, backend)
+    deliver(json_file, found, lambda: print_inventory(found, (n, k), make_console()))
+
+
+def _rows_and_columns(shape: str) -> tuple[int, int]:
+    """Read "4096x11008" as (4096, 11008)."""
+    found = re.fullmatch(r"([1-9]\d{0,7})x([1-9]\d{0,7})", shape, re.ASCII)
+    if found is None:
+        raise click.BadParameter(
+            f"the shape must be NxK, such as 4096x4096, got {shape!r}", param_hint="--shape"
+        )
+    return int(found[1]), int(found[2])
+
+
+def print_inventory(found: dict[str, Any], shape: tuple[int, int], console: Screen) -> None:
+    """What is built, a line per part, then the table of schemes."""
+    from rich.table import Table
+
     for part, says in found["built"].items():
-        console.print(f"{part}: {says}", highlight=False, markup=False)
+        console.print(f"{part}: {says}")
     table = Table("bits", "group", "zero point", "device", "runs on", "why", box=None, padding=(0, 2, 0, 0))
     for row in found["schemes"]:
         table.add_row(
@@ -42,7 +56,8 @@ def command(shape: str, backend: str | None, check: bool, json_file: str | None)
             row["runs"] or "-",
             row["why"],
         )
-    console.print(f"\nweight [{n}, {k}]", highlight=False)
+    console.print()
+    console.print(f"weight [{shape[0]}, {shape[1]}]")
     console.print(table)
 
 

@@ -1,65 +1,56 @@
-"""The `quantkit` command: one group, one file per verb, errors as one message and an exit code.
+"""The `quantkit` command: it runs one command line and turns whatever goes wrong into one message and an exit code.
 
-0 done, 1 the run or its verification failed, 2 the input is wrong, 130 interrupted.
+0 done, 1 the run or its verification failed, 2 the input is wrong, 130 interrupted by Ctrl-C.
+
+Only the standard library is imported at the top, so that Ctrl-C, a closed stream and the settings of the OpenMP
+runtime are taken care of before anything slow or any thread is started.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
+from quantkit.cli import environment, streams
 
-from quantkit import __version__
-from quantkit.cli import bench, generate, inspect, kernels, quantize, recipes, validate
-from quantkit.cli import eval as eval_verb
-from quantkit.errors import QuantkitError
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="quantkit")
-def cli() -> None:
-    """Quantize Hugging Face causal LMs: one recipe, one command, a measured and verified checkpoint."""
-
-
-for verb in (
-    quantize.command,
-    eval_verb.command,
-    generate.command,
-    inspect.command,
-    validate.command,
-    recipes.command,
-    kernels.command,
-    bench.command,
-):
-    cli.add_command(verb)
-
-
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code. Errors raised on purpose are printed without a traceback."""
-    try:
-        code = cli.main(args=arguments, prog_name="quantkit", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except QuantkitError as error:
-        click.echo(f"quantkit: {error}", err=True)
-        return error.exit_code
-    except ValueError as error:
-        if not _from_evaluation(error):
-            raise
-        click.echo(f"quantkit: {error}", err=True)
-        return error.exit_code
-
-
-def _from_evaluation(error: ValueError) -> bool:
-    """quantkit_eval knows nothing of quantkit's errors; its own ones carry an exit code, too."""
-    return type(error).__module__.partition(".")[0] == "quantkit_eval"
+_interrupts: list[int] = []
 
 
 def main() -> None:
-    sys.exit(run())
+    """Entry point of the `quantkit` process: settings that belong to a whole process, the command, the exit code."""
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+        streams.repair()
+        environment.prepare(os.environ, terminal=sys.stderr.isatty())
+        code = run()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
+    except KeyboardInterrupt:
+        code = 130
+        sys.stderr.write("interrupted\n")
+    sys.exit(code)
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. Every error is printed as one message, without a traceback."""
+    try:
+        from quantkit.cli.verbs import cli
+
+        code = cli.main(args=arguments, prog_name="quantkit", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BaseException as error:
+        # Ctrl-C while a C extension is imported arrives as whatever error that import makes of it.
+        if isinstance(error, KeyboardInterrupt) or _interrupts:
+            return streams.last_words("interrupted", 130)
+        from quantkit.cli.failures import describe
+
+        return streams.last_words(*describe(error))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from quantkit.cli.terminal import say
 from quantkit.models.headers import resolve_model
 
 device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
@@ -30,6 +32,24 @@ compute_option = click.option(
     default="float",
     show_default=True,
     help="Activations in the native CPU kernels: as they are, or rounded per token and group, or per token.",
+)
+
+
+def _use_threads(_context: click.Context, _option: click.Parameter, threads: int | None) -> None:
+    """torch's setting, which the native kernels follow. Known before torch starts, it holds for every runtime."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+
+
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    callback=_use_threads,
+    expose_value=False,
+    help="CPU threads. Default: the cores this process may use, bounded by a container's CPU quota.",
 )
 
 
@@ -58,5 +78,5 @@ def open_model(
         backend=backend,
         compute=compute,
     )
-    click.echo(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
+    say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
     return model, open_tokenizer(path)

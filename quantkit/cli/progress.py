@@ -1,4 +1,8 @@
-"""Progress of a long run: a bar with block, ETA and memory on a terminal, plain lines elsewhere (stderr)."""
+"""Progress of a long run on standard error: a bar on a terminal, plain lines elsewhere.
+
+Both show what the run reports through `quantkit.pipeline.progress.Progress`: finished blocks, the phases around them
+(reading the source, verifying, evaluating), and the time left of the whole run as the run estimates it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from quantkit.cli.output import Screen
+from quantkit.cli.terminal import say, visible
 
 _STATM = Path("/proc/self/statm")
+_PHASE_STEP = 10.0  # seconds between two lines about the same phase
 
 
 def resident_bytes() -> int | None:
-    """Memory the process holds right now; None where the system does not tell."""
+    """Memory the process holds right now; None where the system does not say."""
     if not _STATM.exists():
         return None
     import resource
@@ -26,36 +34,51 @@ def _memory() -> str:
     return f"{held / 2**20:,.0f} MiB" if held is not None else ""
 
 
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 3675 -> "1:01:15"."""
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class _Left(ProgressColumn):
+    """Time left, counted down from the last estimate, and the memory held."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        left = "time left unknown" if ends is None else f"{duration(ends - time.monotonic())} left"
+        return Text(", ".join(part for part in (left, _memory()) if part))
+
+
 class TerminalProgress:
-    """Draws a bar. `block` is called when a block is done."""
+    """Draws one bar: finished blocks, or the share of a phase."""
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[where]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[where]}", markup=False),
+            _Left(),
+            console=Screen(file=sys.stderr),
             transient=True,
         )
-        self._task = None
+        self._task: TaskID | None = None
+        self._title, self._total = "", 0
 
     def start(self, total_blocks: int, title: str) -> None:
-        self.finish()
-        self._bar.start()
-        self._task = self._bar.add_task(title, total=total_blocks, where="", memory=_memory())
+        self._title, self._total = title, total_blocks
+        self._show(title, 0, f"0/{total_blocks}", None)
 
     def block(self, index: int, name: str, note: str = "", left: float | None = None) -> None:
-        where = f"{name} {note}".strip()
-        if self._task is not None:
-            self._bar.update(self._task, completed=index + 1, where=where, memory=_memory())
+        done = min(index + 1, self._total)
+        share = done / self._total if self._total else 1
+        self._show(self._title, share, f"{done}/{self._total} {name} {note}".rstrip(), left)
 
-    def phase(self, name: str, share: float, left: float | None = None) -> None: ...
+    def phase(self, name: str, share: float, left: float | None = None) -> None:
+        self._show(name, share, f"{share:.0%}", left)
 
     def message(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(text)
 
     def finish(self) -> None:
         if self._task is not None:
@@ -63,34 +86,50 @@ class TerminalProgress:
             self._task = None
             self._bar.stop()
 
+    def _show(self, title: str, share: float, where: str, left: float | None) -> None:
+        """Draw one state; left: seconds from now."""
+        ends = None if left is None else time.monotonic() + left
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=1, where="")
+        fields = {"where": visible(where), "ends": ends}
+        self._bar.update(self._task, description=visible(title), completed=share, **fields)
+
 
 class PlainProgress:
-    """Writes a line per block."""
+    """Writes a line per finished block, and one every ten seconds within a phase."""
 
     def __init__(self) -> None:
-        self._total, self._title, self._first, self._began = 0, "", 0, 0.0
+        self._total, self._title = 0, ""
+        self._phase, self._said = "", 0.0
 
     def start(self, total_blocks: int, title: str) -> None:
-        self._total, self._title, self._first, self._began = total_blocks, title, None, time.monotonic()
+        self._total, self._title, self._phase = total_blocks, title, ""
         self.message(f"{title}: {total_blocks} blocks")
 
     def block(self, index: int, name: str, note: str = "", left: float | None = None) -> None:
-        if self._first is None:
-            self._first = index
-        rate = (time.monotonic() - self._began) / (index - self._first + 1)
-        left = rate * max(0, self._total - index - 1)
         done = min(index + 1, self._total)
-        parts = [f"{self._title} {done}/{self._total} {name}", note, f"eta {left:.0f} s", _memory()]
-        self.message(", ".join(part for part in parts if part))
+        self._line(f"{self._title} {done}/{self._total} {name}", note, left)
 
-    def phase(self, name: str, share: float, left: float | None = None) -> None: ...
+    def phase(self, name: str, share: float, left: float | None = None) -> None:
+        now = time.monotonic()
+        if name == self._phase and now - self._said < _PHASE_STEP:
+            return
+        self._phase, self._said = name, now
+        self._line(f"{name} {share:.0%}", "", left)
+
+    def _line(self, what: str, note: str, left: float | None) -> None:
+        time_left = "" if left is None else f"{duration(left)} left"
+        self.message(", ".join(part for part in (what, note, time_left, _memory()) if part))
 
     def message(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, err=True)
+        sys.stderr.flush()
 
     def finish(self) -> None:
         self._total = 0
 
 
 def make_progress() -> TerminalProgress | PlainProgress:
+    """The display that fits standard error."""
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()

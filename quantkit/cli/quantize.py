@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.output import json_option, make_console, size, write_report
+from quantkit.cli.opening import threads_option
+from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.cli.progress import make_progress
 
 
@@ -21,6 +21,7 @@ from quantkit.cli.progress import make_progress
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue an interrupted run.")
 @click.option("--no-eval", is_flag=True, help="Do not measure perplexity and KL at the end.")
+@threads_option
 @json_option
 def command(
     recipe: str,
@@ -49,13 +50,12 @@ def command(
         )
     finally:
         progress.finish()
-    print_report(result.report, make_console())
-    write_report(json_file, result.report)
+    deliver(json_file, result.report, lambda: print_report(result.report, make_console()))
     if result.failed:
         click.get_current_context().exit(1)
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any], console: Screen) -> None:
     """The table of a `quantkit-run/1` report, then its notes and where the files are."""
     table = Table("", "original", "quantized", title=None)
     for column in table.columns[1:]:
@@ -66,11 +66,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     if evaluation:
-        console.print(evaluation_footer(evaluation), highlight=False)
-    console.print(_cost(report), highlight=False)
+        console.print(evaluation_footer(evaluation))
+    console.print(_cost(report))
     for note in report.get("notes", ()):
-        console.print(f"note: {note}", markup=False, highlight=False)
-    console.print(f"files: {report['output']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"files: {report['output']}", soft_wrap=True)
 
 
 def _size_rows(sizes: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 import yaml
-from rich.console import Console
 from rich.table import Column, Table
 
-from quantkit.cli.output import make_console, size
+from quantkit.cli.output import Screen, make_console, size
+from quantkit.cli.terminal import say
 from quantkit.plan import Plan
 from quantkit.predict import Prediction
 from quantkit.validation import validate
@@ -20,15 +20,15 @@ from quantkit.validation import validate
 def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     """Check RECIPE (a file or a shipped name) and print it with every default filled in."""
     found = validate(recipe, model, overrides)
-    click.echo(yaml.safe_dump(found.recipe.resolved(), sort_keys=False), nl=False)
+    say(yaml.safe_dump(found.recipe.resolved(), sort_keys=False), nl=False)
     if found.plan is not None and found.prediction is not None:
         console = make_console()
         print_plan(found.plan, console)
         print_prediction(found.prediction, console)
-    click.echo(f"{recipe}: valid")
+    say(f"{recipe}: valid")
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Screen) -> None:
     table = Table(
         Column("linear", overflow="fold"),
         "shape",
@@ -44,7 +44,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def print_prediction(found: Prediction, console: Console) -> None:
+def print_prediction(found: Prediction, console: Screen) -> None:
     """What a run will need; memory as an upper estimate, for the CPU."""
     console.print(
         f"output: about {size(found.output)}; free disk needed: {size(found.disk)}; memory on the CPU: at most "

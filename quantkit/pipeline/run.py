@@ -16,6 +16,7 @@ from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device
+from quantkit.errors import memory_named
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
@@ -47,6 +48,7 @@ class Result:
     failed: str | None = None
 
 
+@memory_named()
 def quantize(
     recipe: Recipe | str | Path | Mapping[str, Any],
     model: str | Path | None = None,

@@ -11,11 +11,13 @@ from quantkit_eval.loop import end_tokens, generate_tokens
 from quantkit_eval.sampler import Sampling
 from torch import nn
 
+from quantkit.errors import memory_named
 from quantkit.runtime.dispatch import choose_runner
 from quantkit.runtime.graphs import GraphDecoder
 from quantkit.runtime.native import NativeDecoder
 
 
+@memory_named()
 def generate(
     model: nn.Module | NativeDecoder | GraphDecoder,
     input_ids: torch.Tensor,

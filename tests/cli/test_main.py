@@ -1,13 +1,17 @@
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
+from click.testing import CliRunner
 from quantkit_eval.errors import BrokenModel, EvalError
 
 from quantkit import assets, errors
 from quantkit.cli import quantize as quantize_verb
-from quantkit.cli.main import cli, run
+from quantkit.cli.main import run
+from quantkit.cli.verbs import cli
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate")
 
@@ -121,13 +125,61 @@ def test_exit_code_of_a_failed_run(monkeypatch, capsys, error, code):
     assert (str(error) or "interrupted") in told
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
+def test_a_bug_is_named_and_its_traceback_kept(monkeypatch, capsys, tmp_path):
     def fail():
         raise ValueError("a bug")
 
     monkeypatch.setattr(quantize_verb, "make_progress", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        run(["quantize", "w4a16-gptq"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run(["quantize", "w4a16-gptq"]) == 1
+    told = capsys.readouterr().err
+    assert "unexpected ValueError: a bug" in told
+    assert "Traceback" not in told
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in told
+    assert "in fail" in kept.read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
+    ],
+    ids=repr,
+)
+def test_no_memory_is_said_whatever_was_made_of_it(monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    def fail_in_a_net():
+        try:
+            fail()
+        except Exception:
+            raise errors.ModelError("config.json cannot be read") from None
+
+    for failing in (fail, fail_in_a_net):
+        monkeypatch.setattr(quantize_verb, "make_progress", failing)
+        assert run(["quantize", "w4a16-gptq"]) == 1
+        assert "out of memory" in capsys.readouterr().err
+        with pytest.raises(errors.OutOfMemory, match="out of memory"):
+            errors.memory_named()(failing)()
+
+
+def test_other_errors_are_not_taken_for_missing_memory():
+    with pytest.raises(errors.ModelError, match="no such"):
+        errors.memory_named()(lambda: (_ for _ in ()).throw(errors.ModelError("no such model")))()
+
+
+def test_every_verb_shows_its_whole_first_sentence():
+    shown = " ".join(CliRunner().invoke(cli, ["--help"]).output.split())
+    for verb in cli.commands.values():
+        sentence = " ".join(verb.help.partition("\n\n")[0].split())
+        assert sentence.endswith(".")
+        assert sentence in shown
+    assert "..." not in shown.partition("Commands")[2]
 
 
 def test_inspect_of_a_plain_checkpoint(capsys, tmp_path):

@@ -1,9 +1,10 @@
 import io
+import sys
+import time
 
 import pytest
-from rich.console import Console
 
-from quantkit.cli.output import size
+from quantkit.cli.output import Screen, size
 from quantkit.cli.progress import PlainProgress, TerminalProgress, make_progress
 from quantkit.cli.quantize import print_report
 
@@ -40,7 +41,7 @@ REPORT = {
 
 def shown(report):
     text = io.StringIO()
-    print_report(report, Console(file=text, width=110))
+    print_report(report, Screen(file=text, width=110))
     return text.getvalue()
 
 
@@ -70,20 +71,57 @@ def test_size(n, text):
     assert size(n) == text
 
 
-def test_plain_progress_writes_a_line_per_block(capsys):
+def test_plain_progress_writes_a_line_per_finished_block_and_per_phase(capsys):
     progress = make_progress()
     assert isinstance(progress, PlainProgress)
+    progress.phase("reading the source", 0.0)
+    progress.phase("reading the source", 0.5, left=9.0)
     progress.start(3, "quantize")
-    progress.block(1, "model.layers.1", "note")
-    progress.block(2, "model.layers.2", "")
+    progress.block(0, "model.layers.0")
+    progress.block(1, "model.layers.1", "note", left=75.2)
+    progress.block(3, "outside the blocks", left=3675.0)
+    progress.phase("verifying", 0.0, left=12.0)
     progress.message("done")
     progress.finish()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "quantize: 3 blocks"
-    assert lines[1].startswith("quantize 2/3 model.layers.1, note, eta ")
-    assert "MiB" in lines[1]
-    assert ", eta 0 s" in lines[2]
-    assert lines[3] == "done"
+    assert [line.rpartition(", ")[0] if "MiB" in line else line for line in lines] == [
+        "reading the source 0%",  # half a second later the same phase is not worth a line
+        "quantize: 3 blocks",
+        "quantize 1/3 model.layers.0",  # nothing is known yet, so no time is shown, least of all 0 s
+        "quantize 2/3 model.layers.1, note, 1:15 left",
+        "quantize 3/3 outside the blocks, 1:01:15 left",
+        "verifying 0%, 0:12 left",
+        "done",
+    ]
+
+
+def test_terminal_progress_shows_finished_blocks_and_the_time_left(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", text)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = TerminalProgress()
+    bar = progress._bar
+
+    def drawn():
+        with bar.console.capture() as captured:
+            bar.console.print(bar.get_renderable())
+        return captured.get()
+
+    bar.console.width = 160
+    progress.start(4, "quantize [x]")
+    assert "quantize [x]" in drawn()
+    assert "0/4" in drawn()
+    assert "time left unknown" in drawn()
+    progress.block(0, "model.layers.0", left=300.0)
+    assert "1/4 model.layers.0" in drawn()
+    assert "5:00 left" in drawn()
+    now[0] = 60.0  # a block that takes long: the display counts down meanwhile
+    assert "4:00 left" in drawn()
+    progress.phase("evaluate", 0.25, left=30.0)
+    assert "25%" in drawn()
+    assert "0:30 left" in drawn()
+    progress.finish()
 
 
 def test_terminal_progress_can_be_finished_at_any_time(capsys):
