@@ -21,6 +21,14 @@ from quantkit.cli.progress import make_progress
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Continue an interrupted run.")
 @click.option("--no-eval", is_flag=True, help="Do not measure perplexity and KL at the end.")
+@click.option("--eval-tokens", type=click.IntRange(2), metavar="N", help="Measure on exactly N tokens.")
+@click.option(
+    "--eval-text",
+    "eval_texts",
+    multiple=True,
+    metavar="FILE",
+    help="Measure on this file, dataset folder or hf:name; repeatable; default: the embedded text.",
+)
 @threads_option
 @json_option
 def command(
@@ -31,9 +39,13 @@ def command(
     device: str,
     resume: bool,
     no_eval: bool,
+    eval_tokens: int | None,
+    eval_texts: tuple[str, ...],
     json_file: str | None,
 ) -> None:
     """Quantize a model as RECIPE (a file or a shipped name) says, verify it, measure it."""
+    if no_eval and (eval_tokens or eval_texts):
+        raise click.UsageError("--no-eval measures nothing; leave out --eval-tokens and --eval-text")
     progress = make_progress()
     from quantkit.pipeline import quantize
 
@@ -47,6 +59,8 @@ def command(
             resume=resume,
             evaluate=not no_eval,
             progress=progress,
+            eval_tokens=eval_tokens,
+            eval_text=eval_texts or None,
         )
     finally:
         progress.finish()
