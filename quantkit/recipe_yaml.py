@@ -163,10 +163,17 @@ def _scalar(loader: _Loader, node: yaml.Node) -> Any:
             if isinstance(error, ValueError) and "digits" in str(error):
                 problem += f": it has {len(node.value)} digits"
         if isinstance(value, str) and not is_clean(value):
+            value = _pairs_joined(value)
+        if isinstance(value, str) and not is_clean(value):
             problem = f"{value[:_SHOWN]!r} holds a NUL character or half of a surrogate pair; remove it"
     if problem:
         raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
     return value
+
+
+def _pairs_joined(text: str) -> str:
+    r"""The text with "\ud83d\ude00", as JSON writes an emoji, made one character; YAML itself knows no pairs."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def is_clean(text: str) -> bool:

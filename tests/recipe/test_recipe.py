@@ -35,6 +35,19 @@ def test_shipped_recipe_loads_and_says_its_command(name):
     assert recipe.weights.bits == int(name[1])
     assert recipe.weights.algorithm.name == ("gptq" if "gptq" in name else "rtn")
     assert [t.name for t in recipe.transforms] == (["awq"] if "awq" in name else [])
+    assert lines[1].endswith("asymmetric.") is not recipe.weights.symmetric
+    if name.endswith("-sym"):
+        assert recipe.weights.symmetric
+
+
+@pytest.mark.parametrize("name", assets.recipe_names())
+def test_beside_every_asymmetric_recipe_lies_a_symmetric_one(name):
+    """Plain transformers 5.23 does not load asymmetric weights."""
+    recipe = load_recipe(name)
+    if not recipe.weights.symmetric:
+        other = load_recipe(f"{name}-sym")
+        weights = recipe.weights.model_copy(update={"symmetric": True})
+        assert other == recipe.model_copy(update={"weights": weights})
 
 
 def test_all_widths_and_methods_are_shipped():
