@@ -1,20 +1,27 @@
-"""Recipe + checkpoint headers -> what happens to every linear; no weight is read, torch is not needed.
+"""What a recipe does to every linear of a checkpoint, decided from the headers of its files.
 
-The linears are the 2-D `.weight` tensors inside the numbered list of decoder blocks. What lies outside (an
-output head, a projection) stays as it is unless a rule fits it and fits no linear of the blocks.
+No weight is read, and torch is not imported, so that `quantkit validate --model` answers at once. Headers know names
+and shapes, not what a module is: a 2-D `.weight` may also be a router or a table. `quantize` therefore plans again
+when it has built the empty model, with the types of the modules (`others`). Until then, and for linears that must not
+be rounded although they are linears, `families.SET_ASIDE` says which names are left as they are.
+
+What lies outside the numbered decoder blocks (an output head, a projection) stays as it is, too, unless a rule names
+it and names no ordinary linear of the blocks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import ModelError, RecipeError
 from quantkit.models import families
 from quantkit.models.headers import Headers
-from quantkit.recipe import AlgorithmConfig, Recipe, Rule
-from quantkit.scheme import Scheme
+from quantkit.models.tensors import TensorInfo
+from quantkit.recipe import Recipe, Rule
+from quantkit.scheme import Grid, Scheme
 
 ENGINE_GROUPS = (128, 64, 32)  # group sizes that the kernels of vLLM and SGLang take, and ours
 OTHER_GROUPS = (16, 48, 96, 192, 256, 512, 1024)
@@ -40,70 +47,103 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks_prefix: module name of the block list. skipped: linears left as they are, with the reason."""
+    """blocks_prefix: module name of the block list. skipped: (module, reason) of weights left as they are."""
 
     blocks_prefix: str
     n_blocks: int
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
 
+    def needs_text(self, recipe: Recipe) -> bool:
+        """Whether calibration text is run through the model: for a transform, or for statistics of an algorithm."""
+        return bool(recipe.transforms) or any(layer.algorithm.needs for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class _Linear:
+    """A weight that could be quantized. aside: why it is not, unless a rule names it; None: it is."""
+
     name: str
     shape: tuple[int, int]
     transposed: bool
     block: int | None
+    aside: str | None
 
 
-def build_plan(recipe: Recipe, headers: Headers) -> Plan:
-    """The plan, or one error with every rule that does not fit and every layer that cannot be quantized.
+def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | None = None) -> Plan:
+    """The plan, or one error with every problem: rules that do not fit, group sizes, windows that are too long.
 
-    RecipeError if a rule is wrong, ModelError if only the model's shapes do not fit the group size.
+    others: module name -> class name of every module of the built model that is not a linear layer; None while the
+    model is not built. RecipeError, or ModelError if only the model's shapes are in the way.
     """
-    prefix, n_blocks, linears = _linears(headers)
-    inside = [linear for linear in linears if linear.block is not None]
-    problems = []
-    about_blocks = []
+    prefix, n_blocks, linears, refused = _linears(headers, others or {})
+    problems, only_ordinary = [], []
     for number, rule in enumerate(recipe.rules):
-        about_blocks.append(any(rule.fits(linear.name) for linear in inside))
-        if not about_blocks[-1]:
-            problem = _outside_problem(rule, linears, headers)
-            if problem:
-                problems.append(f"rules.{number}: {problem}")
-    layers, skipped = [], []
+        only_ordinary.append(any(rule.fits(linear.name) for linear in linears if linear.aside is None))
+        problem = None if only_ordinary[-1] else _outside_problem(rule, linears, refused, headers)
+        if problem:
+            problems.append(f"rules.{number}: {problem}")
+    layers: list[LayerPlan] = []
+    skipped = list(refused.items())
     for linear in linears:
         last = None
-        for rule, only_blocks in zip(recipe.rules, about_blocks, strict=True):
-            if rule.fits(linear.name) and (linear.block is not None or not only_blocks):
+        for rule, ordinary in zip(recipe.rules, only_ordinary, strict=True):
+            if rule.fits(linear.name) and (linear.aside is None or not ordinary):
                 last = rule
         if last is not None and last.skip:
             skipped.append((linear.name, f"rule {last.match!r}"))
-        elif last is None and linear.block is None:
-            skipped.append((linear.name, "outside the decoder blocks"))
+        elif last is None and linear.aside is not None:
+            skipped.append((linear.name, linear.aside))
         else:
-            weights = recipe.weights
-            scheme, algorithm = last.apply(weights) if last else (weights.scheme, weights.algorithm)
-            layers.append(LayerPlan(**vars(linear), scheme=scheme, algorithm=algorithm))
+            layers.append(_layer(linear, recipe, last))
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, skipped)
-    undivided = _undivided(layers)
-    if not layers:
+    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped))
+    problems += _window_problems(recipe, plan, headers)
+    if not layers and not problems:
         problems.append("the rules skip every linear; nothing is left to quantize")
+    groups = _group_problems(layers)
     if problems:
-        raise RecipeError("\n".join(problems + undivided))
-    if undivided:
-        raise ModelError("\n".join(undivided))
-    return Plan(prefix, n_blocks, tuple(layers), tuple(skipped))
+        raise RecipeError("\n".join([*problems, *groups]))
+    if groups:
+        raise ModelError("\n".join(groups))
+    return plan
 
 
-def _linears(headers: Headers) -> tuple[str, int, list[_Linear]]:
-    """(module name of the block list, number of blocks, every linear inside it and outside of it)."""
-    matrices = {}
+def _layer(linear: _Linear, recipe: Recipe, rule: Rule | None) -> LayerPlan:
+    weights = recipe.weights
+    scheme, algorithm = rule.apply(weights) if rule else (weights.scheme, weights.algorithm)
+    return LayerPlan(linear.name, linear.shape, linear.transposed, linear.block, scheme, algorithm)
+
+
+def _linears(headers: Headers, others: Mapping[str, str]) -> tuple[str, int, list[_Linear], dict[str, str]]:
+    """(module name of the block list, number of blocks, weights that can be quantized, module -> why not)."""
+    matrices: dict[str, TensorInfo] = {}
     for disk_name, tensor in headers.tensors.items():
         name, _, leaf = headers.module_names[disk_name].rpartition(".")
         if leaf == "weight" and len(tensor.shape) == 2 and disk_name not in headers.dropped:
             matrices[name] = tensor
+    prefix, blocks = _blocks(headers, matrices)
+    linears: list[_Linear] = []
+    refused: dict[str, str] = {}
+    for name, tensor in matrices.items():
+        is_tied_head = headers.tied and name == families.HEAD
+        if name not in blocks and (is_tied_head or _EMBEDDING.search(name)):
+            continue
+        if name in others:
+            refused[name] = f"a {others[name]}, not a linear layer"
+            continue
+        transposed = families.is_conv1d(headers.model_type, name)
+        rows, columns = tensor.shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        aside = families.set_aside(name) if name in blocks else "outside the decoder blocks"
+        linears.append(_Linear(name, shape, transposed, blocks.get(name), aside))
+    linears.sort(key=lambda linear: (linear.block is None, linear.block or 0))
+    return prefix, max(blocks.values()) + 1, linears, refused
+
+
+def _blocks(headers: Headers, matrices: Mapping[str, TensorInfo]) -> tuple[str, dict[str, int]]:
+    """(module name of the block list, {module in it: its block's number}); the list with most bytes is meant."""
     numbered = {name: match for name in matrices if (match := _NUMBERED.match(name))}
     sizes: dict[str, int] = {}
     for name, match in numbered.items():
@@ -116,26 +156,19 @@ def _linears(headers: Headers) -> tuple[str, int, list[_Linear]]:
     prefix = max(sizes, key=sizes.__getitem__)
     blocks = {name: int(match[2]) for name, match in numbered.items() if (match[1] or "") == prefix}
     numbers = sorted(set(blocks.values()))
-    n_blocks = numbers[-1] + 1
-    if n_blocks > len(numbers):  # compared before anything counts up to n_blocks, which may be absurd
+    if numbers[-1] >= len(numbers):  # compared before anything counts that far: the number may be absurd
         first = next(i for i, number in enumerate(numbers) if number != i)
         raise ModelError(
             f"{headers.path}: {prefix} has blocks up to {numbers[-1]} but none numbered {first}; the checkpoint "
             "is incomplete, fetch it again"
         )
-    linears = []
-    for name, tensor in matrices.items():
-        is_tied_head = headers.tied and name == families.HEAD
-        if name in blocks or not (is_tied_head or _EMBEDDING.search(name)):
-            transposed = families.is_conv1d(headers.model_type, name)
-            shape = tensor.shape[::-1] if transposed else tensor.shape
-            linears.append(_Linear(name, shape, transposed, blocks.get(name)))
-    linears.sort(key=lambda linear: (linear.block is None, linear.block or 0))
-    return prefix, n_blocks, linears
+    return prefix, blocks
 
 
-def _outside_problem(rule: Rule, linears: list[_Linear], headers: Headers) -> str | None:
-    """What is wrong with a rule that fits no linear of the blocks."""
+def _outside_problem(
+    rule: Rule, linears: Sequence[_Linear], refused: Mapping[str, str], headers: Headers
+) -> str | None:
+    """What is wrong with a rule that fits no ordinary linear of the blocks."""
     if headers.tied and rule.fits(families.HEAD):
         if rule.skip:
             return None
@@ -145,12 +178,19 @@ def _outside_problem(rule: Rule, linears: list[_Linear], headers: Headers) -> st
         )
     if any(rule.fits(linear.name) for linear in linears):
         return None
+    fitting = [name for name in refused if rule.fits(name)]
+    if fitting:
+        return (
+            None
+            if rule.skip
+            else f"{rule.match!r} fits {_starred(fitting[0])}, {refused[fitting[0]]}; remove the rule"
+        )
     example = ", ".join(dict.fromkeys(_starred(linear.name) for linear in linears))
     return f"{rule.match!r} fits no linear of this model; its linears are {example}"
 
 
 def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str]]) -> list[str]:
-    """One problem per set of siblings that engines fuse into one and that got different schemes."""
+    """One problem per set of siblings that engines fuse into one linear and that got different schemes."""
     schemes: dict[str, Scheme | None] = {layer.name: layer.scheme for layer in layers}
     schemes |= dict.fromkeys((name for name, _ in skipped), None)
     found: dict[str, None] = {}
@@ -169,22 +209,36 @@ def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str
     return list(found)
 
 
-def _undivided(layers: Sequence[LayerPlan]) -> list[str]:
-    """One problem per kind of layer whose in_features the group size does not divide."""
-    bad: dict[tuple[str, int, int], int] = {}
+def _window_problems(recipe: Recipe, plan: Plan, headers: Headers) -> list[str]:
+    """The problem, if calibration windows are longer than the model's positions."""
+    length, longest = recipe.calibration.sequence_length, headers.positions
+    if longest is None or length <= longest or not plan.needs_text(recipe):
+        return []
+    return [
+        f"calibration.sequence_length: windows of {length} tokens, but the model has only {longest} positions "
+        f"(config.json); use --set calibration.sequence_length={longest} or less"
+    ]
+
+
+def _group_problems(layers: Sequence[LayerPlan]) -> list[str]:
+    """One problem for every kind of layer whose in_features are not whole groups."""
+    bad: dict[tuple[str, int, Grid], int] = {}
     for layer in layers:
         grid = layer.scheme.weights
         if not grid.divides(layer.shape[1]):
-            key = (_starred(layer.name), layer.shape[1], grid.group(layer.shape[1]))
+            key = (_starred(layer.name), layer.shape[1], grid)
             bad[key] = bad.get(key, 0) + 1
-    lines = []
-    for (name, k, group), count in bad.items():
-        fitting = [g for g in ENGINE_GROUPS if k % g == 0] or [g for g in OTHER_GROUPS if k % g == 0]
-        lines.append(
-            f"in_features={k} is not divisible by group_size={group} in {name} ({count} of them); use "
-            f"group_size {''.join(f'{g}, ' for g in fitting)}channel, or a rule {{match: '{name}', skip: true}}"
-        )
-    return lines
+    return [
+        f"in_features={k} is not divisible by group_size={grid.group(k)} in {name} ({count} of them); use "
+        f"{_fitting_groups(k)}, or a rule {{match: '{name}', skip: true}}"
+        for (name, k, grid), count in bad.items()
+    ]
+
+
+def _fitting_groups(columns: int) -> str:
+    """The group sizes that divide a row: those with kernels in engines, or else any."""
+    sizes = [g for g in ENGINE_GROUPS if columns % g == 0] or [g for g in OTHER_GROUPS if columns % g == 0]
+    return f"group_size {', '.join([*map(str, sizes), 'channel'])}"
 
 
 def _starred(name: str) -> str:

@@ -23,7 +23,7 @@ DOORS: dict[str, set[str] | None] = {
     "models": {"layers"},
     "structure": {"models"},
     "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
-    "plan": {"recipe", "models"},
+    "plan": {"recipe", "models", "algorithms"},  # algorithms: their config types
     "predict": {"plan", "recipe", "models"},
     "validation": {"plan", "predict", "recipe", "models", "calibration"},
     "calibration": {"models", "structure", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets

@@ -80,7 +80,7 @@ def load(
             trust_remote_code=False,
             **place,
         )
-    _refuse_incomplete(path, info)
+    _refuse_incomplete(path, config.model_type, info)
     if packed:
         _finish(path, model, backend, compute, tensors)
     elif backend not in (None, "auto") or compute != "float":
@@ -117,15 +117,19 @@ def _by_module(model_type: str, tensors: dict[str, TensorInfo]) -> dict[str, tup
     return {names[disk]: (info.dtype, info.shape) for disk, info in tensors.items()}
 
 
-def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
+def _refuse_incomplete(path: Path, model_type: str, info: dict[str, Any]) -> None:
+    """ModelError for what transformers only warns about; tensors that `quantize` leaves out are no problem here."""
+    unknown = [
+        name for name in info.get("unexpected_keys") or () if not families.dropped(model_type, str(name))
+    ]
     problems = [
-        f"{what}: {named(str(name) for name in info[key])}"
-        for what, key in (
-            ("missing tensors", "missing_keys"),
-            ("tensors the model has no place for", "unexpected_keys"),
-            ("tensors of another shape", "mismatched_keys"),
+        f"{what}: {named(str(name) for name in names)}"
+        for what, names in (
+            ("missing tensors", info.get("missing_keys")),
+            ("tensors the model has no place for", unknown),
+            ("tensors of another shape", info.get("mismatched_keys")),
         )
-        if info.get(key)
+        if names
     ]
     problems += [str(message) for message in info.get("error_msgs") or ()]
     if problems:

@@ -107,7 +107,9 @@ def open_config(path: Path) -> PreTrainedConfig:
         what = f"{path / CONFIG} asks for Python code of the folder (auto_map), which quantkit never runs"
         advice = "if your transformers knows this model type without it, remove auto_map"
     with foreign_errors(what, advice):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
     if (path / GENERATION).is_file():
         read_json(path / GENERATION, limit=MAX_CONFIG, tag_infinities=True)
         with foreign_errors(f"{path / GENERATION} is refused by transformers", "mend or remove the file"):

@@ -78,6 +78,7 @@ OTHERS: dict[str, Family] = {
     "gpt_neo": Family("transformer", tied=True, dropped=((r"\.attention\.(bias|masked_bias)$", _MASK),)),
     "gptj": Family("transformer", dropped=_GPT2_MASKS),
     "mpt": Family("transformer", tied=True),
+    "nemotron_h": Family("", renames=(("backbone.", "model."),)),
     "openai-gpt": Family("transformer", conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
 }
 
@@ -91,6 +92,14 @@ EXPERT_COUNTS = (
 )
 EXPERT_TENSOR = re.compile(r"(^|\.)(experts|shared_experts?)\.")
 ROUTER_TENSOR = re.compile(r"(^|\.)(router|gate|wg|block_sparse_moe|moe)\.")
+
+# Linears of decoder blocks that are left as they are unless a rule names them: (pattern of the module name, reason).
+# They are a fraction of the weights, and what they decide (which expert, how fast a state decays) is not averaged out.
+SET_ASIDE = (
+    (re.compile(r"(^|\.)router(\.|$)|\.(gate|wg|shared_expert_gate)$"), "a router or gate of a few rows"),
+    (re.compile(r"\.(dt_proj|x_proj)$"), "a time-step projection of a state-space layer"),
+    (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
+)
 
 # config.json keys of models that also see or hear.
 OTHER_MODALITIES = ("vision_config", "audio_config", "mm_vision_tower")
@@ -114,6 +123,11 @@ def family(model_type: str) -> Family:
 def is_conv1d(model_type: str, module: str) -> bool:
     """Whether a linear of this name is stored as [K, N]."""
     return module.rpartition(".")[2] in family(model_type).conv1d
+
+
+def set_aside(module: str) -> str | None:
+    """Why a linear of this name is left as it is unless a rule names it, or None."""
+    return next((reason for pattern, reason in SET_ASIDE if pattern.search(module)), None)
 
 
 def dropped(model_type: str, name: str) -> str | None:

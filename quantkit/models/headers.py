@@ -29,7 +29,7 @@ class Headers:
 
     @property
     def model_type(self) -> str:
-        return self.config["model_type"]
+        return str(self.config["model_type"])
 
     @cached_property
     def module_names(self) -> dict[str, str]:
@@ -41,6 +41,14 @@ class Headers:
         """Disk name -> why transformers leaves this tensor out."""
         reasons = {name: families.dropped(self.model_type, name) for name in self.tensors}
         return {name: reason for name, reason in reasons.items() if reason}
+
+    @cached_property
+    def name(self) -> str:
+        """What the model is called: the folder's name, or owner/name for a folder in the hub's cache."""
+        *_, repository, snapshots, folder = ("", "", *self.path.resolve().parts)
+        if snapshots == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/", 1)
+        return folder
 
     @property
     def positions(self) -> int | None:
@@ -64,6 +72,12 @@ def resolve_model(path_or_id: str | Path | None, default: Path) -> Path:
         return default
     text = str(path_or_id)
     path = user_path(text, ModelError)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"the path {text!r} is not UTF-8, which safetensors cannot open; rename it"
+        ) from None
     if path.is_dir():
         return path
     if path.exists():

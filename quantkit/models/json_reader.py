@@ -17,7 +17,7 @@ from quantkit.errors import ModelError, QuantkitError
 MAX_BYTES = 100_000_000  # of one file; the safetensors library has the same limit for a header
 MAX_DEPTH = 64  # of lists and objects inside each other
 DAMAGED = "the file is corrupt, fetch it again"
-_TYPES = {dict: "an object", list: "a list"}
+_TYPES: dict[type, str] = {dict: "an object", list: "a list"}
 
 
 def read_json(
@@ -25,7 +25,7 @@ def read_json(
     error: type[QuantkitError] = ModelError,
     *,
     limit: int = MAX_BYTES,
-    top: type[dict] | type[list] = dict,
+    top: type = dict,
     advice: str = DAMAGED,
     tag_infinities: bool = False,
 ) -> Any:
@@ -53,7 +53,7 @@ def parse_json(
     error: type[QuantkitError] = ModelError,
     *,
     limit: int = MAX_BYTES,
-    top: type[dict] | type[list] = dict,
+    top: type = dict,
     advice: str = DAMAGED,
     tag_infinities: bool = False,
 ) -> Any:

@@ -23,7 +23,8 @@ from quantkit.models.tensors import named
 def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model on meta, in eval mode, with parameters of type `dtype`, checked against the checkpoint.
 
-    ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ.
+    ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ. A head that is stored
+    beside the embedding it is tied to joins `source.dropped`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,6 +40,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
     model.requires_grad_(False)
     model.eval()
     _check(model, source)
+    source.dropped |= duplicates(model, source)
     return model
 
 
@@ -47,17 +49,22 @@ def tied(model: nn.Module) -> dict[str, str]:
     return model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def dropped(model: nn.Module, source: Source) -> dict[str, str]:
-    """Disk name -> reason, for every stored tensor that the model does not use."""
-    reasons = dict(source.headers.dropped)
-    wanted, ties = _wanted(model), tied(model)
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    for name in source.names():
-        if name in ties and ties[name] in source:
-            reasons[source.disk_name(name)] = f"tied to {ties[name]}"
-        elif name not in wanted and any(re.search(pattern, name) for pattern in ignored):
-            reasons[source.disk_name(name)] = "not used by this version of transformers"
-    return reasons
+def duplicates(model: nn.Module, source: Source) -> dict[str, str]:
+    """Disk name -> reason, for every stored tensor that is only the second name of another one: a tied head."""
+    ties = tied(model)
+    return {
+        source.disk_name(name): f"tied to {ties[name]}"
+        for name in source.names()
+        if name in ties and ties[name] in source
+    }
+
+
+def ignored(model: nn.Module, source: Source) -> list[str]:
+    """Disk names of tensors that this version of transformers has no use for and says so; they are carried."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    wanted = _wanted(model)
+    names = [name for name in source.names() if name not in wanted]
+    return [source.disk_name(name) for name in names if any(re.search(p, name) for p in patterns)]
 
 
 def find_blocks(model: nn.Module, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -158,7 +165,7 @@ def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
 
 def _check(model: nn.Module, source: Source) -> None:
     wanted, ties = _wanted(model), tied(model)
-    gone = dropped(model, source)
+    gone = {*source.dropped, *ignored(model, source)}
     problems = []
     unknown = [
         source.disk_name(n) for n in source.names() if n not in wanted and source.disk_name(n) not in gone

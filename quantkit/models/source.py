@@ -43,10 +43,14 @@ HASHED = (
 
 
 class Source:
-    """Weights of one checkpoint by module name (transformers' causal LM) or disk name; no tensor is kept."""
+    """Weights of one checkpoint by module name (transformers' causal LM) or disk name; no tensor is kept.
+
+    dropped: disk name -> reason, for tensors that the quantized checkpoint leaves out; `skeleton.build` adds to it.
+    """
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
+        self.dropped = dict(headers.dropped)
         self._disk: dict[str, str] = {}
         self._digest: str | None = None
         for disk, module in headers.module_names.items():

@@ -51,7 +51,7 @@ class Run:
         parts: list[dict[str, TensorInfo]] = [{} for _ in range(self.plan.n_blocks + 1)]
         headers = self.source.headers
         for disk, name in headers.module_names.items():
-            if disk not in headers.dropped:
+            if disk not in self.source.dropped:
                 number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
                 parts[int(number) if number.isdigit() else -1][name] = headers.tensors[disk]
         return parts

@@ -23,7 +23,7 @@ from quantkit.transforms.catalog import transform
 def produce(run: Run, writer: ShardWriter) -> int:
     """Write all shards; returns how many blocks an earlier run had already finished."""
     done, total = writer.finished(), run.plan.n_blocks
-    run.progress.start(total, f"{run.source.headers.path.name} -> {run.output}")
+    run.progress.start(total, f"{run.source.headers.name} -> {run.output}")
     for block in range(min(done, total)):
         _told(run, block)
     if done <= total:

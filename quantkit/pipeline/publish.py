@@ -36,7 +36,7 @@ def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
     output, clock = run.output, run.clock
     shards = {e["written"]["file"]: e["written"] for e in entries}
     account = {n: a for e in entries for n, a in e["account"].items()}
-    dropped = run.source.headers.dropped
+    dropped = run.source.dropped
     account |= {n: {"how": "dropped", "reason": reason} for n, reason in dropped.items()}
     lost = run.source.headers.tensors.keys() - account.keys()
     if lost:
@@ -51,7 +51,7 @@ def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
         "schema": SCHEMA,
         "identity": run.identity,
         "recipe": run.recipe.published(),
-        "model": {"name": run.source.path.resolve().name, "type": run.source.headers.model_type},
+        "model": {"name": run.source.headers.name, "type": run.source.headers.model_type},
         "code": {"quantkit": run.identity["code"], "source": _source_digest()},
         "size": _size(run, entries, shards),
         "layers": [layer for e in entries for layer in e["layers"]],
@@ -110,7 +110,7 @@ def _size(run: Run, entries: list[dict], shards: dict[str, dict]) -> dict[str, A
     }
     packed = sum(tensors[t] for t in parts)
     original = {i.name: i for i in run.source.headers.tensors.values()}
-    parameters = sum(math.prod(i.shape) for n, i in original.items() if n not in run.source.headers.dropped)
+    parameters = sum(math.prod(i.shape) for n, i in original.items() if n not in run.source.dropped)
     planned = {n for e in entries for n, a in e["account"].items() if a["how"] == "quantized"}
     return {
         "original_linear_bits_per_weight": 8 * sum(original[n].nbytes for n in planned) / max(1, weights),

@@ -32,6 +32,7 @@ from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe
+from quantkit.structure.trace import is_linear
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,12 @@ def _prepared(
         length = checked.calibration.sequence_length
         request = EvaluationRequest.of(*asked, length) if asked else None
         headers = read_checkpoint(path)
-        plan = build_plan(checked, headers)
-        folder = Path(output) if output is not None else Path("out") / f"{path.resolve().name}-{name}"
-        where = find_device(device)
         source = Source(headers)
         skeleton_model = skeleton.build(source)
+        modules = skeleton_model.named_modules()
+        plan = build_plan(checked, headers, {n: type(m).__name__ for n, m in modules if not is_linear(m)})
+        folder = Path(output) if output is not None else Path("out") / f"{Path(headers.name).name}-{name}"
+        where = find_device(device)
         transformers_logging.disable_progress_bar()
         tokenizer = open_tokenizer(path)
         windows = None

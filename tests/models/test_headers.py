@@ -418,3 +418,31 @@ def test_unreachable_hub(monkeypatch, error):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ModelError, match=f"owner/name@v1.*{error}.*local folder"):
         resolve_model("owner/name@v1", assets.default_model())
+
+
+# names and paths ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("my-model", "my-model"),
+        ("models--acme--tiny/snapshots/0123abcd", "acme/tiny"),
+        ("models--gpt2/snapshots/0123abcd", "gpt2"),
+        ("snapshots/0123abcd", "0123abcd"),
+    ],
+)
+def test_a_folder_of_the_cache_is_called_by_its_repository(folder, tmp_path_factory, where, name):
+    path = tmp_path_factory.mktemp("hub") / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(path)
+    assert read_checkpoint(path).name == name
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b", "x" * 5000, "x" * 300 + "/y", "~nosuchuser/model", "a\udce9", "a/b/c/d"]
+)
+def test_paths_that_cannot_be_are_told(path):
+    with pytest.raises(ModelError) as caught:
+        resolve_model(path, assets.default_model())
+    assert str(caught.value).isprintable()

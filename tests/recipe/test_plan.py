@@ -1,5 +1,8 @@
 import json
+import re
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -158,3 +161,117 @@ def test_an_absurd_block_number_is_told_at_once(tmp_path):
     names = ("model.layers.0.mlp.up_proj.weight", f"model.layers.{10**18}.mlp.up_proj.weight")
     with pytest.raises(ModelError, match=f"blocks up to {10**18} but none numbered 1"):
         plan(checkpoint(tmp_path / "m", dict.fromkeys(names, (64, 64)), model_type="llama"))
+
+
+def test_every_kind_of_problem_is_told_at_once(bookworm):
+    """A rule on a tied head, a rule that fits nothing, split siblings, long windows and group sizes."""
+    rules = [
+        {"match": "lm_head", "bits": 8},
+        {"match": "*.fc1", "bits": 8},
+        {"match": "*.v_proj", "bits": 8},
+        {"match": "*.down_proj", "group_size": 100},
+    ]
+    recipe = {
+        "weights": {"algorithm": "gptq", "group_size": 96},
+        "rules": rules,
+        "calibration": {"sequence_length": 5000},
+    }
+    with pytest.raises(RecipeError) as error:
+        build_plan(parse_recipe(recipe), bookworm)
+    lines = str(error.value).splitlines()
+    for fragment in (
+        "rules.0: 'lm_head' fits lm_head, which shares its weight",
+        "rules.1: '*.fc1' fits no linear",
+        "self_attn: k_proj",
+        "windows of 5000 tokens",
+        "not divisible by group_size=100 in model.layers.*.mlp.down_proj",
+        "not divisible by group_size=96 in model.layers.*.mlp.up_proj",
+    ):
+        assert any(fragment in line for line in lines), fragment
+
+
+def test_suggested_group_sizes_work_and_those_of_engines_come_first(bookworm):
+    with pytest.raises(ModelError) as error:
+        plan(bookworm, [{"match": "*.down_proj", "group_size": 100}])
+    sizes = re.search(r"use group_size (.*?), or a rule", str(error.value))[1]
+    sizes = sizes.split(", ")
+    assert sizes == ["128", "64", "32", "channel"]
+    for size in sizes:
+        group = None if size == "channel" else int(size)
+        plan(bookworm, [{"match": "*.down_proj", "group_size": group}])
+    plan(
+        bookworm,
+        [
+            {"match": "*.down_proj", "group_size": 100},
+            {"match": "model.layers.*.mlp.down_proj", "skip": True},
+        ],
+    )
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions"])
+def test_windows_longer_than_the_model_are_refused_where_text_is_used(tmp_path, key):
+    shapes = {"model.layers.0.mlp.up_proj.weight": (64, 64)}
+    headers = checkpoint(tmp_path / "m", shapes, model_type="llama", **{key: 256})
+
+    def planned(algorithm, length, **more):
+        weights = {"algorithm": algorithm, "group_size": 64}
+        return build_plan(
+            parse_recipe({"weights": weights, "calibration": {"sequence_length": length}} | more), headers
+        )
+
+    assert planned("gptq", 256).layers
+    with pytest.raises(RecipeError, match=r"sequence_length=256 or less"):
+        planned("gptq", 257)
+    assert planned("rtn", 512).layers
+    with pytest.raises(RecipeError, match=r"512 tokens.*256 positions"):
+        planned("rtn", 512, transforms=["awq"])
+
+
+MIXED = {
+    "model.layers.0.mlp.up_proj.weight": (64, 64),
+    "model.layers.0.mlp.shared_expert_gate.weight": (1, 64),
+    "model.layers.0.mlp.router.weight": (4, 64),
+    "model.layers.0.mlp.router.proj.weight": (4, 64),
+    "model.layers.0.mixer.dt_proj.weight": (64, 8),
+    "model.layers.0.linear_attn.in_proj_b.weight": (4, 64),
+    "model.layers.0.positions.weight": (64, 64),
+}
+
+
+def test_routers_and_state_space_projections_stay_unless_a_rule_names_them(tmp_path):
+    headers = checkpoint(tmp_path / "m", MIXED, model_type="own")
+    found = plan(headers)
+    assert [layer.name for layer in found.layers] == [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.positions",
+    ]
+    assert len(found.skipped) == 5
+    assert len(plan(headers, [{"match": "*", "bits": 8}]).layers) == 2
+    named = plan(headers, [{"match": "*.dt_proj", "group_size": None}])
+    assert ("model.layers.0.mixer.dt_proj", (64, 8)) in [(layer.name, layer.shape) for layer in named.layers]
+
+
+def test_what_the_built_model_says_is_no_linear_is_never_planned(tmp_path):
+    headers = checkpoint(tmp_path / "m", MIXED, model_type="own")
+    others = {"model.layers.0.positions": "Embedding", "model.layers.0.mlp.router": "TopKRouter"}
+
+    def planned(*rules):
+        return build_plan(
+            parse_recipe({"weights": {"algorithm": "rtn", "group_size": 64}, "rules": rules}), headers, others
+        )
+
+    found = planned()
+    assert [layer.name for layer in found.layers] == ["model.layers.0.mlp.up_proj"]
+    assert ("model.layers.0.positions", "a Embedding, not a linear layer") in found.skipped
+    with pytest.raises(RecipeError, match=r"a TopKRouter, not a linear layer; remove the rule"):
+        planned({"match": "*.router", "bits": 8})
+    assert planned({"match": "*.router", "skip": True}).layers
+
+
+def test_the_plan_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from quantkit.validation import validate; from quantkit import assets;"
+        "assert validate('w4a16-gptq', str(assets.default_model())).plan.layers;"
+        "assert not {'torch', 'numpy', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
