@@ -87,8 +87,3 @@ class Run:
 def needs(layer: LayerPlan) -> frozenset[str]:
     """The statistics that a layer's algorithm asks for; none for a data-free one."""
     return algorithm(layer.algorithm.name).needs(layer.algorithm)
-
-
-def needs_calibration(recipe: Recipe, plan: Plan) -> bool:
-    """Whether any layer needs text to be quantized."""
-    return bool(recipe.transforms) or any(needs(layer) for layer in plan.layers)

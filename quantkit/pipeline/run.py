@@ -24,7 +24,7 @@ from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
-from quantkit.pipeline.inputs import Run, needs_calibration
+from quantkit.pipeline.inputs import Run
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
@@ -168,7 +168,7 @@ def _prepared(
         transformers_logging.disable_progress_bar()
         tokenizer = open_tokenizer(path)
         windows = None
-        if needs_calibration(checked, plan):
+        if plan.needs_text(checked):
             windows = token_windows(
                 checked.calibration,
                 tokenizer,
