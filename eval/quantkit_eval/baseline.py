@@ -94,7 +94,7 @@ class KeptBaseline:
 
 def _inner(model: CausalLM) -> nn.Module | None:
     """The module whose output the head gets; None if it is not known, or its forward is not the class's own."""
-    found = getattr(model, "base_model", None)
+    found: Any = getattr(model, "base_model", None)
     quantized = (
         getattr(model.config, "quantization_config", None) is not None
     )  # its kernels are not in `fingerprint`

@@ -1,21 +1,22 @@
-"""Hugging Face datasets: the package, imported only when one is read, and one error for all that goes wrong."""
+"""The package `datasets`: imported only when a dataset is read, with all of its errors turned into one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def reader(name: str, failure: type[Exception]) -> Iterator[Any]:
-    """The package `datasets`, to open and read `name` with. Every exception of the block becomes `failure`.
+    """The package `datasets`, to read the dataset `name` with; every exception inside the block becomes a `failure`.
 
-    Readers of many formats and the network have errors of their own; a `failure` raised inside passes as it is.
+    Its readers of many formats and the network raise errors of their own. A `failure` raised inside passes unchanged.
     """
     try:
-        import datasets
+        datasets = import_module("datasets")
     except ImportError:
         raise failure(
             f"{name} needs the package `datasets`; `pip install datasets` or give a text file"

@@ -1,32 +1,34 @@
-"""Tokens -> text as they come, in pieces of whole characters.
+"""Text from tokens while they are being generated, in pieces of whole characters.
 
 A byte-level token may hold part of a character, and a decoder may treat the first token of a text differently
-(SentencePiece strips its space), so each piece is the difference of two decodings that share a few tokens in
-front.
+(SentencePiece strips its space). So each piece is the difference between two decodings that begin with the same few
+tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from quantkit_eval.protocols import Tokenizer
 
 _BROKEN = "\ufffd"
-_FRONT = 5  # tokens of the prompt that the first piece is decoded behind
+_FRONT = 5  # tokens of the prompt that are decoded in front of the first piece
 
 
 class Detokenizer:
-    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+    """The text after a prompt, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_FRONT:])
-        self._start = 0  # decoding starts here
-        self._told = len(self._ids)  # tokens up to here are told
+        self._start = 0  # the token that decoding starts at
+        self._told = len(self._ids)  # the text of the tokens before this one has been returned
 
     def push(self, token: int) -> str:
-        """The text that is now certain, "" while a character is unfinished."""
+        """The text that this token completes; "" while a character is unfinished."""
         self._ids.append(token)
         return self._piece(last=False)
 
     def finish(self) -> str:
-        """The rest; bytes that never became a character as U+FFFD."""
+        """The rest of the text, with U+FFFD for bytes that never became a character."""
         return self._piece(last=True)
 
     def _piece(self, last: bool) -> str:

@@ -1,11 +1,12 @@
-"""The one evaluation: text -> windows -> both models on the same batches -> report.
+"""Evaluation: a text is cut in windows, both models run on the same batches of them, their losses make a report.
 
-Only one batch of logits per model is held, and those are read a few tokens at a time: with a vocabulary of
-128k the fp32 log-probabilities of one window would take a gigabyte.
+Only one batch of logits per model is in memory, and it is turned into fp32 log-probabilities a few tokens at a time:
+with a vocabulary of 128k, those of one window of 2048 tokens would take a gigabyte.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,7 +95,7 @@ def evaluate(
     with inference(*models):
         sums = _score(runs, windows, compared, size, progress, kl_error)
     planned, windows = len(windows), windows[: len(sums.model)]
-    return Report(
+    report = Report(
         tokens=sum(window.scored for window in windows),
         windows=len(windows),
         context=context,
@@ -105,6 +106,20 @@ def evaluate(
         stopped_early=len(windows) < planned,
         **_figures(sums, windows),
     )
+    _check_finite(report.to_json())
+    return report
+
+
+def _check_finite(numbers: dict[str, Any], of: str = "") -> None:
+    """BrokenModel for a number that JSON has no word for."""
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            _check_finite(value, f" of {name}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BrokenModel(
+                f"{name}{of} is {value}: finite logits gave no finite result, so a model is broken, or its dtype too "
+                "narrow (try float32)"
+            )
 
 
 def _tokens(
@@ -119,8 +134,9 @@ def _tokens(
     return ids, bos
 
 
-def _batch_size(model: Any, context: int) -> int:
-    vocabulary = model.config.get_text_config().vocab_size
+def _batch_size(model: CausalLM, context: int) -> int:
+    """Windows per forward pass; at least one."""
+    vocabulary: int = model.config.get_text_config().vocab_size
     return max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocabulary) // context)
 
 

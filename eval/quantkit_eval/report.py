@@ -1,4 +1,4 @@
-"""The result of an evaluation: values, JSON, and the lines a person reads."""
+"""The result of an evaluation: its numbers, as JSON and as a table of plain text."""
 
 from __future__ import annotations
 
@@ -74,5 +74,7 @@ def table(report: Report) -> str:
     return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
 
 
-def _plus_minus(value: float, se: float | None, digits: int) -> str:
+def _plus_minus(value: float | None, se: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
     return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
