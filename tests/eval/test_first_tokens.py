@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quantkit import assets
 
-BOOK = assets.evaluation_text().read_text()[:60_000]
+BOOK = assets.evaluation_text().read_text()[:24_000]
 TEXTS = {
     "prose": BOOK,
     "one line": BOOK.replace("\n", " "),
@@ -20,7 +20,7 @@ TEXTS = {
     "spaces in runs": BOOK.replace(" ", "   ").replace(".", ".\t\t \n   "),
     "other scripts": "".join(chr(c) + " " * (c % 7 == 0) + "\n" * (c % 31 == 0) for c in range(0x370, 0x450))
     * 6,
-    "joined characters": "e\u0301👩\u200d🚀 \u1100\u1161\n" * 5000,
+    "joined characters": "e\u0301👩\u200d🚀 \u1100\u1161\n" * 1500,
 }
 
 
@@ -81,7 +81,7 @@ def test_the_first_tokens_are_those_of_the_whole_text(any_tokenizer, name, tmp_p
     path = tmp_path / "text.txt"
     path.write_text(TEXTS[name])
     whole = tokenize(any_tokenizer, TEXTS[name])
-    for most in (1, 7, 64, 333, 1000, len(whole) - 1, len(whole), len(whole) + 1):
+    for most in (1, 64, 333, len(whole) - 1, len(whole) + 1):
         assert first_tokens(any_tokenizer, Text(path), most) == whole[:most], most
     assert first_tokens(any_tokenizer, Text(path), None) == whole
 

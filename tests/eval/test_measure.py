@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from quantkit_eval import EvalError, evaluate, measure
+from quantkit_eval.errors import BrokenModel
 from quantkit_eval.windows import cut, tokenize
 from torch.nn import functional
 
@@ -290,3 +291,18 @@ def test_a_short_text_is_told_with_both_numbers(model, tokenizer, tmp_path):
     path.write_text("a" * 20)
     with pytest.raises(EvalError, match="the text has 20 tokens, one window needs 128"):
         evaluate(model, tokenizer, path)
+
+
+def test_a_divergence_that_is_no_number_is_told_not_reported(tokenizer, text, scripted):
+    """Finite logits so far apart that fp32 has no difference of them: the loss is finite, the KL is not."""
+
+    def far(ids):
+        logits = torch.zeros(*ids.shape, 128)
+        logits[..., 0] = -3e38
+        return logits + torch.nn.functional.one_hot(torch.ones_like(ids), 128) * 3e38
+
+    near = scripted(lambda ids: torch.zeros(*ids.shape, 128))
+    path = text.with_name("ones.txt")
+    path.write_text(tokenizer.decode([1]) * 200)
+    with pytest.raises(BrokenModel, match=r"kl_\w+ is (nan|inf)"):
+        evaluate(scripted(far), tokenizer, path, baseline=near, context=CONTEXT)
