@@ -10,11 +10,23 @@ from typing import Any
 
 from quantkit.errors import ModelError
 from quantkit.models import families
+from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, longest_window, read_config
 from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
 from quantkit.paths import user_path
 
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_DOWNLOADED = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+)
+_NOT_DOWNLOADED = ("original/*", "consolidated*.safetensors")  # the same weights again, in another layout
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -89,17 +101,20 @@ def resolve_model(path_or_id: str | Path | None, default: Path) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, _, revision = hub_id.partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(
-            f"model {hub_id!r} is no local folder and cannot be fetched from the hub: {reason}; check the "
-            "name and the network, log in for a gated model, or give a local folder"
-        ) from error
+    with foreign_errors(
+        f"model {hub_id!r} is no local folder and cannot be fetched from the hub",
+        "check the name and the network, log in for a gated model, or give a local folder",
+    ):
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=list(_DOWNLOADED),
+                ignore_patterns=list(_NOT_DOWNLOADED),
+            )
+        )
 
 
 def read_checkpoint(path: str | Path) -> Headers:
@@ -153,8 +168,8 @@ def _refuse_kind(config: dict[str, Any], what: str) -> None:
 
 def _refuse_multimodal(what: str) -> None:
     raise ModelError(
-        f"{what} is a multimodal model; only text models are supported: save its text part as a causal LM of "
-        "its own (Gemma 3: Gemma3ForCausalLM.from_pretrained(...).save_pretrained(...)) and give that folder"
+        f"{what} is a multimodal model; only text models are supported. Where the text part is a model type of its "
+        "own (Gemma 3, LLaVA), save it as a causal LM with the lines in docs/architectures.md and give that folder"
     )
 
 

@@ -91,9 +91,14 @@ def _weight_files(path: Path) -> list[Path]:
         p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
     )
     found = f", only {named(others)}" if others else ""
+    advice = f"give a folder with weights as transformers saves them ({SINGLE})"
+    if any(name.startswith("pytorch_model") for name in others):
+        advice = "convert with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+    elif any(name.endswith(".gguf") for name in others):
+        advice = "a GGUF file is quantized already: give the original checkpoint"
     raise ModelError(
-        f"{path} has no {SINGLE} and no {INDEX}{found}; only safetensors is read (pickled .bin files can run "
-        "code): convert with AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        f"{path} has no {SINGLE} and no {INDEX}{found}; only safetensors is read, as pickled files can run code: "
+        f"{advice}"
     )
 
 

@@ -248,10 +248,17 @@ def test_huge_config_is_not_parsed(folder):
     refused(folder, "more than the 10000000 allowed")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "consolidated.safetensors"])
-def test_other_weight_files_are_refused_with_advice(folder, name):
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model.bin", "save_pretrained"),
+        ("model.gguf", "give the original checkpoint"),
+        ("consolidated.safetensors", "as transformers saves them"),
+    ],
+)
+def test_other_weight_files_are_refused_with_advice(folder, name, advice):
     (folder / "model.safetensors").rename(folder / name)
-    refused(folder, name, "save_pretrained")
+    refused(folder, name, advice)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +417,7 @@ def test_resolve_refuses_a_file(folder):
 def test_unreachable_hub(monkeypatch, error):
     import huggingface_hub
 
-    def unreachable(repo, revision, allow_patterns):
+    def unreachable(repo, revision, allow_patterns, ignore_patterns):
         assert (repo, revision) == ("owner/name", "v1")
         assert not any("bin" in pattern for pattern in allow_patterns)
         raise error
