@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
@@ -167,7 +168,7 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         info = headers.tensors[disk]
         if number.isdecimal():
             block_bytes[int(number)] = block_bytes.get(int(number), 0) + info.nbytes
-        elif name != "lm_head.weight":
+        elif name != f"{families.HEAD}.weight":
             outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
     working = max(
         _block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()

@@ -111,3 +111,14 @@ def test_prediction_needs_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_bounds_are_those_of_the_code_they_stand_for():
+    """The prediction does without torch, so it cannot import them."""
+    module = sys.modules[predict.__module__]
+    from quantkit.calibration import replay, walk
+    from quantkit.pipeline import evaluation
+
+    assert (module.KEPT, module.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
+    assert module.CHUNK == walk.CHUNK_ELEMENTS
+    assert module.EVALUATION == evaluation._WORKING_SPACE

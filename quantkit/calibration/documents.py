@@ -26,6 +26,7 @@ from quantkit.paths import user_path
 
 MAX_LINE = 50_000_000  # bytes of one line of JSON or of a table
 MAX_LIST = 100_000_000  # bytes of a JSON file that is one list, which is read whole
+_PIECE = 16_000_000  # bytes per read of a text file
 FIELDS = ("text", "messages", "conversations")
 ROLES = {  # of ShareGPT's {from, value} messages -> those of chat templates
     **dict.fromkeys(("human", "user"), "user"),
@@ -62,7 +63,11 @@ class DataSource(Protocol):
 
 @dataclass
 class Document:
-    """The text of one source. cut: whether it has more than was read. empty: records left out, of `records`."""
+    """The text of one source.
+
+    name: of its file or folder, without the folders above, or the dataset's id. cut: whether the source has more than
+    was read. empty: records left out because they hold no text, of `records`.
+    """
 
     name: str
     text: str
@@ -111,6 +116,8 @@ def read_source(source: DataSource, limit: int, tokenizer: Any) -> Document:
         document = _joined(records, source, limit, tokenizer)
     if not document.text.strip():
         raise DataError(f"calibration data {source.source} is empty")
+    if path.exists():
+        document.name = path.resolve().name
     return document
 
 
@@ -145,9 +152,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _plain(path: Path, limit: int) -> Document:
+    most = 4 * limit + 7  # bytes: a character takes at most four, a byte order mark three
+    pieces, size = [], 0
     with _opened(path) as file:
-        raw = file.read(4 * limit + 7)  # a character takes at most four bytes, a byte order mark three
-    whole = len(raw) < 4 * limit + 7
+        while size < most and (
+            piece := file.read(min(_PIECE, most - size))
+        ):  # a read allocates all it asks for
+            pieces.append(piece)
+            size += len(piece)
+    raw = b"".join(pieces)
+    whole = len(raw) < most
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -263,7 +277,7 @@ def _numbered(source: DataSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
 
 def _joined(records: Iterable[Record], source: DataSource, limit: int, tokenizer: Any) -> Document:
     """One text from as many records as `limit` characters hold."""
-    document = Document(Path(source.source).name, "")
+    document = Document(source.source, "")
     parts, size = [], 0
     for where, record in records:
         text = _text(where, record, source.field, tokenizer)

@@ -16,6 +16,7 @@ import torch
 
 from quantkit.calibration.documents import DataSource, Document, read_source
 from quantkit.errors import DataError
+from quantkit.models.borders import foreign_errors
 
 PIECE = 32768  # characters per call of the tokenizer
 CHARACTERS_PER_TOKEN = 32  # how much text is read for each token wanted, so that a huge source stays bounded
@@ -72,7 +73,8 @@ def token_windows(
     for source, count in zip(sources, counts, strict=True):
         limit = max(LEAST_READ, CHARACTERS_PER_TOKEN * count * length)
         document = read_source(source, limit, tokenizer)
-        tokens = _tokens(document.text, tokenizer)
+        with foreign_errors(f"{source.source}: the tokenizer fails on this text", error=DataError):
+            tokens = _tokens(document.text, tokenizer)
         parts.append(_cut(tokens, count, length, bos, generator, source.source))
         notes += _notes(document, tokens, count, length, tokenizer)
         read.append({"name": document.name, "samples": count, "sha256": document.digest})

@@ -360,6 +360,18 @@ def test_a_list_without_end_is_not_read(tokenizer, tmp_path, monkeypatch):
         windows(tokenizer, str(tmp_path / "a.json"))
 
 
+def test_a_large_bound_takes_no_memory_of_its_own(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    found = read_source(calibration(str(tmp_path / "a.txt")).data[0], 10**15, tokenizer)
+    assert (found.text, found.cut, found.name) == ("short", False, "a.txt")
+
+
+def test_a_text_in_several_pieces(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 7)
+    (tmp_path / "a.txt").write_text("äöü𝄞" * 50, encoding="utf-8")
+    assert read_source(calibration(str(tmp_path / "a.txt")).data[0], 10**6, tokenizer).text == "äöü𝄞" * 50
+
+
 def test_a_character_at_the_bound_is_not_cut(tokenizer, tmp_path, monkeypatch):
     for ending in ("é", "𝄞", "a"):
         (tmp_path / "a.txt").write_text(ending * 1000, encoding="utf-8")

@@ -125,3 +125,17 @@ def test_a_mixture_gives_each_source_its_count(tokenizer, tmp_path, counts, expe
         data.append({"source": str(tmp_path / name)} | ({} if count is None else {"samples": count}))
     rows = decoded(tokenizer, windows(tokenizer, *data, samples=7))
     assert (sum("apple" in r for r in rows), sum("river" in r for r in rows)) == expected
+
+
+def test_a_tokenizer_that_fails_on_a_text_names_the_text(tokenizer):
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **keywords):
+            if isinstance(text, list):
+                raise KeyError("x")
+            return tokenizer(text, **keywords)
+
+    with pytest.raises(DataError, match=r"calibration\.txt: the tokenizer fails on this text: KeyError"):
+        windows(Failing())
