@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,9 @@ class BlockRun:
         self.calls, self.batch, self.device = calls, batch, device
         self.changed: dict[str, torch.Tensor] = {}
         self.as_tuple = False
+        self.seconds_once = (
+            0.0  # of the time with this block, what the next ones of its structure will not need
+        )
         self._groups = {} if groups is None else groups
         self.last = False  # whether nothing runs after this block
         self._free = free
@@ -246,8 +250,10 @@ class BlockRun:
             hidden, call = self.first_call()
             self.select(full=True)
             where = f"scaling groups of decoder block {self.index} ({type(self.module).__name__}, in float64)"
+            begin = time.perf_counter()
             with refusing(where, instead=instead):
                 self._groups[shape] = discover(self.module, hidden, call.args, call.kwargs)
+            self.seconds_once += time.perf_counter() - begin
         return self._groups[shape]
 
     @torch.no_grad()

@@ -92,11 +92,13 @@ def evaluate_pair(
     request: EvaluationRequest,
     digest: str,
     message: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """(report of schema "quantkit-eval/1", notes); no report, and a note why, if the original does not fit in memory.
 
     The context is the calibration length, but at most CONTEXT and what the model was made for. digest: of the
     original's files; what the original computes is kept under it for later runs. message: prints a line.
+    progress(done, total): called after every batch of windows.
     """
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
     if device.type == "cpu" and needed > _available():
@@ -116,6 +118,7 @@ def evaluate_pair(
         context=min(sequence_length, longest, CONTEXT),
         kl_error=KL_ERROR if request.tokens is None else None,
         baseline_cache=cache,
+        progress=progress,
     )
     if cache and cache.found:
         message(

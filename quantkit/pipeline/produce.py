@@ -16,37 +16,39 @@ from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.inputs import Run, needs
 from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.transforms.catalog import transform
 
 
-def produce(run: Run, writer: ShardWriter) -> int:
-    """Write all shards; returns how many blocks an earlier run had already finished."""
+def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker]:
+    """Write all shards; returns how many blocks an earlier run had already finished, and what follows the run."""
     done, total = writer.finished(), run.plan.n_blocks
+    tracker = Tracker(run, done)
     run.progress.start(total, f"{run.source.headers.name} -> {run.output}")
-    for block in range(min(done, total)):
-        _told(run, block)
+    if done:
+        tracker.told(min(done, total) - 1)
     if done <= total:
         with _full_precision():
             if run.needs_streams(done):
-                _calibrated(run, writer, done)
+                _calibrated(run, writer, tracker, done)
             else:
-                _data_free(run, writer, done)
-    run.progress.finish()
-    return min(done, total)
+                _data_free(run, writer, tracker, done)
+    return min(done, total), tracker
 
 
-def _data_free(run: Run, writer: ShardWriter, done: int) -> None:
+def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
     """Without calibration: one linear after the other, never a whole block."""
     for part in range(done, run.plan.n_blocks + 1):
         result = BlockResult()
         for plan in run.plans(part):
             _quantize_alone(run, part, plan, Statistics(), result)
+        tracker.computed(result.weights)
         writer.commit(part, result)
-        _told(run, part)
+        tracker.finished(part)
 
 
-def _calibrated(run: Run, writer: ShardWriter, done: int) -> None:
+def _calibrated(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
     """With calibration: block by block, each behind the quantized ones before it."""
     assert run.windows is not None
     total = run.plan.n_blocks
@@ -63,16 +65,18 @@ def _calibrated(run: Run, writer: ShardWriter, done: int) -> None:
         timed=run.clock,
     )
     for block in blocks:
+        tracker.opened(block)
         result = _worked_on(run, block)
+        tracker.computed(result.weights, block)
         with run.clock("calibrate"):
             block.leave()  # now, as packing needs the memory
         streams = block.streams
         writer.commit(block.index, result, streams)
-        _told(run, block.index)
+        tracker.finished(block.index)
     if done <= total:
         assert streams is not None
         writer.commit(total, _outside(run, streams))
-        _told(run, total)
+        tracker.finished(total)
 
 
 def _worked_on(run: Run, block: BlockRun) -> BlockResult:
@@ -124,12 +128,6 @@ def _quantize_alone(
             weight, statistics, plan.scheme.weights, dtype, plan.algorithm
         )
         result.add(plan, weight, outcome)
-
-
-def _told(run: Run, part: int) -> None:
-    """Report a finished part."""
-    last = part == run.plan.n_blocks
-    run.progress.block(part, "outside the blocks" if last else f"{run.plan.blocks_prefix}.{part}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
 from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe
@@ -79,7 +81,7 @@ def quantize(
     asked = (eval_tokens, eval_text) if evaluate else None
     run = _prepared(recipe, model, output, overrides, device, asked, progress or Silent())
     folder = run.output
-    resumed = None
+    resumed = tracker = None
     if resume and (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         refuse_other(folder, manifest["identity"], run.identity)
@@ -91,32 +93,45 @@ def quantize(
         try:
             if journal.cut:
                 run.progress.message(journal.cut)
-            resumed = produce(run, ShardWriter(run, journal))
+            resumed, tracker = produce(run, ShardWriter(run, journal))
+            tracker.phase(VERIFY, 0.0, 0.0)
             manifest = publish(run, journal.entries, resumed=resumed)
             journal.remove()
+            tracker.phase(VERIFY, 1.0, 0.0)
         finally:
             journal.close()
     notes: list[str] = []
     failed = None
     if run.request and not run.request.answered_by(manifest["evaluation"]):
         try:
-            notes = _evaluate(run, run.request, manifest, resumed)
+            notes = _evaluate(run, run.request, manifest, resumed, tracker)
         except Exception as error:  # whatever it is, the weights are finished
             failed = f"the evaluation failed: {' '.join(str(error).split()) or type(error).__name__}"
             failed += f"; the weights in {folder} are finished, and the same command evaluates them again"
             notes = [failed]
+    run.progress.finish()
     report = report_of(folder, manifest)
     return Result(folder, report | {"notes": [*report["notes"], *notes]}, manifest, failed)
 
 
 def _evaluate(
-    run: Run, request: EvaluationRequest, manifest: dict[str, Any], resumed: int | None
+    run: Run,
+    request: EvaluationRequest,
+    manifest: dict[str, Any],
+    resumed: int | None,
+    tracker: Tracker | None,
 ) -> list[str]:
     """Measure a published checkpoint and add the result to its manifest; returns why not, if it cannot be.
 
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
     """
     run.progress.message("evaluating original and quantized model")
+    tracker = tracker or Tracker(run, run.plan.n_blocks + 1)
+    begin = time.perf_counter()
+
+    def told(done: int, total: int) -> None:
+        tracker.evaluated(done, total, time.perf_counter() - begin)
+
     with run.clock("evaluate"):
         length = run.recipe.calibration.sequence_length
         evaluation, refused = evaluate_pair(
@@ -128,7 +143,9 @@ def _evaluate(
             request,
             digest=run.identity["model"],
             message=run.progress.message,
+            progress=told,
         )
+    tracker.phase(EVALUATE, 1.0, time.perf_counter() - begin)
     if evaluation is not None:
         if resumed is not None:
             write_run_facts(run, manifest, resumed)

@@ -1,0 +1,50 @@
+"""How long the rest of a run takes: a model of what its parts cost, scaled by what the finished ones took.
+
+The cost of a block is in any unit; one finished block gives the seconds per unit, more of them a better mean. Work that
+is done once for all blocks (finding out which linears can be scaled together) is counted apart. Phases after the blocks
+are expected in seconds, and once one of them reports how far it is, its own pace replaces what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Estimate:
+    """Seconds that remain; nothing here reads a clock.
+
+    costs: of every block, in one unit. done: blocks that an earlier run has finished, which say nothing about the pace.
+    """
+
+    def __init__(self, costs: Sequence[float], done: int = 0) -> None:
+        self._costs = list(costs)
+        self._open = set(range(done, len(self._costs)))
+        self._seconds = self._spent = 0.0
+        self._after: dict[str, float] = {}
+
+    def block(self, index: int, seconds: float, once: float = 0.0) -> None:
+        """Block `index` took `seconds`, of which `once` will not be needed again."""
+        self._open.discard(index)
+        self._seconds += max(0.0, seconds - once)
+        self._spent += self._costs[index]
+
+    def expect(self, phase: str, seconds: float) -> None:
+        """A phase after the blocks will take about `seconds`."""
+        self._after[phase] = seconds
+
+    def progressed(self, phase: str, share: float, seconds: float) -> None:
+        """A phase has come to `share`, 0 to 1, in `seconds`; at 1 it is over."""
+        if share >= 1:
+            self._after.pop(phase, None)
+        elif share > 0:
+            self._after[phase] = seconds / share - seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that remain, None while no block has shown the pace and some are open."""
+        after = sum(self._after.values())
+        if not self._open:
+            return after
+        if not self._spent:
+            return None
+        return self._seconds / self._spent * sum(self._costs[i] for i in self._open) + after
