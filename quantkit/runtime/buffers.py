@@ -1,8 +1,8 @@
-"""The memory of one sequence and the decode step captured on it.
+"""Preallocated memory for one sequence, and the decode step captured on it.
 
-The keys and values of the prompt go to buffers as long as the sequence can get. A step reads its token and its position
-from memory, so that it can be captured once and replayed. Attention goes over the whole buffer, masked; sliding windows
-are masks too, because a window that moves in a fixed buffer would need another graph when it fills.
+The keys and values go to buffers as long as the sequence can get. A step reads its token and its position from memory,
+so that it can be captured once and replayed. Attention covers the whole buffer under a mask. Sliding windows are masks
+too: a window that moved in a fixed buffer would need another graph when it is full.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from quantkit_eval.model import inference
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-WARM_UP = 3  # steps before the capture: kernels are compiled, libraries get their workspaces
-_capturing = threading.Lock()  # a process has one capture under way at most
+WARM_UP = 3  # steps before the capture, in which kernels are compiled and libraries allocate their workspaces
+_capturing = threading.Lock()  # only one capture at a time in a process
 
 
 class CaptureFailed(RuntimeError):
@@ -27,10 +27,10 @@ class CaptureFailed(RuntimeError):
 
 
 def capture(step: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """A function that does what `step` does and returns the same tensor every time; on CUDA the replay of a graph.
+    """A function that does what `step` does and always returns the same tensor; on CUDA it replays a graph.
 
-    `step` reads and writes memory at fixed addresses and may be repeated. On other devices it is run once, so that
-    what cannot run fails here, and returned as it is.
+    `step` reads and writes memory at fixed addresses and may be repeated. On other devices it runs once, so that what
+    cannot run fails here, and is returned unchanged.
     """
     if device.type != "cuda":
         step()
@@ -53,9 +53,9 @@ def capture(step: Callable[[], torch.Tensor], device: torch.device) -> Callable[
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of a layer, each [1, heads, length, head_dim] once the prompt is there.
+    """Keys and values of a layer, each [1, heads, length, head_dim] once the prompt has run.
 
-    The prompt (position 0) sees only itself, as in an empty dynamic cache; a step the whole buffer.
+    The prompt (position 0) attends only to itself, as in an empty dynamic cache; a step to the whole buffer.
     """
 
     is_sliding = False

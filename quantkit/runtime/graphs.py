@@ -1,8 +1,8 @@
 """`graphed(model)`: a model on a GPU whose decode step is captured in a CUDA graph, or the reason why it runs eager.
 
-In Python one step of a 32-layer model launches about a thousand kernels, which takes longer than the kernels. Here the
-prompt runs as transformers runs it, then one step is captured (`buffers`) and a replay is one launch. Picking a token
-stays outside.
+In Python, one step of a 32-layer model launches about a thousand kernels, and launching takes longer than running them.
+Here transformers runs the prompt, then one step is captured (`buffers`), and each replay is a single launch. Picking a
+token stays outside the graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUND = 64  # buffers are a multiple of this many tokens long
 
 
 class Sequence:
-    """One sequence: its tokens and its buffers, which go back to the model's shelf when it is dropped."""
+    """One sequence: its tokens and its buffers, which the model reuses once the sequence is dropped."""
 
     def __init__(self, buffers: Buffers, tokens: list[int]) -> None:
         self.buffers, self.tokens = buffers, tokens
@@ -37,10 +37,10 @@ class Sequence:
 
 
 class GraphDecoder:
-    """A causal LM as an eager prompt and one captured step, for one sequence of a prompt and `room` new tokens.
+    """A causal LM whose prompt runs eager and whose steps replay a graph, for a prompt and `room` new tokens.
 
-    Can be called like the model; `past_key_values` is then the `Sequence`, whose logits live until the next call.
-    If the first step cannot be captured, a warning says why, and this and later ones run as transformers runs them.
+    It is called like the model; `past_key_values` is then the `Sequence`, and its logits are valid until the next call.
+    If the first step cannot be captured, a warning says why, and this and all later steps run eager in transformers.
     """
 
     def __init__(self, model: nn.Module, room: int) -> None:
@@ -114,7 +114,7 @@ class GraphDecoder:
 
 
 class _Shelf:
-    """What is kept of a model between sequences: at most one set of buffers with its graph."""
+    """What a model keeps between sequences: at most one set of buffers with its graph, and why a capture failed."""
 
     def __init__(self) -> None:
         self.failed: str | None = None

@@ -23,7 +23,7 @@ CHUNK = 128  # tokens of a prompt per call
 
 
 class Sequence:
-    """One sequence of a native model: its cache and how far it is."""
+    """One sequence of a native model: its key-value cache and its length."""
 
     def __init__(self, decoder: Decoder, rotary: Rotary) -> None:
         self._decoder, self._rotary = decoder, rotary
@@ -56,10 +56,10 @@ class Sequence:
 
 
 class NativeDecoder:
-    """A model's tables. `start` begins a sequence; sequences are independent and may run in threads.
+    """A causal LM as the native decoder runs it. `start` begins a sequence; sequences may run in parallel threads.
 
-    Can be called like the causal LM it was made from, for one sequence without padding: `past_key_values` is
-    then the `Sequence`. It keeps the weights alive, not the model.
+    It is called like the model it was made from, for one sequence without padding; `past_key_values` is then the
+    `Sequence`. It keeps the weights alive, not the model.
     """
 
     device = torch.device("cpu")

@@ -16,11 +16,14 @@ from typing import Any
 
 import quantkit_eval
 import torch
+from quantkit_eval.cache import Cache
 
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_atomically, write_json
+from quantkit.models.headers import read_checkpoint
+from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline import quantize
 
@@ -57,25 +60,12 @@ def runs() -> list[tuple[str, str, int, int, bool, dict[str, Any]]]:
     ]
 
 
-def remembering(model: Any) -> Any:
-    """The same model, but logits of token ids it has seen come from memory: the baseline runs once for all rows."""
-    run, seen = model.forward, {}
-
-    def forward(input_ids: torch.Tensor, **rest: Any) -> Any:
-        key = input_ids.numpy().tobytes()
-        if key not in seen:
-            seen[key] = run(input_ids=input_ids, **rest)
-        return seen[key]
-
-    model.forward = forward
-    return model
-
-
 def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, Any]]:
     """All rows; those already in `cache` (JSON lines) are not measured again. share: (i, n) takes every n-th row."""
     done = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
     known = {(r["table"], r["method"], r["bits"], r["symmetric"]) for r in done}
-    original = remembering(load(assets.default_model(), device="cpu"))
+    original = load(assets.default_model(), device="cpu")
+    kept = Cache(work / "baseline", 1 << 32, Source(read_checkpoint(assets.default_model())).digest())
     tokenizer = open_tokenizer(assets.default_model())
     for table, name, bits, group, symmetric, recipe in runs()[share[0] :: share[1]]:
         if (table, name, bits, symmetric) in known:
@@ -91,6 +81,7 @@ def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, A
             context=CONTEXT,
             max_tokens=CONTEXT * WINDOWS,
             kl_windows=KL_WINDOWS,
+            baseline_cache=kept,
         ).to_json()
         report.pop("text")
         row = {
