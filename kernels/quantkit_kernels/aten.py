@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from quantkit_kernels.backend import Backend
@@ -9,6 +11,7 @@ from quantkit_kernels.bits import unpack_bits
 from quantkit_kernels.stored import Layout, Spec, Stored
 
 _INT4_GROUPS = (32, 64, 128, 256)
+_COLUMNS = 256  # of the weight that a gradient writes out at a time
 
 
 class AtenBackend(Backend):
@@ -35,14 +38,41 @@ class AtenBackend(Backend):
         return Layout(build(stored, dtype), stored.spec, {})
 
     def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows, tensors = x.reshape(-1, x.shape[-1]), layout.tensors
-        if "pairs" in tensors:
-            group = layout.spec.group_size
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, tensors["codes"], group, tensors["pairs"])
-        else:
-            y = torch.ops.aten._weight_int8pack_mm(rows, tensors["codes"], tensors["scale"])
-        y = y.view(*x.shape[:-1], y.shape[-1])
+        spec, rows = layout.spec, x.reshape(-1, x.shape[-1])
+        if rows.shape[-1] != spec.k:
+            raise ValueError(f"x has {rows.shape[-1]} features, the weight takes {spec.k}")
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        y = _Product.apply(rows, layout) if wanted else _product(rows, layout)
+        y = y.view(*x.shape[:-1], spec.n)
         return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """PyTorch's op, which has no derivative of its own, with the gradient of a linear layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        ctx.layout = layout
+        return _product(x, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """dL/dy W, some columns of W at a time: the op's codes are in an order of its own, so W is asked for by it."""
+        k, pieces = ctx.layout.spec.k, []
+        for start in range(0, k, _COLUMNS):
+            columns = torch.zeros(min(_COLUMNS, k - start), k, dtype=grad.dtype)
+            columns[:, start:].fill_diagonal_(1)
+            pieces.append(grad @ _product(columns, ctx.layout).T)
+        return torch.cat(pieces, -1), None
+
+
+def _product(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """x [M, K] W^T."""
+    tensors = layout.tensors
+    if "pairs" in tensors:
+        group = layout.spec.group_size
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, tensors["codes"], group, tensors["pairs"])
+    return torch.ops.aten._weight_int8pack_mm(x, tensors["codes"], tensors["scale"])
 
 
 def _int4(stored: Stored, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -16,11 +16,20 @@ def words(columns: int, bits: int) -> int:
     return -(-columns * bits // 32)
 
 
+def _matrix(tensor: torch.Tensor, name: str, bits: int) -> tuple[int, int]:
+    """The sizes of a tensor [R, C] of codes; ValueError for another shape or width."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} are a matrix [R, C], got {list(tensor.shape)}")
+    if bits not in range(1, 9):
+        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    return tensor.shape[0], tensor.shape[1]
+
+
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [R, C], each below 2^bits, to int32 [R, ceil(C * bits / 32)]; padding bits are 0."""
-    rows, columns = codes.shape
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    rows, columns = _matrix(codes, "codes", bits)
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.uint8, device=codes.device)
@@ -37,8 +46,10 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse: int32 [R, ceil(columns * bits / 32)] to uint8 codes [R, columns]."""
-    rows, have = packed.shape
-    if have != words(columns, bits):
+    if packed.dtype != torch.int32:
+        raise TypeError(f"packed codes must be int32, got {packed.dtype}")
+    rows, have = _matrix(packed, "packed codes", bits)
+    if columns < 0 or have != words(columns, bits):
         raise ValueError(
             f"{columns} codes of {bits} bits need {words(columns, bits)} words per row, got {have}"
         )

@@ -175,8 +175,8 @@ def test_schemes_that_do_not_fit_are_refused():
         layout.pack(packed)
     assert "not 5" in layout.refuses(5, 128, 256)
     assert layout.refuses(3, 256, 256) is None
-    with pytest.raises(ValueError, match=r"scale of a 4-bit \[21, 96\] weight is \(21, 3\)"):
-        Stored(packed.packed, packed.scale[:20], None, packed.spec)
+    with pytest.raises(ValueError, match=r"scale of a 4-bit \[20, 96\] weight is \(20, 2\)"):
+        Stored(packed.packed, packed.scale[:19], None, packed.spec)
     weight = layout.pack(packed_weight(4, 20, 64, 32, True)[0])
     with pytest.raises(ValueError, match="units of a 4-bit"):
         ops.cpu_linear(torch.ones(1, 64), weight.units[1:], None, 4, 32, 20, 64, True, 0, 1.0, False)

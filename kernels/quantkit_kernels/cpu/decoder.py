@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.layout import Packed
+from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3}  # qk::Compute
@@ -57,6 +58,16 @@ class Matrix:
     weight: Packed | torch.Tensor
     bias: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, Packed):
+            check_units(self.weight.units, self.weight.spec, self.weight.wide_scales)
+        elif not _readable(self.weight, TYPES) or self.weight.dim() != 2:
+            raise ValueError(
+                f"a dense matrix is contiguous fp32, bf16 or fp16 [n, k] on the CPU, got {_said(self.weight)}"
+            )
+        if self.bias is not None:
+            check_bias(self.bias, self.n)
+
     @property
     def n(self) -> int:
         return self.weight.spec.n if isinstance(self.weight, Packed) else self.weight.shape[0]
@@ -76,6 +87,12 @@ class Norm:
 
     weight: torch.Tensor
     eps: float
+
+    def __post_init__(self) -> None:
+        if not _readable(self.weight, (torch.float32,)) or self.weight.dim() != 1:
+            raise ValueError(
+                f"a norm's weight is contiguous fp32 [size] on the CPU, got {_said(self.weight)}"
+            )
 
     def _structure(self) -> _Norm:
         return _Norm(self.weight.data_ptr(), self.eps)
@@ -126,6 +143,22 @@ class Tables:
     head_dim: int
     rotary_dim: int
 
+    def __post_init__(self) -> None:
+        """ValueError for a norm of another size, which the native code cannot know; it checks the matrices itself."""
+        norms = [("final", self.final, self.hidden)]
+        for i, layer in enumerate(self.layers):
+            if len(layer.qkv) not in (1, 3) or len(layer.gate_up) not in (1, 2):
+                raise ValueError(
+                    f"layer {i} has {len(layer.qkv)} of q, k, v and {len(layer.gate_up)} of gate, up"
+                )
+            norms += [(f"layer {i} {name}", getattr(layer, name), self.hidden) for name in ("input", "post")]
+            norms += [
+                (f"layer {i} {name}", getattr(layer, name), self.head_dim) for name in ("q_norm", "k_norm")
+            ]
+        for name, norm, size in norms:
+            if norm is not None and len(norm.weight) != size:
+                raise ValueError(f"the norm {name} has {len(norm.weight)} weights, the model needs {size}")
+
     @cached_property
     def _array(self) -> ctypes.Array:
         return (_Layer * len(self.layers))(*(layer._structure() for layer in self.layers))
@@ -143,16 +176,29 @@ class Tables:
         )
 
 
+def _readable(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether the native code can read it where it is."""
+    return tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _said(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
 class Decoder:
     """One sequence. Not for two threads at once; several decoders may share their tables and run together.
 
-    compute: how packed matrices are multiplied: "float", "int8", "int8-token", or "halves", float with 16 bits of
+    compute: how packed matrices are multiplied: "float", "int8", "int8-token", or "halves", float with 15 bits of
     each activation, for models whose own type is bf16 or fp16. cache_dtype: fp32 or bf16.
     """
 
     def __init__(
         self, tables: Tables, compute: str = "float", cache_dtype: torch.dtype = torch.float32
     ) -> None:
+        if compute not in COMPUTES:
+            raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
+        if cache_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a cache is fp32 or bf16, not {cache_dtype}")
         self._library = _load()
         self._tables = tables  # whose tensors the native side points at
         self._handle = self._library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache_dtype)))
@@ -165,11 +211,13 @@ class Decoder:
 
         Returns fp32 logits [keep, vocabulary] of the last `keep` tokens. Threads: torch.get_num_threads().
         """
-        m, rotary = len(tokens), (len(tokens), self._tables.rotary_dim)
-        if tokens.dtype != torch.int64 or cos.shape != rotary or sin.shape != rotary or not 0 <= keep <= m:
+        m, size = tokens.numel(), self._tables.rotary_dim
+        fits = tokens.dtype == torch.int64 and tokens.dim() == 1 and m > 0 and 0 <= keep <= m
+        angles = all(t.shape == (m, size) and t.is_cpu and t.is_floating_point() for t in (cos, sin))
+        if not (fits and angles and tokens.is_cpu):
             raise ValueError(
-                f"wanted int64 tokens [M], cos and sin [M, {rotary[1]}], 0 <= keep <= M; got {tokens.dtype} "
-                f"{list(tokens.shape)}, {list(cos.shape)}, {list(sin.shape)}, {keep}"
+                f"wanted int64 tokens [M >= 1], cos and sin [M, {size}] on the CPU, 0 <= keep <= M; got "
+                f"{_said(tokens)}, {_said(cos)}, {_said(sin)}, keep {keep}"
             )
         tokens, cos, sin = tokens.contiguous(), cos.float().contiguous(), sin.float().contiguous()
         logits = torch.empty(keep, self._tables.head.n)

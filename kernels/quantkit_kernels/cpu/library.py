@@ -117,6 +117,10 @@ class Arena:
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a uint8 tensor [B] in the arena."""
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_cpu:
+            raise ValueError(
+                f"an arena holds uint8 [B] on the CPU, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
         end = self._used + tensor.numel()
         if end > self._bytes.numel():
             raise ValueError(

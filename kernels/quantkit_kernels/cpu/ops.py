@@ -87,6 +87,8 @@ def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: in
 def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
     spec = _spec(bits, group_size, n, k, symmetric, table)
     check_units(units, spec, wide_scales)
+    if bias is not None:
+        check_bias(bias, n)
     c = library.required()
     return _bound(c, units.data_ptr(), x.dtype, spec, compute, scale_factor, wide_scales)(x, bias)
 
