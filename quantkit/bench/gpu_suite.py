@@ -4,7 +4,7 @@
 
 tests: those marked `gpu`, the Triton kernels against fp64 among them, in several processes because most of the time is
 compilation. decode: whole steps of a 32-layer Llama-3-8B shape, bf16 and packed, with CUDA graphs and without. tune: a
-table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --kernels --device cuda`.
+table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --products --device cuda`.
 compare: the embedded model is quantized on the device and on the CPU by the same recipe, and both are evaluated there.
 
 Where a command may take ten minutes: `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each step
@@ -104,7 +104,7 @@ def tune(work: Path, deadline: float) -> dict[str, Any]:
 
 def bench(work: Path, deadline: float) -> dict[str, Any]:
     """The ops against what is installed."""
-    verb = ("quantkit", "bench", "--kernels", "--device", "cuda", "--m", "1,16,64,256,2048", "--rounds", "5")
+    verb = ("quantkit", "bench", "--products", "--device", "cuda", "--m", "1,16,64,256,2048", "--rounds", "5")
     return _child(work, deadline, "bench", *verb, "--shapes", "llama-3-8b", "--json")
 
 

@@ -1,4 +1,4 @@
-"""`quantkit bench`: time the kernels on this machine, against what is installed."""
+"""`quantkit bench`: time matrix products on this machine, ours against what is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def _tokens(context: click.Context, option: click.Parameter, values: tuple[str, 
 
 
 @click.command("bench")
-@click.option("--kernels", is_flag=True, help="Every op against PyTorch's, share of the roofline.")
+@click.option(
+    "--products",
+    is_flag=True,
+    help="Matrix products of packed weights: each op against PyTorch's, and its share of the roofline.",
+)
 @click.option(
     "--shapes",
     multiple=True,
@@ -40,7 +44,7 @@ def _tokens(context: click.Context, option: click.Parameter, values: tuple[str, 
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @json_option
 def command(
-    kernels: bool,
+    products: bool,
     shapes: list[str],
     tokens: list[int],
     ops: list[str],
@@ -48,9 +52,9 @@ def command(
     device: str,
     json_file: str | None,
 ) -> None:
-    """Time kernels on this machine. Times mean something only while nothing else runs."""
-    if not kernels:
-        raise click.UsageError("nothing to time was chosen; add --kernels")
+    """Time matrix products on this machine. Times mean something only while nothing else runs."""
+    if not products:
+        raise click.UsageError("say what to time: --products")
     import torch
 
     from quantkit.bench.kernels import table as bench

@@ -1,4 +1,4 @@
-"""`quantkit kernels`: what is built, what this machine can run, and what would run for each scheme."""
+"""`quantkit kernels`: list what is built, what this machine can run, and what would run for each scheme."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quantkit.cli.output import Screen, deliver, json_option, make_console
 )
 @json_option
 def command(shape: str, backend: str | None, check: bool, json_file: str | None) -> None:
-    """Which kernels are built and found, and what runs each scheme, with the reason."""
+    """List the kernels that are built, and which backend runs each scheme here, with the reason. Times nothing."""
     from quantkit.bench.kernels.inventory import inventory
 
     n, k = _rows_and_columns(shape)

@@ -101,7 +101,7 @@ class QuantLinear(nn.Module):
             if name != self.backend and self.prepared:
                 raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
             self.spec = spec
-            self._forget()
+            self.forget()
             if name == self.backend or chosen.keeps_stored:
                 return
             layout = chosen.prepare(self.stored(), dtype)
@@ -126,7 +126,7 @@ class QuantLinear(nn.Module):
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
         for part in self.prepared:
             self._buffers[part] = place(self._buffers[part])
-        self._forget()
+        self.forget()
 
     def stored(self) -> Stored:
         """The weight as every backend takes it. BackendError if the layout does not keep all of it."""
@@ -163,7 +163,7 @@ class QuantLinear(nn.Module):
         self._call = call
         return call
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Let go of a layout that was replaced."""
         self._call = None
         if self.siblings is not None:
@@ -182,7 +182,7 @@ class QuantLinear(nn.Module):
         for name, dtype in kept.items():
             if getattr(self, name).dtype != dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
-        self._forget()
+        self.forget()
         return self
 
     def extra_repr(self) -> str:

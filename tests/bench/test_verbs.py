@@ -78,9 +78,9 @@ def test_kernels_of_a_forced_backend_names_what_it_cannot_run():
     [
         ["kernels", "--shape", "4096"],
         ["bench"],
-        ["bench", "--kernels", "--shapes", "7b"],
-        ["bench", "--kernels", "--m", "0"],
-        ["bench", "--kernels", "--m", "many"],
+        ["bench", "--products", "--shapes", "7b"],
+        ["bench", "--products", "--m", "0"],
+        ["bench", "--products", "--m", "many"],
     ],
     ids=" ".join,
 )

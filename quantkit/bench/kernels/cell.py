@@ -1,4 +1,4 @@
-"""One cell of `quantkit bench --kernels`: all ops on one (N, K, M), in turns."""
+"""One cell of `quantkit bench --products`: all ops on one (N, K, M), in turns."""
 
 from __future__ import annotations
 

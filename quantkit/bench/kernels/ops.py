@@ -1,4 +1,4 @@
-"""The ways to multiply by a packed weight that `quantkit bench --kernels` compares: ours and what is installed."""
+"""The ways to multiply by a packed weight that `quantkit bench --products` compares: ours and what is installed."""
 
 from __future__ import annotations
 

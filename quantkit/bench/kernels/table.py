@@ -1,4 +1,4 @@
-"""Every kernel against what is installed, op by op: `quantkit bench --kernels`.
+"""Every kernel against what is installed, op by op: `quantkit bench --products`.
 
 One cell is (N, K, M). Weights of each op are copied until they fill the rotation (256 MB), so that every call reads
 its weight from memory. All ops of a cell run in turns, round after round; a time is the median over rounds, a ratio
