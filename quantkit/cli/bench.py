@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Time matrix products on this machine. Times mean something only while nothing else runs."""
     if not products:
-        raise click.UsageError("say what to time: --products")
+        raise click.UsageError("nothing to time was chosen; add --products")
     import torch
 
     from quantkit.bench.kernels import table as bench

@@ -78,6 +78,11 @@ class QuantLinear(nn.Module):
         return {leaf: self._buffers[leaf] for leaf in self._leaves}
 
     @property
+    def qweight(self) -> torch.Tensor:
+        """A tensor of the packed weight, by which adapters (peft) find the device they belong on."""
+        return next(self.buffers())
+
+    @property
     def offloaded(self) -> bool:
         """Whether the weight is elsewhere until it is used."""
         return any(buffer.is_meta for buffer in self.buffers())

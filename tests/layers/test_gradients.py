@@ -132,6 +132,9 @@ def test_a_whole_model_has_the_gradients_of_the_dense_one(name):
 @pytest.mark.filterwarnings(
     "ignore:Unsupported layer type:UserWarning"
 )  # what peft says of every custom layer
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # which peft asks for
 @pytest.mark.parametrize("name", BACKENDS)
 def test_lora_of_peft_on_top_trains_as_on_the_dense_model(name):
     """peft adapts linears it knows; ours it takes by wrapping the module, here through its custom-module table."""
