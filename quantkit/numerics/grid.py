@@ -30,10 +30,31 @@ def scale_and_zero(
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         span = hi - lo
     scale = torch.where(span > 0, span / steps, torch.ones_like(span))
-    scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(lo.dtype)
+    scale = as_stored(scale, dtype)
     if grid.symmetric:
         return scale, torch.full_like(scale, grid.midpoint)
     return scale, (-lo / scale).round_().clamp_(0, grid.qmax)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest scale that is stored as `dtype`: fp16's smallest subnormal, the smallest normal of wider exponents.
+
+    fp16 weights have subnormals, so their scales need them; every kernel widens fp16 exactly. Processors may flush the
+    subnormals of bf16 and fp32, and no weight is that small.
+    """
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps if dtype == torch.float16 else info.tiny
+
+
+def as_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` rounded to what `dtype` stores, in its own type; fp16's subnormals are rounded up.
+
+    They are so coarse that rounding down could cut a group's largest weight to two thirds.
+    """
+    least = smallest_scale(dtype)
+    if dtype == torch.float16:
+        scale = torch.where(scale < torch.finfo(dtype).tiny, (scale / least).ceil_().mul_(least), scale)
+    return scale.clamp(min=least).to(dtype).to(scale.dtype)
 
 
 def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero
+from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero, smallest_scale
 from quantkit.numerics.number import bounds, nearest
 from quantkit.scheme import Grid
 
@@ -103,7 +103,7 @@ def refit_scale(
         q = levels(w, scale[:, :, None], zero[:, :, None], grid)
         norm = (v * q * q).sum(2)
         fitted = torch.where(norm > 0, (v * w * q).sum(2) / norm.clamp(min=1e-30), scale)
-        fitted = torch.where(fitted > torch.finfo(dtype).tiny, fitted.to(dtype).to(w.dtype), scale)
+        fitted = torch.where(fitted >= smallest_scale(dtype), fitted.to(dtype).to(w.dtype), scale)
         now = error(fitted)
         better = now < least
         if not bool(better.any()):

@@ -35,12 +35,29 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
+        n, k = self.codes.shape
+        return n, k
 
     def rows(self, rows: slice) -> QuantizedWeight:
         """Some output channels."""
         zero = None if self.zero is None else self.zero[rows]
         return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.grid)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every code stands for zero."""
+        n, groups = self.scale.shape
+        zero = self.grid.midpoint if self.zero is None else self.zero[:, :, None]
+        return bool((self.codes.view(n, groups, -1) == zero).all())
+
+    def row_errors(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error and squared norm of every row [N] of `weight`."""
+        error, norm = [], []
+        for rows in row_chunks(*self.shape):
+            part = weight[rows]
+            error.append((self.rows(rows).dequantize(part.dtype) - part).square().sum(1))
+            norm.append(part.square().sum(1))
+        return torch.cat(error), torch.cat(norm)
 
     def relative_error(self, weight: torch.Tensor) -> float:
         """Squared error over squared weight (0 for a zero weight), a few rows at a time."""
