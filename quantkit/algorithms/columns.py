@@ -77,19 +77,19 @@ def sweep(
     rounds: int,
     block: int = 32,
     panel: int = 256,
-) -> tuple[int, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinate descent on tr(E H E^T), E = target - W_hat, over the `levels` [K, N], changed in place.
 
     With G = H E the best value of one entry, all others fixed, is w_hat + G_j / H_jj, rounded to its grid: no step can
-    raise the objective. G is taken anew for every panel of columns and kept up to date inside it. Returns the number of
-    codes changed and by how much the objective did (<= 0 but for rounding).
+    raise the objective. G is taken anew for every panel of columns and kept up to date inside it. Returns, per
+    row of the weight [N], the codes changed and by how much the objective did (<= 0 but for rounding).
     """
     k = levels.shape[0]
     value = grids.values(levels)
     error = target - value
-    changed, gained = 0, 0.0
+    changed, gained = target.new_zeros(target.shape[1]), target.new_zeros(target.shape[1])
     for _ in range(rounds):
-        moved = 0
+        moved = target.new_zeros(target.shape[1])
         for first in range(0, k, panel):
             last = min(first + panel, k)
             gradient = hessian[first:last] @ error
@@ -102,10 +102,10 @@ def sweep(
                 gradient.addmm_(hessian[first:last, start:end], now - error[start:end])
                 error[start:end] = now
             moves = error[first:last] - before
-            gained += float(slope.add_(gradient).mul_(moves).sum())
-            moved += int(moves.count_nonzero())
+            gained += slope.add_(gradient).mul_(moves).sum(0)
+            moved += moves.count_nonzero(0)
         changed += moved
-        if not moved:
+        if not bool(moved.any()):
             break
     low, high = bounds(grids.zero[grids.group_of], grid.number)
     levels.copy_(nearest(grid.number)(value.div_(grids.scale[grids.group_of]), low, high))
@@ -132,13 +132,13 @@ def _descend(
         old.copy_(new)
 
 
-def quadratic(hessian: torch.Tensor, w: torch.Tensor) -> float:
-    """tr(W^T H W) for w [K, N] and a symmetric H [K, K], of which the tiles on and above the diagonal are read."""
+def quadratic(hessian: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The diagonal [N] of W^T H W for w [K, N] and a symmetric H [K, K], whose tiles on and above its own are read."""
     k = len(hessian)
     tile = max(128, -(-k // 8))
-    total = 0.0
+    total = w.new_zeros(w.shape[1])
     for a in range(0, k, tile):
         b = a + tile
-        total += float((w[a:b] * (hessian[a:b, a:b] @ w[a:b])).sum())
-        total += 2 * float((w[a:b] * (hessian[a:b, b:] @ w[b:])).sum())
+        total += (w[a:b] * (hessian[a:b, a:b] @ w[a:b])).sum(0)
+        total += 2 * (w[a:b] * (hessian[a:b, b:] @ w[b:])).sum(0)
     return total

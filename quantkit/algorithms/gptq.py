@@ -28,6 +28,8 @@ from quantkit.scheme import Grid
 
 CHUNK_ELEMENTS = 1 << 21  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
+SAFE_DAMPING = 1e-4  # less is used only where H^-1 has no larger entry than this damping allows
+NOTED_DEAD = 0.05  # share of dead columns above which a note says so
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -95,14 +97,22 @@ def permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def _positive_definite(
     hessian: torch.Tensor, damping: float, fallbacks: list[str]
 ) -> tuple[torch.Tensor, float] | None:
-    """Damp `hessian` in place, step by step, until Cholesky succeeds: (U, damping used), or None."""
+    """Damp `hessian` in place, step by step, until it has an inverse that does not blow up rounding errors.
+
+    Returns (factor, damping used), or None. A singular H can pass Cholesky by rounding errors; a damping d bounds the
+    diagonal of H^-1, the squared column norms of its factor, by 1 / (d mean diag H).
+    """
     mean = hessian.diagonal().mean()
     added = 0.0
     for times in DAMPING_LADDER:
-        hessian.diagonal().add_((damping * times - added) * mean)
-        added = damping * times
+        wanted = damping if times == 1 else max(damping, SAFE_DAMPING) * times
+        hessian.diagonal().add_((wanted - added) * mean)
+        added = wanted
         factor = inverse_factor(hessian)
-        if factor is not None:
+        if factor is None:
+            continue
+        largest = float(torch.linalg.vector_norm(factor, dim=0).max()) ** 2
+        if added >= SAFE_DAMPING or largest * float(mean) * SAFE_DAMPING <= 1:
             if times > 1:
                 fallbacks.append(f"damping raised to {added:g}: the Hessian was not positive definite")
             return factor, added
@@ -120,24 +130,25 @@ def quantize(
     fallbacks: list[str] = []
     hessian, statistics.hessian = statistics.hessian.to(weight.dtype), None
     drift, statistics.drift = statistics.drift, None
-    dead = hessian.diagonal() == 0
-    details: dict[str, float | int | str] = {"dead_columns": int(dead.sum())}
+    silent = hessian.diagonal() == 0
+    details: dict[str, float | int | str] = {
+        "dead_columns": _report_silent(silent, statistics.fired, fallbacks)
+    }
     n, k = weight.shape
     order = column_order(hessian.diagonal(), grid.group(k), config.order)
-    if bool(dead.any()):
-        weight = weight.masked_fill(dead, 0)
     pull = None
     if config.retarget:
-        pull = (weight @ drift.to(weight.dtype)).masked_fill_(dead, 0)[:, order]
+        pull = (weight @ drift.to(weight.dtype)).masked_fill_(silent, 0)[:, order]
         del drift
     h = permuted(hessian, order)
     del hessian
-    h.diagonal()[dead[order]] = h.diagonal().mean().clamp(min=1e-8)
+    mean = h.diagonal().mean()
+    h.diagonal()[silent[order]] = torch.where(mean > 0, mean, 1.0)  # alone in its row: rounded to nearest
     found = _positive_definite(h, config.damping, fallbacks)
     if found is None:
         fallbacks.append("rounded to nearest: no damping made the Hessian positive definite")
         quantized = rtn(weight, grid, dtype, config.range, 0, statistics.mean_square)
-        return Outcome(quantized, details | {"relative_error": quantized.relative_error(weight)}, fallbacks)
+        return Outcome(quantized, details=details, fallbacks=fallbacks)
     factor, details["damping"] = found
 
     problem = _Problem(h, factor, order, grid, dtype, config, statistics.mean_square)
@@ -145,10 +156,7 @@ def quantize(
     rows = max(1, CHUNK_ELEMENTS // k)
     pulls = [None] * -(-n // rows) if pull is None else pull.split(rows)
     parts = [problem.solve(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
-    if config.refine:
-        details["codes_changed_by_sweeps"] = sum(p.changed for p in parts)
-    whole = sum(p.whole for p in parts)
-    details["relative_error"] = sum(p.error for p in parts) / whole if whole > 0 else 0.0
+    counts = {"codes_changed_by_sweeps": torch.cat([p.changed for p in parts])} if config.refine else {}
     return Outcome(
         QuantizedWeight(
             codes=torch.cat([p.codes for p in parts]),
@@ -156,21 +164,44 @@ def quantize(
             zero=None if grid.symmetric else torch.cat([p.zero for p in parts]),
             grid=grid,
         ),
+        torch.cat([p.error for p in parts]),
+        torch.cat([p.norm for p in parts]),
+        counts,
         details,
         fallbacks,
     )
 
 
+def _report_silent(silent: torch.Tensor, fired: torch.Tensor | None, fallbacks: list[str]) -> int:
+    """The number of dead columns, with what to say about columns [K] that the Hessian says nothing about.
+
+    silent: their diagonal is 0. fired: their input was not, but its square underflows; None if that is not known.
+    """
+    k = silent.numel()
+    small = 0 if fired is None else int((silent & fired).sum())
+    dead = int(silent.sum()) - small
+    if dead > NOTED_DEAD * k:
+        fallbacks.append(
+            f"{dead} of {k} columns are dead (their input was 0 on every calibration token) and rounded to nearest; "
+            "calibrate on more varied text"
+        )
+    if small:
+        fallbacks.append(
+            f"{small} of {k} columns are rounded to nearest: the squares of their inputs underflow"
+        )
+    return dead
+
+
 @dataclass
 class _Rows:
-    """Some rows solved: codes, scale and zero as stored; tr(E H E^T), tr(W H W^T), codes the sweeps changed."""
+    """Some rows solved: codes, scale and zero as stored; per row E H E^T, W H W^T and the codes that sweeps changed."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    error: float
-    whole: float
-    changed: int
+    error: torch.Tensor
+    norm: torch.Tensor
+    changed: torch.Tensor
 
 
 @dataclass
@@ -201,11 +232,12 @@ class _Problem:
         grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups)
         dynamic = self.dtype if config.groups == "dynamic" else None
         levels, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
-        error, changed = float(errors.square_().sum()), 0
+        error = errors.square_().sum(0)
+        changed = torch.zeros_like(error)
         del errors
         if config.refine:
             changed, gained = sweep(target, h, levels, grids, grid, config.refine)
-            error = max(0.0, error + gained)
+            error = (error + gained).clamp_(min=0)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         zero = None if grid.symmetric else grids.zero[groups]
         codes[:, self.order] = encode(levels, grid.number, zero).T

@@ -1,25 +1,45 @@
-"""Algorithms by name. One `quantize(weight, statistics, scheme, scale_dtype, config)` each."""
+"""Algorithms by name. An algorithm is one function `quantize(weight, statistics, grid, scale_dtype, config)`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from quantkit.numerics.weight import QuantizedWeight
 
 
 @dataclass
 class Outcome:
-    """What an algorithm returns: the weight, how far it is from the target, and every fallback it took."""
+    """What an algorithm returns for a weight [N, K]. Linears that share an input may be quantized as one weight.
+
+    error, norm: the objective the algorithm minimised and what it is with all weights zero, fp [N], one value per row;
+    None if it is the squared error of the weight itself. counts: more values per row [N], reported as their sum.
+    details: facts about the whole weight. fallbacks: what was done in another way than asked, a sentence each.
+    """
 
     weight: QuantizedWeight
+    error: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)
     details: dict[str, float | int | str] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+
+    def rows(self, rows: slice) -> Outcome:
+        """The outcome of some output channels."""
+        return replace(
+            self,
+            weight=self.weight.rows(rows),
+            error=None if self.error is None else self.error[rows],
+            norm=None if self.norm is None else self.norm[rows],
+            counts={name: count[rows] for name, count in self.counts.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """`quantize(weight [N, K] fp32, Statistics, Scheme, scale dtype, config) -> Outcome` and what it must be fed.
+    """`quantize(weight [N, K] fp32, Statistics, Grid, scale dtype, config) -> Outcome` and what it must be fed.
 
     needs(config): the Statistics fields to collect, none for a data-free algorithm.
     """

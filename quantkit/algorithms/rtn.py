@@ -51,4 +51,4 @@ def quantize(
     weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: RtnConfig
 ) -> Outcome:
     quantized = rtn(weight, grid, dtype, config.range, config.refit, statistics.mean_square)
-    return Outcome(quantized, {"relative_error": quantized.relative_error(weight)})
+    return Outcome(quantized)

@@ -24,20 +24,23 @@ class Collector(Protocol):
 
 
 class Hessian:
-    """H = 2/tokens * X^T X; only tiles on and above the diagonal are computed, then mirrored."""
+    """H = 2/tokens * X^T X, its tiles on and above the diagonal computed, then mirrored; and which inputs fired."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, features, device=device)
+        self.fired = torch.zeros(features, dtype=torch.bool, device=device)
         self.edges = [*range(0, features, max(_TILE, -(-features // 8))), features]
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         for a, b in zip(self.edges, self.edges[1:], strict=False):
             self.sum[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+        self.fired |= (x != 0).any(0)
 
     def finish(self, statistics: Statistics) -> None:
         for a, b in zip(self.edges, self.edges[1:], strict=False):
             self.sum[b:, a:b] = self.sum[a:b, b:].T
         statistics.hessian = self.sum.mul_(2 / max(1, statistics.tokens))
+        statistics.fired = self.fired
 
 
 class Drift:

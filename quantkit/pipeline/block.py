@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -33,25 +35,47 @@ class BlockResult:
 
     def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
         """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
-        error = check_sound(plan.name, weight, outcome)
+        sound = check_sound(plan.name, weight, outcome)
+        fallbacks = outcome.fallbacks + sound.notes
         self.weights[plan.name] = outcome.weight
         self.layers.append(
             {
                 "name": plan.name,
                 "scheme": str(plan.scheme),
                 "algorithm": plan.algorithm.name,
-                "weight_error": error,
+                "weight_error": sound.weight_error,
+                "relative_error": sound.objective,
+                "worst_row_error": sound.worst_row,
             }
             | outcome.details
-            | ({"fallbacks": outcome.fallbacks} if outcome.fallbacks else {})
+            | {name: int(count.sum()) for name, count in outcome.counts.items()}
+            | ({"fallbacks": fallbacks} if fallbacks else {})
         )
 
 
-def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> float:
-    """Relative squared weight error; NumericalError naming the layer if it is non-finite or collapsed.
+NOTED_WEIGHT_ERROR = (
+    10.0  # of the weight alone: directions the inputs never take may cost more than zero does
+)
+REFUSED_WEIGHT_ERROR = 1000.0
 
-    Collapsed: all zero, or the objective the algorithm minimised is no better than with all zeros. (The plain weight
-    error may exceed 1 in directions the inputs never take.)
+
+class Soundness(NamedTuple):
+    """How far a quantized linear is from the original: squared error over squared norm, 0 for a weight of zeros.
+
+    weight_error: of the weight. objective: of what the algorithm minimised. worst_row: the largest objective of a row.
+    """
+
+    weight_error: float
+    objective: float
+    worst_row: float
+    notes: list[str]
+
+
+def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> Soundness:
+    """The errors of one linear; NumericalError naming it if it is non-finite or collapsed.
+
+    Collapsed: all zero, or the objective the algorithm minimised is no better than with all zeros, or the weight is
+    out of all proportion. Single rows that are no better than zero are a note.
     """
     quantized = outcome.weight
     if not bool(torch.isfinite(quantized.scale).all()):
@@ -59,15 +83,31 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> float:
             f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer"
         )
     if not bool(weight.any()):
-        return 0.0
-    error = quantized.relative_error(weight)
-    objective = float(outcome.details.get("relative_error", error))
-    if not objective < 1.0:
+        return Soundness(0.0, 0.0, 0.0, [])
+    weight_error = quantized.relative_error(weight)
+    if outcome.error is None or outcome.norm is None:
+        error, norm = quantized.row_errors(weight)
+        objective = weight_error
+    else:
+        error, norm = outcome.error, outcome.norm
+        total = float(norm.sum())
+        objective = float(error.sum()) / total if total > 0 else weight_error
+    if quantized.is_zero or not objective < 1.0 or not weight_error < REFUSED_WEIGHT_ERROR:
         raise NumericalError(
-            f"{name}: collapsed: the quantized weight is no better than zero (relative error {objective:.3g}); "
-            "use more bits or a smaller group for this layer, or skip it with a rule"
+            f"{name}: collapsed: the quantized weight is {'zero' if quantized.is_zero else 'no better than zero'} "
+            f"(relative error of the objective {objective:.3g}, of the weight {weight_error:.3g}); use more bits, a "
+            "smaller group, more calibration or more damping for this layer, or skip it with a rule"
         )
-    return error
+    rows = torch.where(norm > 0, error / norm, torch.zeros_like(norm))
+    notes = []
+    if lost := int((rows >= 1).sum()):
+        notes.append(f"{lost} of {len(rows)} rows are no better than zero; use more bits or a smaller group")
+    if weight_error > NOTED_WEIGHT_ERROR:
+        notes.append(
+            f"the weight is far from the original (relative error {weight_error:.3g}): the calibration says too little "
+            "about it; use more calibration or more damping"
+        )
+    return Soundness(weight_error, objective, float(rows.max()), notes)
 
 
 def quantize_block(run: BlockRun, clock: Clock) -> BlockResult:
@@ -113,17 +153,14 @@ def _quantize_siblings(
         for part, name in zip(together.split(rows), names, strict=True):
             part.copy_(held[name].weight)
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
-        mine = statistics if last else replace(statistics)
-        outcome = algorithm(config.name).quantize(together, mine, scheme.weights, dtype, config)
-        weights = together.split(rows)
-        q = outcome.weight
-        zeros = [None] * len(names) if q.zero is None else q.zero.split(rows)
-        for name, weight, codes, scale, zero in zip(
-            names, weights, q.codes.split(rows), q.scale.split(rows), zeros, strict=True
-        ):
-            part = QuantizedWeight(codes, scale, zero, scheme.weights)
-            held[name].quantized = part
-            result.add(plans[name], weight, replace(outcome, weight=part))
+        given = statistics if last else replace(statistics)
+        outcome = algorithm(config.name).quantize(together, given, scheme.weights, dtype, config)
+        ends = list(itertools.accumulate(rows))
+        for name, size, end in zip(names, rows, ends, strict=True):
+            mine = slice(end - size, end)
+            part = outcome.rows(mine)
+            held[name].quantized = part.weight
+            result.add(plans[name], together[mine], part)
             if run.streams.full is None:
                 held[name].forget()
     run.finished(siblings)

@@ -76,7 +76,8 @@ def test_rows_solved_in_chunks_give_the_same_codes(options, monkeypatch):
     parts = run(w, x, integer(3, 32, False), retarget=0.5, **options)
     assert torch.equal(parts.weight.codes, whole.weight.codes)
     assert torch.equal(parts.weight.zero, whole.weight.zero)
-    assert parts.details["relative_error"] == pytest.approx(whole.details["relative_error"])
+    torch.testing.assert_close(parts.error, whole.error)
+    torch.testing.assert_close(parts.norm, whole.norm)
 
 
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"groups": "dynamic"}, {"refine": 3}])
@@ -110,7 +111,7 @@ def test_sweeps_are_monotone_and_help():
     for panel in (1000, 48, 40, 128):
         _, gained = sweep(w.T, h, q, grids, grid, 1, block=40, panel=panel)
         values.append(objective())
-        assert values[-1] - values[-2] == pytest.approx(gained, rel=1e-9, abs=1e-12)
+        assert values[-1] - values[-2] == pytest.approx(float(gained.sum()), rel=1e-9, abs=1e-12)
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
     assert values[-1] < 0.98 * values[0]
 
@@ -122,8 +123,8 @@ def test_reported_error_is_that_of_the_codes(options):
     out = run(w, x, integer(3, 60, False), **options)
     h = damped(2 * x.T @ x / len(x), out.details["damping"])
     off = w - out.weight.dequantize(w.dtype)
-    wanted = float((off @ h * off).sum() / (w @ h * w).sum())
-    assert out.details["relative_error"] == pytest.approx(wanted, rel=1e-6)
+    torch.testing.assert_close(out.error, (off @ h * off).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.norm, (w @ h * w).sum(1))
 
 
 def test_positive_multiple_of_hessian_changes_nothing():
@@ -143,15 +144,6 @@ def test_column_permutation_commutes_with_activation_order():
     a = run(w, x, grid, order="activation").weight.codes
     b = run(w[:, perm], x[:, perm], grid, order="activation").weight.codes
     assert torch.equal(a[:, perm], b)
-
-
-def test_dead_column_becomes_zero():
-    x, w = correlated(64, 300), weight_of(8, 64)
-    x[:, 5] = 0
-    out = run(w, x, integer(4, 32, False), order="activation", refine=2)
-    assert out.details["dead_columns"] == 1
-    assert torch.isfinite(out.weight.scale).all()
-    assert (out.weight.dequantize()[:, 5] == 0).all()
 
 
 def test_loss_falls_with_bits():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 import quantkit.pipeline.evaluation
+from quantkit.algorithms.registry import ALGORITHMS
 from quantkit.checkpoint.manifest import read_manifest
 from quantkit.checkpoint.shards import write_shard
 from quantkit.checkpoint.verify import verify_checkpoint
@@ -406,15 +407,53 @@ def test_a_source_weight_that_is_not_finite_is_named(arguments, tmp_path, name, 
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-def test_a_collapsed_layer_is_named(arguments, tmp_path, name):
-    """Weights of one unit in the last place of fp16: no scale for them can be stored."""
-    layer = "model.layers.2.mlp.down_proj"
+def test_a_collapsed_layer_is_named(arguments, tmp_path, monkeypatch, name):
+    """One of the linears that are quantized as one weight becomes zero; its siblings are sound."""
+    real = ALGORITHMS[name]
+
+    def quantize(weight, *rest):
+        outcome = real.quantize(weight, *rest)
+        marked = (weight[:, 0] == 2.0) & (weight[:, 1] == -2.0)
+        outcome.weight.codes[marked] = outcome.weight.zero.repeat_interleave(32, 1)[marked]
+        return outcome
+
+    monkeypatch.setitem(ALGORITHMS, name, replace(real, quantize=quantize))
+    layer = "model.layers.2.mlp.up_proj"
     model = tiny_models.FAMILIES["llama-gqa"](num_hidden_layers=4)
     weight = model.get_parameter(f"{layer}.weight")
-    weight.copy_(weight.sign() * 6e-8)
+    weight[:, 0], weight[:, 1] = 2.0, -2.0
     tiny_models.save(model, tmp_path / "model", dtype=torch.float16)
     match = rf"{layer}: collapsed"
     assert_rejected(arguments, tmp_path / "out", NumericalError, match, name, model=tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_objectives_are_of_each_linear(arguments, tmp_path, name):
+    """Siblings share an input and a solve, not an error: gate keeps its weights exactly, up cannot."""
+    model = tiny_models.FAMILIES["llama-gqa"](num_hidden_layers=2)
+    gate = model.get_parameter("model.layers.1.mlp.gate_proj.weight")
+    gate.copy_(gate.sign())
+    tiny_models.save(model, tmp_path / "model", dtype=torch.bfloat16)
+    quantkit.quantize(**arguments(name, tmp_path / "out", model=tmp_path / "model"))
+    layers = {one["name"].rpartition(".")[2]: one for one in read_manifest(tmp_path / "out")["layers"]}
+    gate, up = layers["gate_proj"], layers["up_proj"]
+    assert gate["relative_error"] != up["relative_error"]
+    for one in (gate, up):
+        assert 0 <= one["relative_error"] <= one["worst_row_error"] < 1
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@pytest.mark.parametrize("std", [1e-4, 1e-5, 1e-6])
+def test_small_weights_of_fp16_keep_their_bits(arguments, tmp_path, name, std):
+    """Their scales are below fp16's smallest normal number, 6.1e-5."""
+    model = tiny_models.FAMILIES["llama-gqa"](num_hidden_layers=1)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
+    tiny_models.save(model, tmp_path / "model", dtype=torch.float16)
+    quantkit.quantize(**arguments(name, tmp_path / "out", model=tmp_path / "model"))
+    (up,) = (one for one in read_manifest(tmp_path / "out")["layers"] if one["name"].endswith("up_proj"))
+    assert up["weight_error"] < 0.2
+    assert up["worst_row_error"] < 0.2
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])

@@ -52,7 +52,7 @@ from quantkit.transforms.registry import register as transform
 def quantize(weight, statistics, grid, dtype, config):
     assert statistics.mean_abs.shape == (weight.shape[1],)
     top = config.share * weight.abs().amax()
-    return Outcome(rtn(weight.clamp(-top, top), grid, dtype), {"relative_error": 0.5})
+    return Outcome(rtn(weight.clamp(-top, top), grid, dtype), details={"share": config.share})
 
 
 @transform("double", windows=lambda config: 2)
