@@ -129,6 +129,8 @@ def test_the_kernels_reference_decodes_alike(bits, symmetric):
     zero = None if symmetric else torch.randint(0, 2**bits, (8, 2), generator=g, dtype=torch.uint8)
     scale = torch.rand(8, 2, generator=g).bfloat16()
     zero_packed = None if symmetric else pack_bits(zero.T.contiguous(), bits).T.contiguous()
-    stored = Stored(pack_bits(codes, bits), scale, zero_packed, Spec(f"int{bits}", bits, 32, symmetric, 8, 64))
+    stored = Stored(
+        pack_bits(codes, bits), scale, zero_packed, Spec(f"int{bits}", bits, 32, symmetric, 8, 64)
+    )
     theirs = dequantize(stored, torch.float32)
     assert torch.equal(theirs, QuantizedWeight(codes, scale, zero, integer(bits, 32, symmetric)).dequantize())
