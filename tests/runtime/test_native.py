@@ -151,7 +151,7 @@ def test_avx512_sized_vectors_give_the_same_logits(widest, name, dtype, monkeypa
 
 
 def test_a_half_precision_model_keeps_more_than_eager_does():
-    """Packed linears of a bf16 model take 16 bits of each activation; eager rounds everything to bf16."""
+    """Packed linears of a bf16 model take 15 bits of each activation; eager rounds everything to bf16."""
     grid, ids = integer(4, 32, True), tiny_models.ids(60)[0]
     model = quantized(tiny_models.FAMILIES["llama-gqa"](), grid).to(torch.bfloat16)
     got, rounded = decoder(model).start().append(ids, keep=60), eager(model, ids).float()

@@ -7,10 +7,10 @@ namespace qk {
 
 enum Type : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum Compute : int {
-    FLOAT = 0,       // activations as 16-bit (fp32: 2 x 16-bit) block integers, floats for tables
+    FLOAT = 0,       // activations as 15-bit (fp32: 29-bit) block integers, floats for tables
     INT8_GROUP = 1,  // int8 activations, one scale per token and chunk of min(group, 128) columns
     INT8_TOKEN = 2,  // int8 activations, one scale per token
-    HALVES = 3,      // as FLOAT, but fp32 activations stand for halves (a bf16 or fp16 model's) and keep 16 bits
+    HALVES = 3,      // as FLOAT, but fp32 activations stand for halves (a bf16 or fp16 model's) and keep 15 bits
 };
 enum Table : int { INTEGERS = 0, NF4 = 1, FP8 = 2 };
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };

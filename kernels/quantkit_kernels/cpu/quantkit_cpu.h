@@ -22,7 +22,7 @@ typedef struct qk_weight {
 } qk_weight;
 
 /* x_type, y_type: 0 fp32, 1 bf16, 2 fp16. compute: 0 float, 1 int8 per token and group, 2 int8 per
-   token, 3 float, 16 bits of fp32. */
+   token, 3 float, 15 bits of fp32. */
 
 /* y [m, n] = x [m, k] W^T + bias, rows contiguous. 0, or 1: this weight or compute is not supported. */
 int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads);
