@@ -28,7 +28,7 @@ class Sampling:
             ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", self.seed, self.seed is None or isinstance(self.seed, int), "an integer or None"),
+            ("seed", self.seed, _is_seed(self.seed), "an integer from -2**63 to 2**64 - 1, or None"),
         ):
             if not right:
                 raise EvalError(f"{name} must be {wanted}, got {value}")
@@ -41,6 +41,11 @@ class Sampling:
         else:
             generator.manual_seed(self.seed)
         return lambda logits: pick(logits, self.temperature, self.top_k, self.top_p, generator)
+
+
+def _is_seed(seed: int | None) -> bool:
+    """Whether a generator of torch takes it."""
+    return seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**64)
 
 
 def pick(

@@ -111,6 +111,8 @@ def _file(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(_PIECE):
+                if "\0" in piece:
+                    raise EvalError(f"{path} holds NUL characters, so it is no text; give a text file")
                 yield piece
     except UnicodeDecodeError as error:
         raise EvalError(f"{path} is not UTF-8 text ({error}); convert it first") from None

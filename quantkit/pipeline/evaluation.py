@@ -12,7 +12,7 @@ from typing import Any
 import quantkit_eval
 import torch
 from quantkit_eval.model import longest_context
-from quantkit_eval.text import check_sources, source_name
+from quantkit_eval.text import Text, check_sources
 
 from quantkit import assets
 from quantkit.checkpoint.load import load
@@ -77,10 +77,10 @@ class EvaluationRequest:
             return False
         if not self.explicit:
             return True
-        names = [source_name(source) for source in self.sources]
         whole = self.tokens is None or not evaluation.get("stopped_early")
-        same = evaluation.get("max_tokens") == (self.tokens or TOKENS) and evaluation.get("text") == names
-        return whole and same
+        if not whole or evaluation.get("max_tokens") != (self.tokens or TOKENS):
+            return False
+        return evaluation.get("text_sha256") == Text(self.sources).sha256()
 
 
 def evaluate_pair(

@@ -74,7 +74,9 @@ def test_a_folder_of_data_files(tmp_path, monkeypatch):
 def test_files_that_hold_no_text_are_told_by_name(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
-    for name, told in (("gone.txt", "no file"), ("empty.txt", "is empty"), ("latin.txt", "not UTF-8")):
+    (tmp_path / "binary.txt").write_bytes(b"text\0text")
+    reasons = {"gone": "no file", "empty": "is empty", "latin": "not UTF-8", "binary": "NUL characters"}
+    for name, told in ((f"{stem}.txt", words) for stem, words in reasons.items()):
         with pytest.raises(EvalError, match=told) as raised:
             load_text(tmp_path / name)
         assert name in str(raised.value)

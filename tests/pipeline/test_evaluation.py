@@ -1,5 +1,6 @@
 """The closing evaluation: what it is asked for, checked before a run begins, and what it measures."""
 
+import hashlib
 import json
 
 import pytest
@@ -49,14 +50,20 @@ def test_a_run_is_evaluated_on_the_text_and_the_tokens_asked_for(arguments, tmp_
     )  # whatever was measured answers the default
 
 
-def test_a_stored_report_answers_only_what_it_measured():
-    stored = {"text": ["a.txt"], "max_tokens": TOKENS, "stopped_early": True}
+def test_a_stored_report_answers_only_what_it_measured(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("some text")
+    digest = hashlib.sha256(b"some text").hexdigest()
+    stored = {"text_sha256": digest, "max_tokens": TOKENS, "stopped_early": True}
+    own = (str(text),)
     assert EvaluationRequest().answered_by(stored)
-    assert EvaluationRequest(text=("x/a.txt",)).answered_by(stored)
-    assert not EvaluationRequest(text=("b.txt",)).answered_by(stored)
-    assert not EvaluationRequest(TOKENS, ("a.txt",)).answered_by(stored)
-    assert EvaluationRequest(TOKENS, ("a.txt",)).answered_by(stored | {"stopped_early": False})
+    assert EvaluationRequest(text=own).answered_by(stored)
+    assert not EvaluationRequest(100, own).answered_by(stored)
+    assert not EvaluationRequest(TOKENS, own).answered_by(stored)
+    assert EvaluationRequest(TOKENS, own).answered_by(stored | {"stopped_early": False})
     assert not EvaluationRequest().answered_by(None)
+    text.write_text("other text under the same name")
+    assert not EvaluationRequest(text=own).answered_by(stored)
 
 
 @pytest.fixture
