@@ -188,7 +188,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _json(path: Path) -> Iterator[Record]:
     """The objects of a JSON Lines file, or of a `.json` file that is one list."""
-    advice = "one object per line is expected"
+    advice = "give one object per line, in valid text"
     with _opened(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
