@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from quantkit_kernels.cpu import library
 
 from quantkit import assets
+from quantkit.cli import opening
 from quantkit.cli.main import run
+from quantkit.layers.quant_linear import QuantLinear
 
 NATIVE = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 PROMPT = ["generate", str(assets.default_model()), "--prompt", "The king", "--max-new-tokens", "4"]
@@ -45,3 +48,17 @@ def test_an_instruction_set_that_is_missing_is_an_error():
     assert done.returncode == 2
     assert f"QUANTKIT_ISA='{missing}' cannot run on this CPU" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_missing_native_kernels_are_hinted_at_for_packed_models_only(monkeypatch, capsys):
+    monkeypatch.setattr(library, "available", lambda: False)
+    packed = torch.nn.Module()
+    packed.linear = QuantLinear.__new__(QuantLinear)
+    torch.nn.Module.__init__(packed.linear)
+    for model, hinted in ((packed, True), (torch.nn.Linear(2, 2), False)):
+        model.device = torch.device("cpu")
+        opening._hint_at_missing_kernels(model)
+        assert ("15 times slower" in capsys.readouterr().err) is hinted
+    packed.device = torch.device("meta")
+    opening._hint_at_missing_kernels(packed)
+    assert capsys.readouterr().err == ""

@@ -16,7 +16,10 @@ from quantkit_kernels.backends import ENVIRONMENT
 
 BITS = range(2, 9)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
-NOT_BUILT = "not built: PyTorch's ops or the reference run"
+NOT_BUILT = (
+    "not built: PyTorch's ops or the reference run, and decode on the CPU is about 15 times slower; install a C++17 "
+    "compiler with OpenMP, then quantkit again"
+)
 
 
 def inventory(n: int, k: int, backend: str | None = None) -> dict[str, Any]:
