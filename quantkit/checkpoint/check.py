@@ -20,6 +20,7 @@ import torch
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
+from quantkit.models import families
 from quantkit.models.tensors import FLOATS, INDEX, SINGLE, TensorInfo, named, read_tensors, torch_dtype
 
 REMOVE = f"fetch the checkpoint again, or remove {MANIFEST} to use it without what it guarantees"
@@ -89,9 +90,13 @@ def check_digests(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
             )
 
 
-def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None) -> int:
-    """How many scales, norms and biases are finite; ModelError names those that are not."""
-    chosen = [info for info in tensors.values() if _is_small(info, codec)]
+def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None, model_type: str) -> int:
+    """How many scales, norms and biases are finite; ModelError names those that are not.
+
+    Tensors that transformers leaves out, such as masks of older checkpoints, may hold anything.
+    """
+    used = (info for info in tensors.values() if families.dropped(model_type, info.name) is None)
+    chosen = [info for info in used if _is_small(info, codec)]
     bad = [info.name for info in chosen if not _is_finite(info)]
     if bad:
         raise ModelError(

@@ -5,6 +5,7 @@ The report, schema `quantkit-inspect/1`:
     layers: [{name, scheme, bits, group_size, symmetric, dtype, shape [N, K], bytes, bits_per_weight,
               scale_range [min, max] or None, error}]; scheme .. symmetric are None for a layer that is not
               quantized, error is the relative squared weight error that quantkit.json holds, or None
+    checks: {sizes, digests, tensors, changed}, see `quantkit.checkpoint.check.Checked`
     totals: {bytes, quantized_bytes, weights, quantized_weights, quantized_layers,
              linear_bits_per_weight or None, model_bits_per_weight}
     loaders: [{name, loads, how}]
@@ -14,17 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from quantkit.checkpoint.check import REMOVE
+from quantkit.checkpoint.check import REMOVE, check_files, check_values
+from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec, codec_of
-from quantkit.models import families
 from quantkit.models.config import read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
@@ -32,16 +34,24 @@ from quantkit.scheme import Scheme
 SCHEMA = "quantkit-inspect/1"
 
 
-def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The report on the folder `path`; ModelError if it is corrupt or packed in a way we do not read."""
+def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
+    """The report on the folder `path`; ModelError if it is damaged or packed in a way we do not read.
+
+    verify: compare the sha256 of every file with quantkit.json too.
+    """
     path = Path(path)
     config = read_config(path)
+    model_type = str(config.get("model_type", ""))
+    checked = check_files(path, verify)
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
     codec = codec_of(quantization) if quantization is not None else None
     errors = _stored_errors(path)
-    layers = _packed_layers(codec, quantization, tensors, errors) if codec else []
-    parts = {name for layer in layers for name in layer.pop("parts")}
+    layers, schemes = [], {}
+    parts: set[str] = set()
+    if codec is not None:
+        layers, schemes, parts = _packed_layers(codec, quantization, tensors, errors)
+    values = check_values(tensors, codec, model_type)
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         if name not in parts and leaf == "weight" and len(tensor.shape) == 2:
@@ -51,10 +61,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "path": str(path),
         "model_type": config.get("model_type"),
+        "checks": asdict(checked) | {"tensors": values},
         "format": quantization.get("format") if quantization else None,
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
-        "loaders": loaders(config.get("model_type", ""), [layer for layer in layers if layer["scheme"]]),
+        "loaders": [each.report() for each in loaders(model_type, schemes)],
     }
 
 
@@ -76,24 +87,25 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
 def _packed_layers(
     codec: Codec, config: dict[str, Any], tensors: dict[str, TensorInfo], errors: dict[str, float]
-) -> list[dict[str, Any]]:
-    """A row for every linear that is packed, with the names of its tensors as "parts"."""
+) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
+    """(a row for every linear that is packed, their schemes, the names of their tensors)."""
     scheme_of = codec.parse(config)
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf in codec.leaves:
             found.setdefault(module, {})[leaf] = info
-    layers = []
+    layers, schemes = [], {}
     for module, infos in found.items():
         if scheme := scheme_of(module):
+            schemes[module] = scheme
             layers.append(_packed(codec, module, scheme, infos, errors.get(module)))
         elif infos.keys() - {"weight"}:
             raise ModelError(
                 f"{module} is packed ({', '.join(sorted(infos))}), but config.json gives no scheme for it; "
                 "fetch the checkpoint again"
             )
-    return layers
+    return layers, schemes, {info.name for module in schemes for info in found[module].values()}
 
 
 def _packed(
@@ -119,7 +131,6 @@ def _packed(
         "bits_per_weight": 8 * nbytes / (n * k),
         "scale_range": [float(scale.min()), float(scale.max())],
         "error": error,
-        "parts": [info.name for info in infos.values()],
     }
 
 
@@ -154,52 +165,6 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo], parts:
         "linear_bits_per_weight": 8 * linear_bytes / linear_weights if linear_weights else None,
         "model_bits_per_weight": 8 * total_bytes / (linear_weights + others),
     }
-
-
-# Seen with compressed-tensors 0.20 (docs/checkpoint.md).
-ASYMMETRIC = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
-READS_WEIGHT = (
-    "linears of this family read their weight themselves: transformers 5.17 no, 5.23 only with dequantize"
-)
-MIXED = "several schemes: transformers 5.23 needs dequantize=True here, which gives a wrong model"
-
-
-def loaders(model_type: str, quantized: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Who loads these layers: (name, whether, how or why not). quantized: dicts with name, bits, group, symmetric."""
-    ours = {"name": "quantkit", "loads": True, "how": "quantkit.load(path)"}
-    if not quantized:
-        plain = {"name": "transformers", "loads": True, "how": "AutoModelForCausalLM.from_pretrained(path)"}
-        return [ours, plain]
-    if any(families.is_conv1d(model_type, layer["name"]) for layer in quantized):
-        why = "linears of this family are Conv1D, which only quantkit.load runs packed"
-        names = ("transformers + compressed-tensors", "vLLM")
-        return [ours, *({"name": name, "loads": False, "how": why} for name in names)]
-    symmetric = all(layer["symmetric"] for layer in quantized)
-    plain = "AutoModelForCausalLM.from_pretrained(path)"
-    dequantized = f"{plain[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
-    reads_weight = families.family(model_type).reads_weight
-    packed = symmetric and not reads_weight
-    several = len({(layer["bits"], layer["group_size"], layer["symmetric"]) for layer in quantized}) > 1
-    odd = sorted({layer["bits"] for layer in quantized} - {4, 8})
-    return [
-        ours,
-        {
-            "name": "transformers + compressed-tensors",
-            "loads": packed or not several,
-            "how": plain
-            if packed
-            else MIXED
-            if several
-            else f"{READS_WEIGHT if reads_weight else ASYMMETRIC}: {dequantized}",
-        },
-        {
-            "name": "vLLM",
-            "loads": not odd,
-            "how": f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
-            if odd
-            else "vllm serve path",
-        },
-    ]
 
 
 def _stored_errors(path: Path) -> dict[str, float]:

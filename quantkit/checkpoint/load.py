@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.check import check_files, check_values
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
 from quantkit.formats.registry import codec, codec_of
@@ -36,6 +37,7 @@ def load(
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
     compute: str = "float",
+    verify: bool = False,
 ) -> nn.Module:
     """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
 
@@ -43,7 +45,9 @@ def load(
     as in `from_pretrained`, instead of it. dtype: of everything that is not packed, and so of the
     activations; left out, the checkpoint's on CUDA and float32 on the CPU. backend: a kernel backend by name,
     for every packed linear. compute: "float", or "int8" (activations rounded per token and group, as llama.cpp does)
-    or "int8-token" for the native CPU kernels; what int8 costs is in docs/kernels.md.
+    or "int8-token" for the native CPU kernels; what int8 costs is in docs/kernels.md. The sizes of the weight files
+    and whether scales, norms and biases are finite are always checked; verify: the sha256 of every file that
+    quantkit.json lists, too.
 
     ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
     device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
@@ -57,14 +61,17 @@ def load(
     if dtype in (None, "auto"):
         dtype = torch.float32 if dtype is None and _on_cpu(place["device_map"]) else "auto"
     raw = read_config(path)
+    check_files(path, verify)
     stored = raw.get("quantization_config")
+    packing = codec_of(stored) if stored is not None else None
+    if packing is not None:
+        packing.parse(stored)
     _, tensors = read_tensors(path)
+    check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)
     config = open_config(path)
     with foreign_errors(f"{path} cannot be loaded"):
-        packed = stored is not None
-        if packed:
-            codec_of(stored).parse(stored)
+        if packing is not None:
             plugin.register()
             config.quantization_config = {
                 "quant_method": plugin.METHOD,
@@ -81,7 +88,7 @@ def load(
             **place,
         )
     _refuse_incomplete(path, config.model_type, info)
-    if packed:
+    if packing is not None:
         _finish(path, model, backend, compute, tensors)
     elif backend not in (None, "auto") or compute != "float":
         raise BackendError(
@@ -152,10 +159,15 @@ def _finish(
                 wanted = f"compute {compute!r}" if compute != "float" else f"backend {backend!r}"
                 raise BackendError(f"{wanted} needs every layer in memory; {name} is offloaded")
             continue
-        said = codec(module.file_format).dimensions(module.leaves, module.scheme)
+        try:
+            said = codec(module.file_format).dimensions(module.leaves, module.scheme)
+        except ModelError as error:
+            raise ModelError(f"{path}: {name}: {error}") from None
         if said != (module.out_features, module.in_features):
             have = [module.out_features, module.in_features]
-            raise ModelError(f"{path}: {name}.weight_shape says {list(said)}, the model has {have}")
+            raise ModelError(
+                f"{path}: the tensors of {name} are a weight of {list(said)}, the model has {have}"
+            )
         module.prepare(backend, model.dtype, compute)
         if module.backend == "cpu":
             if arena is None:

@@ -36,8 +36,6 @@ class Family:
     renames: (disk prefix, module prefix) of modules that transformers renamed.
     dropped: like DROPPED, for this family.
     tied: whether the head is tied to the embedding when config.json does not say.
-    reads_weight: its linears are subclasses that read `weight` themselves, so that plain transformers runs packed
-    ones only dequantized.
     """
 
     base_prefix: str = "model"
@@ -45,7 +43,6 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     tied: bool = False
-    reads_weight: bool = False
 
 
 _MASK = "causal mask, built by the attention"
@@ -67,7 +64,7 @@ FAMILIES: dict[str, Family] = {
         renames=(("embed_out.", "lm_head."),),
         dropped=((r"(^|\.)attention\.(bias|masked_bias)$", _MASK),),
     ),
-    "falcon": Family("transformer", tied=True, reads_weight=True),
+    "falcon": Family("transformer", tied=True),
 }
 
 # Families without a promise whose only exception is known.

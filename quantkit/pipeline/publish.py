@@ -16,7 +16,7 @@ import transformers
 
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import Companions, copy_companions, find_companions
-from quantkit.checkpoint.inspect import ASYMMETRIC, READS_WEIGHT, loaders
+from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, read_sealed, write_manifest, write_sealed
 from quantkit.checkpoint.shards import shard_name, write_json
 from quantkit.checkpoint.verify import verify_checkpoint
@@ -139,18 +139,9 @@ def _notes(run: Run, entries: list[dict]) -> list[str]:
         f"{transform} left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
         for (transform, name), count in left_out.items()
     ]
-    quantized = [
-        {
-            "name": p.name,
-            "bits": p.scheme.weights.bits,
-            "group_size": p.scheme.weights.group_size,
-            "symmetric": p.scheme.weights.symmetric,
-        }
-        for p in run.plan.layers
-    ]
-    for loader in loaders(run.source.headers.model_type, quantized):
-        if not loader["loads"] or loader["how"].startswith((ASYMMETRIC, READS_WEIGHT)):
-            notes.append(f"{loader['name']}: {loader['how']}")
+    schemes = {layer.name: layer.scheme for layer in run.plan.layers}
+    known = loaders(run.source.headers.model_type, schemes)
+    notes += [str(loader) for loader in known if not loader.loads or loader.needs]
     return notes + (list(run.windows.notes) if run.windows else [])
 
 

@@ -251,7 +251,10 @@ def having(name, make):
         (having("model.norm.weight", lambda _: torch.ones(1)), r"model.norm.weight is \[1\].*\[64\]"),
         (having(f"{Q}.weight_packed", torch.Tensor.long), "weight_packed is I64, not I32"),
         (having(f"{Q}.weight_scale", torch.Tensor.int), "weight_scale has the dtype I32"),
-        (having(f"{Q}.weight_shape", lambda _: torch.tensor([64, 32])), r"weight_shape says \[64, 32\]"),
+        (
+            having(f"{Q}.weight_shape", lambda _: torch.tensor([64, 32])),
+            r"q_proj: weight_shape says \[64, 32",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(packed_llama, change, message):

@@ -70,7 +70,7 @@ def test_layers_and_totals_count_stored_bytes(tmp_path):
     ("scheme", "model_type", "plain", "vllm"),
     [
         (Scheme(integer(4, 32, True)), "llama", True, True),
-        (Scheme(integer(3, 32, True)), "llama", True, False),
+        (Scheme(integer(3, 32, True)), "llama", True, True),
         (Scheme(integer(4, 32, True)), "gpt2", False, False),
     ],
 )

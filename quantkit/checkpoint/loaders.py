@@ -1,0 +1,149 @@
+"""Who can load a packed checkpoint, and how; found out from the schemes and from the model's own code.
+
+What plain transformers does was seen with compressed-tensors 0.20, what vLLM does with vLLM 0.32 (docs/checkpoint.md).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from quantkit.models import families
+from quantkit.scheme import Scheme
+
+TRANSFORMERS = "transformers + compressed-tensors"
+PLAIN = "AutoModelForCausalLM.from_pretrained(path)"
+DEQUANTIZED = f"{PLAIN[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
+MARLIN_GROUPS = (None, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One way to load a checkpoint. how: the call or command, or why it does not load. needs: what it takes beyond
+    the ordinary, None if nothing.
+    """
+
+    name: str
+    loads: bool
+    how: str
+    needs: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.needs}: {self.how}" if self.needs else f"{self.name}: {self.how}"
+
+    def report(self) -> dict[str, object]:
+        """As `inspect` reports it."""
+        return {
+            "name": self.name,
+            "loads": self.loads,
+            "how": f"{self.needs}: {self.how}" if self.needs else self.how,
+        }
+
+
+def loaders(model_type: str, schemes: dict[str, Scheme]) -> list[Loader]:
+    """Who loads a model whose linears (by module name) have these schemes; empty: a model that is not quantized."""
+    ours = Loader("quantkit", True, "quantkit.load(path)")
+    if not schemes:
+        return [ours, Loader("transformers", True, PLAIN)]
+    if any(families.is_conv1d(model_type, name) for name in schemes):
+        why = "linears of this family are Conv1D, which only quantkit.load runs packed"
+        return [ours, Loader(TRANSFORMERS, False, why), Loader("vLLM", False, why)]
+    return [ours, _transformers(model_type, schemes), _vllm(set(schemes.values()))]
+
+
+def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
+    kinds = set(schemes.values())
+    reads = reads_weight(model_type, {name.rpartition(".")[2] for name in schemes})
+    if all(scheme.weights.symmetric for scheme in kinds) and not reads:
+        return Loader(TRANSFORMERS, True, PLAIN)
+    if len(kinds) > 1:
+        why = "several schemes: transformers 5.23 needs dequantize=True here, which gives a wrong model"
+        return Loader(TRANSFORMERS, False, why)
+    if reads:
+        needs = f"the code of this family reads {reads}: transformers 5.17 no, 5.23 only with dequantize"
+    else:
+        needs = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
+    return Loader(TRANSFORMERS, True, DEQUANTIZED, needs)
+
+
+def _vllm(kinds: set[Scheme]) -> Loader:
+    """vLLM's own CUDA kernels (Marlin) take the common schemes; its optional ones (Humming) all of 2 to 8 bits."""
+    odd = sorted(str(scheme) for scheme in kinds if not _marlin(scheme))
+    if not odd:
+        return Loader("vLLM", True, "vllm serve path")
+    needs = f"on CUDA with its optional Humming kernels, for {', '.join(odd[:4])}"
+    return Loader("vLLM", True, "vllm serve path", needs)
+
+
+def _marlin(scheme: Scheme) -> bool:
+    grid = scheme.weights
+    bits = (4, 8) if grid.symmetric else (4,)
+    return grid.bits in bits and grid.group_size in MARLIN_GROUPS
+
+
+def reads_weight(model_type: str, linears: Iterable[str]) -> str | None:
+    """Where the code of a family reads the `weight` of one of these linears itself, such as "c_proj.weight"; or None.
+
+    Plain transformers runs packed linears without a `weight`, so that code fails before or while it runs. Looked for
+    in the syntax tree of transformers' file: `x.NAME.weight`, and `self.weight` in a class derived from nn.Linear.
+    What a forward reads only under a condition is another way of running (flash attention, tensor parallelism).
+    """
+    found = _weight_reads(model_type)
+    own = [name for name in sorted(found) if name.endswith(" (its linear class)")]
+    return next((f"{name}.weight" for name in sorted(linears) if name in found), own[0] if own else None)
+
+
+@lru_cache(maxsize=64)
+def _weight_reads(model_type: str) -> frozenset[str]:
+    file = _modeling_file(model_type)
+    if file is None:
+        return frozenset()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    conditional = {
+        id(inner)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name != "_init_weights"
+        for branch in ast.walk(function)
+        if isinstance(branch, ast.If)
+        for inner in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any(_is_linear(base) for base in node.bases):
+            inner = (each for each in ast.walk(node) if isinstance(each, ast.Attribute))
+            if any(each.attr == "weight" and _is_self(each.value) for each in inner):
+                found.add(f"self.weight in {node.name} (its linear class)")
+        elif _is_read(node) and id(node) not in conditional:
+            found.add(node.value.attr)  # type: ignore[attr-defined]
+    return frozenset(found)
+
+
+def _modeling_file(model_type: str) -> Path | None:
+    """transformers' file with the model of a type, or None for a type that it does not know."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations or not model_type.replace("-", "_").isidentifier():
+        return None
+    name = model_type_to_module_name(model_type)
+    file = Path(spec.submodule_search_locations[0]) / "models" / name / f"modeling_{name}.py"
+    return file if file.is_file() else None
+
+
+def _is_read(node: ast.AST) -> bool:
+    """x.NAME.weight"""
+    return isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute)
+
+
+def _is_linear(base: ast.expr) -> bool:
+    return (isinstance(base, ast.Attribute) and base.attr == "Linear") or (
+        isinstance(base, ast.Name) and base.id == "Linear"
+    )
+
+
+def _is_self(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id == "self"

@@ -1,0 +1,78 @@
+"""Who can load a checkpoint: decided by its schemes and by transformers' own code, not by a list of families."""
+
+import pytest
+
+from quantkit.checkpoint.loaders import TRANSFORMERS, loaders, reads_weight
+from quantkit.scheme import Scheme, integer
+
+LINEARS = ("q_proj", "o_proj", "c_proj", "c_attn", "query_key_value", "down_proj", "fc1", "dense")
+FOUR = Scheme(integer(4, 128))
+
+
+def by_name(model_type, *schemes):
+    layers = {f"model.layers.{i}.mlp.{leaf}": s for i, s in enumerate(schemes) for leaf in LINEARS}
+    return {each.name: each for each in loaders(model_type, layers)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("gpt_bigcode", "c_proj.weight"),
+        ("nanochat", "o_proj.weight"),
+        ("falcon", "self.weight in FalconLinear (its linear class)"),
+        ("llama", None),
+        ("qwen3", None),
+        ("gemma2", None),
+        ("opt", None),
+        ("gpt_neox", None),
+        ("bloom", None),
+        ("no-such-type", None),
+        ("../llama", None),
+    ],
+)
+def test_which_code_reads_a_weight_itself(model_type, found):
+    assert reads_weight(model_type, LINEARS) == found
+
+
+def test_a_linear_that_is_not_quantized_may_be_read():
+    assert reads_weight("nanochat", ["down_proj"]) is None
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "nanochat", "falcon"])
+def test_plain_transformers_needs_dequantize_for_code_that_reads_weights(model_type):
+    loader = by_name(model_type, FOUR)[TRANSFORMERS]
+    assert loader.loads
+    assert "dequantize=True" in loader.how
+    assert "reads" in loader.needs
+
+
+def test_plain_transformers_and_asymmetric_or_several_schemes():
+    assert by_name("llama", FOUR)[TRANSFORMERS].needs is None
+    assert "dequantize=True" in by_name("llama", Scheme(integer(4, 128, False)))[TRANSFORMERS].how
+    assert by_name("llama", FOUR, Scheme(integer(8, None)))[TRANSFORMERS].loads
+    assert not by_name("llama", FOUR, Scheme(integer(8, None, False)))[TRANSFORMERS].loads
+    assert not by_name("gpt2", FOUR)[TRANSFORMERS].loads
+
+
+@pytest.mark.parametrize(
+    ("grid", "own_kernels"),
+    [
+        (integer(4, 128), True),
+        (integer(4, 128, False), True),
+        (integer(8, None), True),
+        (integer(8, 128, False), False),
+        (integer(4, 96), False),
+        (integer(4, 16), False),
+        (integer(3, 128), False),
+        (integer(2, 64, False), False),
+    ],
+    ids=str,
+)
+def test_vllm_takes_all_of_2_to_8_bits_and_some_only_with_its_optional_kernels(grid, own_kernels):
+    loader = by_name("llama", Scheme(grid))["vLLM"]
+    assert loader.loads
+    assert (loader.needs is None) == own_kernels
+
+
+def test_without_quantized_layers_everyone_loads():
+    assert [each.loads for each in loaders("llama", {})] == [True, True]
