@@ -27,6 +27,7 @@ from pydantic import (
 from quantkit import assets
 from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
+from quantkit.formats import registry
 from quantkit.paths import user_path
 from quantkit.recipe_errors import configs_by_name, problems
 from quantkit.recipe_words import did_you_mean, meant_value
@@ -202,10 +203,20 @@ class Calibration(_Part):
         return self
 
 
+def _known_format(name: str) -> str:
+    if name not in registry.names():
+        meant = did_you_mean(meant_value(name, registry.names()))
+        raise ValueError(f"unknown format{meant}; known: {', '.join(registry.names())}, got {name!r}")
+    return name
+
+
+Format = Annotated[str, AfterValidator(_known_format)]
+
+
 class Output(_Part):
     """allow_split_fusion: let {q, k, v} or {gate, up} of a block differ; inference engines fuse these."""
 
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Format = registry.DEFAULT
     allow_split_fusion: bool = False
 
 

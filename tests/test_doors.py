@@ -20,9 +20,14 @@ DOORS: dict[str, set[str] | None] = {
     "formats": {"numerics", "quantkit_kernels"},  # the bit packing is defined once, beside the ops
     "algorithms": {"numerics"},
     "transforms": {"numerics"},
-    "models": {"layers"},
+    "models": {"layers", "formats"},  # formats: how quantized tensors are named
     "structure": {"models"},
-    "recipe": {"algorithms", "transforms", "assets"},  # assets: a shipped recipe by name
+    "recipe": {
+        "algorithms",
+        "transforms",
+        "assets",
+        "formats",
+    },  # assets: a shipped recipe; formats: their names
     "plan": {"recipe", "models", "algorithms"},  # algorithms: their config types
     "predict": {"plan", "recipe", "models"},
     "validation": {"plan", "predict", "recipe", "models", "calibration"},

@@ -17,6 +17,7 @@ from quantkit.cli.opening import (
     open_model,
     resolve,
     threads_option,
+    verify_option,
 )
 from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.errors import ModelError
@@ -37,6 +38,7 @@ from quantkit.errors import ModelError
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
 @backend_option
 @compute_option
+@verify_option
 @device_option
 @dtype_option
 @threads_option
@@ -50,6 +52,7 @@ def command(
     max_tokens: int | None,
     backend: str,
     compute: str,
+    verify: bool,
     device: str,
     dtype: str,
     json_file: str | None,
@@ -57,8 +60,10 @@ def command(
     """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement."""
     from quantkit_eval import evaluate
 
-    candidate, tokenizer = open_model(model, device, dtype, backend, compute)
-    reference, its_tokenizer = open_model(baseline, device, dtype) if baseline else (None, None)
+    candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify)
+    reference, its_tokenizer = (
+        open_model(baseline, device, dtype, verify=verify) if baseline else (None, None)
+    )
     report = evaluate(
         candidate,
         tokenizer,

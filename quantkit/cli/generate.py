@@ -11,6 +11,7 @@ from quantkit.cli.opening import (
     dtype_option,
     open_model,
     threads_option,
+    verify_option,
 )
 from quantkit.cli.terminal import say
 
@@ -25,6 +26,7 @@ from quantkit.cli.terminal import say
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @backend_option
 @compute_option
+@verify_option
 @device_option
 @dtype_option
 @threads_option
@@ -38,6 +40,7 @@ def command(
     seed: int,
     backend: str,
     compute: str,
+    verify: bool,
     device: str,
     dtype: str,
 ) -> None:
@@ -50,7 +53,7 @@ def command(
 
     from quantkit.runtime import choose_runner
 
-    opened, tokenizer = open_model(model, device, dtype, backend, compute)
+    opened, tokenizer = open_model(model, device, dtype, backend, compute, verify)
     runner = choose_runner(opened, max_new_tokens)
     if runner.reason:
         say(f"in transformers: {runner.reason}", err=True)

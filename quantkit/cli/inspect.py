@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.table import Column, Table
 
-from quantkit.cli.opening import device_option, dtype_option, resolve
+from quantkit.cli.opening import device_option, dtype_option, resolve, verify_option
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.device import find_device
 
@@ -21,10 +21,13 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")  # a part of a dotted n
 @click.option(
     "--all", "every_layer", is_flag=True, help="A line per layer instead of a line per kind of layer."
 )
+@verify_option
 @device_option
 @dtype_option
 @json_option
-def command(model: str, every_layer: bool, device: str, dtype: str, json_file: str | None) -> None:
+def command(
+    model: str, every_layer: bool, verify: bool, device: str, dtype: str, json_file: str | None
+) -> None:
     """Show what MODEL (a folder or hub id) holds per kind of layer; no model is built.
 
     Layers that differ only in the numbers of their names share a line. Device and dtype are those the model would run
@@ -32,7 +35,7 @@ def command(model: str, every_layer: bool, device: str, dtype: str, json_file: s
     """
     from quantkit.checkpoint.inspect import inspect_checkpoint
 
-    report = inspect_checkpoint(resolve(model))
+    report = inspect_checkpoint(resolve(model), verify)
     memory = _memory(report, device, dtype)
 
     def draw() -> None:
@@ -52,8 +55,20 @@ def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool 
         f"{totals['quantized_layers']} quantized layers, {size(totals['bytes'])} of tensors, "
         f"{totals['model_bits_per_weight']:.3f} bits per weight"
     )
+    console.print(_checks(report["checks"]))
     for loader in report["loaders"]:
         console.print(f"{'yes' if loader['loads'] else 'no':<3}  {loader['name']}: {loader['how']}")
+
+
+def _checks(checks: dict[str, Any]) -> str:
+    """What was looked at, in words."""
+    said = [f"checked: {checks['tensors']} scales, norms and biases are finite"]
+    said.append("the weight files have their sizes" if checks["sizes"] else "no quantkit.json gives sizes")
+    if checks["sizes"]:
+        said.append("every sha256 matches" if checks["digests"] else "digests not compared (--verify)")
+    if checks["changed"]:
+        said.append(f"changed since they were written: {', '.join(checks['changed'])}")
+    return "; ".join(said)
 
 
 def kinds(layers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -26,6 +26,9 @@ backend_option = click.option(
     show_default=True,
     help="Kernels of packed linears; `quantkit kernels` lists them.",
 )
+verify_option = click.option(
+    "--verify", is_flag=True, help="Compare the sha256 of every file with quantkit.json first."
+)
 compute_option = click.option(
     "--compute",
     type=click.Choice(["float", "int8", "int8-token"]),
@@ -59,7 +62,12 @@ def resolve(path_or_id: str) -> Path:
 
 
 def open_model(
-    path_or_id: str, device: str, dtype: str, backend: str = "auto", compute: str = "float"
+    path_or_id: str,
+    device: str,
+    dtype: str,
+    backend: str = "auto",
+    compute: str = "float",
+    verify: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
@@ -77,6 +85,7 @@ def open_model(
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         backend=backend,
         compute=compute,
+        verify=verify,
     )
     say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
     _hint_at_missing_kernels(model)

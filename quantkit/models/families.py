@@ -101,9 +101,6 @@ SET_ASIDE = (
 # config.json keys of models that also see or hear.
 OTHER_MODALITIES = ("vision_config", "audio_config", "mm_vision_tower")
 
-# How the tensors of an already quantized checkpoint end.
-QUANTIZED_TENSOR = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|absmax|SCB)$")
-
 # model_type -> why it is refused although nothing above shows it.
 UNSUPPORTED: dict[str, str] = {
     "mamba": "a state-space model has no attention blocks",

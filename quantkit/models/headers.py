@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ModelError
+from quantkit.formats.foreign import QUANTIZED_TENSOR
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, longest_window, read_config
@@ -178,7 +179,7 @@ def _check_tensors(headers: Headers) -> None:
     if not names:
         raise ModelError(f"{headers.path} holds no weights")
     _refuse_mixture(headers, names)
-    quantized = [name for name in names if families.QUANTIZED_TENSOR.search(name)]
+    quantized = [name for name in names if QUANTIZED_TENSOR.search(name)]
     if quantized:
         raise ModelError(
             f"{headers.path} is already quantized ({named(quantized)}); give the original checkpoint"

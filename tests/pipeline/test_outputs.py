@@ -6,12 +6,12 @@ import random
 import resource
 import signal
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import interrupt
 import numpy as np
 import pytest
+import quantkit_kernels
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
@@ -311,15 +311,23 @@ def test_a_flipped_bit_on_disk_is_found(arguments, finished, tmp_path, monkeypat
 
 
 def test_a_packed_forward_that_differs_is_found(arguments, tmp_path, monkeypatch):
-    from_quantized = QuantLinear.from_quantized
+    """The tensors of the file are run by the layer that `load` uses, on the backend it chooses."""
+    ran = []
+    forward = QuantLinear.forward
 
-    def doubled(weight, bias):
-        return from_quantized(replace(weight, scale=2 * weight.scale), bias)
+    def doubled(layer, x):
+        ran.append(layer.backend)
+        return 2 * forward(layer, x)
 
-    monkeypatch.setattr(QuantLinear, "from_quantized", doubled)
+    monkeypatch.setattr(QuantLinear, "forward", doubled)
     assert_rejected(
-        arguments, tmp_path / "out", VerificationError, r"layers\.0\..*: the packed forward differs"
+        arguments,
+        tmp_path / "out",
+        VerificationError,
+        r"layers\.0\..*: on backend .* the packed product differs",
     )
+    spec = quantkit_kernels.Spec("int4", 4, 32, False, 64, 64)
+    assert ran == [quantkit_kernels.select(spec, torch.device("cpu"), None, torch.float32)[0]]
 
 
 def _lose_end(path):
