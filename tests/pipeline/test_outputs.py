@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import interrupt
