@@ -121,7 +121,7 @@ def damage(file: Path, entry: Mapping[str, Any]) -> str:
     except ModelError:
         return " (its header)"
     found = {info.name: info for info in infos if info.file.name == file.name}
-    bad = [name for name, crc in sums.items() if name not in found or _crc32(found[name]) != crc]
+    bad = [name for name, crc in sums.items() if name not in found or crc32(found[name]) != crc]
     return f" in {named(bad)}" if bad else " (its header)"
 
 
@@ -142,7 +142,8 @@ def _is_finite(info: TensorInfo) -> bool:
     return all(bool(torch.frombuffer(piece, dtype=dtype).isfinite().all()) for piece in _pieces(info))
 
 
-def _crc32(info: TensorInfo) -> str:
+def crc32(info: TensorInfo) -> str:
+    """The CRC-32 (hex) of a stored tensor."""
     crc = 0
     for piece in _pieces(info):
         crc = zlib.crc32(piece, crc)

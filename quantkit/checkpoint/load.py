@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.check import check_files, check_values
+from quantkit.checkpoint.saving import remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
 from quantkit.formats.registry import codec, codec_of
@@ -90,6 +91,8 @@ def load(
     _refuse_incomplete(path, config.model_type, info)
     if packing is not None:
         _finish(path, model, backend, compute, tensors)
+        dtype_named = raw.get("dtype", raw.get("torch_dtype"))
+        remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
     elif backend not in (None, "auto") or compute != "float":
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"

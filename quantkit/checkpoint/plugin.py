@@ -18,8 +18,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantkit.checkpoint.saving import as_stored
 from quantkit.errors import BackendError, ModelError
-from quantkit.formats.registry import Codec, Shape, codec_of
+from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
@@ -47,10 +48,11 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **__: Any) -> None:
         tensors = self.quantization_config.tensors
         stored = self.quantization_config.stored
-        codec = codec_of(stored)
-        swap(model, codec, codec.parse(stored), tensors)
-        check_shapes(model, codec, tensors)
-        self.quantization_config.tensors = {}  # done with; the config lives as long as the model
+        packing = codec_of(stored)
+        swap(model, packing, packing.parse(stored), tensors)
+        check_shapes(model, packing, tensors)
+        # What is left lives as long as the model: the types to save in.
+        self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}
         # Some families (GPT-2) initialize the `c_proj.weight` of their blocks before loading: an empty stand-in.
         for _, module in packed_linears(model):
             module.weight = torch.empty(0)
@@ -63,9 +65,10 @@ class PackedQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
         """What a checkpoint stores, also of layers that run on a layout of their own."""
         prepared = [(name, module) for name, module in packed_linears(model) if module.prepared]
-        if not prepared:
-            return None, {}
-        state = model.state_dict()
+        stored = {n: torch_dtype(dtype) for n, (dtype, _) in self.quantization_config.tensors.items()}
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            return None, {}  # offloaded: transformers fetches each tensor when it writes it
+        state = {name: as_stored(tensor, stored.get(name)) for name, tensor in model.state_dict().items()}
         for name, module in prepared:
             try:
                 state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.on_disk().items()}
@@ -74,6 +77,18 @@ class PackedQuantizer(HfQuantizer):
                     f"{name}: {error}; copy the folder it was loaded from, or load it with backend='reference'"
                 ) from None
         return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Every packed linear becomes the dense layer it stands for."""
+        if any(module.offloaded for _, module in packed_linears(model)):
+            raise BackendError("dequantize needs every layer in memory; load the model without a device_map")
+        wanted = dtype if isinstance(dtype, torch.dtype) else model.dtype
+        for name, module in packed_linears(model):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _dense(module, wanted))
+        model.__dict__.pop("save_pretrained", None)
+        model.is_quantized = False
+        return model.to(wanted)
 
     def is_serializable(self) -> bool:
         return True
@@ -98,37 +113,57 @@ def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
-def swap(model: nn.Module, codec: Codec, scheme_of: Callable[[str], Scheme | None], tensors: Tensors) -> None:
+def swap(
+    model: nn.Module, packing: Codec, scheme_of: Callable[[str], Scheme | None], tensors: Tensors
+) -> None:
     """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme."""
     for name, module in list(model.named_modules()):
         scheme = scheme_of(name) if isinstance(module, nn.Linear | Conv1D) else None
         if scheme is None:
             continue
         n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-        packed = _packed(name, (n, k), scheme, module, codec, tensors)
+        packed = _packed(name, (n, k), scheme, module, packing, tensors)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
 
 
 def _packed(
-    name: str, shape: Shape, scheme: Scheme, module: nn.Module, codec: Codec, tensors: Tensors
+    name: str, shape: Shape, scheme: Scheme, module: nn.Module, packing: Codec, tensors: Tensors
 ) -> QuantLinear:
     n, k = shape
     if not scheme.weights.divides(k):
         raise ModelError(
             f"{name} has {k} columns, which its groups of {scheme.weights.group_size} do not divide"
         )
-    stored, _ = tensors.get(f"{name}.{codec.scale}", ("BF16", ()))
+    stored, _ = tensors.get(f"{name}.{packing.scale}", ("BF16", ()))
     if stored not in WEIGHT_DTYPES:
         raise ModelError(
-            f"{name}.{codec.scale} has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}"
+            f"{name}.{packing.scale} has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}"
         )
     bias = module.bias
     dtype = None if bias is None else bias.dtype
-    return QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, "meta", codec.name)
+    packed = QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, "meta", packing.name)
+    packed.replaces = type(module)
+    return packed
 
 
-def check_shapes(model: nn.Module, codec: Codec, tensors: Tensors) -> None:
+def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer of the class that a packed linear replaced, with its dequantized weight."""
+    device = next(module.buffers()).device
+    weight = codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize(dtype)
+    n, k = weight.shape
+    bias = module.bias is not None
+    with torch.device("meta"):
+        turned = issubclass(module.replaces, Conv1D)
+        dense = module.replaces(n, k) if turned else module.replaces(k, n, bias=bias)
+    weight = weight.T.contiguous() if turned else weight
+    dense.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    if bias:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return dense
+
+
+def check_shapes(model: nn.Module, packing: Codec, tensors: Tensors) -> None:
     """ModelError naming every stored tensor that does not fit its place in the model.
 
     transformers casts, broadcasts or keeps what does not fit without a word, depending on the version.
@@ -140,14 +175,14 @@ def check_shapes(model: nn.Module, codec: Codec, tensors: Tensors) -> None:
             continue  # missing ones are what loading reports
         dtype, shape = tensors[name]
         owner, _, leaf = name.rpartition(".")
-        own = codec.leaves.get(leaf) if owner in linears else None
+        own = packing.leaves.get(leaf) if owner in linears else None
         kind = stored_dtype(own) if own else dtype
         if tuple(shape) != tuple(place.shape):
             problems.append(f"{name} is {list(shape)}, the model has {list(place.shape)}")
             if owner in linears:
                 linear = linears[owner]
                 hints.add(
-                    codec.why_misfit(leaf, shape, linear.out_features, linear.in_features, linear.scheme)
+                    packing.why_misfit(leaf, shape, linear.out_features, linear.in_features, linear.scheme)
                 )
         elif dtype != kind:
             problems.append(f"{name} is {dtype}, not {kind}")

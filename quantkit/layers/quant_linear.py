@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +29,7 @@ class QuantLinear(nn.Module):
     x [..., K] of any float dtype; y has x's dtype. Gradients reach x and the bias, codes and scales get none.
     """
 
+    replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
     siblings: Siblings | None = None  # those that run together with this one
     _call: Call | None = None  # the product on the layout; holds addresses, so it is made anew in a copy
 
@@ -175,6 +177,21 @@ class QuantLinear(nn.Module):
             self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
+        """For pickle: each buffer alone, without the arena that all layers share."""
+        state = self._state()
+        state["_buffers"] = {
+            name: None if buffer is None else _alone(buffer) for name, buffer in self._buffers.items()
+        }
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantLinear:
+        """Copies share one arena among them, as the originals do."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def _state(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_call", None)
         return state
@@ -194,6 +211,12 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.backend}"
         )
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A view into a larger storage as a tensor of its own."""
+    shared = not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if shared else tensor
 
 
 def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:

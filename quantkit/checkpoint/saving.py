@@ -1,0 +1,66 @@
+"""`save_pretrained` of a loaded model: the same checkpoint again, with its types and its record.
+
+transformers writes every tensor in the type the model runs in. Here tensors go back to the type they were loaded from
+where that loses nothing, and if every tensor then has the bytes that `quantkit.json` recorded, the record is kept, with
+the names, sizes and digests of the new files.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.check import crc32, digest_file
+from quantkit.checkpoint.manifest import read_manifest, write_manifest
+from quantkit.checkpoint.shards import write_json
+from quantkit.errors import VerificationError
+from quantkit.models.tensors import INDEX, read_tensors
+
+
+def remember(model: nn.Module, source: Path, dtype: str | None) -> None:
+    """Make `model.save_pretrained` write the checkpoint in `source` again; dtype: what its config.json names."""
+    model.save_pretrained = partial(save_again, model, source, dtype)  # type: ignore[assignment]
+
+
+def save_again(
+    model: nn.Module, source: Path, dtype: str | None, save_directory: str | Path, *args: Any, **options: Any
+) -> None:
+    """transformers' `save_pretrained`, then the type in config.json and the record of the run."""
+    type(model).save_pretrained(model, save_directory, *args, **options)  # type: ignore[attr-defined]
+    folder = Path(save_directory)
+    config = folder / "config.json"
+    if dtype is not None and config.is_file():
+        write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": dtype})
+    _keep_record(source, folder)
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor in the type it had on disk if it comes back from it unchanged, else as it is."""
+    if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point() or tensor.is_meta:
+        return tensor
+    cast = tensor.to(dtype)
+    return cast if torch.equal(cast.to(tensor.dtype), tensor) else tensor
+
+
+def _keep_record(source: Path, folder: Path) -> None:
+    """Write `quantkit.json` into `folder` if its tensors are those that the one in `source` recorded."""
+    try:
+        manifest = read_manifest(source)
+    except VerificationError:
+        return
+    recorded = {n: crc for entry in manifest["files"].values() for n, crc in entry.get("tensors", {}).items()}
+    paths, tensors = read_tensors(folder)
+    sums = {name: crc32(info) for name, info in tensors.items()}
+    if not recorded or sums != recorded:
+        return
+    written = [*paths, folder / "config.json"]
+    written += [path for name in (INDEX, "generation_config.json") if (path := folder / name).is_file()]
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in written}
+    for path in paths:
+        files[path.name]["tensors"] = {n: sums[n] for n, info in tensors.items() if info.file == path}
+    write_manifest(folder, manifest | {"files": files})
