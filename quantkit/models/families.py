@@ -1,6 +1,6 @@
-"""What is special about a model family, as tables; whatever is not here is ordinary.
+"""What differs between model families, as tables; a family that is not listed is treated as ordinary.
 
-Ordinary means: linears are `nn.Linear` ([N, K] on disk), tensors carry the module names of transformers'
+In an ordinary family linears are `nn.Linear` ([N, K] on disk), tensors carry the module names of transformers'
 causal LM, and every tensor on disk is a parameter or buffer of that model.
 """
 
@@ -75,7 +75,7 @@ OTHERS: dict[str, Family] = {
     "gpt_neo": Family("transformer", tied=True, dropped=((r"\.attention\.(bias|masked_bias)$", _MASK),)),
     "gptj": Family("transformer", dropped=_GPT2_MASKS),
     "mpt": Family("transformer", tied=True),
-    "nemotron_h": Family("", renames=(("backbone.", "model."),)),
+    "nemotron_h": Family(renames=(("backbone.", "model."),)),
     "openai-gpt": Family("transformer", conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
 }
 
@@ -134,17 +134,14 @@ def dropped(model_type: str, name: str) -> str | None:
 
 def module_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
     """Disk tensor name -> name in transformers' causal LM, for all tensors of one checkpoint."""
-    names = list(names)
     here = family(model_type)
-    prefix = f"{here.base_prefix}." if here.base_prefix else ""
-    bare = bool(prefix) and not any(name.startswith(prefix) for name in names)
-    found = {}
+    renamed: dict[str, str] = {}
     for name in names:
-        module = name
-        for old, new in here.renames:
-            if name.startswith(old):
-                module = new + name.removeprefix(old)
-        if bare and not module.startswith(f"{HEAD}."):
-            module = prefix + module
-        found[name] = module
-    return found
+        prefix = next((pair for pair in here.renames if name.startswith(pair[0])), ("", ""))
+        renamed[name] = prefix[1] + name.removeprefix(prefix[0])
+    base = f"{here.base_prefix}." if here.base_prefix else ""
+    bare = not any(name.startswith(base) for name in renamed.values())
+    return {
+        disk: base + name if bare and not name.startswith(f"{HEAD}.") else name
+        for disk, name in renamed.items()
+    }

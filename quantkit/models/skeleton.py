@@ -1,7 +1,8 @@
-"""A transformers causal LM without memory: parameters on meta, filled one decoder block at a time.
+"""A transformers causal LM whose parameters take no memory until a part of it is loaded, one decoder block at a time.
 
-Buffers are made for real (`include_buffers=False`): rotary tables and masks are not stored in checkpoints. A
-loaded block is a copy of its meta block; freeing puts the meta block back, whatever was swapped inside.
+The parameters lie on torch's meta device. Buffers are real (`include_buffers=False`), because rotary tables and masks
+are computed, not stored in checkpoints. A loaded block is a copy of its meta block; freeing it puts the meta block
+back, whatever was swapped inside the copy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from quantkit.models.tensors import named
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model on meta, in eval mode, with parameters of type `dtype`, checked against the checkpoint.
+    """The empty model of a checkpoint, in eval mode, with meta parameters of type `dtype`.
 
     ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ. A head that is stored
     beside the embedding it is tied to joins `source.dropped`.
@@ -36,7 +37,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     model.eval()
     _check(model, source)
@@ -45,7 +46,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Name of a tied parameter -> name of the one it is (transformers' own list)."""
+    """Name of a tied parameter -> name of the parameter it shares, as transformers lists them."""
     return model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
@@ -146,7 +147,7 @@ def load_block(
 
 
 def free_block(model: nn.Module, index: int, blocks_prefix: str | None = None) -> None:
-    """Put the meta block back; the loaded one goes with its last reference."""
+    """Put the meta block back; the loaded one is freed with the last reference to it."""
     _, blocks = find_blocks(model, blocks_prefix)
     blocks[index] = blocks[index].__dict__.get("_meta_block", blocks[index])
 

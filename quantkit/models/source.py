@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +161,7 @@ class Source:
             raise ModelError(f"{error.filename or self.path} cannot be read: {error.strerror}") from error
         return total.hexdigest()
 
-    def _open(self, info: TensorInfo):
+    def _open(self, info: TensorInfo) -> FileIO:
         try:
             return info.file.open("rb", buffering=0)
         except OSError as error:
