@@ -45,7 +45,10 @@ class Loader:
 
 
 def loaders(model_type: str, schemes: dict[str, Scheme]) -> list[Loader]:
-    """Who loads a model whose linears (by module name) have these schemes; empty: a model that is not quantized."""
+    """Who loads a model whose linears (by module name) have these schemes; empty: a model that is not quantized.
+
+    model_type: "" leaves out what depends on the code of a family; transformers is not imported then.
+    """
     ours = Loader("quantkit", True, "quantkit.load(path)")
     if not schemes:
         return [ours, Loader("transformers", True, PLAIN)]
@@ -124,11 +127,11 @@ def _weight_reads(model_type: str) -> frozenset[str]:
 
 def _modeling_file(model_type: str) -> Path | None:
     """transformers' file with the model of a type, or None for a type that it does not know."""
-    from transformers.models.auto.configuration_auto import model_type_to_module_name
-
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations or not model_type.replace("-", "_").isidentifier():
         return None
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
     name = model_type_to_module_name(model_type)
     file = Path(spec.submodule_search_locations[0]) / "models" / name / f"modeling_{name}.py"
     return file if file.is_file() else None
