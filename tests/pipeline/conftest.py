@@ -11,6 +11,12 @@ from quantkit import assets
 from quantkit.pipeline.progress import Silent
 
 
+@pytest.fixture(autouse=True)
+def backend(request, monkeypatch):
+    """The kernels that a user gets; a module that compares to the bit says BACKEND = "reference"."""
+    monkeypatch.setenv("QUANTKIT_BACKEND", getattr(request.module, "BACKEND", "auto"))
+
+
 @pytest.fixture(scope="module")
 def steady():
     """One thread, as in the processes of `interrupt`, and no digest of the package's sources in the manifest."""

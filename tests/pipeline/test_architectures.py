@@ -25,6 +25,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 
+BACKEND = "reference"  # logits are compared to the bit
 NAMES = list(tiny_models.CONFIGS)
 TIED = ("gemma", "opt", "gpt2", "falcon")  # families whose heads usually are; the others untied
 RECIPES = {
