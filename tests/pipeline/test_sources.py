@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, save
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
 from quantkit.models import families
@@ -101,3 +102,27 @@ def test_what_a_side_file_has_wrong_is_told_before_anything_is_written(tmp_path,
         quantkit.quantize(RTN, model=source, output=tmp_path / "o", eval_tokens=256)
     assert file in str(error.value) or str(source) in str(error.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_dense_nemotron_h_is_no_mixture(tmp_path):
+    """Its config counts 8 experts, none of its blocks has one, and its tensors are called `backbone.*`."""
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}
+    state = {"ssm_state_size": 16, "n_groups": 1, "hybrid_override_pattern": "M*-"}
+    config = AutoConfig.for_model("nemotron_h", **sizes, **heads, **state)
+    source = save(AutoModelForCausalLM.from_config(config), tmp_path / "m", dtype=torch.bfloat16)
+    assert json.loads((source / "config.json").read_text())["n_routed_experts"] > 1
+    result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", evaluate=False)
+    names = {layer["name"] for layer in result.manifest["layers"]}
+    assert {
+        "model.layers.0.mixer.in_proj",
+        "model.layers.1.mixer.q_proj",
+        "model.layers.2.mixer.up_proj",
+    } <= names
+    assert quantkit.load(result.output)(torch.arange(4, 20)[None]).logits.isfinite().all()
