@@ -26,7 +26,15 @@ from torch.compiler import is_compiling
 
 from quantkit_kernels import gradient
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.layout import Packed, check_bias, check_units, table_number, unpack
+from quantkit_kernels.cpu.layout import (
+    Packed,
+    check_bias,
+    check_units,
+    refuses,
+    table_number,
+    units_bytes,
+    unpack,
+)
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.stored import TABLES, Spec
 
@@ -85,12 +93,26 @@ def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: in
 
 
 def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
-    spec = _spec(bits, group_size, n, k, symmetric, table)
-    check_units(units, spec, wide_scales)
-    if bias is not None:
+    if bias is not None and bias.dtype is not torch.float32:
         check_bias(bias, n)
-    c = library.required()
-    return _bound(c, units.data_ptr(), x.dtype, spec, compute, scale_factor, wide_scales)(x, bias)
+    facts = (bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)
+    call = None
+    if units.dtype is torch.uint8 and units.is_cpu and units.is_contiguous():
+        call = _bound_flat(library.required(), units.data_ptr(), units.numel(), x.dtype, *facts)
+    if call is None:
+        check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales)
+    return call(x, bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bound_flat(
+    c, at, size, dtype, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table
+) -> Call | None:
+    """`_bound` on so many bytes of units at an address; None if a weight of this kind has another size."""
+    spec = _spec(bits, group_size, n, k, symmetric, table)
+    if refuses(bits, group_size, k) or size != units_bytes(bits, group_size, n, k, wide_scales):
+        return None
+    return _bound(c, at, dtype, spec, compute, scale_factor, wide_scales)
 
 
 @functools.lru_cache(maxsize=4096)
