@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as registry
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint.saving import as_stored
+from quantkit.checkpoint.saving import all_as_stored
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
@@ -68,7 +68,7 @@ class PackedQuantizer(HfQuantizer):
         stored = {n: torch_dtype(dtype) for n, (dtype, _) in self.quantization_config.tensors.items()}
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             return None, {}  # offloaded: transformers fetches each tensor when it writes it
-        state = {name: as_stored(tensor, stored.get(name)) for name, tensor in model.state_dict().items()}
+        state = all_as_stored(model.state_dict(), stored)
         for name, module in prepared:
             try:
                 state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.on_disk().items()}

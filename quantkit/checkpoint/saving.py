@@ -39,6 +39,15 @@ def save_again(
     _keep_record(source, folder)
 
 
+def all_as_stored(state: dict[str, torch.Tensor], stored: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Every tensor in the type it had on disk (`stored`, by name); tied tensors stay one tensor."""
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for name in sorted(state, key=lambda name: name not in stored):
+        tensor = state[name]
+        cast.setdefault((tensor.data_ptr(), tensor.shape), as_stored(tensor, stored.get(name)))
+    return {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
+
+
 def as_stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """The tensor in the type it had on disk if it comes back from it unchanged, else as it is."""
     if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point() or tensor.is_meta:

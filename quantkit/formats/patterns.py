@@ -86,7 +86,8 @@ class _Match:
         if kind is op.SUBPATTERN and not value[1] and not value[2]:
             return self.sequence(value[3], {start})
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self.repeat(*value, start)
+            least, most, parts = value
+            return self.repeat(least, most, parts, start)
         if kind in (op.ASSERT, op.ASSERT_NOT) and value[0] > 0:
             found = bool(self.sequence(value[1], {start}))
             return {start} if found == (kind is op.ASSERT) else set()
@@ -144,4 +145,4 @@ def _fits(kind: Any, value: Any, character: str) -> bool:
         test, wanted = _CATEGORIES[value]
         return test(character) == wanted
     negated = value[0][0] is op.NEGATE
-    return any(_fits(*part, character) for part in value[negated:]) != negated
+    return any(_fits(part, what, character) for part, what in value[negated:]) != negated

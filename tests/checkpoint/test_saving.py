@@ -46,6 +46,18 @@ def test_a_saved_model_is_the_same_checkpoint(output, tmp_path):
     assert torch.equal(logits(quantkit.load(tmp_path, verify=True)), logits(quantkit.load(output)))
 
 
+def test_tied_tensors_are_saved_once(tmp_path):
+    model = tiny_models.build("llama-gqa", tie_word_embeddings=True)
+    tiny_models.save(model, tmp_path / "m", torch.bfloat16)
+    recipe = {"weights": {"bits": 4, "group_size": 32, "algorithm": "rtn"}}
+    quantkit.quantize(recipe, tmp_path / "m", tmp_path / "o", evaluate=False)
+    quantkit.load(tmp_path / "o", device="cpu").save_pretrained(tmp_path / "again")
+    before, after = tensors_of(tmp_path / "o"), tensors_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
+    assert read_manifest(tmp_path / "again")
+
+
 def test_a_changed_model_keeps_its_change_and_no_record(output, tmp_path):
     model = quantkit.load(output, device="cpu")
     with torch.no_grad():
