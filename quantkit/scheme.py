@@ -107,7 +107,7 @@ class Grid:
     @property
     def qmax(self) -> int:
         """Largest code, as an unsigned number."""
-        return 2**self.number.bits - 1
+        return (1 << self.number.bits) - 1
 
     @property
     def midpoint(self) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from quantkit.scheme import Number
 
-Nearest = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Nearest = Callable[..., torch.Tensor]
 
 
 def bounds(zero: torch.Tensor, number: Number) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +26,10 @@ def bounds(zero: torch.Tensor, number: Number) -> tuple[torch.Tensor, torch.Tens
 
 
 def nearest(number: Number) -> Nearest:
-    """The function (x, low, high) -> levels that rounds `x` (fp32 or fp64) in place; low, high: see `bounds`."""
+    """The function (x, low, high, out=x) -> levels that rounds `x` (fp32 or fp64), in place if no `out` is given.
+
+    low, high: see `bounds`.
+    """
     return _round_integers if number.kind == "int" else functools.partial(_round_to_table, number)
 
 
@@ -57,13 +60,17 @@ def largest(number: Number) -> float:
     return max(value for value in number.values if math.isfinite(value))
 
 
-def _round_integers(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    return x.round_().clamp_(low, high)
+def _round_integers(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return (x.round_() if out is None else torch.round(x, out=out)).clamp_(low, high)
 
 
-def _round_to_table(number: Number, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def _round_to_table(
+    number: Number, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     table = _table(number, x.dtype, x.device)
-    return x.copy_(table.levels[torch.bucketize(x, table.edges)])
+    return torch.take(table.levels, torch.bucketize(x, table.edges), out=x if out is None else out)
 
 
 class _Table(NamedTuple):

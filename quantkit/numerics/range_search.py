@@ -16,6 +16,8 @@ STRIDE = 0.02
 STEPS = {2: 35, 3: 28, 4: 20}  # shrink factors tried, STRIDE apart: fewer bits clip deeper
 STEPS_WIDE = 12
 _CHUNK = 1 << 17  # elements per pass, so that the temporaries stay in the second-level cache
+_WORTH_GATHERING = 0.6  # share of the groups up to which copying them out costs less than trying all
+_SURE = 0.99  # a lower bound of an error is taken this much lower, for rounding
 
 
 def search_grid(
@@ -36,24 +38,49 @@ def search_grid(
     if method == "weighted":
         if importance is None:
             raise ValueError("range search 'weighted' needs the mean square of the inputs")
-        column = importance.to(weight.dtype).view(1, -1, group)
+        column = importance.to(weight.dtype).view(-1, group)
     else:
         column = None
-    rows = max(1, _CHUNK // weight.shape[1])
-    parts = [_search(grouped(c, group), grid, dtype, column) for c in weight.split(rows)]
-    return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
+    n, k = weight.shape
+    parts = []
+    for chunk in torch.split(weight, max(1, _CHUNK // k)):
+        weights = None if column is None else column.repeat(len(chunk), 1)
+        parts.append(_search(chunk.reshape(-1, group), grid, dtype, weights))
+    scale, zero = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in (0, 1))
+    return scale, zero
 
 
 def _search(
     w: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    lo, hi = w.amin(2), w.amax(2)  # (n, K/G)
+    """Scale and zero (groups) for w (groups, G); column: as w, see `_error`.
+
+    A shrunken range is tried only for groups where it can win: their largest weight alone, cut to the end of the range,
+    must not cost more than the best range so far does. The result is that of trying all.
+    """
+    lo, hi = w.amin(1), w.amax(1)
     best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype)
+    ends = nearest(grid.number)
     least = _error(w, best_scale, best_zero, grid, column)
     for step in range(1, STEPS.get(grid.bits, STEPS_WIDE)):
         shrink = 1 - step * STRIDE
         scale, zero = scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
-        error = _error(w, scale, zero, grid, column)
+        active = None
+        if column is None:
+            limits = bounds(zero, grid.number)
+            cut = torch.maximum(
+                hi - ends(hi / scale, *limits) * scale, ends(lo / scale, *limits) * scale - lo
+            )
+            active = (cut.clamp_(min=0).pow_(2.5) * _SURE < least).nonzero().squeeze(1)
+            if not len(active):
+                continue
+            if len(active) > _WORTH_GATHERING * len(w):
+                active = None
+        if active is None:
+            error = _error(w, scale, zero, grid, column)
+        else:
+            error = torch.full_like(least, torch.inf)
+            error[active] = _error(w[active], scale[active], zero[active], grid, column)
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -64,16 +91,20 @@ def _search(
 def _error(
     w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, column: torch.Tensor | None
 ) -> torch.Tensor:
-    """Error of every group (n, K/G): |.|^2.5, or squared and weighted by `column` (1, K/G, G) if that is given.
+    """Error of every group of w (groups, G): |.|^2.5, or squared and weighted by `column` (groups, G) if given.
 
-    In units of the step, off = level - w/s: half the passes of dequantizing. GPTQ's power
-    2.4 is as good and needs `pow`, 2 clips too deep (docs/LOG.md).
+    In units of the step, off = level - w/s: half the passes of dequantizing. GPTQ's power 2.4 is as good and needs
+    `pow`, 2 clips too deep (docs/LOG.md).
     """
-    steps = w / scale[:, :, None]
-    off = nearest(grid.number)(steps.clone(), *bounds(zero[:, :, None], grid.number)).sub_(steps)
+    steps = w / scale[:, None]
+    off = nearest(grid.number)(steps, *bounds(zero[:, None], grid.number), torch.empty_like(steps)).sub_(
+        steps
+    )
     if column is not None:
-        return torch.linalg.vecdot(off, off * column) * scale.square()
-    return torch.linalg.vecdot(off.square(), off.abs_().sqrt_()) * scale.pow(2.5)
+        squares: torch.Tensor = torch.linalg.vecdot(off, off * column)
+        return squares * scale.square()
+    powers: torch.Tensor = torch.linalg.vecdot(torch.mul(off, off, out=steps), off.abs_().sqrt_())
+    return powers * scale.pow(2.5)
 
 
 def refit_scale(
