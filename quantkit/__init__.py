@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "quantize": ("quantkit.pipeline", "quantize"),
+    "quantize": ("quantkit.pipeline.quantize", "quantize"),
     "generate": ("quantkit.runtime", "generate"),
     "load": ("quantkit.checkpoint.load", "load"),
     "evaluate": ("quantkit_eval", "evaluate"),

@@ -42,7 +42,7 @@ def test_a_packed_linear_has_the_predicted_bytes(bits, symmetric, n, k, group):
 # A process of its own: its peak memory counts from what it needed before the run.
 _RUN = """
 import resource, sys
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 from quantkit import assets
 from transformers import AutoTokenizer
 AutoTokenizer.from_pretrained(assets.default_model(), trust_remote_code=False)

@@ -30,7 +30,7 @@ import torch
 
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.shards import write_json
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq")
 TESTS = ("tests",)

@@ -47,7 +47,7 @@ def command(
     if no_eval and (eval_tokens or eval_texts):
         raise click.UsageError("--no-eval measures nothing; leave out --eval-tokens and --eval-text")
     progress = make_progress()
-    from quantkit.pipeline import quantize
+    from quantkit.pipeline.quantize import quantize
 
     try:
         result = quantize(

@@ -16,7 +16,7 @@ from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
-from quantkit.pipeline.inputs import needs
+from quantkit.pipeline.run import needs
 from quantkit.plan import LayerPlan
 
 

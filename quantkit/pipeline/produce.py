@@ -14,7 +14,7 @@ from quantkit.calibration.walk import inputs_after_blocks, walk
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
-from quantkit.pipeline.inputs import Run, needs
+from quantkit.pipeline.run import Run, needs
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan

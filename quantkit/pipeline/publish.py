@@ -24,7 +24,7 @@ from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.tensors import INDEX
-from quantkit.pipeline.inputs import Run
+from quantkit.pipeline.run import Run
 from quantkit.structure.trace import is_linear
 
 

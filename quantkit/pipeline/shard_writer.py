@@ -16,7 +16,7 @@ from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.models.tensors import TensorInfo
 from quantkit.pipeline.block import BlockResult
-from quantkit.pipeline.inputs import Run
+from quantkit.pipeline.run import Run
 
 
 class ShardWriter:

@@ -15,7 +15,7 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.estimate import Estimate
 from quantkit.pipeline.evaluation import TOKENS
-from quantkit.pipeline.inputs import Run
+from quantkit.pipeline.run import Run
 from quantkit.predict import predict
 
 VERIFY, EVALUATE = "verifying the checkpoint", "evaluating"

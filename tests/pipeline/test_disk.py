@@ -35,7 +35,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_source_is_hashed(
 
 def test_what_is_predicted_is_enough(arguments, tmp_path, free, monkeypatch):
     needs = []
-    monkeypatch.setattr("quantkit.pipeline.run.check_disk", lambda output, needed: needs.append(needed))
+    monkeypatch.setattr("quantkit.pipeline.quantize.check_disk", lambda output, needed: needs.append(needed))
     quantkit.quantize(**arguments("rtn", tmp_path / "out"))
     written = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file())
     assert 0.9 * written < needs[0] < 1.5 * written

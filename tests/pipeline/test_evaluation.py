@@ -133,13 +133,13 @@ def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, mo
         raise ZeroDivisionError("a loss that is\nnot finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.pipeline.run.evaluate_pair", fail)
+        patch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
         result = quantkit.quantize(**given)
         assert "the evaluation failed: a loss that is not finite; the weights in" in result.failed
         assert result.report["notes"][-1] == result.failed
         assert result.manifest["evaluation"] is None
     quantkit.load(tmp_path / "out", device="cpu")
-    monkeypatch.setattr("quantkit.pipeline.run.produce", lambda *rest: pytest.fail("computed again"))
+    monkeypatch.setattr("quantkit.pipeline.quantize.produce", lambda *rest: pytest.fail("computed again"))
     again = quantkit.quantize(**given)
     assert again.failed is None
     assert again.manifest == wanted.manifest
@@ -148,7 +148,8 @@ def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, mo
 
 def test_a_result_that_is_no_number_is_a_failed_evaluation(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "quantkit.pipeline.run.evaluate_pair", lambda *rest, **options: ({"perplexity": float("nan")}, [])
+        "quantkit.pipeline.quantize.evaluate_pair",
+        lambda *rest, **options: ({"perplexity": float("nan")}, []),
     )
     result = quantkit.quantize(**arguments("rtn", tmp_path / "out", evaluate=True))
     assert "the evaluation failed" in result.failed
@@ -159,7 +160,7 @@ def test_a_failed_evaluation_is_exit_code_1(arguments, tmp_path, monkeypatch, ca
     def fail(*rest, **options):
         raise ModelError("the original cannot be read")
 
-    monkeypatch.setattr("quantkit.pipeline.run.evaluate_pair", fail)
+    monkeypatch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
     given = arguments("rtn", tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(json.dumps(given["recipe"]))
     command = ["quantize", str(tmp_path / "recipe.yaml"), "--model", given["model"]]

@@ -27,7 +27,7 @@ from quantkit.cli.main import run
 from quantkit.errors import ModelError, NumericalError, OutputError, VerificationError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.pipeline import shard_writer
-from quantkit.pipeline.inputs import Run
+from quantkit.pipeline.run import Run
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -520,7 +520,7 @@ def test_evaluation_left_out_at_first_is_made_up_for(out, arguments, monkeypatch
         seen.append(output)
         return measured, []
 
-    monkeypatch.setattr("quantkit.pipeline.run.evaluate_pair", evaluate_pair)
+    monkeypatch.setattr("quantkit.pipeline.quantize.evaluate_pair", evaluate_pair)
     again = arguments("rtn", out) | {"evaluate": True}
     assert quantkit.quantize(**again).report["evaluation"] == measured
     assert read_manifest(out)["evaluation"] == measured

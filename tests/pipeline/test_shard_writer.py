@@ -5,7 +5,7 @@ import torch
 
 import quantkit
 from quantkit.errors import ModelError
-from quantkit.pipeline import run as module
+from quantkit.pipeline import quantize as module
 from quantkit.pipeline.block import BlockResult
 
 pytestmark = pytest.mark.usefixtures("steady")

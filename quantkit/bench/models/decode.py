@@ -31,7 +31,7 @@ from quantkit.bench.machine import machine, where
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES, Shape, make
 from quantkit.checkpoint.shards import write_json
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 
 LAYERS, PROMPT, NEW = 22, 512, 64
 RECIPE = "w4a16-rtn"

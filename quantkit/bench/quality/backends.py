@@ -21,7 +21,7 @@ from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_json
 from quantkit.errors import BackendError
 from quantkit.models.tokenizer import open_tokenizer
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 
 RECIPES = ("w8a16-rtn", "w4a16-rtn", "w3a16-rtn", "w2a16-rtn")
 WAYS = (

@@ -28,7 +28,7 @@ def digests(recipe: str, work: Path) -> dict[str, Any]:
     from quantkit import assets
     from quantkit.checkpoint.load import load
     from quantkit.models.tokenizer import open_tokenizer
-    from quantkit.pipeline import quantize
+    from quantkit.pipeline.quantize import quantize
 
     output, model = work / recipe, assets.default_model()
     result = quantize(recipe, output=output, device="cpu", resume=False, evaluate=False)

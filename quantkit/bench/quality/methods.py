@@ -25,7 +25,7 @@ from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 
 CONTEXT, WINDOWS, KL_WINDOWS = 512, 120, 40
 BITS = ((4, 128), (3, 128), (2, 64))

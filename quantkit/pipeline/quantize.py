@@ -1,0 +1,235 @@
+"""`quantize`: one call from recipe to a checkpoint that is written, verified and evaluated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from quantkit import assets
+from quantkit.calibration.memory import large_blocks_apart
+from quantkit.calibration.text import token_windows
+from quantkit.checkpoint.journal import Journal, discard, refuse_other
+from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from quantkit.checkpoint.verify import verify_checkpoint
+from quantkit.device import find_device
+from quantkit.errors import memory_named
+from quantkit.models import skeleton
+from quantkit.models.headers import read_checkpoint, resolve_model
+from quantkit.models.source import Source
+from quantkit.models.tokenizer import open_tokenizer
+from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.disk import check_disk
+from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
+from quantkit.pipeline.produce import produce
+from quantkit.pipeline.progress import Progress, Silent
+from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
+from quantkit.pipeline.run import Run
+from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
+from quantkit.plan import build_plan
+from quantkit.predict import predict
+from quantkit.recipe import Recipe, load_recipe, parse_recipe
+from quantkit.structure.trace import is_linear
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    output: the checkpoint folder. report: see docs/checkpoint.md ("quantkit-run/1"). failed: why the closing
+    evaluation failed, if it did; the weights are finished all the same.
+    """
+
+    output: Path
+    report: dict[str, Any]
+    manifest: dict[str, Any]
+    failed: str | None = None
+
+
+@memory_named()
+def quantize(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    resume: bool = True,
+    evaluate: bool = True,
+    progress: Progress | None = None,
+    eval_tokens: int | None = None,
+    eval_text: str | Path | Sequence[str | Path] | None = None,
+) -> Result:
+    """Quantize a causal LM by a recipe and verify what was written.
+
+    recipe: a shipped recipe's name, a YAML file, a mapping, or a `Recipe`. model: folder or hub id; default the
+    recipe's, else the embedded model. output: default ./out/<model>-<recipe>. overrides: `key=value` as --set takes.
+    device: auto | cpu | cuda[:n], where blocks are calibrated. resume: continue an interrupted run of the same
+    inputs (a finished one is verified and its stored result returned). evaluate: also measure original and quantized
+    model. eval_text: on these files, dataset folders or `hf:` names; default the embedded evaluation text.
+    eval_tokens: on exactly so many tokens; default at most 65,536, fewer once the KL is known to 2 %.
+    progress: who is told how far the run is (`quantkit.pipeline.progress`).
+
+    Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished. The weights are published
+    before they are evaluated: an evaluation that fails is a note in the report and `Result.failed`, and the next call
+    with the same inputs only evaluates.
+    """
+    asked = (eval_tokens, eval_text) if evaluate else None
+    run = _prepared(recipe, model, output, overrides, device, asked, progress or Silent())
+    folder = run.output
+    resumed = tracker = None
+    if resume and (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        refuse_other(folder, manifest["identity"], run.identity)
+        verify_checkpoint(folder, manifest["files"], manifest["tensors"])
+        discard(folder)
+        run.progress.message(f"{folder} is finished; its files were verified again")
+    else:
+        journal = Journal(folder, run.identity, resume, files_of(run))
+        try:
+            if journal.cut:
+                run.progress.message(journal.cut)
+            resumed, tracker = produce(run, ShardWriter(run, journal))
+            tracker.phase(VERIFY, 0.0, 0.0)
+            manifest = publish(run, journal.entries, resumed=resumed)
+            journal.remove()
+            tracker.phase(VERIFY, 1.0, 0.0)
+        finally:
+            journal.close()
+    notes: list[str] = []
+    failed = None
+    if run.request and not run.request.answered_by(manifest["evaluation"]):
+        try:
+            notes = _evaluate(run, run.request, manifest, resumed, tracker)
+        except Exception as error:  # whatever it is, the weights are finished
+            failed = f"the evaluation failed: {' '.join(str(error).split()) or type(error).__name__}"
+            failed += f"; the weights in {folder} are finished, and the same command evaluates them again"
+            notes = [failed]
+    run.progress.finish()
+    report = report_of(folder, manifest)
+    return Result(folder, report | {"notes": [*report["notes"], *notes]}, manifest, failed)
+
+
+def _evaluate(
+    run: Run,
+    request: EvaluationRequest,
+    manifest: dict[str, Any],
+    resumed: int | None,
+    tracker: Tracker | None,
+) -> list[str]:
+    """Measure a published checkpoint and add the result to its manifest; returns why not, if it cannot be.
+
+    resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
+    """
+    run.progress.message("evaluating original and quantized model")
+    tracker = tracker or Tracker(run, run.plan.n_blocks + 1)
+    begin = time.perf_counter()
+
+    def told(done: int, total: int) -> None:
+        tracker.evaluated(done, total, time.perf_counter() - begin)
+
+    with run.clock("evaluate"):
+        length = run.recipe.calibration.sequence_length
+        evaluation, refused = evaluate_pair(
+            run.output,
+            run.source.headers,
+            run.tokenizer,
+            run.device,
+            length,
+            request,
+            digest=run.identity["model"],
+            message=run.progress.message,
+            progress=told,
+        )
+    tracker.phase(EVALUATE, 1.0, time.perf_counter() - begin)
+    if evaluation is not None:
+        if resumed is not None:
+            write_run_facts(run, manifest, resumed)
+        write_manifest(run.output, manifest | {"evaluation": evaluation})
+        manifest["evaluation"] = evaluation
+    return refused
+
+
+def _prepared(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: str | Path | None,
+    output: str | Path | None,
+    overrides: Sequence[str],
+    device: str,
+    asked: tuple[int | None, str | Path | Sequence[str | Path] | None] | None,
+    progress: Progress,
+) -> Run:
+    """Read and check everything a run needs, before anything is computed or written.
+
+    asked: the number of tokens and the text of the closing evaluation, None to leave it out.
+    """
+    clock = Clock()
+    large_blocks_apart()
+    with clock("load"):
+        name, checked = _recipe(recipe, overrides)
+        embedded = assets.default_model()
+        path = resolve_model(str(model) if model is not None else checked.model, embedded)
+        length = checked.calibration.sequence_length
+        request = EvaluationRequest.of(*asked, length) if asked else None
+        headers = read_checkpoint(path)
+        source = Source(headers)
+        skeleton_model = skeleton.build(source)
+        modules = skeleton_model.named_modules()
+        plan = build_plan(checked, headers, {n: type(m).__name__ for n, m in modules if not is_linear(m)})
+        folder = Path(output) if output is not None else Path("out") / f"{Path(headers.name).name}-{name}"
+        where = find_device(device)
+        transformers_logging.disable_progress_bar()
+        tokenizer = open_tokenizer(path)
+        windows = None
+        if plan.needs_text(checked):
+            windows = token_windows(
+                checked.calibration,
+                tokenizer,
+                assets.calibration_text(),
+                vocabulary=skeleton_model.get_input_embeddings().num_embeddings,
+            )
+        if not (folder / MANIFEST).exists():
+            check_disk(folder, predict(checked, plan, headers).disk)
+        identity = {
+            "recipe": checked.identity(),
+            "model": source.digest(lambda share: progress.phase("hashing the source", share)),
+            "data": windows.digest if windows else None,
+            "code": _version(),
+            "device": where.type,
+        }
+    return Run(
+        recipe=checked,
+        plan=plan,
+        source=source,
+        model=skeleton_model,
+        tokenizer=tokenizer,
+        windows=windows,
+        device=where,
+        output=folder,
+        identity=identity,
+        request=request,
+        clock=clock,
+        progress=progress,
+    )
+
+
+def _recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Recipe]:
+    """(a name for the output folder, the recipe)."""
+    if isinstance(recipe, Mapping):
+        return "recipe", parse_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe):
+        return "recipe", parse_recipe(recipe.resolved(), overrides) if overrides else recipe
+    return Path(recipe).stem, load_recipe(recipe, overrides)
+
+
+def _version() -> str:
+    from quantkit import __version__
+
+    return __version__
+
+
+__all__ = ["Result", "quantize"]
