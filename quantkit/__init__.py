@@ -16,7 +16,7 @@ _LAZY = {
     "load": ("quantkit.checkpoint.load", "load"),
     "evaluate": ("quantkit_eval", "evaluate"),
     "inspect": ("quantkit.checkpoint.inspect", "inspect_checkpoint"),
-    "validate": ("quantkit.plan", "validate"),
+    "validate": ("quantkit.validation", "validate"),
     "load_recipe": ("quantkit.recipe", "load_recipe"),
     "Recipe": ("quantkit.recipe", "Recipe"),
 }
