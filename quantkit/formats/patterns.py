@@ -134,13 +134,13 @@ _CATEGORIES = {
 def _fits(kind: Any, value: Any, character: str) -> bool:
     """Whether one character is what a literal, a dot, a range, a category or a set of these asks for."""
     if kind is op.LITERAL:
-        return ord(character) == value
+        return bool(ord(character) == value)
     if kind is op.NOT_LITERAL:
-        return ord(character) != value
+        return bool(ord(character) != value)
     if kind is op.ANY:
         return character != "\n"
     if kind is op.RANGE:
-        return value[0] <= ord(character) <= value[1]
+        return bool(value[0] <= ord(character) <= value[1])
     if kind is op.CATEGORY:
         test, wanted = _CATEGORIES[value]
         return test(character) == wanted

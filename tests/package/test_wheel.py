@@ -46,6 +46,7 @@ def test_wheel_holds_every_source_file_and_all_data(wheel):
     ):
         wanted = {str(file.relative_to(root)) for file in (root / package).rglob("*.py")}
         wanted |= {str(file.relative_to(root)) for file in (root / package).rglob("*.cpp")}
+        wanted.add(f"{package}/py.typed")
         assert wanted <= held
     data = {f.relative_to(ROOT).as_posix() for f in (ROOT / "quantkit" / "assets").rglob("*") if f.is_file()}
     assert {name for name in data if "__pycache__" not in name} <= held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import quantkit_kernels
 import torch
@@ -33,7 +34,7 @@ def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
     for tensor in layer.buffers():
         tensor.zero_()
     layer.prepare("cpu", torch.float32)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "ctypes": lambda: linear(weight, x_at, 0, 1, ops.FLOAT, y_at, 0, 1),
         "forward": lambda: layer.forward(x),
         "layer": lambda: layer(x),
