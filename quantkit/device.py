@@ -1,4 +1,4 @@
-"""The machine's processors: which device a name asks for, and what the CPU is called."""
+"""The machine's processors: which device a name asks for, what the CPU is called, how OpenMP's threads wait."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+
+# Settings of OpenMP: how long a thread spins at a barrier before it sleeps, and how many threads there are.
+SPIN = {
+    "GOMP_SPINCOUNT": "1000",  # GNU's runtime, which torch's Linux wheels and our native library use: rounds of a loop
+    "KMP_BLOCKTIME": "0",  # LLVM's and Intel's runtimes: milliseconds
+}
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
 def find_device(wanted: str | torch.device | None, present: bool = True) -> torch.device:

@@ -19,13 +19,8 @@ import os
 from collections.abc import MutableMapping
 
 from quantkit.cli.quota import cpu_quota
+from quantkit.device import SPIN, THREAD_SETTINGS, WAIT_SETTINGS
 
-SPIN = {
-    "GOMP_SPINCOUNT": "1000",  # GNU's runtime, which torch's Linux wheels and our native library use: rounds of a loop
-    "KMP_BLOCKTIME": "0",  # LLVM's and Intel's runtimes: milliseconds
-}
-WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
-THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error"}
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 

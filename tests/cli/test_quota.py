@@ -2,8 +2,9 @@
 
 import pytest
 
-from quantkit.cli.environment import SPIN, prepare, threads_by_quota
+from quantkit.cli.environment import prepare, threads_by_quota
 from quantkit.cli.quota import cpu_quota
+from quantkit.device import SPIN
 
 V2 = "0::{path}\n"
 V1 = "9:name=systemd:/x\n4:cpu,cpuacct:{path}\n3:memory:/\n0::/\n"

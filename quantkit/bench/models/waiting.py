@@ -4,7 +4,7 @@
     python -m quantkit.bench.models.waiting --work DIR --busy
 
 Decode of a packed 1.1B Llama, each measurement in a process of its own, because the runtime reads its settings once:
-with the runtime's defaults, with the settings that the `quantkit` command makes (`quantkit.cli.environment.SPIN`) and
+with the runtime's defaults, with the settings that the `quantkit` command makes (`quantkit.device.SPIN`) and
 with OMP_WAIT_POLICY=passive. The processes take turns within a round; ratios are medians of the ratios within rounds.
 --busy keeps every core busy with one other process meanwhile.
 """
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.cli.environment import SPIN, THREAD_SETTINGS, WAIT_SETTINGS
+from quantkit.device import SPIN, THREAD_SETTINGS, WAIT_SETTINGS
 
 POLICIES: dict[str, dict[str, str]] = {
     "defaults of the runtime": {},

@@ -5,7 +5,7 @@ import pytest
 from quantkit.bench import synthetic
 from quantkit.bench.machine import native_available
 from quantkit.bench.models import decode, waiting
-from quantkit.cli.environment import SPIN, WAIT_SETTINGS
+from quantkit.device import SPIN, WAIT_SETTINGS
 
 
 def test_each_policy_is_the_only_setting_of_its_process(monkeypatch):
