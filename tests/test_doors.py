@@ -1,6 +1,7 @@
-"""Which room may import which: the design's table as a dict, read against the syntax tree of every file."""
+"""Which room may import which: the table of docs/design.md as a dict, compared with the imports of every file."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYWHERE = {"errors", "paths", "scheme", "device"}
-ANY = None
-DOORS: dict[str, set[str] | None] = {
+DOORS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "paths": set(),
@@ -17,35 +17,24 @@ DOORS: dict[str, set[str] | None] = {
     "device": set(),
     "assets": set(),
     "numerics": set(),
-    "formats": {"numerics", "quantkit_kernels"},  # the bit packing is defined once, beside the ops
+    "formats": {"numerics", "quantkit_kernels"},
     "algorithms": {"numerics"},
     "transforms": {"numerics"},
-    "models": {"layers", "formats"},  # formats: how quantized tensors are named
-    "structure": {"models"},
-    "recipe": {
-        "algorithms",
-        "transforms",
-        "assets",
-        "formats",
-    },  # assets: a shipped recipe; formats: their names
-    "plan": {"recipe", "models", "algorithms"},  # algorithms: their config types
-    "predict": {"plan", "recipe", "models"},
-    "validation": {"plan", "predict", "recipe", "models", "calibration"},
-    "calibration": {"models", "structure", "numerics", "quantkit_eval"},  # quantkit_eval: opening datasets
-    "layers": {"formats", "numerics", "quantkit_kernels"},  # numerics: QuantizedWeight
-    "checkpoint": {"layers", "models", "formats", "numerics"},
-    "runtime": {
-        "layers",
-        "models",
-        "quantkit_kernels",
-        "quantkit_eval",
-    },  # quantkit_eval: its sampler and checks
-    "pipeline": ANY,
-    "bench": ANY,
-    "cli": ANY,
+    "models": {"formats"},
+    "structure": set(),
+    "recipe": {"algorithms", "assets", "formats", "transforms"},
+    "plan": {"algorithms", "models", "recipe"},
+    "predict": {"models", "plan", "recipe"},
+    "calibration": {"models", "numerics", "quantkit_eval", "structure"},
+    "validation": {"calibration", "models", "plan", "predict", "recipe"},
+    "layers": {"formats", "numerics", "quantkit_kernels"},
+    "checkpoint": {"formats", "layers", "models", "numerics"},
+    "runtime": {"layers", "quantkit_eval", "quantkit_kernels"},
 }
-NOBODY_IMPORTS = {"pipeline", "bench", "cli"}
-OUTSIDE = {"quantkit_kernels": {"torch", "triton"}, "quantkit_eval": None}
+for top in ("pipeline", "bench", "cli"):
+    DOORS[top] = {*DOORS, "quantkit_kernels", "quantkit_eval"}
+ALL_ABOVE = "all rooms above"
+OUTSIDE = {"quantkit_kernels": {"torch", "triton"}, "quantkit_eval": None}  # None: anything but quantkit
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -79,9 +68,9 @@ def imports(file: Path, package: str) -> list[tuple[int, tuple[str, ...]]]:
     return found
 
 
-def refused(folder: Path) -> list[str]:
-    """Every import in quantkit's `folder` that goes through no listed door."""
-    problems = []
+def used(folder: Path) -> list[tuple[str, str, str]]:
+    """(file:line, room, imported room) of every import in quantkit's `folder` that leaves its room."""
+    found = []
     for file in python_files(folder):
         inside = file.relative_to(folder)
         room = room_of(inside.with_suffix("").parts)
@@ -93,14 +82,49 @@ def refused(folder: Path) -> list[str]:
                 target = parts[0]
             else:
                 continue
-            if target in {room, "__version__"} | EVERYWHERE:
-                continue
-            allowed = DOORS.get(room, set())
-            if (allowed is not ANY and target not in allowed) or (
-                target in NOBODY_IMPORTS and room not in NOBODY_IMPORTS
-            ):
-                problems.append(f"{inside}:{line}: {room} -> {target}")
-    return problems
+            if target not in {room, "__version__"} | EVERYWHERE:
+                found.append((f"{inside}:{line}", room, target))
+    return found
+
+
+def refused(folder: Path) -> list[str]:
+    """Every import in quantkit's `folder` that goes through no listed door."""
+    return [
+        f"{where}: {room} -> {target}"
+        for where, room, target in used(folder)
+        if target not in DOORS.get(room, ())
+    ]
+
+
+def table() -> tuple[dict[str, set[str] | None], set[str]]:
+    """What docs/design.md says: (what each room may import, what every room may import)."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    doors: dict[str, set[str] | None] = {}
+    rows = text.split("| room | holds | may import |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    for row in rows:
+        room, _, allowed = (cell.strip() for cell in row.strip("|").split("|"))
+        name = re.findall(r"`([^`]+)`", room)[0].rstrip("/").split("/")[-1].removesuffix(".py")
+        if allowed == ALL_ABOVE:
+            doors[name] = set(doors)
+        else:
+            assert re.fullmatch(r"nothing|anything but quantkit|`\w+`(, `\w+`)*", allowed), row
+            doors[name] = None if allowed.startswith("anything") else set(re.findall(r"`(\w+)`", allowed))
+    open_to_all = re.search(r"Every room may also import ([^.]+)\.", text)
+    assert open_to_all
+    return doors, set(re.findall(r"`(\w+)`", open_to_all[1]))
+
+
+def test_the_design_page_says_what_is_tested_here():
+    doors, everywhere = table()
+    assert doors == DOORS | OUTSIDE
+    assert everywhere == EVERYWHERE
+
+
+def test_every_listed_door_is_used():
+    taken = {(room, target) for _, room, target in used(ROOT / "quantkit")}
+    listed = {(room, target) for room, allowed in DOORS.items() for target in allowed}
+    tops = {"pipeline", "bench", "cli"}
+    assert {door for door in listed - taken if door[0] not in tops} == set()
 
 
 def test_quantkit_uses_only_listed_doors():
