@@ -8,10 +8,9 @@ import torch
 
 from quantkit_kernels.backend import Backend, Verdict
 from quantkit_kernels.stored import Layout, Spec, Stored
-from quantkit_kernels.triton.layout import ROWS, build, restore
-from quantkit_kernels.triton.op import tickets, triton_linear
-
-DTYPES = (torch.bfloat16, torch.float16)
+from quantkit_kernels.triton.layout import ROWS, build, reads_by_row, restore
+from quantkit_kernels.triton.op import DTYPES, tickets, triton_linear
+from quantkit_kernels.triton.selfcheck import verdict
 
 
 class TritonBackend(Backend):
@@ -25,13 +24,11 @@ class TritonBackend(Backend):
         return refuses(spec, device)
 
     def verdict(self, spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verdict:
-        from quantkit_kernels.triton import selfcheck
-
-        return selfcheck.verdict(spec, device, dtype)
+        return verdict(spec, device, dtype)
 
     def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
         """Tensors `codes`, `scales` and, with zero points, `zeros` (`layout.py`)."""
-        codes, scales, zeros = build(stored, by_row(stored.device))
+        codes, scales, zeros = build(stored, reads_by_row(stored.device))
         if codes.device.type == "cuda":
             tickets(codes.device, 0)  # makes the ring, which a captured graph may not
         tensors = {"codes": codes, "scales": scales} | ({} if zeros is None else {"zeros": zeros})
@@ -58,10 +55,3 @@ def refuses(spec: Spec, device: torch.device) -> str | None:
     if spec.group_size != spec.k and spec.group_size % 32:
         return f"groups must be a multiple of 32 or a whole row, not {spec.group_size}"
     return None
-
-
-def by_row(device: torch.device) -> bool:
-    """The order that a device's tensor cores want (`layout.py`)."""
-    return (
-        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 10
-    )

@@ -24,7 +24,7 @@ field is thus a [64, H] operand of its own and nothing is ever interleaved.
 Within a plane the 16-byte unit of thread (c, g) of a warp holds what it feeds into two m16n8k16 products: byte
 (e, f, b, h) is row c + 8 b, column 16 e + 8 f + 2 g + h.
 
-The tensor cores of sm_100 take a row from each thread. There (`by_row`) a plane is [H/16, 1024] instead of [32, 2H]:
+sm_100's tensor cores take a row from each thread. There (`reads_by_row`) a plane is [H/16, 1024], not [32, 2H]:
 unit (i, r) holds the columns 16 i to 16 i + 15 of row r. Everything else is the same.
 """
 
@@ -98,6 +98,13 @@ def _join(q: torch.Tensor, width: int) -> torch.Tensor:
 
 def _cut(byte: torch.Tensor, width: int, count: int) -> torch.Tensor:
     return torch.stack([(byte >> (width * i)) & (2**width - 1) for i in range(count)], 2)
+
+
+def reads_by_row(device: torch.device) -> bool:
+    """Whether a device's tensor cores take a row from each thread, as those of sm_100 do."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 10
+    )
 
 
 def to_fragments(planes: torch.Tensor, by_row: bool = False) -> torch.Tensor:

@@ -27,6 +27,7 @@ _WEIGHT = "int bits, int group_size, int n, int k"
 _SCHEMA = f"(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, {_WEIGHT}) -> Tensor"
 _DEQUANTIZE = f"(Tensor codes, Tensor scales, Tensor? zeros, {_WEIGHT}, ScalarType dtype) -> Tensor"
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = tuple(_KINDS)  # of activations
 _TICKETS = 1 << 19
 _turn = threading.Lock()
 _rings: dict[torch.device, torch.Tensor] = {}

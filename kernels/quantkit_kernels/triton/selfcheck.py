@@ -20,9 +20,9 @@ from quantkit_kernels.bits import pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.stored import Spec, Stored
 from quantkit_kernels.triton import layout
-from quantkit_kernels.triton.backend import DTYPES, by_row
 from quantkit_kernels.triton.configs import Config, rule
-from quantkit_kernels.triton.op import chip, dequantize, launch
+from quantkit_kernels.triton.layout import reads_by_row
+from quantkit_kernels.triton.op import DTYPES, chip, dequantize, launch
 
 N, LEAST_K = 208, 1024  # three blocks of 64 rows and a ragged one; several trips of the loop for each split
 REPEATS = 3
@@ -81,7 +81,7 @@ def compare(
     group_size = group or k
     stored = _random_weight(Spec.integer(bits, group_size, symmetric, N, k), dtype, device)
     w = reference_dequantize(stored, torch.float64)
-    built = layout.build(stored, by_row(device))
+    built = layout.build(stored, reads_by_row(device))
     g = torch.Generator().manual_seed(1)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for m, config, biased in _cases(device, bits, layout.geometry(bits, group_size, k)):

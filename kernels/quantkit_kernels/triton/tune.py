@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from quantkit_kernels.triton.backend import by_row
 from quantkit_kernels.triton.configs import BUCKETS, DEQUANTIZE_FROM, TABLES, Config, rule
-from quantkit_kernels.triton.layout import ROWS, Geometry, geometry
+from quantkit_kernels.triton.layout import ROWS, Geometry, geometry, reads_by_row
 from quantkit_kernels.triton.op import _twin, chip, dequantize, launch
 
 SHAPES = [
@@ -51,7 +50,7 @@ class Problem:
         """Symmetric codes; zeros cost the same."""
         cut = geometry(bits, group, k)
         blocks = -(-n // ROWS)
-        plane = (cut.h // 16, 16 * ROWS) if by_row(device) else (ROWS // 2, 2 * cut.h)
+        plane = (cut.h // 16, 16 * ROWS) if reads_by_row(device) else (ROWS // 2, 2 * cut.h)
         shape = (blocks, cut.chunks, cut.planes, *plane)
         copies = []
         count = max(2, -(-_ROTATE * 8 // (n * k * bits)))
