@@ -40,7 +40,8 @@ class Checkpoint:
         self.model = skeleton.build(self.source)
 
     def plan(self, recipe):
-        return build_plan(parse_recipe(recipe), self.source.headers)
+        calibration = {"sequence_length": 24}
+        return build_plan(parse_recipe(recipe | {"calibration": calibration}), self.source.headers)
 
     def walk(self, recipe=ROUNDED, wanted=Wanted(0, True), windows=None, **options):  # noqa: B008  (frozen)
         windows = ids() if windows is None else windows
