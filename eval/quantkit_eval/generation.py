@@ -9,6 +9,7 @@ from quantkit_eval.detokenizer import Detokenizer
 from quantkit_eval.loop import end_tokens, generate_tokens
 from quantkit_eval.protocols import CausalLM, Tokenizer
 from quantkit_eval.sampler import Sampling
+from quantkit_eval.windows import tokenize
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def generate_stream(
     """Continue `prompt`; `write` gets each piece of text as soon as its characters are whole.
 
     temperature, top_k, top_p and seed: see `sampler.Sampling`. Stops at the end tokens of the generation config,
-    else of the tokenizer. EvalError for options out of range, an empty prompt, and one that does not fit.
+    else of the tokenizer. EvalError for options out of range, and for a prompt that is empty, too long
+    or not valid text.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    ids = tokenize(tokenizer, prompt, special=True)
     ends = end_tokens(model, tokenizer)
     text, pieces, seconds = Detokenizer(tokenizer, ids), list[str](), list[float]()
 

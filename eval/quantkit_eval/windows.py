@@ -26,9 +26,20 @@ class Window:
     scored: int
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of the whole text in one call (pieces would change tokens at their ends), none added."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def tokenize(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    """Token ids of the whole text in one call (pieces would change tokens at their ends).
+
+    special: whether the tokenizer adds the tokens it puts around a text. EvalError for a text with half of a surrogate
+    pair, as Python reads what is not UTF-8 on the command line: no tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise EvalError(
+            f"the text is not valid UTF-8: character {error.start + 1} is {half}; give it in UTF-8"
+        ) from None
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def first_tokens(tokenizer: Tokenizer, text: Text, most: int | None) -> list[int]:

@@ -124,6 +124,7 @@ def test_training_mode_comes_back(tokenizer):
         ("a", {"seed": -(2**63) - 1}, "seed must be an integer from"),
         ("a", {"top_p": 0.0}, "top_p must be above 0"),
         ("a", {"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ("caf\udce9", {}, "not valid UTF-8: character 4 is U\\+DCE9"),
     ],
 )
 def test_what_cannot_be_generated_is_told(model, tokenizer, prompt, keywords, told):
