@@ -21,7 +21,7 @@ from quantkit.models.families import ATTENTION_LOGIT_NAMES
 from quantkit.numerics.statistics import Statistics
 from quantkit.structure.discover import discover
 from quantkit.structure.fold import ScalingGroup, fold
-from quantkit.structure.trace import trace
+from quantkit.structure.trace import first_output, trace
 
 if TYPE_CHECKING:
     from quantkit.plan import LayerPlan
@@ -108,8 +108,8 @@ class BlockRun:
         call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)))
         with patched(self._replay.forwards(chunk, full)):
             out = self.module(hidden, *call.args, **call.kwargs)
-        self.as_tuple = isinstance(out, tuple)
-        return (out[0] if self.as_tuple else out), call
+        self.as_tuple = isinstance(out, tuple | list)
+        return first_output(out), call
 
     @torch.no_grad()
     def collect(
@@ -212,7 +212,7 @@ class BlockRun:
 
         def note(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-                calls[name].append((args, kwargs, (out[0] if isinstance(out, tuple) else out).clone()))
+                calls[name].append((args, kwargs, first_output(out).clone()))
 
             return hook
 
@@ -280,6 +280,11 @@ class BlockRun:
             if group.form != "rows" or leaf == "bias":
                 self.changed[name] = parameter.data.to(self.stored[name])
         return moved
+
+    @staticmethod
+    def output(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The output, as `observe` gives it, of a submodule for a call that was observed."""
+        return first_output(module(*args, **kwargs))
 
     @staticmethod
     def feeds_attention_logits(name: str) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantkit.errors import ModelError
+from quantkit.structure.trace import first_output
 
 # What a forward raises that was not written for this walk.
 _FORWARD_ERRORS = (
@@ -42,8 +43,7 @@ class Call:
 
     def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run `module` on `hidden`; the hidden states it returns."""
-        out = module(hidden, *self.args, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return first_output(module(hidden, *self.args, **self.kwargs))
 
 
 @contextmanager

@@ -31,16 +31,19 @@ class Replay:
         self._inputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._last = {linear: name for name, linear in trace.output_of.items()}  # last linear -> its module
-        self._arity: dict[str, int] = {}
+        self._returned: dict[
+            str, tuple[type, int] | None
+        ] = {}  # (tuple or list, its length), or a tensor alone
         self._done: set[str] = set()
         for name in trace.output_of:
-            block.get_submodule(name).register_forward_hook(self._note_arity(name))
+            block.get_submodule(name).register_forward_hook(self._note_returned(name))
 
-    def _note_arity(self, name: str) -> Callable:
-        arity = self._arity  # and not self: the hook stays with the module, which self holds
+    def _note_returned(self, name: str) -> Callable:
+        returned = self._returned  # and not self: the hook stays with the module, which self holds
 
         def hook(module: nn.Module, args: object, out: object) -> None:
-            arity.setdefault(name, len(out) if isinstance(out, tuple) else 0)
+            kind = list if isinstance(out, list) else tuple
+            returned.setdefault(name, (kind, len(out)) if isinstance(out, tuple | list) else None)
 
         return hook
 
@@ -64,7 +67,7 @@ class Replay:
         for linear, name in self._last.items():
             at = (full, linear)
             inputs, outputs = self._inputs.get(at, {}), self._outputs.setdefault(at, {})
-            if linear not in self._done or name not in self._arity:
+            if linear not in self._done or name not in self._returned:
                 continue
             if chunk.start not in outputs:
                 if chunk.start not in inputs:
@@ -72,9 +75,12 @@ class Replay:
                 outputs[chunk.start] = self.block.get_submodule(linear)(inputs.pop(chunk.start))
 
             def replay(*args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw: object):
-                arity = self._arity[to]
+                returned = self._returned[to]
                 out = out.clone()  # a model may add to it in place
-                return (out, *([None] * (arity - 1))) if arity else out
+                if returned is None:
+                    return out
+                kind, length = returned
+                return kind([out, *[None] * (length - 1)])
 
             found.append((self.block.get_submodule(name), replay))
         return found

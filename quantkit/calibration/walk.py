@@ -195,10 +195,10 @@ def inputs_after_blocks(
 def _returns_tuple(
     model: nn.Module, source: Source, plan: Plan, windows: torch.Tensor, device: torch.device
 ) -> bool:
-    """Whether the blocks return their hidden states in a tuple, seen on one window through the first one."""
+    """Whether the blocks return their hidden states in a tuple or list, seen on one window through the first one."""
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     hidden, calls = embed(model, blocks, windows[:1].to(device))
     block = skeleton.load_block(model, source, 0, device=device, blocks_prefix=prefix)
     out = block(hidden, *calls[0].args, **calls[0].kwargs)
     skeleton.free_block(model, 0, prefix)
-    return isinstance(out, tuple)
+    return isinstance(out, tuple | list)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import NumericalError
-from quantkit.structure.trace import matrix
+from quantkit.structure.trace import first_output, matrix
 
 PROOF_TOKENS = 32
 
@@ -153,8 +153,7 @@ class Prover:
 
 
 def _output(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    out = block(hidden, *args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return first_output(block(hidden, *args, **kwargs))
 
 
 def _relative(before: torch.Tensor, after: torch.Tensor) -> float:

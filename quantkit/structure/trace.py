@@ -17,8 +17,8 @@ class Trace:
 
     siblings: sets of linears that read the same tensor, in the order of execution. calls: every call of a linear, in
     order. norms: siblings -> the norm whose output they read. output_of: submodule -> the linear inside it whose
-    output it returns unchanged (alone, or first in a tuple of None); of two nested ones the inner comes
-    first.
+    output it returns unchanged (alone, or first in a tuple or list, the rest None); of two nested
+    ones the inner comes first.
     """
 
     siblings: tuple[tuple[str, ...], ...]
@@ -84,7 +84,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
 
     def returns(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, out: Any) -> None:
-            if isinstance(out, tuple) and out and all(item is None for item in out[1:]):
+            if isinstance(out, tuple | list) and out and all(item is None for item in out[1:]):
                 out = out[0]
             for linear, (tensor, version) in made.items():
                 if out is tensor and _version(tensor) == version and linear.startswith(f"{name}."):
@@ -108,6 +108,12 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
             handle.remove()
     norm_of = {tuple(names): norms[key] for key, names in siblings.items() if key in norms}
     return Trace(tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of)
+
+
+def first_output(out: Any) -> torch.Tensor:
+    """The hidden states in what a block, an attention or an MLP returns: alone, or first in a tuple or list."""
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
+    return hidden
 
 
 def _identity(x: torch.Tensor) -> tuple:

@@ -196,8 +196,7 @@ def _output_error(
             module.override = weight
         total, count = 0.0, 0
         for args, kwargs, wanted in calls:
-            out = inspected(*args, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            out = run.output(inspected, args, kwargs)
             total += float((out - wanted).square().sum())
             count += wanted.numel()
         for module in held:

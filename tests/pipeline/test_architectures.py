@@ -306,9 +306,9 @@ def save_unlisted(model_type, folder, **settings):
     return tiny_models.save(model.eval(), folder)
 
 
-@pytest.mark.parametrize("model_type", ["stablelm", "starcoder2", "olmo2", "biogpt"])
+@pytest.mark.parametrize("model_type", ["stablelm", "starcoder2", "olmo2", "biogpt", "openai-gpt"])
 def test_an_unlisted_dense_family_runs_end_to_end(tmp_path, model_type):
-    """BioGPT's tied head is not called lm_head."""
+    """BioGPT's tied head is not called lm_head; the blocks and attentions of the first GPT return lists."""
     original = save_unlisted(model_type, tmp_path / "original")
     recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": ["awq"]}
     result = quantize(recipe, original, tmp_path / "out")
