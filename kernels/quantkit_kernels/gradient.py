@@ -20,12 +20,12 @@ def register(op: str, weight: Callable[..., torch.Tensor], bias_at: int) -> None
     x is the first argument of the op. Uses only differentiable ops, so that gradients of gradients are right too.
     """
 
-    def setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.tensors_at = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.inputs = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensors_at))
 
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         inputs = list(ctx.inputs)
         for i, tensor in zip(ctx.tensors_at, ctx.saved_tensors, strict=True):
             inputs[i] = tensor

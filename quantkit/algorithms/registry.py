@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable:
+def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable[..., Any]:
     """Decorator: makes `quantize` available as `algorithm: name`."""
 
     def add(quantize: Callable[..., Outcome]) -> Callable[..., Outcome]:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 FOLD_TOLERANCE = 2e-3  # change of the block's output after a real fold, relative to its RMS, in fp32
 Groups = tuple[list[ScalingGroup], list[tuple[str, str]]]  # proved ones, and (pairing, why it was refused)
-Observed = dict[str, list[tuple[tuple, dict, torch.Tensor]]]  # module -> (args, kwargs, output) per chunk
+Observed = dict[
+    str, list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]
+]  # (args, kwargs, output) per chunk
 
 
 class BlockRun:
@@ -51,7 +53,7 @@ class BlockRun:
         calls: BlockCalls,
         batch: int,
         device: torch.device,
-        groups: dict[tuple, Groups] | None = None,
+        groups: dict[tuple[Any, ...], Groups] | None = None,
         free: Callable[[], None] | None = None,
     ) -> None:
         self.index, self.name, self.module = index, name, module
@@ -126,7 +128,7 @@ class BlockRun:
         gatherers: dict[tuple[str, ...], Gatherer] = {}
         final = sets[-1] == self.trace.siblings[-1]
         for chunk in self.chunks():
-            seen: dict[bool, dict] = {}
+            seen: dict[bool, dict[str, Any]] = {}
             for full in (False, True):
                 if self.streams.has(full, chunk):
                     seen[full] = {}
@@ -142,12 +144,12 @@ class BlockRun:
         return {siblings: gatherers[siblings].finish() for siblings in sets}
 
     def _forward_to(
-        self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: dict, stop: bool
+        self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: dict[str, Any], stop: bool
     ) -> None:
         """Fill `seen` with the input of each set; without `stop`, the stream goes on to the block's output."""
 
-        def grab(siblings: tuple[str, ...]) -> Callable:
-            def hook(module: nn.Module, args: tuple) -> None:
+        def grab(siblings: tuple[str, ...]) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 seen[siblings] = args[0]
                 if stop and len(seen) == len(sets):
                     raise Stop
@@ -210,8 +212,8 @@ class BlockRun:
         """
         calls: Observed = {name: [] for name in names}
 
-        def note(name: str) -> Callable:
-            def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        def note(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
                 calls[name].append((args, kwargs, first_output(out).clone()))
 
             return hook
@@ -282,7 +284,7 @@ class BlockRun:
         return moved
 
     @staticmethod
-    def output(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    def output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The output, as `observe` gives it, of a submodule for a call that was observed."""
         return first_output(module(*args, **kwargs))
 
@@ -292,7 +294,7 @@ class BlockRun:
         return any(part in name for part in ATTENTION_LOGIT_NAMES)
 
 
-def _written(call: Call, before: dict[str, dict]) -> list[str]:
+def _written(call: Call, before: dict[str, dict[str, Any]]) -> list[str]:
     """The places of the dictionaries that a call has changed."""
     now = mappings(call)
     return [

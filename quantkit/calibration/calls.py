@@ -52,16 +52,16 @@ def rebuilt(tree: Any, change: Callable[[Place, Any], Any], at: Place = ()) -> A
     return change(at, tree)
 
 
-def _tree(call: Call) -> tuple:
+def _tree(call: Call) -> tuple[Any, ...]:
     return (call.args, call.kwargs)
 
 
-def mappings(call: Call) -> dict[str, MutableMapping]:
+def mappings(call: Call) -> dict[str, MutableMapping[Any, Any]]:
     """The dictionaries among the arguments of a call, by the place where they stand."""
     return {spelled(at): mapping for at, mapping in _mappings(_tree(call))}
 
 
-def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping]]:
+def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping[Any, Any]]]:
     if isinstance(tree, tuple | list):
         for number, item in enumerate(tree):
             yield from _mappings(item, (*at, number))

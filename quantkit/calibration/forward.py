@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,8 +39,8 @@ class Stop(Exception):
 class Call:
     """How the model called a block: everything but the hidden states."""
 
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run `module` on `hidden`; the hidden states it returns."""
@@ -74,7 +75,7 @@ def refusing(where: str, instead: str = "quantize it with rtn, without transform
 
 
 @contextmanager
-def patched(modules: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+def patched(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace `forward` of modules on the instance."""
     done = []
     try:
@@ -87,7 +88,7 @@ def patched(modules: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
             del module.forward
 
 
-def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     if args:
         return args[0], Call(args[1:], kwargs)
     rest = dict(kwargs)

@@ -7,6 +7,7 @@ of the input and serves every later pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class Replay:
         for name in trace.output_of:
             block.get_submodule(name).register_forward_hook(self._note_returned(name))
 
-    def _note_returned(self, name: str) -> Callable:
+    def _note_returned(self, name: str) -> Callable[..., Any]:
         returned = self._returned  # and not self: the hook stays with the module, which self holds
 
         def hook(module: nn.Module, args: object, out: object) -> None:
@@ -61,7 +62,7 @@ class Replay:
         if used + x.nbytes <= self.budget:
             self._inputs.setdefault((full, linear), {})[chunk.start] = x
 
-    def forwards(self, chunk: slice, full: bool) -> list[tuple[nn.Module, Callable]]:
+    def forwards(self, chunk: slice, full: bool) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """(module, forward) of every finished part that need not run for this chunk and stream."""
         found = []
         for linear, name in self._last.items():

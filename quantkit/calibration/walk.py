@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from quantkit.plan import LayerPlan, Plan
 
 CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
-Timed = Callable[[str], AbstractContextManager]
+Timed = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def walk(
             del hidden
         skeleton.free_outside(model, prefix)
         give_back()
-    known: dict[tuple, Groups] = {}
+    known: dict[tuple[Any, ...], Groups] = {}
     for index in range(start, plan.n_blocks):
         run = _open(model, source, plan, index, streams, calls[index], batch, device, known, timed)
         run.last = index + 1 == plan.n_blocks and not wanted.behind_last
@@ -113,7 +113,7 @@ def _open(
     calls: BlockCalls,
     batch: int,
     device: torch.device,
-    known: dict[tuple, Groups],
+    known: dict[tuple[Any, ...], Groups],
     timed: Timed,
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
@@ -169,7 +169,9 @@ def inputs_after_blocks(
             if not streams.has(full, chunk):
                 continue
 
-            def hook(module: nn.Module, args: tuple, which: bool = full, into: dict = seen) -> None:
+            def hook(
+                module: nn.Module, args: tuple[Any, ...], which: bool = full, into: dict[str, Any] = seen
+            ) -> None:
                 into[which] = args[0]
                 raise Stop
 

@@ -180,7 +180,7 @@ def _finish(
         Siblings.join(group)
 
 
-def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list, list[list[QuantLinear]]]:
+def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list[Any], list[list[QuantLinear]]]:
     """(the linears, siblings behind each other; the groups of siblings)."""
     groups: dict[Any, list[tuple[str, QuantLinear]]] = {}
     for name, module in linears:

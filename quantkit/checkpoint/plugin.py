@@ -62,7 +62,7 @@ class PackedQuantizer(HfQuantizer):
             del module.weight
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict | None, dict]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What a checkpoint stores, also of layers that run on a layout of their own."""
         prepared = [(name, module) for name, module in packed_linears(model) if module.prepared]
         stored = {n: torch_dtype(dtype) for n, (dtype, _) in self.quantization_config.tensors.items()}

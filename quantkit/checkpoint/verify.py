@@ -9,6 +9,7 @@ digests, names, shapes and the account of every tensor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,7 +78,9 @@ def _verify_forward(
         )
 
 
-def verify_checkpoint(output: Path, files: dict[str, dict], account: dict[str, dict]) -> None:
+def verify_checkpoint(
+    output: Path, files: dict[str, dict[str, Any]], account: dict[str, dict[str, Any]]
+) -> None:
     """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say.
 
     files: {name: {sha256, bytes}}. account: {source tensor: {became: [names] | copied | dropped: reason}}.

@@ -29,7 +29,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 class _Joint(NamedTuple):
     """The weights and biases of all members as one."""
 
-    stamps: list[tuple]  # of each member's tensors, when this was made
+    stamps: list[tuple[Any, ...]]  # of each member's tensors, when this was made
     call: Call | None = None  # None: they do not fit together
     bias: torch.Tensor | None = None  # of all, a copy
 
@@ -37,7 +37,7 @@ class _Joint(NamedTuple):
 class _Local(threading.local):
     """What waits in a thread: (x, its state, stamps of the members, outputs by member)."""
 
-    slot: tuple[torch.Tensor, tuple, list[tuple], dict[int, torch.Tensor]] | None = None
+    slot: tuple[torch.Tensor, tuple[Any, ...], list[tuple[Any, ...]], dict[int, torch.Tensor]] | None = None
 
 
 class Siblings:
@@ -122,7 +122,7 @@ class Siblings:
         local.slot = x, state, joint.stamps, outputs
         return y
 
-    def _stamp(self, place: int) -> tuple:
+    def _stamp(self, place: int) -> tuple[Any, ...]:
         """Tells tensors that were replaced or moved, and a bias that was written to."""
         buffers, parameters = self._tensors[place]
         bias = parameters["bias"]

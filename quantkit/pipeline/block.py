@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +30,8 @@ class BlockResult:
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
-    layers: list[dict] = field(default_factory=list)
-    scaling: list[dict] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    scaling: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
         """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
@@ -142,7 +142,7 @@ def _quantize_siblings(
 ) -> None:
     """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian."""
     held, plans = run.held, run.plans
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name in siblings:
         if name in plans:
             dtype = run.stored[f"{name}.weight"]

@@ -28,7 +28,7 @@ from quantkit.pipeline.run import Run
 from quantkit.structure.trace import is_linear
 
 
-def publish(run: Run, entries: list[dict], *, resumed: int) -> dict[str, Any]:
+def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> dict[str, Any]:
     """Finish the checkpoint in `run.output`, whose shards are journalled in `entries`; returns the manifest.
 
     The manifest is written last: a folder that holds it is finished. It has no evaluation yet (`evaluate_published`).
@@ -81,7 +81,9 @@ def _listed(written: dict[str, Any]) -> dict[str, Any]:
     return {"sha256": written["sha256"], "bytes": written["nbytes"], "tensors": written["crc32"]}
 
 
-def _side_files(run: Run, shards: dict[str, dict], companions: Companions) -> dict[str, dict]:
+def _side_files(
+    run: Run, shards: dict[str, dict[str, Any]], companions: Companions
+) -> dict[str, dict[str, Any]]:
     """Companions, index, and last the config that makes the folder loadable."""
     output, source = run.output, run.source
     copied = copy_companions(companions, output)
@@ -101,7 +103,7 @@ def _side_files(run: Run, shards: dict[str, dict], companions: Companions) -> di
     }
 
 
-def _size(run: Run, entries: list[dict], shards: dict[str, dict]) -> dict[str, Any]:
+def _size(run: Run, entries: list[dict[str, Any]], shards: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Bytes of all tensors before and after, and bits per weight counted from the stored bytes."""
     tensors = {n: b for w in shards.values() for n, b in w["tensors"].items()}
     weights = sum(layer.shape[0] * layer.shape[1] for layer in run.plan.layers)
@@ -121,7 +123,7 @@ def _size(run: Run, entries: list[dict], shards: dict[str, dict]) -> dict[str, A
     }
 
 
-def _notes(run: Run, entries: list[dict]) -> list[str]:
+def _notes(run: Run, entries: list[dict[str, Any]]) -> list[str]:
     notes = [
         f"{layer['name']}: {text}"
         for e in entries
@@ -183,7 +185,7 @@ def _phases(seconds: dict[str, float]) -> dict[str, float]:
     }
 
 
-def report_of(output: Path, manifest: dict) -> dict[str, Any]:
+def report_of(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The report of a finished checkpoint, from its manifest and the facts of the run that made it."""
     facts = output / RUN
     told = read_sealed(facts) if facts.exists() else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -83,10 +84,10 @@ class ShardWriter:
 
     def _packed(
         self, part: int, result: BlockResult
-    ) -> tuple[dict[str, torch.Tensor | TensorInfo], dict[str, dict]]:
+    ) -> tuple[dict[str, torch.Tensor | TensorInfo], dict[str, dict[str, Any]]]:
         """(the tensors of a shard, what became of every source tensor in it)."""
         tensors: dict[str, torch.Tensor | TensorInfo] = {}
-        account: dict[str, dict] = {}
+        account: dict[str, dict[str, Any]] = {}
         sources = self.run.parts[part]
         for name, info in sources.items():
             layer, _, leaf = name.rpartition(".")

@@ -21,7 +21,7 @@ HEAD_DIMS = (256, 128, 96, 80, 64, 32, 16, 8)  # tried when neither block nor co
 
 
 def discover(
-    block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+    block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[ScalingGroup], list[tuple[str, str]]]:
     """All scaling groups of `block`, at most one per set of consumers, and what was refused with the reason.
 

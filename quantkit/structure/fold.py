@@ -91,7 +91,7 @@ def fold(
 def check_invariance(
     block: nn.Module,
     hidden: torch.Tensor,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     fold_callable: Callable[[nn.Module], object],
     tolerance: float,
@@ -114,7 +114,9 @@ def check_invariance(
 class Prover:
     """A float64 copy of the block with a random input, on which candidates are tried."""
 
-    def __init__(self, block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         tensors = [*block.parameters(), *block.buffers()]
         self.block = copy.deepcopy(block, {id(t): _float64(t) for t in tensors if t.is_floating_point()})
         self.generator = torch.Generator().manual_seed(0)
@@ -152,7 +154,9 @@ class Prover:
         return change
 
 
-def _output(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def _output(
+    block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
     return first_output(block(hidden, *args, **kwargs))
 
 

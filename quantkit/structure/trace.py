@@ -45,13 +45,13 @@ def matrix(linear: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Trace:
+def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Run `block(hidden, *args, **kwargs)` once and see which tensor goes where.
 
     The block is in eval mode, and the call has no KV cache.
     """
-    siblings: dict[tuple, list[str]] = {}
-    norms: dict[tuple, str] = {}
+    siblings: dict[tuple[Any, ...], list[str]] = {}
+    norms: dict[tuple[Any, ...], str] = {}
     calls: list[str] = []
     made: dict[str, tuple[torch.Tensor, int]] = {}  # linear -> its output and the version it had then
     output_of: dict[str, str] = {}
@@ -59,8 +59,8 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
         torch.Tensor
     ] = []  # a tensor that died would lend its memory, and so its identity, to another
 
-    def reads(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def reads(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             alive.append(x)
             if name not in calls:
@@ -69,21 +69,21 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str,
 
         return hook
 
-    def makes(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+    def makes(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             made[name] = (out, _version(out))
 
         return hook
 
-    def normalises(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+    def normalises(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             alive.append(out)
             norms[_identity(out)] = name
 
         return hook
 
-    def returns(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, out: Any) -> None:
+    def returns(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if isinstance(out, tuple | list) and out and all(item is None for item in out[1:]):
                 out = out[0]
             for linear, (tensor, version) in made.items():
@@ -116,7 +116,7 @@ def first_output(out: Any) -> torch.Tensor:
     return hidden
 
 
-def _identity(x: torch.Tensor) -> tuple:
+def _identity(x: torch.Tensor) -> tuple[Any, ...]:
     """Equal for two living tensors exactly if they are the same rows in the same memory, not rewritten."""
     layout = (x.numel(), x.shape[-1]) if x.is_contiguous() else (tuple(x.shape), x.stride())
     return x.data_ptr(), _version(x), x.dtype, layout

@@ -129,7 +129,9 @@ def apply(run: BlockRun, config: AwqConfig) -> list[dict[str, Any]]:
     return report
 
 
-def _scale(run: BlockRun, group: ScalingGroup, seen: dict[str, list], config: AwqConfig) -> dict[str, Any]:
+def _scale(
+    run: BlockRun, group: ScalingGroup, seen: dict[str, list[Any]], config: AwqConfig
+) -> dict[str, Any]:
     """Search the scales of one group and fold them in, if they are better than none."""
     held = [run.held[n] for n in group.consumers]
     inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
@@ -173,7 +175,7 @@ def _clip(run: BlockRun, config: AwqConfig) -> None:
 
 
 def _output_error(
-    run: BlockRun, group: ScalingGroup, seen: dict[str, list]
+    run: BlockRun, group: ScalingGroup, seen: dict[str, list[Any]]
 ) -> Callable[[list[torch.Tensor]], float]:
     """Mean squared error of the inspected module's output as a function of the consumers' weights.
 

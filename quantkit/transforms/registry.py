@@ -24,7 +24,7 @@ class Transform:
 TRANSFORMS: dict[str, Transform] = {}
 
 
-def register(name: str, windows: Callable[[Any], int]) -> Callable:
+def register(name: str, windows: Callable[[Any], int]) -> Callable[..., Any]:
     """Decorator: makes `apply` available as `transforms: [name]`."""
 
     def add(apply: Callable[[Any, Any], list[dict[str, Any]]]) -> Callable[[Any, Any], list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ class Tables:
                 raise ValueError(f"the norm {name} has {len(norm.weight)} weights, the model needs {size}")
 
     @cached_property
-    def _array(self) -> ctypes.Array:
+    def _array(self) -> ctypes.Array[Any]:
         return (_Layer * len(self.layers))(*(layer._structure() for layer in self.layers))
 
     def _structure(self, compute: str, cache_dtype: torch.dtype) -> _Model:

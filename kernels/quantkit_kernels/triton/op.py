@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
 
 def constants(
     bits: int, zero: bool, fp8: bool, group_size: int, k: int, kind: str | None, scales: str, by_row: bool
-) -> dict:
+) -> dict[str, Any]:
     """The kernel's constants of a scheme. kind None: no assembly; scales: their type; by_row: the order of codes."""
     cut = geometry(bits, group_size, k)
     lane = bits if bits < 5 else 8
@@ -119,7 +120,7 @@ def _plan(
     kind: str | None,
     scales: torch.dtype,
     by_row: bool,
-) -> dict:
+) -> dict[str, Any]:
     return constants(bits, zero, fp8, group_size, k, kind, _KINDS.get(scales, "fp32"), by_row)
 
 
@@ -231,7 +232,7 @@ def _check_weight(codes, scales, zeros, bits: int, group_size: int, n: int, k: i
 
 
 @cache
-def _shapes(bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int) -> tuple:
+def _shapes(bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int) -> tuple[Any, ...]:
     """`layout.shapes` of a weight that the kernels know; else ValueError."""
     Spec.integer(bits, group_size, True, n, k)
     return shapes(bits, group_size, n, k, by_row, scale_bytes)

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import threading
 import warnings
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from quantkit_kernels.triton.op import DTYPES, chip, dequantize, launch
 N, LEAST_K = 208, 1024  # three blocks of 64 rows and a ragged one; several trips of the loop for each split
 REPEATS = 3
 _turn = threading.Lock()
-_found: dict[tuple, str | None] = {}  # what `compare` said, by device and scheme
+_found: dict[tuple[Any, ...], str | None] = {}  # what `compare` said, by device and scheme
 _warned: set[torch.device] = set()
 
 

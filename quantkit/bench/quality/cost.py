@@ -94,9 +94,11 @@ def theirs(rival: str, method: str, model: Path, work: Path, windows: Path) -> d
     return {"quantizing": found["cpu_seconds"], "process": process, "versions": found["versions"]}
 
 
-def interleave(engines: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, list[dict]]:
+def interleave(
+    engines: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
     """What every engine measured, each once per round."""
-    seen: dict[str, list[dict]] = {name: [] for name in engines}
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     for number in range(1, rounds + 1):
         for name, run in engines.items():
             found = run()
@@ -108,7 +110,7 @@ def interleave(engines: Mapping[str, Callable[[], dict[str, Any]]], rounds: int)
     return seen
 
 
-def summary(seen: Mapping[str, list[dict]]) -> dict[str, Any]:
+def summary(seen: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """{"engines": medians and ranges, "ours_over_rival": medians of the ratios within rounds}."""
     engines: dict[str, Any] = {}
     for name, found in seen.items():
