@@ -1,10 +1,11 @@
-"""Methods at equal bits on the embedded model: the table of docs/results.md.
+"""Compare the quantization methods at equal bits on the embedded model, and write docs/results.md.
 
     python -m quantkit.bench.quality.methods --work DIR --json docs/benchmarks/methods.json --markdown docs/results.md
 
-Every row is a whole `quantkit quantize`: recipe, 128 x 512 calibration tokens, packed checkpoint, verified, loaded
-again, evaluated on the packed weights. Windows of 512 tokens of the embedded evaluation text: 120 for perplexity and
-the paired difference of NLL, the first 40 of them for KL(original || quantized) and agreement, fp32.
+Each row is one complete run of `quantkit quantize`: calibrate on 128 windows of 512 tokens, write and verify the packed
+checkpoint, load it again, and evaluate the packed weights in fp32. The evaluation uses windows of 512 tokens of the
+embedded evaluation text: 120 for perplexity and the paired difference of NLL, and the first 40 of these for
+KL(original || quantized) and top-1 flips, the tokens whose most likely next token changes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ LEVER_BITS = ((4, 128, True), (3, 128, True), (2, 64, False))
 
 
 def runs() -> list[tuple[str, str, int, int, bool, dict[str, Any]]]:
-    """(table, method, bits, group, symmetric, recipe) of every row."""
+    """The rows to measure: (table, method, bits, group, symmetric, recipe)."""
     rows = [
         ("methods", name, bits, group, symmetric, recipe)
         for bits, group in BITS
@@ -61,7 +62,7 @@ def runs() -> list[tuple[str, str, int, int, bool, dict[str, Any]]]:
 
 
 def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, Any]]:
-    """All rows; those already in `cache` (JSON lines) are not measured again. share: (i, n) takes every n-th row."""
+    """Measure all rows that `cache` (JSON lines) does not hold yet. share: (i, n) takes every n-th row from row i."""
     done = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
     known = {(r["table"], r["method"], r["bits"], r["symmetric"]) for r in done}
     original = load(assets.default_model(), device="cpu")
@@ -117,7 +118,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
-    """docs/results.md."""
+    """The text of docs/results.md."""
     head = (
         "| scheme | method | bits/weight | perplexity | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
         "|---|---|---|---|---|---|---|---|\n"
@@ -132,9 +133,11 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
         f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
         f"Made by `python -m quantkit.bench.quality.methods` on {where['cpu']}, torch {where['torch']}, "
         f"{where['threads']} thread(s), commit {where['commit']}, {where['date'][:10]}. ± is one standard error over "
-        "windows; CPU-s is user + system time of calibrating and quantizing.\n\n"
+        "windows. CPU-s is the user and system time of calibrating and quantizing.\n\n"
         f"## Methods\n\n{head}{first}{tables['methods']}\n\n"
-        "## What each lever of GPTQ gives\n\nAll with activation order, static groups, true-sequential.\n\n"
+        "## What each option of GPTQ contributes\n\n"
+        "All rows use activation order, static groups and `true_sequential`. The first row of a scheme has no sweeps, "
+        "range search or re-targeting; the second adds sweeps, and the last two add one more option to the second.\n\n"
         f"{head}{tables['levers']}\n"
     )
 
