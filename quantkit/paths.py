@@ -16,7 +16,7 @@ def user_path(text: str | Path, error: type[QuantkitError]) -> Path:
     `error` when no such path can exist or be looked at: a NUL character, a name that is too long, `~` of an unknown
     user, a loop of links, a folder that may not be read.
     """
-    shown = repr(str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}...")
+    shown = _shown(text)
     try:
         path = Path(text).expanduser()
         path.stat()
@@ -28,3 +28,19 @@ def user_path(text: str | Path, error: type[QuantkitError]) -> Path:
         if problem.errno not in _ABSENT:
             raise error(f"{shown} cannot be read: {problem.strerror or problem}") from None
     return path
+
+
+def weights_path(text: str | Path, error: type[QuantkitError], advice: str = "rename it") -> Path:
+    """`user_path` of a folder of weights; `error` also for a path that is not UTF-8, which safetensors cannot open."""
+    path = user_path(text, error)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise error(
+            f"the path {_shown(text)} is not UTF-8, which safetensors cannot open; {advice}"
+        ) from None
+    return path
+
+
+def _shown(text: str | Path) -> str:
+    return repr(str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}...")

@@ -1,9 +1,11 @@
 import os
+from pathlib import Path
 
 import pytest
 
+import quantkit
 from quantkit import assets
-from quantkit.errors import DataError, ModelError, RecipeError
+from quantkit.errors import DataError, ModelError, OutputError, RecipeError
 from quantkit.models.headers import resolve_model
 from quantkit.paths import user_path
 from quantkit.recipe import load_recipe
@@ -25,11 +27,13 @@ def test_a_path_that_cannot_be_is_an_error_of_ours(text, said):
 
 
 @pytest.mark.parametrize("text", [text for text, _ in IMPOSSIBLE.values()], ids=IMPOSSIBLE)
-def test_recipes_and_models_say_so(text):
+def test_recipes_models_and_outputs_say_so(text):
     with pytest.raises(RecipeError):
         load_recipe(text)
     with pytest.raises(ModelError):
         resolve_model(text, assets.default_model())
+    with pytest.raises(OutputError):
+        quantkit.quantize("w4a16-rtn", output=text, evaluate=False)
 
 
 def test_a_loop_of_links(tmp_path):
@@ -49,3 +53,16 @@ def test_a_name_that_is_no_utf8_passes(tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(folder)
     assert user_path(folder, ModelError).is_dir()
+
+
+def test_weights_are_not_kept_under_a_name_that_is_no_utf8(tmp_path, monkeypatch):
+    """safetensors opens no such path, so it is refused before anything is computed, also where the name is made up."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    Path(f"{name}.yaml").write_text("weights: {algorithm: rtn}")
+    with pytest.raises(ModelError, match=r"is not UTF-8, .*; rename it"):
+        resolve_model(name, assets.default_model())
+    for recipe, output in (("w4a16-rtn", name), (f"{name}.yaml", None)):
+        with pytest.raises(OutputError, match=r"is not UTF-8, .*; choose another --output"):
+            quantkit.quantize(recipe, output=output, evaluate=False)
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.yaml"]

@@ -97,6 +97,13 @@ def _stays(name: str) -> str | None:
 
 def _companion(root: Path, name: str, path: Path) -> Companion:
     """A regular file of the model's folder, or one that the hub's cache links there."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"{path}: the name of this file is not UTF-8, so quantkit.json cannot list it; rename the file, or give a "
+            "folder with the model only"
+        ) from None
     file = path
     if path.is_symlink():
         file = path.resolve()

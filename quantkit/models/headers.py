@@ -14,7 +14,7 @@ from quantkit.models import families
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, longest_window, read_config
 from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
-from quantkit.paths import user_path
+from quantkit.paths import weights_path
 
 _DOWNLOADED = (
     "*.json",
@@ -84,13 +84,7 @@ def resolve_model(path_or_id: str | Path | None, default: Path) -> Path:
     if path_or_id is None:
         return default
     text = str(path_or_id)
-    path = user_path(text, ModelError)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ModelError(
-            f"the path {text!r} is not UTF-8, which safetensors cannot open; rename it"
-        ) from None
+    path = weights_path(text, ModelError)
     if path.is_dir():
         return path
     if path.exists():

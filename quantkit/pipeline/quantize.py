@@ -17,11 +17,12 @@ from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device
-from quantkit.errors import memory_named
+from quantkit.errors import OutputError, memory_named
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
+from quantkit.paths import weights_path
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
@@ -180,7 +181,8 @@ def _prepared(
         skeleton_model = skeleton.build(source)
         modules = skeleton_model.named_modules()
         plan = build_plan(checked, headers, {n: type(m).__name__ for n, m in modules if not is_linear(m)})
-        folder = Path(output) if output is not None else Path("out") / f"{Path(headers.name).name}-{name}"
+        named = Path("out") / f"{Path(headers.name).name}-{name}"
+        folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
         transformers_logging.disable_progress_bar()
         tokenizer = open_tokenizer(path)

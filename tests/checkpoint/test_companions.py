@@ -65,6 +65,14 @@ def test_links_out_of_the_folder_are_refused_by_name(tmp_path, name):
         find_companions(model)
 
 
+@pytest.mark.parametrize("name", [b"NOTICE\xe9", b"sub/caf\xe9.txt"])
+def test_names_that_no_manifest_can_hold_are_refused(tmp_path, name):
+    model = folder_with(tmp_path / "m", ["tokenizer.json", "sub/y.json"])
+    (model / os.fsdecode(name)).write_text("x")
+    with pytest.raises(ModelError, match="rename the file"):
+        find_companions(model)
+
+
 def test_links_of_folders_and_special_files_are_refused(tmp_path):
     model = folder_with(tmp_path / "m", ["tokenizer.json"])
     (model / "etc").symlink_to("/etc")
