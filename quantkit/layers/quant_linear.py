@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.compiler import is_compiling
 
 from quantkit.errors import BackendError
 from quantkit.formats.registry import DEFAULT, codec
-from quantkit.layers.siblings import Siblings
+from quantkit.layers.siblings import Siblings, cut
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
@@ -177,24 +176,29 @@ class QuantLinear(nn.Module):
             self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: each buffer alone, without the arena that all layers share."""
-        state = self._state()
-        state["_buffers"] = {
-            name: None if buffer is None else _alone(buffer) for name, buffer in self._buffers.items()
-        }
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantLinear:
-        """Copies share one arena among them, as the originals do."""
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self._state(), memo))
-        return twin
-
-    def _state(self) -> dict[str, Any]:
+        """For pickles and copies: only this layer's part of the memory that all layers share."""
         state = self.__dict__.copy()
-        state.pop("_call", None)
+        for name in ("_call", "siblings"):
+            state.pop(name, None)
+        kept = dict(self._buffers)
+        place = None if self.siblings is None else self.siblings.place(self)
+        if place is not None:  # the siblings carry the layouts of all members, and give them back
+            kept |= dict.fromkeys(self.prepared)
+            state |= {"siblings": self.siblings, "_place": place}
+        state["_buffers"] = {name: None if buffer is None else cut(buffer) for name, buffer in kept.items()}
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        place = self.__dict__.pop("_place", None)
+        if place is not None and self.siblings is not None:
+            self.siblings.restore(place, self)
+
+    def __copy__(self) -> QuantLinear:
+        """Shares all tensors, as shallow copies of other modules do."""
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__ |= self.__dict__ | {"_call": None}
+        return twin
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         """Moves go through; casts stop at scales and layouts, for which the codes were computed."""
@@ -211,12 +215,6 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}, {self.backend}"
         )
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """A view into a larger storage as a tensor of its own."""
-    shared = not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
-    return tensor.clone() if shared else tensor
 
 
 def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:

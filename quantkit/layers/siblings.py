@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _PATIENCE = 4  # times in a row that outputs may be left over
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_Tensors = tuple[
+    dict[str, torch.Tensor], dict[str, torch.Tensor]
+]  # the buffers and the parameters of a module
 
 
 class _Joint(NamedTuple):
@@ -52,8 +55,9 @@ class Siblings:
         self._backend, self._names, self._dtype = first.backend, first.prepared, first.dtype
         self._spec, self._facts = first.spec, first._facts
         self._sizes = [member.out_features for member in members]
-        self._tensors = [(member._buffers, member._parameters) for member in members]
+        self._tensors: list[_Tensors | None] = [(member._buffers, member._parameters) for member in members]
         self._local, self._made, self._left_over = _Local(), None, 0
+        self._carried: dict[str, tuple[torch.Tensor, list[int]]] = {}
 
     @classmethod
     def join(cls, members: Sequence[QuantLinear]) -> bool:
@@ -71,10 +75,10 @@ class Siblings:
 
     def bind(self, member: QuantLinear, alone: Call) -> Call:
         """call(x, bias) for one member: its part of the joint product, or what `alone` gives."""
-        places = [i for i, (buffers, _) in enumerate(self._tensors) if buffers is member._buffers]
-        if not places or member.spec.inputs != self._spec.inputs or member.dtype is not self._dtype:
+        place = self._find(member)
+        if place is None or member.spec.inputs != self._spec.inputs or member.dtype is not self._dtype:
             return alone
-        (place,), buffers, first, dtype = places, member._buffers, self._names[0], self._dtype
+        buffers, first, dtype = member._buffers, self._names[0], self._dtype
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             plain = bias is None or not (bias.requires_grad and torch.is_grad_enabled())
@@ -88,7 +92,32 @@ class Siblings:
 
     def forget(self) -> None:
         """Let go of all tensors, in every thread."""
-        self._local, self._made = _Local(), None
+        self._local, self._made, self._carried = _Local(), None, {}
+
+    def place(self, member: QuantLinear) -> int | None:
+        """Which part of the joint layout is this member's; None while the members do not fit together."""
+        return self._find(member) if all(whole is not None for whole in self._wholes().values()) else None
+
+    def restore(self, place: int, member: QuantLinear) -> None:
+        """Give a member that was copied or unpickled its part of the layout, and know it from now on."""
+        for name, (whole, sizes) in self._carried.items():
+            member._buffers[name] = whole.split(sizes)[place]
+        self._tensors[place] = member._buffers, member._parameters
+        if None not in self._tensors:
+            self._carried = {}
+
+    def _find(self, member: QuantLinear) -> int | None:
+        for place, tensors in enumerate(self._tensors):
+            if tensors is not None and tensors[0] is member._buffers:
+                return place
+        return None
+
+    def _wholes(self) -> dict[str, torch.Tensor | None]:
+        """The joint layout by the names of its tensors, without a copy; None for what is not contiguous."""
+        known = [tensors[0] for tensors in self._tensors if tensors is not None]
+        if len(known) < len(self._tensors):
+            return dict.fromkeys(self._names)
+        return {name: _whole([buffers[name] for buffers in known]) for name in self._names}
 
     def _run(self, place: int, x: torch.Tensor) -> torch.Tensor | None:
         """A member's output, waiting or by the joint product; None if it has to run alone."""
@@ -124,6 +153,8 @@ class Siblings:
 
     def _stamp(self, place: int) -> tuple[Any, ...]:
         """Tells tensors that were replaced or moved, and a bias that was written to."""
+        if self._tensors[place] is None:
+            return ()
         buffers, parameters = self._tensors[place]
         bias = parameters["bias"]
         layout = [(id(t), t.data_ptr()) for t in map(buffers.get, self._names)]
@@ -132,12 +163,14 @@ class Siblings:
     def _join(self) -> _Joint:
         """One product for all, without `call` if the tensors no longer fit together."""
         stamps = [self._stamp(place) for place in range(len(self._sizes))]
+        wholes = self._wholes()
+        if any(whole is None for whole in wholes.values()):
+            return _Joint(stamps)
         biases = [parameters["bias"] for _, parameters in self._tensors]
-        wholes = {name: _whole([buffers[name] for buffers, _ in self._tensors]) for name in self._names}
         kinds = {None if bias is None else bias.dtype for bias in biases}
         pairs = zip(biases, self._sizes, strict=True)
         fit = len(kinds) == 1 and all(b is None or (_plain(b) and b.shape == (n,)) for b, n in pairs)
-        if not fit or any(whole is None for whole in wholes.values()):
+        if not fit:
             return _Joint(stamps)
         spec = self._spec.with_rows(sum(self._sizes))
         layout = Layout(wholes, spec, self._facts)
@@ -145,7 +178,17 @@ class Siblings:
         return _Joint(stamps, quantkit_kernels.backend(self._backend).bind(layout, self._dtype), bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_local": None, "_made": None}
+        """For pickles and copies: the layouts of all members, once. The members come back one by one (`restore`)."""
+        sizes = {
+            name: [len(buffers[name]) for buffers, _ in filter(None, self._tensors)] for name in self._names
+        }
+        carried = {n: (cut(whole), sizes[n]) for n, whole in self._wholes().items() if whole is not None}
+        return self.__dict__ | {
+            "_local": None,
+            "_made": None,
+            "_tensors": [None] * len(self._tensors),
+            "_carried": carried,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_local": _Local()}
@@ -210,3 +253,15 @@ def _whole(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
     whole = torch.empty(0, dtype=first.dtype, device=first.device)
     return whole.set_(first.untyped_storage(), first.storage_offset(), shape)
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own length, since a pickle or a copy takes the whole storage of a view."""
+    storage = tensor.untyped_storage()
+    if type(tensor) not in _PLAIN or tensor.is_meta or storage.nbytes() == tensor.nbytes:
+        return tensor
+    if not tensor.is_contiguous():
+        return tensor.clone()
+    start = tensor.storage_offset() * tensor.element_size()
+    own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)

@@ -1,5 +1,7 @@
 """A loaded model saved, pickled, copied and dequantized."""
 
+import copy
+import io
 import json
 import pickle
 
@@ -67,14 +69,45 @@ def test_a_changed_model_keeps_its_change_and_no_record(output, tmp_path):
     assert float(quantkit.load(tmp_path).model.norm.weight.detach()[0]) == pytest.approx(1.00001, abs=1e-7)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_pickle_is_as_large_as_the_model(output, backend):
-    model = quantkit.load(output, device="cpu", backend=backend)
-    truth = logits(model)
+def held(model):
+    """Bytes of all memory that keeps the tensors of a model alive."""
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage() for t in [*model.parameters(), *model.buffers()]
+    }
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def pickled(model):
     raw = pickle.dumps(model)
-    size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    assert len(raw) < 1.5 * size + 400_000
-    assert torch.equal(logits(pickle.loads(raw)), truth)
+    return len(raw), pickle.loads(raw)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    size = file.tell()
+    file.seek(0)
+    return size, torch.load(file, weights_only=False)
+
+
+def copied(model):
+    twin = copy.deepcopy(model)
+    return held(twin), twin
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("duplicate", [pickled, saved, copied])
+def test_copies_hold_every_layer_once(wide_llamas, backend, duplicate):
+    model = quantkit.load(wide_llamas[0], device="cpu", backend=backend)
+    truth, footprint = logits(model), model.get_memory_footprint()
+    size, twin = duplicate(model)
+    assert size < 1.3 * footprint
+    assert held(twin) < 1.3 * footprint
+    layers, twins = ([module for _, module in packed_linears(each)] for each in (model, twin))
+    assert [module.siblings is None for module in twins] == [module.siblings is None for module in layers]
+    assert torch.equal(logits(twin), truth)
+    alone = next(module for module in layers if module.siblings is None)
+    assert duplicate(alone)[0] < 1.3 * sum(buffer.nbytes for buffer in alone.buffers()) + 10_000
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "gpt2", "falcon"])
