@@ -1,7 +1,7 @@
-"""Ops on packed weights. One schema per op, a plain-torch reference as default, other backends by name.
+"""Ops on packed weights: one schema per op, a plain-torch reference as default, other backends by name.
 
 A weight is a `Stored`: canonical tensors and the `Spec` that says what they mean. `select` names the backend that runs
-it on a device, `backend(name)` prepares its layout and binds it to a call. Knows nothing of models, recipes or files.
+it on a device; `backend(name)` prepares its layout and binds it to a call. Nothing here depends on models or files.
 """
 
 from quantkit_kernels.backend import Backend, BackendMissing, Call

@@ -48,7 +48,7 @@ class AtenBackend(Backend):
 
 
 class _Product(torch.autograd.Function):
-    """PyTorch's op, which has no derivative of its own, with the gradient of a linear layer."""
+    """PyTorch's op, which has no gradient formula, with the gradient of a linear layer."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -57,7 +57,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """dL/dy W, some columns of W at a time: the op's codes are in an order of its own, so W is asked for by it."""
+        """dL/dy W, some columns of W at a time. The op's order of codes is private, so the op itself gives W."""
         k, pieces = ctx.layout.spec.k, []
         for start in range(0, k, _COLUMNS):
             columns = torch.zeros(min(_COLUMNS, k - start), k, dtype=grad.dtype)

@@ -1,4 +1,4 @@
-"""What a backend is: a name, what it refuses, and four functions from a `Stored` to a call and back."""
+"""The interface of a backend: a name, the weights it refuses, and functions from a `Stored` to a call and back."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class BackendMissing(ValueError):
 
 
 class Verdict(NamedTuple):
-    """Whether "auto" may take a backend that refuses nothing, and why."""
+    """Whether "auto" may take a backend that accepts the weight, and why."""
 
     trusted: bool
     why: str
 
 
 class Backend:
-    """One way to multiply by packed weights. A leaf says what it refuses, builds its layout and calls its op."""
+    """One way to multiply by packed weights. A subclass says what it refuses, builds its layout and calls its op."""
 
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ("float",)  # of `Spec.inputs`
@@ -41,7 +41,7 @@ class Backend:
         return self._refuses(spec, device)
 
     def verdict(self, spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verdict:
-        """Whether "auto" may take it for activations of `dtype`; None: for any, and nothing may run to find out."""
+        """Whether "auto" may take it for activations of `dtype`. None: for any dtype, and without running a test."""
         return Verdict(True, "")
 
     def prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:

@@ -1,6 +1,6 @@
-"""Which backend runs a packed linear: a table of names and one function that chooses.
+"""Choose the backend of a packed linear: a table of names and the function `select`.
 
-Only "auto" may go on to the next; a backend asked for by name that cannot run is an error.
+Only "auto" may try the next one; a backend that was named and cannot run is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ENVIRONMENT = "QUANTKIT_BACKEND"
 
 
 class Choice(NamedTuple):
-    """The backend chosen and why."""
+    """The chosen backend and the reason."""
 
     name: str
     why: str
@@ -79,7 +79,7 @@ def select(
 
 
 def _first(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Choice:
-    """The first backend that refuses nothing and may be trusted."""
+    """The first backend that accepts the weight and passes its self-test."""
     if dtype not in (None, *FLOATS) and spec.inputs == "float" and spec.integers:
         return Choice("reference", f"only the reference takes {dtype} activations")
     reasons = []

@@ -1,8 +1,8 @@
-"""The gradient of y = x W^T + bias with W packed: the same formula for the op of every backend.
+"""The gradient of y = x W^T + bias with a packed W, the same for the op of every backend.
 
     dL/dx = dL/dy W    dL/dbias = sum of dL/dy over the tokens
 
-W is dequantized in the backward pass, one layer at a time, in x's dtype; nothing of it is kept between the passes.
+W is dequantized in the backward pass, one layer at a time, in x's dtype, and not kept afterwards.
 Codes and scales get no gradient.
 """
 

@@ -1,4 +1,4 @@
-"""The ops of the reference, defined once: schema, implementation, fake kernel for tracing, gradient.
+"""The torch ops of the reference: schema, implementation, fake kernel for tracing, gradient.
 
 `quantkit::wna16_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k)`
     x [..., K] float; packed, scale and zero_packed as in `stored.py`; bias [N] or None; returns [..., N] in x's dtype,
@@ -24,7 +24,7 @@ _spec = lru_cache(maxsize=4096)(Spec.integer)
 
 
 def _checked(x, packed, scale, zero_packed, bias, bits: int, group_size: int, n: int, k: int) -> Stored:
-    """The weight, if everything fits together."""
+    """The weight, after checking that its parts fit together."""
     if not x.dim() or x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1] if x.dim() else 0} features, the weight takes {k}")
     if not x.is_floating_point():

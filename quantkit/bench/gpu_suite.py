@@ -1,16 +1,17 @@
-"""Everything that needs a CUDA device, in one command.
+"""Run the tests and benchmarks that need a CUDA device, in one command.
 
     python -m quantkit.bench.gpu_suite --work DIR [--steps tests decode] [--seconds 570] [--json FILE]
 
-tests: those marked `gpu`, the Triton kernels against fp64 among them, in several processes because most of the time is
-compilation. decode: whole steps of a 32-layer Llama-3-8B shape, bf16 and packed, with CUDA graphs and without. tune: a
-table of tile sizes for this chip, which the steps after it use. bench: `quantkit bench --products --device cuda`.
-compare: the embedded model is quantized on the device and on the CPU by the same recipe, and both are evaluated there.
+The steps: `tests` runs the tests marked `gpu`, among them the Triton kernels against fp64, in several processes because
+most of the time is compilation. `decode` times whole steps of a 32-layer Llama-3-8B, bf16 and packed, with CUDA graphs
+and without. `tune` writes a table of tile sizes for this chip, which later steps use. `bench` is `quantkit bench
+--products --device cuda`. `compare` quantizes the embedded model by one recipe on the device and on the CPU, and
+evaluates both results on the device.
 
-Where a command may take ten minutes: `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each step
-leaves DIR/STEP.json, a step that the time did not suffice for says so there, and the report is made of all that lie in
-DIR. Nothing is fetched. Exits 1 if a step fails or has no time, also if the two models differ by more than their
-standard errors allow.
+If a command may take only ten minutes, run `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each
+step writes DIR/STEP.json, which also says if the time ran out, and the report collects the steps found in DIR. Nothing
+is downloaded. The exit code is 1 if a step fails or runs out of time, or if the two quantized models differ by more
+than their standard errors allow.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cachepro
 
 
 def tests(work: Path, deadline: float) -> dict[str, Any]:
-    """The tests marked `gpu`, dealt out to processes."""
+    """Run the tests marked `gpu`, divided among processes."""
     listing = subprocess.run(
         [*_PYTEST, "--collect-only", *TESTS], capture_output=True, text=True, check=False
     )
@@ -76,7 +77,7 @@ def tests(work: Path, deadline: float) -> dict[str, Any]:
 
 
 def _child(work: Path, deadline: float, name: str, *arguments: str) -> dict[str, Any]:
-    """`python -m ... --json FILE`, stopped at the deadline; what it wrote."""
+    """Run `python -m ... --json FILE`, stop it at the deadline, and return what it wrote."""
     file = work / f"{name}-report.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", *arguments, str(file)]
@@ -89,12 +90,12 @@ def _child(work: Path, deadline: float, name: str, *arguments: str) -> dict[str,
 
 
 def decode(work: Path, deadline: float) -> dict[str, Any]:
-    """Whole steps with graphs and without."""
+    """Time whole decode steps with CUDA graphs and without."""
     return _child(work, deadline, "decode", "quantkit.bench.models.gpu_decode", "--json")
 
 
 def tune(work: Path, deadline: float) -> dict[str, Any]:
-    """A table of tile sizes, as far as the time carries."""
+    """Write a table of tile sizes for as many shapes as the time allows."""
     seconds = str(max(int((deadline - time.monotonic()) * 0.85), 30))
     done = _child(work, deadline, "tune", "quantkit_kernels.triton.tune", "--seconds", seconds, "--output")
     if done["report"]:
@@ -103,13 +104,13 @@ def tune(work: Path, deadline: float) -> dict[str, Any]:
 
 
 def bench(work: Path, deadline: float) -> dict[str, Any]:
-    """The ops against what is installed."""
+    """Time our ops against those of the installed libraries."""
     verb = ("quantkit", "bench", "--products", "--device", "cuda", "--m", "1,16,64,256,2048", "--rounds", "5")
     return _child(work, deadline, "bench", *verb, "--shapes", "llama-3-8b", "--json")
 
 
 def compare(work: Path, deadline: float) -> dict[str, Any]:
-    """The same recipes on CUDA and CPU, with their evaluations."""
+    """Quantize by the same recipes on CUDA and on the CPU, and evaluate the results."""
     rows: list[dict[str, Any]] = []
     for recipe in RECIPES:
         if time.monotonic() > deadline:
@@ -140,7 +141,7 @@ STEPS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
 
 
 def run(work: Path, steps: list[str], seconds: float) -> dict[str, Any]:
-    """Run steps one after another, each with what is left of the time; {step: what its file says} of all in `work`."""
+    """Run the steps in order within the remaining time; returns {step: its report} for all reports in `work`."""
     deadline = time.monotonic() + seconds
     for i, name in enumerate(steps):
         if (work / TABLE).exists():

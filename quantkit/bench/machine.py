@@ -1,4 +1,4 @@
-"""What every benchmark says about where it ran."""
+"""The facts about machine and versions that every benchmark reports."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def native_available() -> bool:
 
 
 def where(device: str) -> dict[str, Any]:
-    """The path that runs, for the head of the JSON."""
+    """The instruction set path in use, for the head of the JSON."""
     import torch
 
     facts: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "isa": None}

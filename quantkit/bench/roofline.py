@@ -1,10 +1,10 @@
-"""What the machine allows: bytes read per second and operations per second, measured, not looked up.
+"""Measure the limits of the machine: bytes read per second and operations per second.
 
     python -m quantkit.bench.roofline [--threads 1 2]
 
-An op that reads B bytes and does F operations cannot take less than max(B / read, F / peak). On a CPU both come from
-the native library (`cpu/probe.cpp`: volatile asm, several access patterns); without it, and on a GPU, from PyTorch:
-a sum over a large buffer and a large matrix product, which is less than the hardware can do.
+An op that reads B bytes and does F operations takes at least max(B / read, F / peak). On a CPU the native library
+measures both (`cpu/probe.cpp`: volatile asm, several access patterns). Without it, and on a GPU, PyTorch measures a
+sum over a large buffer and a large matrix product, which reach less than the hardware can do.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BUFFER = 512 << 20  # bytes; shared last-level caches help up to 64 MB
 
 
 class Roofline(NamedTuple):
-    """read: bytes/s; peak: operations/s by kind, a multiply-add counting 2, 0 where there is no instruction."""
+    """Limits of a device. read: bytes/s; peak: operations/s by kind (a multiply-add is 2; no instruction: 0)."""
 
     read: float
     peak: dict[str, float]
     source: str
 
     def seconds(self, n_bytes: float, operations: float, kind: str) -> float:
-        """Least time for an op whose activations are of `kind`, with the fastest instructions that suit them."""
+        """Lower bound of an op's time, by the fastest instructions for activations of `kind`."""
         peak = max(self.peak.get(usable, 0) for usable in CAN_USE[kind])
         return max(n_bytes / self.read, operations / peak if peak else 0.0)
 
@@ -44,7 +44,7 @@ class Roofline(NamedTuple):
 
 
 def probe() -> ctypes.CDLL | None:
-    """The native library with the types of its two probes set; None where it is not built."""
+    """The native library with the signatures of its two probes; None if it is not built."""
     try:
         from quantkit_kernels.cpu.library import load
     except ImportError:
@@ -62,7 +62,7 @@ def probe() -> ctypes.CDLL | None:
 def measure(
     device: str = "cpu", threads: int | None = None, buffer: int = BUFFER, rounds: int = 3
 ) -> Roofline:
-    """The roofline of `device` now. threads: CPU threads, default torch's."""
+    """Measure the roofline of `device`. threads: CPU threads, default torch's."""
     read = read_bandwidth(device, threads, buffer, rounds)
     library = probe() if device == "cpu" else None
     if library is not None:
@@ -83,7 +83,7 @@ def read_bandwidth(
 
 
 def _matmul_peaks(device: str) -> dict[str, float]:
-    """Operations per second of torch's own products: fp32 and bf16 (int8 on a GPU), size as the device bears."""
+    """Operations per second of torch's own products: fp32 and bf16, on a GPU also int8."""
     size = 8192 if device != "cpu" else 1024
     x = torch.randn(size, size, device=device)
     half = x.bfloat16()

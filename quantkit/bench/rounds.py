@@ -1,4 +1,4 @@
-"""Engines in turns: every one once per round, medians over rounds, ratios within them."""
+"""Run engines interleaved: each once per round; medians over rounds, ratios within a round."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def interleave(
     window: Callable[[], float] = read_bandwidth,
     write: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Every engine once per round, after one round that does not count.
+    """Run every engine once per round, after a warm-up round.
 
     {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
     """
@@ -57,7 +57,7 @@ def ratio(report: Mapping[str, Any], kind: str, a: str, b: str) -> float | None:
 
 
 def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | list[str]) -> dict[str, Any]:
-    """{other: {kind: times faster}} of `first` against those that ran."""
+    """{other engine: {kind: how many times faster `first` is}} for the engines that ran."""
     rows = report["engines"]
     return {
         other: {kind: ratio(report, kind, first, other) for kind in rows[first]}

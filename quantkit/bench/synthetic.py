@@ -1,4 +1,4 @@
-"""A random Llama of any depth, written shard by shard, for measuring memory and time on sizes nobody wants to download.
+"""Write a random Llama of any depth, shard by shard, to measure memory and time without a download.
 
     python -m quantkit.bench.synthetic OUT --layers 24        # about 2.4 GB bf16: hidden 2048, intermediate 5504
     python -m quantkit.bench.synthetic OUT --layers 22 --shape 1.1b

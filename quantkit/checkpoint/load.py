@@ -181,7 +181,7 @@ def _finish(
 
 
 def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list[Any], list[list[QuantLinear]]]:
-    """(the linears, siblings behind each other; the groups of siblings)."""
+    """(the linears, with siblings next to each other; the groups of siblings)."""
     groups: dict[Any, list[tuple[str, QuantLinear]]] = {}
     for name, module in linears:
         parent, _, leaf = name.rpartition(".")

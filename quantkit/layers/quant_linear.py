@@ -30,7 +30,7 @@ class QuantLinear(nn.Module):
 
     replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
     siblings: Siblings | None = None  # those that run together with this one
-    _call: Call | None = None  # the product on the layout; holds addresses, so it is made anew in a copy
+    _call: Call | None = None  # the product on the layout; holds addresses, so a copy makes its own
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class QuantLinear(nn.Module):
     def from_quantized(
         cls, weight: QuantizedWeight, bias: torch.Tensor | None, file_format: str = DEFAULT
     ) -> QuantLinear:
-        """From codes in memory."""
+        """A layer from codes in memory."""
         n, k = weight.shape
         scheme, dtype = Scheme(weight.grid), weight.scale.dtype
         module = cls(k, n, scheme, False, dtype, device="meta", file_format=file_format)
@@ -75,7 +75,7 @@ class QuantLinear(nn.Module):
 
     @property
     def leaves(self) -> dict[str, torch.Tensor]:
-        """The tensors of the file by name, while they are here."""
+        """The file's tensors by name; empty once a layout has replaced them."""
         return {leaf: self._buffers[leaf] for leaf in self._leaves}
 
     @property
@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
 
     @property
     def offloaded(self) -> bool:
-        """Whether the weight is elsewhere until it is used."""
+        """Whether the weight is kept elsewhere (on another device or on disk) until it is used."""
         return any(buffer.is_meta for buffer in self.buffers())
 
     @property
@@ -135,7 +135,7 @@ class QuantLinear(nn.Module):
         self.forget()
 
     def stored(self) -> Stored:
-        """The weight as every backend takes it. BackendError if the layout does not keep all of it."""
+        """The weight in the canonical form. BackendError if the layout does not keep all of it."""
         try:
             return quantkit_kernels.backend(self.backend).restore(self.layout)
         except quantkit_kernels.BackendMissing as error:
@@ -154,14 +154,14 @@ class QuantLinear(nn.Module):
         return call(x, self._parameters["bias"])
 
     def _by_op(self, x: torch.Tensor) -> torch.Tensor:
-        """The product by the backend's torch op, on the module's own buffers, where compilers find them."""
+        """The product by the backend's torch op on the module's buffers, which compilers can trace."""
         backend = quantkit_kernels.backend(self.backend)
         if not self.prepared:
             return backend.linear(self.layout, x, self.bias)
         return backend.linear(self.layout, x.to(self.dtype), self.bias).to(x.dtype)
 
     def _bind(self) -> Call:
-        """The product bound to the buffers of this module, which may still be replaced, and to its siblings."""
+        """The product bound to this module's buffers (which may still be replaced) and to its siblings."""
         layout = Layout(self._buffers, self.spec, self._facts)
         call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
         if self.siblings is not None:
@@ -201,7 +201,7 @@ class QuantLinear(nn.Module):
         return twin
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        """Moves go through; casts stop at scales and layouts, for which the codes were computed."""
+        """Apply moves between devices, but no casts of scales and layouts: the codes belong to these values."""
         kept = {name: b.dtype for name, b in self.named_buffers() if b.dtype.is_floating_point}
         before = {name: getattr(self, name) for name in kept}
         super()._apply(fn, recurse)

@@ -1,9 +1,10 @@
 """Linears that share one input, as q, k and v do, run as one product inside transformers.
 
 Their weights are contiguous in memory. The first of them to be called computes all outputs in one product; the others
-pick up theirs when they are called with the same tensor. Anything else is computed alone. Every row of a weight is
-summed by itself, so on the CPU the results are the same bits; on a GPU they are where the tile sizes, which depend on
-N, split K alike. With more than one token the outputs are slices of the last dimension, so not contiguous.
+pick up theirs when they are called with the same tensor. Any other call is computed alone. On the CPU the results are
+the same bits, because each row of a weight is summed separately. On a GPU they are only if the tile sizes, which
+depend on N, split K in the same way. With more than one token the outputs are slices of the last dimension, so they
+are not contiguous.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ class _Joint(NamedTuple):
 
 
 class _Local(threading.local):
-    """What waits in a thread: (x, its state, stamps of the members, outputs by member)."""
+    """The pending outputs of a thread: (x, its state, stamps of the members, outputs by member)."""
 
     slot: tuple[torch.Tensor, tuple[Any, ...], list[tuple[Any, ...]], dict[int, torch.Tensor]] | None = None
 
 
 class Siblings:
-    """Knows its members by their dictionaries of tensors, in which replaced tensors are seen.
+    """A set of linears that run as one. It holds their dictionaries of tensors, so it notices replaced tensors.
 
-    What waits is kept per thread, for one x at most. In-place changes of x are detected by its version counter;
-    inference tensors have none.
+    Pending outputs are kept per thread, for one x at most. In-place changes of x are detected by its version counter;
+    inference-mode tensors have none.
     """
 
     def __init__(self, members: Sequence[QuantLinear]) -> None:
@@ -61,7 +62,7 @@ class Siblings:
 
     @classmethod
     def join(cls, members: Sequence[QuantLinear]) -> bool:
-        """Run these as one from now on, if they are of one kind; move their weights beside each other if need be."""
+        """Make these run as one if they are of one kind; copies their weights into contiguous memory if necessary."""
         if len(members) < 2 or not _alike(members):
             return False
         members = sorted(members, key=lambda member: member._buffers[member.prepared[0]].data_ptr())
@@ -74,7 +75,7 @@ class Siblings:
         return True
 
     def bind(self, member: QuantLinear, alone: Call) -> Call:
-        """call(x, bias) for one member: its part of the joint product, or what `alone` gives."""
+        """call(x, bias) for one member: its part of the joint product, else the result of `alone`."""
         place = self._find(member)
         if place is None or member.spec.inputs != self._spec.inputs or member.dtype is not self._dtype:
             return alone
@@ -91,7 +92,7 @@ class Siblings:
         return call
 
     def forget(self) -> None:
-        """Let go of all tensors, in every thread."""
+        """Release all tensors, in every thread."""
         self._local, self._made, self._carried = _Local(), None, {}
 
     def place(self, member: QuantLinear) -> int | None:
@@ -120,7 +121,7 @@ class Siblings:
         return {name: _whole([buffers[name] for buffers in known]) for name in self._names}
 
     def _run(self, place: int, x: torch.Tensor) -> torch.Tensor | None:
-        """A member's output, waiting or by the joint product; None if it has to run alone."""
+        """A member's output, pending or from the joint product; None if it has to run alone."""
         local, mine = self._local, self._stamp(place)
         stream = _stream(x.device) if x.is_cuda else None
         state = (x.data_ptr(), _version(x), is_inference_mode_enabled(), stream)
@@ -152,7 +153,7 @@ class Siblings:
         return y
 
     def _stamp(self, place: int) -> tuple[Any, ...]:
-        """Tells tensors that were replaced or moved, and a bias that was written to."""
+        """A value that changes when a tensor is replaced or moved or the bias is written to."""
         if self._tensors[place] is None:
             return ()
         buffers, parameters = self._tensors[place]
@@ -161,7 +162,7 @@ class Siblings:
         return (*layout, None if bias is None else (id(bias), bias.data_ptr(), _version(bias)))
 
     def _join(self) -> _Joint:
-        """One product for all, without `call` if the tensors no longer fit together."""
+        """The joint product; without `call` if the tensors are no longer contiguous or of one kind."""
         stamps = [self._stamp(place) for place in range(len(self._sizes))]
         wholes = self._wholes()
         if any(whole is None for whole in wholes.values()):
@@ -195,12 +196,12 @@ class Siblings:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """Changes with every change in place, as far as torch counts them."""
+    """The tensor's version counter; None for inference-mode tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _stream(device: torch.device) -> tuple[int, bool]:
-    """Where work for a GPU goes now: the stream, or the graph captured on it. An output is used only there."""
+    """(current stream, whether a graph is captured on it); a pending output is used only there."""
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
@@ -210,7 +211,7 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 
 def _alike(members: Sequence[QuantLinear]) -> bool:
-    """Whether rows of one could be rows of the other, by whole blocks."""
+    """Whether these can run as one: same backend, kind, dtypes and device, and whole blocks of rows."""
 
     def kind(member: QuantLinear) -> Any:
         shapes = [
@@ -230,7 +231,7 @@ def _alike(members: Sequence[QuantLinear]) -> bool:
 
 
 def _gather(members: Sequence[QuantLinear]) -> None:
-    """Move the weights beside each other, in memory of their own."""
+    """Copy the weights into contiguous memory."""
     for name in members[0].prepared:
         tensors = [member._buffers[name] for member in members]
         pieces = torch.cat(tensors).split([len(tensor) for tensor in tensors])

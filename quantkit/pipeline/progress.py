@@ -1,4 +1,4 @@
-"""Who is told how far a run is: the protocol, and the one that shows nothing."""
+"""The protocol by which a run reports its progress, and a display that shows nothing."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ _making = threading.Lock()
 def native(
     model: nn.Module, compute: str | None = None, cache_dtype: torch.dtype = torch.float32
 ) -> NativeDecoder | str:
-    """The native decoder of a causal LM, or why there is none. Made once per model, anew if weights change.
+    """The native decoder of a causal LM, or why there is none. Built once per model, and again if weights change.
 
     compute: how packed linears are multiplied, "float", "int8" (activations in int8, one scale per token and group)
     or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16.

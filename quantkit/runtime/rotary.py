@@ -1,4 +1,4 @@
-"""Rotary tables as the model's own rotary module computes them, so that every rope type is right."""
+"""Rotary tables for the native decoder, computed by the model's own rotary module, so every rope type is right."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _BLOCK = 512  # positions computed ahead
 class Rotary:
     """cos and sin of the positions of one sequence, fp32 [length, rotary_dim] each.
 
-    Types whose frequencies depend on how long the sequence is ("dynamic", "longrope") are asked for exactly the
-    positions that transformers would ask for in one forward, and change their module, so they get a copy.
+    The frequencies of "dynamic" and "longrope" depend on the length of the sequence. These modules are called with the
+    positions that transformers would pass in one forward; as that changes the module, a copy is used.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -25,7 +25,7 @@ class Rotary:
 
     @torch.no_grad()
     def rows(self, start: int, stop: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [start, stop) of a forward that ends before `end`."""
+        """(cos, sin) of positions [start, stop), within a forward that ends before `end`."""
         have = len(self._cos)
         if have < end:
             upto = max(end, have + self._ahead)
@@ -36,5 +36,5 @@ class Rotary:
         return self._cos[start:stop], self._sin[start:stop]
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on."""
+        """Drop the positions from `length` on."""
         self._cos, self._sin = self._cos[:length], self._sin[:length]

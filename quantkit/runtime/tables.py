@@ -1,4 +1,4 @@
-"""A loaded transformers model -> the native decoder's tables, or the reason why there are none.
+"""Turn a loaded transformers model into the native decoder's tables, or say why that is not possible.
 
 The tables point at the model's own weights; only norms and biases are copied, as fp32.
 """
@@ -21,7 +21,7 @@ from quantkit.layers.quant_linear import QuantLinear
 
 @dataclass(frozen=True)
 class Names:
-    """What a family calls its parts; fused linears are one name."""
+    """Module names of a family; fused linears have one name."""
 
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -38,7 +38,7 @@ FAMILIES = {
 
 
 class NotNative(Exception):
-    """Why a model runs eager."""
+    """The reason why a model runs in transformers instead."""
 
 
 def tables(model: nn.Module) -> Tables:
@@ -67,7 +67,7 @@ def tables(model: nn.Module) -> Tables:
 
 
 def _refuse_changed(model: nn.Module) -> None:
-    """Hooks, replaced forwards and weights elsewhere would be left out silently."""
+    """Refuse hooks, replaced forwards and offloaded weights, which the native decoder would silently ignore."""
     for name, module in model.named_modules():
         name = name or type(model).__name__
         if module._forward_hooks or module._forward_pre_hooks:

@@ -1,8 +1,8 @@
 """Scaling groups of one decoder block: found by following its tensors, proved by folding.
 
-Which linears share an input, and which norm produced it, is read off one forward (quantkit.structure.trace). Every
-pairing the shapes allow is a candidate; a candidate counts only if folding a random s does not move the output of a
-float64 copy of the block (quantkit.structure.fold).
+One forward shows which linears share an input and which norm produced it (quantkit.structure.trace). Every pairing
+that the shapes allow is a candidate. A candidate is accepted only if folding a random s leaves the output of a float64
+copy of the block unchanged (quantkit.structure.fold).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def discover(
 
 
 def _candidates(block: nn.Module, seen: Trace, siblings: tuple[str, ...]) -> Iterator[ScalingGroup]:
-    """Every pairing that the shapes allow for one set of siblings, the likeliest first."""
+    """Every pairing that the shapes allow for one set of siblings, the most likely first."""
     columns = matrix(block.get_submodule(siblings[0])).shape[1]
     inspect = _common_parent(siblings)
     if siblings in seen.norms:
@@ -102,7 +102,7 @@ def _shared(channels: int, repeats: int, head_dim: int) -> torch.Tensor:
 
 
 def _head_dims(block: nn.Module) -> list[int]:
-    """Sizes of a head that the block's modules and their configs name; the usual ones if there is none."""
+    """Head sizes that the block's modules and their configs state; the usual ones if they state none."""
     found: dict[int, None] = {}
     for module in block.modules():
         config = getattr(module, "config", None)
@@ -118,7 +118,7 @@ def _head_dims(block: nn.Module) -> list[int]:
 
 
 def _attribute(owner: object, name: str) -> Any:
-    """An attribute, None where there is none: a config whose layers differ refuses with errors of its own."""
+    """An attribute or None; configs whose layers differ raise errors of other types for a missing one."""
     try:
         return getattr(owner, name, None)
     except (AttributeError, ValueError, RuntimeError):

@@ -1,9 +1,9 @@
-"""Scaling groups: folding scales into a producer and its consumers, and proving that nothing moves.
+"""Scaling groups: folding scales into a producer and its consumers, and proving that the output stays the same.
 
 A scaling group is a producer P of a tensor and all its consumers C. Dividing P's output channels by s and
 multiplying the matching input columns of C by s leaves the block's function as it was (AWQ, arXiv 2306.00978,
-section 3.2), if what lies between P and C is linear in those channels. Whether it is, is seen by folding a random s
-on a float64 copy of the block.
+section 3.2), provided that the operations between P and C are linear in those channels. To test that, a random s is
+folded on a float64 copy of the block.
 """
 
 from __future__ import annotations
@@ -161,12 +161,12 @@ def _output(
 
 
 def _relative(before: torch.Tensor, after: torch.Tensor) -> float:
-    """RMS(after - before) / RMS(before); NaN if nothing can be said."""
+    """RMS(after - before) / RMS(before); NaN if either is not finite."""
     return float((after - before).square().mean().sqrt() / before.square().mean().sqrt())
 
 
 def _float64(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in float64 that stays what it was, parameter or buffer."""
+    """A copy in float64, still a parameter or a buffer."""
     value = tensor.detach().to(torch.float64, copy=True)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
@@ -186,5 +186,5 @@ def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _cut(tensor: torch.Tensor, length: int, kept: int) -> torch.Tensor:
-    """Every dimension as long as the sequence, cut to its first `kept` entries."""
+    """Cut every dimension that is as long as the sequence to its first `kept` entries."""
     return tensor[tuple(slice(kept if size == length else None) for size in tensor.shape)]

@@ -1,4 +1,4 @@
-"""Which tensor goes where in one decoder block: read off one forward by identity, whatever the modules are called."""
+"""Find which tensors the linears of a decoder block read, by following tensor identity through one forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward of a block has shown. Names are module names inside the block.
+    """The connections that one forward of a block has shown. Names are module names inside the block.
 
     siblings: sets of linears that read the same tensor, in the order of execution. calls: every call of a linear, in
     order. norms: siblings -> the norm whose output they read. output_of: submodule -> the linear inside it whose
@@ -33,7 +33,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A module that may scale channels: all it has is a vector `weight` and perhaps a vector `bias`."""
+    """Whether a module may scale channels: its only tensors are a vector `weight` and perhaps a vector `bias`."""
     parameters = dict(module.named_parameters())
     named = set(parameters) in ({"weight"}, {"weight", "bias"})
     return named and not is_linear(module) and all(p.dim() == 1 for p in parameters.values())
@@ -46,7 +46,7 @@ def matrix(linear: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Run `block(hidden, *args, **kwargs)` once and see which tensor goes where.
+    """Run `block(hidden, *args, **kwargs)` once and record which linear reads which tensor.
 
     The block is in eval mode, and the call has no KV cache.
     """
@@ -111,17 +111,17 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
 
 
 def first_output(out: Any) -> torch.Tensor:
-    """The hidden states in what a block, an attention or an MLP returns: alone, or first in a tuple or list."""
+    """The hidden states that a block, an attention or an MLP returns, alone or first in a tuple or list."""
     hidden: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
     return hidden
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two living tensors exactly if they are the same rows in the same memory, not rewritten."""
+    """A key that two living tensors share exactly if they are the same rows of the same memory, unchanged."""
     layout = (x.numel(), x.shape[-1]) if x.is_contiguous() else (tuple(x.shape), x.stride())
     return x.data_ptr(), _version(x), x.dtype, layout
 
 
 def _version(x: torch.Tensor) -> int:
-    """Counts writes in place; tensors made in inference mode do not count."""
+    """The tensor's version counter, which counts in-place writes; inference-mode tensors have none."""
     return 0 if x.is_inference() else x._version

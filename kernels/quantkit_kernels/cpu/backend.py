@@ -1,4 +1,4 @@
-"""The backend "cpu": the native kernels, by a C call past torch's dispatcher where nothing observes it."""
+"""The backend "cpu": the native kernels, called without torch's dispatcher when nothing observes the call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CpuBackend(Backend):
         return ops.linear(packed_of(layout), x, bias, INPUTS.index(layout.spec.inputs))
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
-        """One frame of Python before the C call; the checks of `ops.direct` and `ops.plain` are repeated in line."""
+        """As in `Backend`. For speed, one Python frame before the C call: the checks of `ops` are repeated inline."""
         tensors, compute = layout.tensors, INPUTS.index(layout.spec.inputs)
         linear, plain = self.linear, ops.plain
         bound = (

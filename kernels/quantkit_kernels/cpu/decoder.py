@@ -1,6 +1,6 @@
-"""A whole decode step in one native call: tables of tensors in, logits out (decode.h).
+"""Run a whole decode step in one native call: tables of tensors in, logits out (decode.h).
 
-`Tables` says where a model's weights lie and may be shared; a `Decoder` is one sequence over them, its cache
+`Tables` holds the addresses of a model's weights and may be shared; a `Decoder` is one sequence over them, its cache
 and its buffers. Nothing here knows a model family.
 """
 
@@ -145,7 +145,7 @@ class Tables:
     rotary_dim: int
 
     def __post_init__(self) -> None:
-        """ValueError for a norm of another size, which the native code cannot know; it checks the matrices itself."""
+        """Raise ValueError for a norm of the wrong size, which the native code cannot check; it checks the matrices."""
         norms = [("final", self.final, self.hidden)]
         for i, layer in enumerate(self.layers):
             if len(layer.qkv) not in (1, 3) or len(layer.gate_up) not in (1, 2):
@@ -178,7 +178,7 @@ class Tables:
 
 
 def _readable(tensor: torch.Tensor, dtypes: Collection[torch.dtype]) -> bool:
-    """Whether the native code can read it where it is."""
+    """Whether the native code can read the tensor in place."""
     return tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous()
 
 
@@ -187,7 +187,7 @@ def _said(tensor: torch.Tensor) -> str:
 
 
 class Decoder:
-    """One sequence. Not for two threads at once; several decoders may share their tables and run together.
+    """One sequence. One thread at a time may use it; several decoders may share their tables and run concurrently.
 
     compute: how packed matrices are multiplied: "float", "int8", "int8-token", or "halves", float with 15 bits of
     each activation, for models whose own type is bf16 or fp16. cache_dtype: fp32 or bf16.
@@ -249,7 +249,7 @@ class Decoder:
         return self._library.qk_decoder_cache_bytes(self._handle)
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens after the first `length`; the memory stays."""
+        """Drop the tokens after the first `length`; the memory stays allocated."""
         if self._library.qk_decoder_truncate(self._handle, length):
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
 

@@ -1,4 +1,4 @@
-"""The storage of the native kernels, and the way between it and the canonical tensors (`../stored.py`).
+"""The storage of the native kernels, and its conversion from and to the canonical tensors (`../stored.py`).
 
 `layout.cpp` describes the bytes: units of 16 rows x C columns, each with its scales and zero points.
 """
@@ -120,7 +120,7 @@ def unpack(weight: Packed) -> Stored:
 
 
 def _storage(scale: torch.Tensor) -> tuple[float, bool]:
-    """(factor, wide): the power of two by which all scales are exact in fp16, or fp32 scales if there is none."""
+    """(factor, wide): a power of two that makes all scales exact in fp16; wide: there is none, so scales are fp32."""
     scale = scale.float()
     most = float(scale.abs().max()) if scale.numel() else 0.0
     factor = 1.0 if most == 0 or not math.isfinite(most) else 2.0 ** (math.frexp(most)[1] - 15)
@@ -139,7 +139,7 @@ def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -
 
 
 def check_units(units: torch.Tensor, spec: Spec, wide_scales: bool, device: str = "cpu") -> None:
-    """ValueError unless these are the bytes of a weight `spec`, by default in the memory of the CPU."""
+    """Raise ValueError unless these are the bytes of a weight `spec`, by default in CPU memory."""
     reason = refuses(spec.bits, spec.group_size, spec.k)
     if reason:
         raise ValueError(reason)
@@ -153,7 +153,7 @@ def check_units(units: torch.Tensor, spec: Spec, wide_scales: bool, device: str 
 
 
 def check_bias(bias: torch.Tensor, n: int, device: str = "cpu") -> None:
-    """ValueError unless this is a bias that the native code can read."""
+    """Raise ValueError unless the native code can read this bias."""
     fits = bias.shape == (n,) and bias.dtype == torch.float32 and bias.is_contiguous()
     if not fits or bias.device.type != device:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The native library: found, loaded once, its C functions given their types."""
+"""Find and load the native library, once, and declare the types of its C functions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load() -> ctypes.CDLL | None:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """A library at `path`, its functions given their types."""
+    """Load the library at `path` and declare the types of its functions."""
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
@@ -82,7 +82,7 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Force a path from now on, in the whole process."""
+    """Select a path for the whole process from now on."""
     if name not in ISAS or required().qk_set_isa(ISAS.index(name)) != 0:
         raise RuntimeError(f"instruction set path {name!r} cannot run on this CPU ({flags()})")
 

@@ -1,4 +1,4 @@
-"""The op on the native layout, its gradient, and the way past torch's dispatcher.
+"""The torch op on the native layout, its gradient, and direct calls that bypass torch's dispatcher.
 
 `quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)`
     x [..., K] fp32, bf16 or fp16; units uint8 [B] from `layout.pack`; bias fp32 [N] or None; returns [..., N] in
@@ -58,7 +58,7 @@ Call = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 def linear(
     weight: Packed, x: torch.Tensor, bias: torch.Tensor | None = None, compute: int = FLOAT
 ) -> torch.Tensor:
-    """x [..., K] W^T + bias, [..., N] in x's dtype: `cpu_linear`, past the dispatcher where nothing observes it."""
+    """x [..., K] W^T + bias, [..., N] in x's dtype: `cpu_linear`, called directly when nothing observes the call."""
     spec, units = weight.spec, weight.units
     bias = None if bias is None else bias.float()
     past = direct(x) and plain(units) and (bias is None or plain(bias))
@@ -70,7 +70,7 @@ def linear(
 def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
     """`cpu_linear` on one weight: call(x, bias) -> y for `plain` x of `dtype` and `plain` bias of any float type.
 
-    Calls must be `unwatched`, and the units stay alive and in their place.
+    Calls must be `unwatched`, and the units must stay alive at the same address.
     """
     check_units(weight.units, weight.spec, weight.wide_scales)
     return _bound(
@@ -86,7 +86,7 @@ def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
 
 @functools.lru_cache(maxsize=4096)
 def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: int) -> Spec:
-    """ValueError for a weight that the native code does not know."""
+    """The spec of a weight; ValueError if the native code does not take it."""
     if table and table not in _TABLE_NAMES:
         raise ValueError(f"unknown table {table}; known: 0 (integers), 1 (NF4), 2 (FP8 E4M3)")
     return Spec(_TABLE_NAMES.get(table, f"int{bits}"), bits, group_size, symmetric, n, k)
@@ -108,7 +108,7 @@ def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_facto
 def _bound_flat(
     c, at, size, dtype, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table
 ) -> Call | None:
-    """`_bound` on so many bytes of units at an address; None if a weight of this kind has another size."""
+    """`_bound` for units of a given size at an address; None if a weight of this kind has another size."""
     spec = _spec(bits, group_size, n, k, symmetric, table)
     if refuses(bits, group_size, k) or size != units_bytes(bits, group_size, n, k, wide_scales):
         return None
@@ -212,7 +212,7 @@ def plain(x: torch.Tensor) -> bool:
 
 
 def unwatched(x: torch.Tensor) -> bool:
-    """Whether x, on any device, needs no gradient and nobody traces, transforms or intercepts calls with it."""
+    """Whether x, on any device, needs no gradient and no tracer, transform or mode observes calls with it."""
     return (
         not is_compiling()
         and type(x) in _PLAIN
@@ -260,7 +260,7 @@ def _fake_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wid
 def _weight_of(
     x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0
 ):
-    """W for the gradient: activations that were rounded count as they were."""
+    """W for the gradient, which treats rounded activations as unrounded."""
     return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, x.dtype)
 
 

@@ -1,1 +1,1 @@
-"""The plain-torch twins of every kernel, one file per op: what an unknown device gets, what tests trust."""
+"""The plain-torch twins of every kernel, one file per op: used on unknown devices, and what the tests compare with."""

@@ -28,7 +28,7 @@ class ReferenceBackend(Backend):
         return wna16_linear(x, *stored, bias, spec.bits, spec.group_size, spec.n, spec.k)
 
     def bind(self, layout: Layout, dtype: torch.dtype):
-        """In the type of x, whatever it is."""
+        """As in `Backend`, computed in the type of x."""
         linear = self.linear
         return lambda x, bias: linear(layout, x, bias)
 

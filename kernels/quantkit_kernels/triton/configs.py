@@ -1,4 +1,4 @@
-"""Which tile sizes run: a table of what `tune` measured on a chip, else a rule.
+"""Choose tile sizes: from a table that `tune` measured on the chip, else by a rule.
 
 A table is a JSON file beside this one, named after the chip ("nvidia-h200.json"):
 
@@ -36,7 +36,7 @@ class Config(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What was measured on a chip; empty where nothing was."""
+    """The measurements of a chip; empty if there are none."""
 
     dequantize_from: int = DEQUANTIZE_FROM
     entries: Mapping[tuple[int, int, bool, int, int, int], Config] = MappingProxyType({})

@@ -7,8 +7,8 @@ columns, stored one after the other along K, then N, so that a program streams o
     scales [N'/64, words, 64, 2] in the stored dtype (fp32: [N'/64, words, 64, 1]), 0 where padded
     zeros  the same, as floats, or None where every zero is 2^(bits-1)
 
-Each begins with blocks of 64 rows, so weights whose N is a multiple of 64 are one weight when they lie behind each
-other. The last axis of scales and zeros goes over groups that follow each other: 32 bits are the least that a thread
+The first axis counts blocks of 64 rows, so weights whose N is a multiple of 64 form one weight when they are
+contiguous. The last axis of scales and zeros runs over consecutive groups, because 32 bits are the least that a thread
 can copy to shared memory ahead of use. A trip of the loop over K usually takes both.
 
 A plane is a tile of bytes [64, H]. Byte j of a row holds, from its low bits up, the columns j, j + H, j + 2H, ...: a
@@ -129,7 +129,7 @@ def from_fragments(codes: torch.Tensor) -> torch.Tensor:
 
 
 def is_by_row(codes: torch.Tensor) -> bool:
-    """Which of the two orders codes are in."""
+    """Whether codes are in the order of `reads_by_row`."""
     return codes.shape[3] != ROWS // 2
 
 
@@ -190,7 +190,7 @@ def shapes(
 def build_fp8(
     weight: torch.Tensor, scale: torch.Tensor, by_row: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, scales) from float8_e4m3fn [N, K] and scale [N, K/G]. NaN is no weight: its codes are refused."""
+    """(codes, scales) from float8_e4m3fn [N, K] and scale [N, K/G]. Codes of NaN are refused."""
     n, k = weight.shape
     cut = geometry(8, k // scale.shape[1], k)
     raw = weight.view(torch.uint8)

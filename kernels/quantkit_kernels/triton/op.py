@@ -4,8 +4,8 @@
     weights by the dtype of the codes; bias [N] of any float type, added before the one rounding, or None; returns
     [..., N] in x's dtype, also under autocast.
 
-On a CUDA device the kernels run, elsewhere their twin: the stored tensors restored, then the reference. Call once
-before capturing a CUDA graph: the first call compiles, and makes the ring of tickets.
+The kernels run on CUDA devices. Elsewhere the op restores the stored tensors and runs the reference. Call it once
+before capturing a CUDA graph: the first call compiles, and allocates the ring of tickets.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def chip(device: torch.device) -> tuple[str, int, int]:
 
 
 def tickets(device: torch.device, count: int) -> torch.Tensor:
-    """`count` counters that are 0 and that no launch in flight uses: the next ones of a ring, 4 MiB per device.
+    """`count` zero counters that no running launch uses, taken from a ring of 4 MiB per device.
 
-    Graphs keep what they were captured with, so captured launches have a ring of their own.
+    A graph keeps its counters, so captured launches use a separate ring.
     """
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if device not in _rings:
@@ -203,7 +203,7 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
 
 
 def _check_weight(codes, scales, zeros, bits: int, group_size: int, n: int, k: int) -> None:
-    """ValueError unless the kernels, which trust sizes, would read the memory of these tensors only."""
+    """Raise ValueError unless the sizes fit: the kernels trust them and would read other memory."""
     fp8 = codes.dtype == torch.float8_e4m3fn
     if codes.dtype != torch.uint8 and not (fp8 and bits == 8 and zeros is None):
         raise ValueError(
@@ -233,7 +233,7 @@ def _check_weight(codes, scales, zeros, bits: int, group_size: int, n: int, k: i
 
 @cache
 def _shapes(bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int) -> tuple[Any, ...]:
-    """`layout.shapes` of a weight that the kernels know; else ValueError."""
+    """`layout.shapes` of the weight; ValueError if the kernels do not take it."""
     Spec.integer(bits, group_size, True, n, k)
     return shapes(bits, group_size, n, k, by_row, scale_bytes)
 

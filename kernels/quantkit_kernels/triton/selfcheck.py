@@ -1,9 +1,9 @@
-"""Whether the kernels compute on a device what the reference computes there, asked before "auto" takes them.
+"""Self-test of the Triton kernels: compare them with the reference on a device before "auto" takes them.
 
-A compiler, a driver or a chip that nobody tried must not give a silently broken model. The first time that "auto"
-considers a device and scheme, small random weights run through every kernel a model needs: tiles of few and of many
-tokens, K split over programs, a bias, the weight written out. Every output has to be that of fp64 but for the rounding
-of its type, and the same bits each time.
+An untested compiler, driver or chip must not produce a silently broken model. When "auto" first considers a device and
+scheme, small random weights run through every kernel that a model needs: tiles of few and of many tokens, K split over
+programs, a bias, the dequantized weight. Every output must match fp64 within the rounding of its type, and repeat bit
+for bit.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _warned: set[torch.device] = set()
 
 
 def verdict(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verdict:
-    """What `compare` finds for a scheme, once per process; a warning if it is the first complaint of a device.
+    """The result of `compare` for a scheme, run once per process; warns at the first failure on a device.
 
-    dtype: of the activations; None asks what is known for bf16 and runs nothing.
+    dtype: of the activations; None returns what is known for bf16 without running anything.
     """
     if dtype not in (None, *DTYPES):
         return Verdict(False, f"the Triton kernels take bf16 or fp16 activations, not {dtype}")
@@ -62,7 +62,7 @@ def verdict(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verd
 
 
 def _complaint(device: torch.device, *scheme) -> str | None:
-    """What `compare` says, an error of the compiler or the launch included."""
+    """The result of `compare`, or the error of the compiler or the launch."""
     try:
         complaint = compare(device, *scheme)
     except Exception as error:  # triton has its own types in each version, the driver others
@@ -77,7 +77,7 @@ def _complaint(device: torch.device, *scheme) -> str | None:
 def compare(
     device: torch.device, bits: int, group: int, symmetric: bool, even: bool, dtype: torch.dtype
 ) -> str | None:
-    """Where the kernels part from fp64 on `device`, or None. group: 0 for whole rows; even: K fills its chunks."""
+    """How the kernels differ from fp64 on `device`, or None. group: 0 for whole rows; even: K fills its chunks."""
     k = _columns(bits, group, even)
     group_size = group or k
     stored = _random_weight(Spec.integer(bits, group_size, symmetric, N, k), dtype, device)
@@ -126,6 +126,6 @@ def _random_weight(spec: Spec, dtype: torch.dtype, device: torch.device) -> Stor
 
 
 def _close(found: torch.Tensor, truth: torch.Tensor) -> bool:
-    """Whether every number is within the precision of its type; of small ones the sums may be a little off."""
+    """Whether every number is within the precision of its type; small sums may be off by a little more."""
     most = torch.finfo(found.dtype).eps * (truth.abs() + truth.square().mean().sqrt() / 16)
     return bool(((found.double() - truth).abs() <= most).all())  # not so if any is NaN

@@ -1,10 +1,10 @@
-"""Times tile sizes on this GPU and writes a table for `configs.py`.
+"""Time tile sizes on this GPU and write a table for `configs.py`.
 
     python -m quantkit_kernels.triton.tune [--output FILE] [--bits 4 8] [--shapes 4096x4096 ...] [--seconds 480]
 
-Every candidate is first compared with the twin: a wrong one ends the run. Weights rotate through more memory than the
-cache holds, and a CUDA graph of all copies is timed, so that neither the cache nor Python is in the numbers. Shapes are
-[N]x[K]. The file is written after every shape; what the time did not suffice for keeps the rule.
+Every candidate is first compared with the twin; a wrong one ends the run. The copies of a weight exceed the cache, and
+a CUDA graph that calls each copy once is timed, so neither the cache nor Python affects the numbers. Shapes are
+[N]x[K]. The file is written after every shape; shapes that the time was too short for keep the rule.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Problem:
         return launch(x, codes, scales, None, None, self.bits, self.group, self.n, self.k, config)
 
     def dense(self, x: torch.Tensor, copy: int) -> torch.Tensor:
-        """W written out, then PyTorch's matmul."""
+        """Dequantize W, then multiply by PyTorch's matmul."""
         codes, scales = self.copies[copy]
         w = dequantize(codes, scales, None, self.bits, self.group, self.n, self.k, x.dtype)
         return torch.nn.functional.linear(x, w)
@@ -138,7 +138,7 @@ def best(problem: Problem, bucket: int, deadline: float) -> tuple[Config, float]
 
 
 def crossover(problem: Problem) -> int:
-    """The first M of CROSSOVER from which writing W out is faster; beyond the last if it never is."""
+    """The first M of CROSSOVER at which dequantizing W first is faster; beyond the last if it never is."""
     device = problem.copies[0][0].device
     _, processors, major = chip(device)
     for m in CROSSOVER:

@@ -1,4 +1,4 @@
-"""One cell of `quantkit bench --products`: all ops on one (N, K, M), in turns."""
+"""One cell of `quantkit bench --products`: all ops on one (N, K, M), interleaved."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def cell(
     burst: float = BURST,
     peers: Peers | None = None,
 ) -> dict[str, Any]:
-    """Time every op, loaded with weights [N, K], on M tokens; refused ones are listed with the reason.
+    """Time every op with a weight [N, K] on M tokens; ops that cannot run are listed with the reason.
 
-    A call that takes longer than a second has at most LONG_ROUNDS rounds, each one call without another to warm it.
+    An op whose call takes longer than a second runs at most LONG_ROUNDS rounds of one call each, without a warm-up.
     """
     lanes, refused = [], {}
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def cell(
 
 
 def _row(lane: Lane, times: dict[str, list[float]], roofline: Roofline, operations: int) -> dict[str, Any]:
-    """What the report says of a lane; times: seconds per call of all lanes, round by round."""
+    """The report's row for one lane. times: seconds per call of every lane in each round."""
     spent = times[lane.name]
     middle = statistics.median(spent)
     return {

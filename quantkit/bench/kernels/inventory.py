@@ -1,4 +1,4 @@
-"""What is built, what the machine has, and which backend each scheme gets. Times nothing."""
+"""List the built kernels, the instruction sets of the machine, and the backend for each scheme. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NOT_BUILT = (
 
 
 def inventory(n: int, k: int, backend: str | None = None) -> dict[str, Any]:
-    """{"built": {part: what there is}, "schemes": [...]}, for a weight [N, K]."""
+    """The report of `quantkit kernels` for a weight [N, K]: {"built": {part: description}, "schemes": [...]}."""
     return {"schema": "quantkit-inventory/1", "built": built(), "schemes": schemes(n, k, backend)}
 
 
 def built() -> dict[str, str]:
-    """Each part in one line."""
+    """One line of description for each part."""
     forced = os.environ.get(ENVIRONMENT)
     return {
         "native CPU library": native(),
@@ -43,7 +43,7 @@ def built() -> dict[str, str]:
 
 
 def native() -> str:
-    """The native CPU library: the path that runs, those this machine could run, those it lacks."""
+    """Describe the native CPU library: the path in use, others that this machine could run, and those it cannot."""
     try:
         from quantkit_kernels.cpu import library
     except ImportError:
@@ -58,7 +58,7 @@ def native() -> str:
 
 
 def describe_native(library: ctypes.CDLL, running: str) -> str:
-    """The same of a loaded library, `running` being the path in use."""
+    """Describe a loaded library; `running` is the path in use."""
     names = {isa: library.qk_isa_name(isa).decode() for isa in range(4)}
     can = [name for isa, name in names.items() if library.qk_isa_available(isa) > 0]
     lacks = [name for name in names.values() if name not in can]
@@ -87,10 +87,10 @@ def _cuda() -> str:
 
 
 def schemes(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
-    """What `quantkit_kernels.select` says, schemes with the same answer in one row.
+    """What `quantkit_kernels.select` answers, with one row for all schemes that get the same answer.
 
     Row: device, bits [..], groups [..], zero_point ("none", "stored" or "any"), runs (None if nothing can), why (of
-    the first of them: numbers in it may differ). A device that is not here is answered all the same.
+    the first of them: numbers in it may differ). The device need not be present.
     """
     rows = []
     for device in ("cpu", "cuda"):
@@ -108,7 +108,7 @@ def schemes(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
 
 
 class _Answer(NamedTuple):
-    """One backend and its reason for some (group, symmetric) of a number of bits."""
+    """One backend and its reason, for some (group, symmetric) at one bit width."""
 
     runs: str | None
     why: str
@@ -123,7 +123,7 @@ class _Answer(NamedTuple):
 
 
 def _answers(device: str, bits: int, n: int, k: int, backend: str | None) -> dict[str, _Answer]:
-    """By backend and reason, numbers and the kind of zero point in it aside."""
+    """Answers grouped by backend and reason; reasons that differ only in numbers or zero points count as equal."""
     found: dict[str, _Answer] = {}
     for group in GROUPS:
         if k % (group or k):

@@ -1,4 +1,4 @@
-"""An op made ready to be timed: its weights made and copied, its result checked, a burst of calls as a function."""
+"""Prepare an op for timing: make and copy its weights, check its result, wrap a burst of calls in a function."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LONG = 1.0  # seconds; calls that take longer are not repeated to wake things up
 
 
 class Lane(NamedTuple):
-    """What is timed in a cell: burst() runs some calls and gives seconds per call.
+    """One op of a cell: burst() runs some calls and returns the seconds per call.
 
-    error: None if not checked. seconds: what a call took before the timing, 0 where nobody looked.
+    error: None if not checked. seconds: of a call before the timing, 0 if none was measured.
     """
 
     name: str
@@ -50,7 +50,7 @@ def _tensors(part: Any) -> list[torch.Tensor]:
 
 
 def copies(op: Op, weights: Weights, rotation: int) -> list[Weights]:
-    """As many copies of `weights` as fill `rotation` bytes, two at least; the values do not matter for time."""
+    """Enough copies of `weights` to fill `rotation` bytes, at least two. Time does not depend on the values."""
     number = max(2, -(-rotation // weight_bytes(weights)))
     if op.place is not None:
         return op.place([weights] * number)
@@ -63,7 +63,7 @@ def copies(op: Op, weights: Weights, rotation: int) -> list[Weights]:
 def _cpu_burst(
     op: Op, rotating: list[Weights], x: torch.Tensor, seconds: float, expected: float
 ) -> tuple[Callable[[], float], float]:
-    """The burst of about `seconds`, and the seconds of one call; `expected` are those a guess gives."""
+    """(a burst of about `seconds`, the seconds of one call); `expected` is an estimate of the latter."""
     position = 0
 
     def calls(number: int) -> float:
@@ -103,20 +103,20 @@ def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[]
 
 
 class Loaded:
-    """An op and one random weight [N, K]; made when it is first needed, for every number of tokens."""
+    """An op with a random weight [N, K], which is made on first use and serves every number of tokens."""
 
     def __init__(self, op: Op, n: int, k: int, device: str = "cpu", rotation: int = ROTATION) -> None:
         self.op, self.n, self.k, self.device, self.rotation = op, n, k, device, rotation
 
     @cached_property
     def weights(self) -> tuple[list[Weights], torch.Tensor]:
-        """The copies, all the same, and the first rows [ROWS_CHECKED, K] in fp64."""
+        """(identical copies of the weight, its first rows [ROWS_CHECKED, K] in fp64)."""
         source = Source.random(self.n, self.k, self.op.bits, self.op.group, self.device)
         rotating = copies(self.op, self.op.build(source, self.op.dtype), self.rotation)
         return rotating, source.dense(torch.float64, ROWS_CHECKED)
 
     def lane(self, m: int, burst: float = BURST) -> Lane:
-        """Ready to be timed on M tokens; Refused with the reason if that cannot be, or is not worth the time."""
+        """The op prepared for M tokens; raises Refused with the reason if it cannot run or would take too long."""
         op = self.op
         reason = op.refuses(m, self.n, self.k)
         if reason:
@@ -151,7 +151,7 @@ class Loaded:
         return float(wrong.square().mean().sqrt() / exact.square().mean().sqrt())
 
     def _expected(self, x: torch.Tensor) -> float:
-        """Seconds of a call on x [M, K], by the faster of two on its first tokens."""
+        """Estimated seconds of a call on x [M, K], from the faster of two calls on its first tokens."""
         some, spent = x[:TOKENS_TRIED], []
         for weights in self.weights[0][:2]:
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The ways to multiply by a packed weight that `quantkit bench --products` compares: ours and what is installed."""
+"""The ops that `quantkit bench --products` compares: our kernels and those of installed libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Refused(Exception):
 
 
 class Source(NamedTuple):
-    """A random weight as it is stored: scales bf16, symmetric; `dense` gives it back in any dtype."""
+    """A random symmetric weight as it is stored, with bf16 scales; `dense` dequantizes it to any dtype."""
 
     stored: Stored
 
@@ -36,7 +36,7 @@ class Source(NamedTuple):
         return cls(Stored(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), None, spec))
 
     def dense(self, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
-        """The first `rows` rows (all of them: None), dequantized."""
+        """The first `rows` rows dequantized; None: all rows."""
         packed, scale, spec = self.stored.packed, self.stored.scale, self.stored.spec
         n = spec.n if rows is None else min(rows, spec.n)
         return dequantize(Stored(packed[:n], scale[:n], None, spec.with_rows(n)), dtype)
@@ -79,7 +79,7 @@ def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
 def _backend_op(
     name: str, bits: int, group: int | None, label: str, compute: str = "float", slow: bool = False
 ) -> Op:
-    """A backend of quantkit_kernels, through the calls a loaded model makes."""
+    """A backend of quantkit_kernels, called the way a loaded model calls it."""
 
     backend = quantkit_kernels.backend(name)
 
@@ -111,7 +111,7 @@ def _backend_op(
 
 
 def _int_mm_op(device: str) -> Op:
-    """Products only: activations are int8 already and nobody scales the result."""
+    """The product alone: activations are given in int8, and the result is not scaled."""
 
     def refuses(m: int, n: int, k: int) -> str | None:
         if device == "cuda" and (m <= 16 or n % 8 or k % 8):
@@ -139,7 +139,7 @@ def _int8_codes(source: Source) -> torch.Tensor:
 
 
 def _fp8_op() -> Op:
-    """Rowwise-scaled FP8 products, activations FP8 already; tensor cores do them at the rate of int8."""
+    """FP8 products with a scale per row and FP8 activations; tensor cores run them at the rate of int8."""
     fp8 = torch.float8_e4m3fn
 
     def build(source: Source, _: torch.dtype) -> Weights:
@@ -177,7 +177,7 @@ def _gemlite_op() -> Op:
 
 
 def in_huge_pages(copies: list[Weights]) -> list[Weights]:
-    """The same weights with their units in one arena, as a loaded model has them."""
+    """The same weights with their units in one arena, as in a loaded model."""
     from quantkit_kernels.cpu.library import Arena
 
     arena = Arena(sum(-(-weights["units"].numel() // 64) * 64 for weights in copies))
@@ -185,7 +185,7 @@ def in_huge_pages(copies: list[Weights]) -> list[Weights]:
 
 
 def cpu_ops() -> list[Op]:
-    """Ours first, then PyTorch's; a library that is not built is left out."""
+    """Our ops, then PyTorch's; ours are left out if the native library is not built."""
     ours = []
     if native_available():
         for bits, group in ((4, 128), (8, None), (3, 128), (2, 64)):
@@ -207,7 +207,7 @@ def cpu_ops() -> list[Op]:
 
 
 def cuda_ops() -> list[Op]:
-    """Ours, PyTorch's, and gemlite where it can be imported."""
+    """Our ops, PyTorch's, and gemlite's if it can be imported."""
     ours = []
     for name in quantkit_kernels.backends():
         if name not in ("cpu", "reference", "torch"):

@@ -1,4 +1,4 @@
-"""What a call costs before it multiplies anything."""
+"""Measure the overhead of a call: the time that does not depend on the size of the product."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from quantkit.bench.kernels.ops import Source
 
 
 def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
-    """Microseconds per call on one unit of 16 x 128, warm, one thread, by way of calling.
+    """Microseconds per call on one 16 x 128 unit, for each way of calling; warm, one thread.
 
-    ctypes: the C function with addresses that are known and an output that is there; forward, layer: what a
-    `QuantLinear` and its `__call__` take, which is what a loaded model pays; run: the backend's function, which the
-    cells time; op: the torch op, which compiled and exported models contain.
+    ctypes: the C function with known addresses and an allocated output. forward, layer: `QuantLinear.forward` and its
+    `__call__`, the cost in a loaded model. run: the backend's function, which the cells time. op: the torch op, which
+    compiled and exported models contain.
     """
     from quantkit_kernels.cpu import layout, library, ops
     from quantkit_kernels.cpu.backend import layout_of

@@ -1,14 +1,14 @@
-"""Every kernel against what is installed, op by op: `quantkit bench --products`.
+"""Compare our kernels with those of installed libraries: `quantkit bench --products`.
 
-One cell is (N, K, M). Weights of each op are copied until they fill the rotation (256 MB), so that every call reads
-its weight from memory. All ops of a cell run in turns, round after round; a time is the median over rounds, a ratio
-the median of the ratios within each round. The read bandwidth is measured in the same cell, and an op whose result
-is wrong is not timed.
+One cell is (N, K, M). The weights of each op are copied until they fill 256 MB, so that every call reads its weight
+from memory. All ops of a cell run interleaved, round after round. A time is the median over rounds, a ratio the median
+of the ratios within each round. The read bandwidth is measured in the same cell, and an op whose result is wrong is
+not timed.
 
-So that all shapes of a model end in half an hour, calls of more than a second have three rounds, not warmed, and the
-slower ones of PyTorch's ops are refused where a call would take more than five.
+To finish all shapes of a model in half an hour, calls of more than a second get three rounds without a warm-up, and
+PyTorch's slower ops are skipped if a call would take more than five seconds.
 
-On a GPU one round of an op is the replay of a CUDA graph that holds a call per copy.
+On a GPU one round of an op replays a CUDA graph that holds one call per copy.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def run(
     save: Callable[[dict[str, Any]], None] = lambda _report: None,
     peers: Peers | None = None,
 ) -> dict[str, Any]:
-    """All cells, each printed by `write` and handed to `save` as soon as it is measured, so that none is lost.
+    """Measure all cells; each is printed by `write` and passed to `save` at once, so that none is lost.
 
-    only: parts of op names; the two that ratios are against always run.
+    only: parts of op names. The two baselines of the ratios always run.
     """
     ops = cpu_ops() if device == "cpu" else cuda_ops()
     if only:

@@ -1,11 +1,11 @@
-"""Whole tokens: decode and prefill of a 1.1B Llama, and the memory it takes.
+"""Measure decode and prefill speed of a 1.1B Llama, and its memory.
 
     python -m quantkit.bench.models.decode --work DIR --json docs/benchmarks/decode.json
 
-The native path against transformers with bf16 weights, with PyTorch's int4 op and with our linears: batch 1, greedy,
-random weights, W4 g128 with the head quantized too. All run in one process and in turns; a number is the median over
-rounds, a ratio the median of the ratios within each round. Memory is measured in a process of its own per engine:
-anonymous memory at its peak, minus what the imports take. quantkit.bench.models.llamacpp adds llama.cpp.
+The native path is compared with transformers running bf16 weights, PyTorch's int4 op and our linears. The model has
+random weights in W4 g128, head included; batch 1, greedy. All engines run interleaved in one process. A number is the
+median over rounds, a ratio the median of the ratios within each round. Memory is measured in a separate process per
+engine, as peak anonymous memory minus what the imports use. quantkit.bench.models.llamacpp adds llama.cpp.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEAD_TOO = 'rules=[{"match": "lm_head", "bits": 4}]'
 
 
 class Way(NamedTuple):
-    """How to run a checkpoint: natively or inside transformers; backend and compute as in `quantkit.load`."""
+    """One way to run a checkpoint: natively or inside transformers, with `backend` and `compute` of `quantkit.load`."""
 
     checkpoint: str
     native: bool = False
@@ -59,11 +59,11 @@ WAYS: dict[str, Way] = {
 
 
 class NotHere(Exception):
-    """A way that this machine or this model has not; the message says why."""
+    """A way that cannot run on this machine or model; the message says why."""
 
 
 def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> dict[str, Path]:
-    """{"dense": bf16 checkpoint, "packed": the same as W4 g128}, made unless they are there."""
+    """{"dense": bf16 checkpoint, "packed": the same as W4 g128}; made if they do not exist yet."""
     dense = work / f"llama-{shape.hidden}-{layers}"
     packed = dense.with_name(dense.name + "-w4")
     if not (dense / "config.json").exists():
@@ -74,7 +74,7 @@ def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> d
 
 
 def open_model(path: Path, way: Way) -> torch.nn.Module:
-    """The model whose weights a way runs on, bf16 activations; NotHere if its backend cannot run it."""
+    """The model that a way runs, with bf16 activations; raises NotHere if its backend cannot run it."""
     from quantkit.checkpoint.load import load
     from quantkit.errors import BackendError
 
@@ -86,7 +86,7 @@ def open_model(path: Path, way: Way) -> torch.nn.Module:
 
 
 def runner(model: torch.nn.Module, way: Way) -> Any:
-    """What is called with input_ids and past_key_values: the model, or its native decoder."""
+    """The model or its native decoder, which is called with input_ids and past_key_values."""
     from quantkit.errors import BackendError
     from quantkit.runtime import choose_runner
 
@@ -97,7 +97,7 @@ def runner(model: torch.nn.Module, way: Way) -> Any:
 
 
 def measure(run: Any, vocabulary: int, prompt: int, new: int) -> Measured:
-    """Tokens per second of one prompt in an empty cache, and of `new` greedy steps after one token."""
+    """Tokens per second of a prompt into an empty cache, and of `new` greedy steps after one token."""
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (1, prompt), generator=random)
     step = model_step(run)
@@ -115,7 +115,7 @@ def measure(run: Any, vocabulary: int, prompt: int, new: int) -> Measured:
 def engines(
     ways: Mapping[str, Way], checkpoints: Mapping[str, Path], prompt: int, new: int
 ) -> tuple[dict[str, Callable[[], Measured]], dict[str, str]]:
-    """(one measurement by name, reasons of those that cannot run); models are loaded once and shared."""
+    """({name: function that measures once}, reasons of those that cannot run); models are loaded once and shared."""
     loaded: dict[Way, torch.nn.Module] = {}
     ready: dict[str, Callable[[], Measured]] = {}
     missing: dict[str, str] = {}
@@ -134,7 +134,7 @@ def engines(
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """As text: medians with their range."""
+    """The result as text: medians with their range."""
     lines = [f"{'engine':28}{'decode tok/s':>14}{'(range)':>18}{'prefill tok/s':>16}{'(range)':>18}"]
     for name, row in report["engines"].items():
         lines.append(
@@ -174,7 +174,7 @@ def peak() -> Iterator[list[int]]:
 
 
 def memory(checkpoint: Path, way: Way, new: int = NEW) -> dict[str, Any]:
-    """What this process takes to load a checkpoint and make `new` tokens. Call it in a fresh one."""
+    """Memory that this process uses to load a checkpoint and generate `new` tokens. Call it in a fresh process."""
     import transformers  # noqa: F401  part of what imports take
 
     import quantkit.checkpoint.load
@@ -212,7 +212,7 @@ def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
-    """`memory` in a process of its own."""
+    """`memory` in a separate process."""
     command = [sys.executable, "-m", "quantkit.bench.models.decode", "--memory-of", str(checkpoint), name]
     done = subprocess.run(
         [*command, "--new", str(new)],
@@ -236,7 +236,7 @@ def run(
     new: int = NEW,
     with_memory: bool = True,
 ) -> dict[str, Any]:
-    """Speed of every way, then memory of every way that ran."""
+    """Measure the speed of every way, then the memory of each that ran."""
     checkpoints = models(work, layers, shape)
     ready, missing = engines(ways, checkpoints, prompt, new)
     report = {

@@ -1,9 +1,9 @@
-"""A Llama checkpoint (safetensors, bf16) as one dense GGUF, for quantkit.bench.models.llamacpp.
+"""Write a Llama checkpoint (safetensors, bf16) as one dense GGUF file, for quantkit.bench.models.llamacpp.
 
     python gguf_file.py CHECKPOINT OUT.gguf
 
-Runs in llama.cpp's own environment: standard library, numpy and gguf, nothing of quantkit. The file has no tokenizer;
-llama-bench makes up its tokens.
+Runs in llama.cpp's environment and imports the standard library, numpy and gguf, nothing of quantkit. The file has no
+tokenizer; llama-bench invents its tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, bf16 bits as uint16) of every tensor, mapped, not read."""
+    """(name, bf16 bits as uint16) of every tensor, memory-mapped."""
     for file in sorted(checkpoint.glob("*.safetensors")):
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -63,7 +63,7 @@ def pairs_together(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(checkpoint: Path, out: Path) -> None:
-    """Matrices as bf16, norms as fp32."""
+    """Write the file: matrices as bf16, norms as fp32."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text())

@@ -1,10 +1,10 @@
-"""Whole decode steps on a GPU: a Llama-3-8B of random weights, bf16 and packed, with CUDA graphs and without.
+"""Time whole decode steps on a GPU: a Llama-3-8B with random weights, bf16 and packed, with and without CUDA graphs.
 
     python -m quantkit.bench.models.gpu_decode --json gpu-decode.json [--bits 4 8] [--layers 32]
 
-All engines are in memory at once and run in turns; a number is the median over rounds, a ratio the median of the ratios
-within each round. tokens_per_s counts picking a token (greedy) and everything Python does in between; step_ms is the
-device's time for one step. No speed is told of an engine whose logits are wrong.
+All engines are in memory at once and run interleaved. A number is the median over rounds, a ratio the median of the
+ratios within each round. tokens_per_s includes greedy sampling and everything that Python does between steps; step_ms
+is the device's time for one step. The speed of an engine whose logits are wrong is not reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Engines = dict[str, tuple[nn.Module, bool]]  # name -> (model, whether its step 
 
 
 def dense(shape: Shape, layers: int, device: torch.device) -> nn.Module:
-    """A random bf16 Llama."""
+    """A bf16 Llama with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -85,7 +85,7 @@ def _random(module: nn.Linear, scheme: Scheme, generator: torch.Generator) -> Qu
 def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: list[int] | None = None) -> Any:
     """(seconds after the second step, logits [new, vocabulary], the state) of one sequence of `new` tokens.
 
-    given: the tokens that are fed back instead of the likeliest; logits are kept only then.
+    given: tokens to feed back instead of the most likely ones; only then are logits kept.
     """
     found = choose_runner(model, new, "graph" if captured else "eager")
     inner, logits, last = model_step(found.model), [], [None]
@@ -111,7 +111,7 @@ def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: li
 
 
 def wrong(model: nn.Module, ids: torch.Tensor, new: int) -> str | None:
-    """What is wrong with the captured step: not that of the dynamic cache, or not the same twice."""
+    """How the captured step differs from the step with a dynamic cache or from itself, or None."""
     given = torch.randint(
         0, model.config.vocab_size, (new,), generator=torch.Generator().manual_seed(2)
     ).tolist()
@@ -124,7 +124,7 @@ def wrong(model: nn.Module, ids: torch.Tensor, new: int) -> str | None:
 
 
 def step_ms(model: nn.Module, ids: torch.Tensor, new: int, repeats: int = 50) -> float:
-    """Time of one captured step on the device."""
+    """Milliseconds of one captured step on the device."""
     cache = run(model, True, ids, new)[2]
     start = _now(ids.device)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def step_ms(model: nn.Module, ids: torch.Tensor, new: int, repeats: int = 50) ->
 
 
 def step_bytes(model: nn.Module, length: int) -> int:
-    """What a step has to read: every weight but the embedding, and the cache."""
+    """Bytes that a step has to read: every weight but the embedding, and the cache."""
     embedding = model.get_input_embeddings().weight
     weights = (*model.parameters(), *model.buffers())
     config = model.config
@@ -149,7 +149,7 @@ def _now(device: torch.device) -> float:
 
 
 def measure(engines: Engines, ids: torch.Tensor, new: int, rounds: int) -> list[dict[str, Any]]:
-    """A row per engine; the first is what the others are compared with."""
+    """One row per engine; the first engine is the baseline."""
     rates: dict[str, list[float]] = {name: [] for name in engines}
     refused: dict[str, str] = {}
     for name, (model, captured) in engines.items():
@@ -184,7 +184,7 @@ def measure(engines: Engines, ids: torch.Tensor, new: int, rounds: int) -> list[
 def build(
     shape: Shape, layers: int, device: torch.device, bits: list[int], group: int, backend: str
 ) -> Engines:
-    """bf16 first, each model with and without graphs."""
+    """The engines, bf16 first, each model with and without graphs."""
     made = {"bf16": dense(shape, layers, device)}
     for each in bits:
         made[f"W{each}A16 {backend}"] = packed(shape, layers, device, Scheme(integer(each, group)), backend)

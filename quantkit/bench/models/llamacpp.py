@@ -1,15 +1,15 @@
-"""llama.cpp and the native path, side by side on the same model.
+"""Compare llama.cpp with the native path on the same model.
 
     python -m quantkit.bench.models.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
     python -m quantkit.bench.models.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json ops.json
 
-Builds llama.cpp from the source package of llama-cpp-python in DIR, in an environment of its own (minutes, once);
-writes the synthetic Llama of quantkit.bench.models.decode as a dense GGUF; its own quantizer makes Q4_0 (pure: head and
-embedding too) and Q8_0 of it. Then both engines run in turns, each round all of them once: prefill of one prompt, and
-greedy decode from an empty cache. With --ops: matrix products alone, among the ops of quantkit.bench.kernels.ops.
+llama.cpp is built once, in minutes, from the source package of llama-cpp-python, in a separate environment under DIR.
+The synthetic Llama of quantkit.bench.models.decode is written as a dense GGUF, from which llama.cpp's own quantizer
+makes Q4_0 (pure: head and embedding too) and Q8_0. Both engines then run interleaved: prefill of one prompt, and
+greedy decode from an empty cache. --ops times matrix products alone, among the ops of quantkit.bench.kernels.ops.
 
-On a processor with AMX one line is added to llama.cpp first: with gcc 12, `_tile_loadconfig` names 8 of the 64 bytes
-it reads, the compiler drops the other stores, and every quantized model crashes.
+On a processor with AMX one line is added to llama.cpp before the build: gcc 12's `_tile_loadconfig` declares that it
+reads 8 of its 64 bytes, so the compiler drops the other stores, and every quantized model crashes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GUARD = '    asm volatile("" :: "r"(&tc) : "memory");\n'
 
 
 class Built(NamedTuple):
-    """bench, quantize, ops: programs; python: of its environment; version: of the source package."""
+    """A built llama.cpp. bench, quantize, ops: programs; python: of its environment; version: of the source package."""
 
     bench: Path
     quantize: Path
@@ -64,7 +64,7 @@ class Built(NamedTuple):
 
 
 def build(work: Path, jobs: int = 1) -> Built:
-    """llama.cpp in `work`, built unless it is there."""
+    """llama.cpp in `work`; built if it is not there yet."""
     environment, tree = work / "environment", work / "build"
     python = environment / "bin" / "python"
     bench, quantize = (tree / "bin" / name for name in ("llama-bench", "llama-quantize"))
@@ -125,7 +125,7 @@ def guard_tiles(source: Path) -> bool:
 
 
 def files(built: Built, dense: Path) -> dict[str, Path]:
-    """{format: GGUF} of a dense checkpoint, beside it, made unless they are there."""
+    """{format: GGUF file} of a dense checkpoint, in the same folder; made if they do not exist yet."""
     whole = dense.with_name(f"{dense.name}-bf16.gguf")
     made = {kind: dense.with_name(f"{dense.name}-{kind}.gguf") for kind in FORMATS}
     if all(file.exists() for file in made.values()):
@@ -178,7 +178,7 @@ class Products:
         self._process.wait()
 
     def lane(self, n: int, k: int, m: int, rotation: int) -> Lane:
-        """Ready to be timed; as many products in a graph as make a barrier each negligible."""
+        """The op prepared for timing, with enough products in one graph to make its barriers negligible."""
         n_bytes = n * k // 32 * BLOCK_BYTES[self.kind]
         per = 32 if m <= 4 else 8 if m <= 64 else 2
         self.ask(f"open {self.kind} {n} {k} {m} {max(2, -(-rotation // n_bytes))} {per}")

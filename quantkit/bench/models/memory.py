@@ -2,10 +2,10 @@
 
     python -m quantkit.bench.models.memory --work DIR --json docs/benchmarks/memory.json
 
-Runs RTN, GPTQ without the parts that only take time, GPTQ, and GPTQ with re-target on a synthetic Llama
-(quantkit.bench.synthetic) of 24 layers, each in a process of its own, and polls RssAnon every 10 ms. Shares are of the
-24-layer checkpoint, whatever the depth. Limits: 28 %, 45 % and 60 %, and the whole run's peak at most 1.05 times that
-of its first half. `--layers` and `--runs` choose less.
+A synthetic Llama of 24 layers (quantkit.bench.synthetic) is quantized by RTN, by GPTQ without the options that only
+cost time, by GPTQ, and by GPTQ with re-target, each in a separate process whose RssAnon is polled every 10 ms. Peaks
+are given as shares of the 24-layer checkpoint, whatever the depth. Limits: 28 %, 45 % and 60 %, and the peak of the
+whole run at most 1.05 times that of its first half. `--layers` and `--runs` select a part.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What running q, k, v and gate, up as one product gives inside transformers.
+"""Measure what running q, k, v and gate, up as one product gains inside transformers.
 
     python -m quantkit.bench.models.siblings --work DIR --json FILE
 
 The 1.1B Llama of `quantkit.bench.models.decode` (22 layers, random weights, W4 g128, head too) runs inside
-transformers with siblings joined and apart: the same loaded model, switched between the two, interleaved round by
-round. decode: greedy steps of one token; step 16: steps of 16 tokens, as a batch of drafts has. A ratio is the median
-of the ratios within each round.
+transformers with siblings joined and separate: the same loaded model, switched between the two in every round. decode:
+greedy steps of one token; step 16: steps of 16 tokens, as in speculative decoding. A ratio is the median of the ratios
+within each round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEP = 16  # tokens
 
 
 def switch(model: nn.Module) -> Callable[[bool], None]:
-    """A function that joins the siblings of a loaded model again, or has every linear run alone."""
+    """A function that joins the siblings of a loaded model, or makes every linear run alone."""
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
     groups: list[tuple[QuantLinear, Siblings | None]] = [(linear, linear.siblings) for linear in linears]
 
@@ -46,7 +46,7 @@ def switch(model: nn.Module) -> Callable[[bool], None]:
 
 @torch.inference_mode()
 def steps(model: nn.Module, tokens: int, count: int) -> float:
-    """Tokens per second of `count` steps of so many tokens each, after one that is not timed."""
+    """Tokens per second of `count` steps of `tokens` tokens each, after a warm-up step."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (count + 1, 1, tokens), generator=random)
     cache = model(input_ids=ids[0], use_cache=True, logits_to_keep=1).past_key_values
@@ -57,7 +57,7 @@ def steps(model: nn.Module, tokens: int, count: int) -> float:
 
 
 def run(work: Path, layers: int, shape: Shape, rounds: int, new: int) -> dict[str, Any]:
-    """Both ways of every compute, interleaved."""
+    """Measure every compute with siblings joined and separate, interleaved."""
     packed = models(work, layers, shape)["packed"]
     engines: dict[str, Callable[[], Measured]] = {}
     for compute in COMPUTES:

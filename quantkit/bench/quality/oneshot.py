@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ or AWQ on given token windows, for quantkit.bench.quality.cost.
+"""Run llm-compressor's GPTQ or AWQ on given token windows, for quantkit.bench.quality.cost.
 
     PYTHON -I quantkit/bench/quality/oneshot.py MODEL WINDOWS.json gptq|awq
 
@@ -19,7 +19,7 @@ PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 
 
 def modifier(method: str) -> Any:
-    """What `method` is called there: all linears but the head, 4 bits in groups of 128."""
+    """llm-compressor's modifier for `method`: all linears but the head, 4 bits in groups of 128."""
     if method == "gptq":
         from llmcompressor.modifiers.quantization import GPTQModifier
 
