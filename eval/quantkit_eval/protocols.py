@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...
 
-    def decode(self, token_ids: Sequence[int], **options: Any) -> str: ...
+    def decode(self, token_ids: list[int], **options: Any) -> Any: ...
 
 
 class Output(Protocol):
@@ -53,7 +53,14 @@ class CausalLM(Protocol):
     @property
     def forward(self) -> Any: ...
 
-    def __call__(self, *, input_ids: torch.Tensor, **options: Any) -> Output: ...
+    def __call__(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+    ) -> Output: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 

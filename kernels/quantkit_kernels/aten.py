@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class AtenBackend(Backend):
         if rows.shape[-1] != spec.k:
             raise ValueError(f"x has {rows.shape[-1]} features, the weight takes {spec.k}")
         wanted = torch.is_grad_enabled() and x.requires_grad
-        y = _Product.apply(rows, layout) if wanted else _product(rows, layout)
+        y = _differentiable(rows, layout) if wanted else _product(rows, layout)
         y = y.view(*x.shape[:-1], spec.n)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -66,13 +67,20 @@ class _Product(torch.autograd.Function):
         return torch.cat(pieces, -1), None
 
 
+_differentiable: Callable[[torch.Tensor, Layout], torch.Tensor] = _Product.apply
+
+
 def _product(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """x [M, K] W^T."""
     tensors = layout.tensors
     if "pairs" in tensors:
         group = layout.spec.group_size
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, tensors["codes"], group, tensors["pairs"])
-    return torch.ops.aten._weight_int8pack_mm(x, tensors["codes"], tensors["scale"])
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, tensors["codes"], group, tensors["pairs"]
+        )
+    else:
+        y = torch.ops.aten._weight_int8pack_mm(x, tensors["codes"], tensors["scale"])
+    return y
 
 
 def _int4(stored: Stored, dtype: torch.dtype) -> dict[str, torch.Tensor]:

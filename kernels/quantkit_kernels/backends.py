@@ -82,7 +82,7 @@ def _first(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Choic
     """The first backend that accepts the weight and passes its self-test."""
     if dtype not in (None, *FLOATS) and spec.inputs == "float" and spec.integers:
         return Choice("reference", f"only the reference takes {dtype} activations")
-    reasons = []
+    reasons: list[str] = []
     for name, each in _BACKENDS.items():
         reason = each.refuses(spec, device)
         if reason is None:

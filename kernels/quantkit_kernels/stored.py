@@ -83,7 +83,10 @@ class Spec:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of a `Stored`, by its name."""
-        shapes = {"packed": (self.n, words(self.k, self.bits)), "scale": (self.n, self.groups)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "packed": (self.n, words(self.k, self.bits)),
+            "scale": (self.n, self.groups),
+        }
         return shapes if self.symmetric else shapes | {"zero_packed": (words(self.n, self.bits), self.groups)}
 
 

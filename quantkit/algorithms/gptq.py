@@ -128,6 +128,7 @@ def quantize(
     The matrices of `statistics` are consumed (set to None), so that only what is still needed stays in memory.
     """
     fallbacks: list[str] = []
+    assert statistics.hessian is not None
     hessian, statistics.hessian = statistics.hessian.to(weight.dtype), None
     drift, statistics.drift = statistics.drift, None
     silent = hessian.diagonal() == 0
@@ -138,6 +139,7 @@ def quantize(
     order = column_order(hessian.diagonal(), grid.group(k), config.order)
     pull = None
     if config.retarget:
+        assert drift is not None
         pull = (weight @ drift.to(weight.dtype)).masked_fill_(silent, 0)[:, order]
         del drift
     h = permuted(hessian, order)
@@ -239,8 +241,8 @@ class _Problem:
             changed, gained = sweep(target, h, levels, grids, grid, config.refine)
             error = (error + gained).clamp_(min=0)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        zero = None if grid.symmetric else grids.zero[groups]
-        codes[:, self.order] = encode(levels, grid.number, zero).T
+        shift = None if grid.symmetric else grids.zero[groups]
+        codes[:, self.order] = encode(levels, grid.number, shift).T
         return _Rows(
             codes,
             grids.scale.T.contiguous().to(self.dtype),

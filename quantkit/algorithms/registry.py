@@ -38,6 +38,9 @@ class Outcome:
         )
 
 
+Quantize = Callable[..., Outcome]
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """`quantize(weight [N, K] fp32, Statistics, Grid, scale dtype, config) -> Outcome` and what it must be fed.
@@ -45,17 +48,17 @@ class Algorithm:
     needs(config): the Statistics fields to collect, none for a data-free algorithm.
     """
 
-    quantize: Callable[..., Outcome]
-    needs: Callable[[object], frozenset[str]]
+    quantize: Quantize
+    needs: Callable[[Any], frozenset[str]]
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def register(name: str, needs: Callable[[object], frozenset[str]]) -> Callable[..., Any]:
+def register(name: str, needs: Callable[[Any], frozenset[str]]) -> Callable[[Quantize], Quantize]:
     """Decorator: makes `quantize` available as `algorithm: name`."""
 
-    def add(quantize: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    def add(quantize: Quantize) -> Quantize:
         ALGORITHMS[name] = Algorithm(quantize, needs)
         return quantize
 

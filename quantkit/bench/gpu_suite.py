@@ -80,6 +80,7 @@ def _child(work: Path, deadline: float, name: str, *arguments: str) -> dict[str,
     """Run `python -m ... --json FILE`, stop it at the deadline, and return what it wrote."""
     file = work / f"{name}-report.json"
     file.unlink(missing_ok=True)
+    status: int | str
     command = [sys.executable, "-m", *arguments, str(file)]
     try:
         status = subprocess.run(command, check=False, timeout=max(deadline - time.monotonic(), 1)).returncode

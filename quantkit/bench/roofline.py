@@ -77,7 +77,7 @@ def read_bandwidth(
     """Bytes per second read from `buffer` bytes, median of `rounds`."""
     library = probe() if device == "cpu" else None
     if library is not None:
-        return library.qk_read_bandwidth(buffer, threads or torch.get_num_threads(), rounds)
+        return float(library.qk_read_bandwidth(buffer, threads or torch.get_num_threads(), rounds))
     values = torch.ones(buffer // 4, device=device)
     return values.nbytes / _median_seconds(values.sum, device, rounds)
 

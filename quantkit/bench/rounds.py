@@ -53,7 +53,7 @@ def ratio(report: Mapping[str, Any], kind: str, a: str, b: str) -> float | None:
     if a not in rows or b not in rows:
         return None
     pairs = zip(rows[a][kind]["rounds"], rows[b][kind]["rounds"], strict=True)
-    return statistics.median(x / y for x, y in pairs)
+    return float(statistics.median(x / y for x, y in pairs))
 
 
 def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | list[str]) -> dict[str, Any]:

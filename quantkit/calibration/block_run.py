@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLD_TOLERANCE = 2e-3  # change of the block's output after a real fold, relative to its RMS, in fp32
 Groups = tuple[list[ScalingGroup], list[tuple[str, str]]]  # proved ones, and (pairing, why it was refused)
+Inputs = dict[tuple[str, ...], torch.Tensor]  # siblings -> what they read
 Observed = dict[
     str, list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]
 ]  # (args, kwargs, output) per chunk
@@ -128,7 +129,7 @@ class BlockRun:
         gatherers: dict[tuple[str, ...], Gatherer] = {}
         final = sets[-1] == self.trace.siblings[-1]
         for chunk in self.chunks():
-            seen: dict[bool, dict[str, Any]] = {}
+            seen: dict[bool, Inputs] = {}
             for full in (False, True):
                 if self.streams.has(full, chunk):
                     seen[full] = {}
@@ -144,7 +145,7 @@ class BlockRun:
         return {siblings: gatherers[siblings].finish() for siblings in sets}
 
     def _forward_to(
-        self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: dict[str, Any], stop: bool
+        self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: Inputs, stop: bool
     ) -> None:
         """Fill `seen` with the input of each set; without `stop`, the stream goes on to the block's output."""
 
@@ -238,7 +239,8 @@ class BlockRun:
         gatherer = Gatherer(frozenset({field}), inputs[0].shape[-1], self.device)
         for x in inputs:
             gatherer.update(x)
-        return getattr(gatherer.finish(), field)
+        found: torch.Tensor = getattr(gatherer.finish(), field)
+        return found
 
     # for transforms ---------------------------------------------------------------------------------------------
 

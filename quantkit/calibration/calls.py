@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch import nn
 from quantkit.calibration.forward import Call, embed
 from quantkit.calibration.streams import Shared
 from quantkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Place = tuple[Any, ...]  # the keys and indices that lead to a value inside (args, kwargs)
 
@@ -147,7 +150,12 @@ class BlockCalls:
 
 @torch.no_grad()
 def record(
-    model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor, batch: int, device: torch.device, hidden: bool
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    ids: torch.Tensor,
+    batch: int,
+    device: torch.device,
+    hidden: bool,
 ) -> tuple[list[BlockCalls], torch.Tensor | None]:
     """(the calls of every block, hidden states before block 0) for token ids [windows, length] in chunks of `batch`.
 
@@ -156,7 +164,7 @@ def record(
     per_size = {}
     for size in {1, batch, len(ids) % batch or batch}:
         per_size[size] = embed(model, blocks, ids[:size].to(device))[1]
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device))[1]
     varying = [differing(call, twin) for call, twin in zip(per_size[1], other, strict=True)]
     calls = [

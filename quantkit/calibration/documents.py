@@ -15,14 +15,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit_eval.dataset import is_saved, reader
 
 from quantkit.errors import DataError
 from quantkit.models.json_reader import parse_json
 from quantkit.paths import user_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LINE = 50_000_000  # bytes of one line of JSON or of a table
 MAX_LIST = 100_000_000  # bytes of a JSON file that is one list, which is read whole
@@ -43,6 +47,7 @@ _REFUSED = {
     **dict.fromkeys((".safetensors", ".gguf", ".bin", ".pt", ".npy", ".npz"), "a file of numbers, not text"),
 }
 
+_File = gzip.GzipFile | BufferedReader
 Record = tuple[str, Mapping[str, Any]]  # (where it was read, for errors; its fields)
 
 
@@ -102,7 +107,7 @@ def check_source(source: DataSource) -> Path:
     return path
 
 
-def read_source(source: DataSource, limit: int, tokenizer: Any) -> Document:
+def read_source(source: DataSource, limit: int, tokenizer: PreTrainedTokenizerBase) -> Document:
     """The text of one source, at most `limit` characters; DataError for anything wrong with it."""
     path = check_source(source)
     if path.is_file():
@@ -137,7 +142,7 @@ def _refuse(source: DataSource, kind: str, *keys: str) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[_File]:
     """The bytes of a file, unpacked if it is `.gz`; DataError for what goes wrong while it is read."""
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -176,7 +181,7 @@ def _plain(path: Path, limit: int) -> Document:
     return Document(path.name, text[:limit], cut=len(text) > limit or not whole)
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, file: _File) -> Iterator[tuple[int, bytes]]:
     """(number, line) of a file, without reading a line of any length into memory."""
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
         if len(line) > MAX_LINE:
@@ -204,7 +209,7 @@ def _json(path: Path) -> Iterator[Record]:
                 yield where, parse_json(line, where, DataError, advice=advice, tag_infinities=True)
 
 
-def _json_list(path: Path, file: IO[bytes]) -> list[Any]:
+def _json_list(path: Path, file: _File) -> list[Any]:
     raw = file.read(MAX_LIST + 1)
     if len(raw) > MAX_LIST:
         raise DataError(
@@ -275,7 +280,9 @@ def _numbered(source: DataSource, rows: Iterable[Mapping[str, Any]]) -> Iterator
         yield f"{source.source}[{number}]", record
 
 
-def _joined(records: Iterable[Record], source: DataSource, limit: int, tokenizer: Any) -> Document:
+def _joined(
+    records: Iterable[Record], source: DataSource, limit: int, tokenizer: PreTrainedTokenizerBase
+) -> Document:
     """One text from as many records as `limit` characters hold."""
     document = Document(source.source, "")
     parts, size = [], 0
@@ -294,7 +301,9 @@ def _joined(records: Iterable[Record], source: DataSource, limit: int, tokenizer
     return document
 
 
-def _text(where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: Any) -> str:
+def _text(
+    where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """The text of one record: a field that is text, or the messages of a chat."""
     present = [key for key in (FIELDS if wanted is None else (wanted,)) if key in record]
     if not present:
@@ -320,7 +329,7 @@ def _text(where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: 
     return text
 
 
-def _chat(where: str, name: str, messages: list[Any], tokenizer: Any) -> str:
+def _chat(where: str, name: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat rendered by the tokenizer's template."""
     chat = [_message(where, name, message) for message in messages]
     if not tokenizer.chat_template:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from quantkit.errors import ModelError
 from quantkit.structure.trace import first_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What a forward raises that was not written for this walk.
 _FORWARD_ERRORS = (
@@ -96,7 +99,9 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+def embed(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor
+) -> tuple[torch.Tensor, list[Call]]:
     """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape."""
     hidden: list[torch.Tensor] = []
     calls: list[Call] = []
@@ -123,7 +128,7 @@ def embed(model: nn.Module, blocks: nn.ModuleList, ids: torch.Tensor) -> tuple[t
 
 @torch.no_grad()
 def finish(
-    model: nn.Module, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
+    model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
 ) -> torch.Tensor:
     """Logits from the hidden states after the last block: final norm and head by the model's own forward."""
 
@@ -131,4 +136,5 @@ def finish(
         return (hidden,) if as_tuple else hidden
 
     with patched((b, give) for b in blocks):
-        return model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits

@@ -15,9 +15,10 @@ KEPT = 64 << 20  # free bytes at the end of the heap that are not given back by 
 def _glibc(name: str) -> Callable[..., int] | None:
     """A function of glibc's malloc; None where the C library has none."""
     try:
-        return getattr(ctypes.CDLL(None), name)
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
+    return function
 
 
 def large_blocks_apart() -> None:

@@ -75,7 +75,9 @@ class Replay:
                     continue
                 outputs[chunk.start] = self.block.get_submodule(linear)(inputs.pop(chunk.start))
 
-            def replay(*args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw: object):
+            def replay(
+                *args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw: object
+            ) -> object:
                 returned = self._returned[to]
                 out = out.clone()  # a model may add to it in place
                 if returned is None:

@@ -7,16 +7,19 @@ so that a book gives more than its first chapter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from quantkit.calibration.documents import DataSource, Document, read_source
 from quantkit.errors import DataError
 from quantkit.models.borders import foreign_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PIECE = 32768  # characters per call of the tokenizer
 CHARACTERS_PER_TOKEN = 32  # how much text is read for each token wanted, so that a huge source stays bounded
@@ -27,10 +30,14 @@ UNKNOWN_SHARE = 0.1
 class Calibration(Protocol):
     """The `calibration` part of a recipe."""
 
-    data: tuple[DataSource, ...]
-    samples: int
-    sequence_length: int
-    seed: int
+    @property
+    def data(self) -> Sequence[DataSource]: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,10 @@ class _Embedded:
 
 
 def token_windows(
-    calibration: Calibration, tokenizer: Any, default_source: Path, vocabulary: int | None = None
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    default_source: Path,
+    vocabulary: int | None = None,
 ) -> Windows:
     """The windows a recipe asks for; `default_source` (a text file) stands in when it names no data.
 
@@ -96,13 +106,13 @@ def _counts(sources: Iterable[DataSource], samples: int) -> list[int]:
     return [next(shares) if count is None else count for count in given]
 
 
-def _bos(tokenizer: Any) -> int | None:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS token if the tokenizer puts it before every text."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _tokens(text: str, tokenizer: Any) -> torch.Tensor:
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Token ids [n] of a text, cut at line ends into pieces that a tokenizer handles well."""
     pieces, start = [], 0
     while start < len(text):
@@ -140,7 +150,9 @@ def _cut(
     return torch.cat([torch.full((count, 1), bos), windows], dim=1)
 
 
-def _notes(document: Document, tokens: torch.Tensor, count: int, length: int, tokenizer: Any) -> list[str]:
+def _notes(
+    document: Document, tokens: torch.Tensor, count: int, length: int, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """One line on what the windows were cut from, and one for each thing that looks wrong."""
     name = document.name
     share = f" of its first {len(document.text):,} characters" if document.cut else ""

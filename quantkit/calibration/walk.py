@@ -31,6 +31,8 @@ from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.statistics import Statistics
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quantkit.plan import LayerPlan, Plan
 
 CHUNK_ELEMENTS = 1 << 20  # tokens per chunk x widest layer; larger chunks spend their time in page faults
@@ -52,7 +54,7 @@ class Wanted:
 
 @torch.no_grad()
 def walk(
-    model: nn.Module,
+    model: PreTrainedModel,
     source: Source,
     plan: Plan,
     windows: torch.Tensor,
@@ -105,7 +107,7 @@ def chunk_windows(plan: Plan, windows: torch.Tensor) -> int:
 
 
 def _open(
-    model: nn.Module,
+    model: PreTrainedModel,
     source: Source,
     plan: Plan,
     index: int,
@@ -139,15 +141,16 @@ def _hold(module: nn.Module, plans: dict[str, LayerPlan]) -> None:
     """Swap the planned linears of a loaded block for `HeldLinear`; they stay in their stored dtype."""
     for name, plan in plans.items():
         linear = module.get_submodule(name)
-        weight = linear.weight.data.T.contiguous() if plan.transposed else linear.weight.data
+        weight = linear.get_parameter("weight").data
+        weight = weight.T.contiguous() if plan.transposed else weight
         parent = module.get_submodule(name.rpartition(".")[0])
-        bias = None if linear.bias is None else linear.bias.data
+        bias = None if linear.bias is None else linear.get_parameter("bias").data
         setattr(parent, name.rpartition(".")[2], HeldLinear(weight, bias))
 
 
 @torch.no_grad()
 def inputs_after_blocks(
-    model: nn.Module,
+    model: PreTrainedModel,
     source: Source,
     plan: Plan,
     windows: torch.Tensor,
@@ -170,7 +173,10 @@ def inputs_after_blocks(
                 continue
 
             def hook(
-                module: nn.Module, args: tuple[Any, ...], which: bool = full, into: dict[str, Any] = seen
+                module: nn.Module,
+                args: tuple[Any, ...],
+                which: bool = full,
+                into: dict[bool, torch.Tensor] = seen,
             ) -> None:
                 into[which] = args[0]
                 raise Stop
@@ -187,15 +193,16 @@ def inputs_after_blocks(
                 raise ModelError(
                     f"{name} does not run after the decoder blocks; give it `algorithm: rtn` or a skip rule"
                 )
-        x = seen.get(False, seen.get(True))
+        x = seen[False] if False in seen else seen[True]
         gatherer = gatherer or Gatherer(fields, x.shape[-1], device)
         gatherer.update(x, seen.get(True))
     skeleton.free_outside(model, prefix)
+    assert gatherer is not None
     return gatherer.finish()
 
 
 def _returns_tuple(
-    model: nn.Module, source: Source, plan: Plan, windows: torch.Tensor, device: torch.device
+    model: PreTrainedModel, source: Source, plan: Plan, windows: torch.Tensor, device: torch.device
 ) -> bool:
     """Whether the blocks return their hidden states in a tuple or list, seen on one window through the first one."""
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)

@@ -47,9 +47,10 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     quantization = config.get("quantization_config")
     codec = codec_of(quantization) if quantization is not None else None
     errors = _stored_errors(path)
-    layers, schemes = [], {}
+    layers: list[dict[str, Any]] = []
+    schemes: dict[str, Scheme] = {}
     parts: set[str] = set()
-    if codec is not None:
+    if codec is not None and quantization is not None:
         layers, schemes, parts = _packed_layers(codec, quantization, tensors, errors)
     values = check_values(tensors, codec, model_type)
     for name, tensor in tensors.items():
@@ -177,4 +178,5 @@ def _stored_errors(path: Path) -> dict[str, float]:
 
 def _read(info: TensorInfo) -> torch.Tensor:
     with safe_open(info.file, framework="pt") as file:
-        return file.get_tensor(info.name)
+        tensor: torch.Tensor = file.get_tensor(info.name)
+    return tensor

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from quantkit.checkpoint.check import check_files, check_values
 from quantkit.checkpoint.saving import remember
@@ -25,6 +24,8 @@ from quantkit.models.headers import resolve_model
 from quantkit.models.tensors import TensorInfo, named, read_tensors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quantkit.layers.quant_linear import QuantLinear
 
 
@@ -39,7 +40,7 @@ def load(
     offload_folder: str | Path | None = None,
     compute: str = "float",
     verify: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"; device_map, max_memory, offload_folder
@@ -65,7 +66,7 @@ def load(
     check_files(path, verify)
     stored = raw.get("quantization_config")
     packing = codec_of(stored) if stored is not None else None
-    if packing is not None:
+    if packing is not None and stored is not None:
         packing.parse(stored)
     _, tensors = read_tensors(path)
     check_values(tensors, packing, str(raw.get("model_type", "")))
@@ -79,7 +80,7 @@ def load(
                 "stored": stored,
                 "tensors": _by_module(config.model_type, tensors),
             }
-        model, info = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -88,6 +89,8 @@ def load(
             trust_remote_code=False,
             **place,
         )
+    model: PreTrainedModel
+    model, info = opened
     _refuse_incomplete(path, config.model_type, info)
     if packing is not None:
         _finish(path, model, backend, compute, tensors)
@@ -97,7 +100,8 @@ def load(
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _placement(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def _refuse_incomplete(path: Path, model_type: str, info: dict[str, Any]) -> Non
 
 
 def _finish(
-    path: Path, model: nn.Module, backend: str | None, compute: str, tensors: dict[str, TensorInfo]
+    path: Path, model: PreTrainedModel, backend: str | None, compute: str, tensors: dict[str, TensorInfo]
 ) -> None:
     """Check what only the values show and build the layouts of the backend, layer by layer."""
     from quantkit.checkpoint.plugin import packed_linears

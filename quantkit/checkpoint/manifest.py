@@ -95,7 +95,7 @@ def recorded(output: Path) -> set[str]:
         return set()
     ours = {MANIFEST, RUN}
     with contextlib.suppress(VerificationError):
-        return ours | read_manifest(output)["files"].keys()
+        return {*ours, *read_manifest(output)["files"]}
     with contextlib.suppress(VerificationError):
         files = read_sealed(output / RUN).get("files")
         ours |= {name for name in files if inside(name)} if isinstance(files, dict) else set()

@@ -9,13 +9,13 @@ back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as registry
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.saving import all_as_stored
@@ -25,12 +25,17 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 METHOD = "quantkit"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name in the model -> (dtype on disk, shape)
 
 
 class PackedConfig(QuantizationConfigMixin):
     """stored: `quantization_config` of config.json. tensors: what the headers of the weight files say."""
+
+    quant_method: Any
 
     def __init__(self, stored: dict[str, Any], tensors: Tensors, **_: Any) -> None:
         self.quant_method = METHOD
@@ -43,9 +48,10 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Swaps and checks; reading is transformers' own."""
 
+    quantization_config: PackedConfig
     requires_calibration = True  # reads what is quantized, quantizes nothing
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **__: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
         tensors = self.quantization_config.tensors
         stored = self.quantization_config.stored
         packing = codec_of(stored)
@@ -57,12 +63,14 @@ class PackedQuantizer(HfQuantizer):
         for _, module in packed_linears(model):
             module.weight = torch.empty(0)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **__: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):
             del module.weight
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """What a checkpoint stores, also of layers that run on a layout of their own."""
         prepared = [(name, module) for name, module in packed_linears(model) if module.prepared]
         stored = {n: torch_dtype(dtype) for n, (dtype, _) in self.quantization_config.tensors.items()}
@@ -78,7 +86,7 @@ class PackedQuantizer(HfQuantizer):
                 ) from None
         return state, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Every packed linear becomes the dense layer it stands for."""
         if any(module.offloaded for _, module in packed_linears(model)):
             raise BackendError("dequantize needs every layer in memory; load the model without a device_map")
@@ -87,8 +95,9 @@ class PackedQuantizer(HfQuantizer):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _dense(module, wanted))
         model.__dict__.pop("save_pretrained", None)
-        model.is_quantized = False
-        return model.to(wanted)
+        vars(model)["is_quantized"] = False
+        move: Callable[..., PreTrainedModel] = model.to
+        return move(wanted)
 
     def is_serializable(self) -> bool:
         return True
@@ -118,7 +127,9 @@ def swap(
 ) -> None:
     """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme."""
     for name, module in list(model.named_modules()):
-        scheme = scheme_of(name) if isinstance(module, nn.Linear | Conv1D) else None
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        scheme = scheme_of(name)
         if scheme is None:
             continue
         n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
@@ -128,7 +139,7 @@ def swap(
 
 
 def _packed(
-    name: str, shape: Shape, scheme: Scheme, module: nn.Module, packing: Codec, tensors: Tensors
+    name: str, shape: Shape, scheme: Scheme, module: nn.Linear | Conv1D, packing: Codec, tensors: Tensors
 ) -> QuantLinear:
     n, k = shape
     if not scheme.weights.divides(k):
@@ -152,13 +163,12 @@ def _dense(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
     device = next(module.buffers()).device
     weight = codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize(dtype)
     n, k = weight.shape
-    bias = module.bias is not None
     with torch.device("meta"):
         turned = issubclass(module.replaces, Conv1D)
-        dense = module.replaces(n, k) if turned else module.replaces(k, n, bias=bias)
+        dense = module.replaces(n, k) if turned else module.replaces(k, n, bias=module.bias is not None)
     weight = weight.T.contiguous() if turned else weight
     dense.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    if bias:
+    if module.bias is not None:
         dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return dense
 

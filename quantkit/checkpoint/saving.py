@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from quantkit.checkpoint.check import crc32, digest_file
 from quantkit.checkpoint.manifest import read_manifest, write_manifest
@@ -21,17 +20,25 @@ from quantkit.checkpoint.shards import write_json
 from quantkit.errors import VerificationError
 from quantkit.models.tensors import INDEX, read_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def remember(model: nn.Module, source: Path, dtype: str | None) -> None:
+
+def remember(model: PreTrainedModel, source: Path, dtype: str | None) -> None:
     """Make `model.save_pretrained` write the checkpoint in `source` again; dtype: what its config.json names."""
-    model.save_pretrained = partial(save_again, model, source, dtype)  # type: ignore[assignment]
+    model.__dict__["save_pretrained"] = partial(save_again, model, source, dtype)
 
 
 def save_again(
-    model: nn.Module, source: Path, dtype: str | None, save_directory: str | Path, *args: Any, **options: Any
+    model: PreTrainedModel,
+    source: Path,
+    dtype: str | None,
+    save_directory: str | Path,
+    *args: Any,
+    **options: Any,
 ) -> None:
     """transformers' `save_pretrained`, then the type in config.json and the record of the run."""
-    type(model).save_pretrained(model, save_directory, *args, **options)  # type: ignore[attr-defined]
+    type(model).save_pretrained(model, save_directory, *args, **options)
     folder = Path(save_directory)
     config = folder / "config.json"
     if dtype is not None and config.is_file():

@@ -81,7 +81,7 @@ def _own(path: Path, name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
         )
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _copied(info: TensorInfo) -> Iterator[bytes]:

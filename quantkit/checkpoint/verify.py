@@ -48,7 +48,7 @@ def verify_shard(path: Path, weights: dict[str, QuantizedWeight], codec: Codec) 
                 found.scale, wanted.scale.cpu()
             )
             if wanted.zero is not None:
-                same = same and torch.equal(found.zero, wanted.zero.cpu())
+                same = same and found.zero is not None and torch.equal(found.zero, wanted.zero.cpu())
             if not same:
                 raise VerificationError(f"{path.name}: what was read back for {name} is not what was written")
             _verify_forward(name, stored, found, wanted, codec)

@@ -92,8 +92,8 @@ class TerminalProgress:
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task("", total=1, where="")
-        fields = {"where": visible(where), "ends": ends}
-        self._bar.update(self._task, description=visible(title), completed=share, **fields)
+        where = visible(where)
+        self._bar.update(self._task, description=visible(title), completed=share, where=where, ends=ends)
 
 
 class PlainProgress:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+from typing import TextIO
 
 
 class OutputLost(Exception):
@@ -59,7 +60,7 @@ def repair() -> None:
     sys.stderr = _text(_Messages(2, "w", closefd=False), sys.stderr)
 
 
-def _text(raw: io.FileIO, before: io.TextIOBase | None) -> io.TextIOWrapper:
+def _text(raw: io.FileIO, before: TextIO | None) -> io.TextIOWrapper:
     """A text stream over `raw` with the encoding of the one it replaces; what it cannot encode is escaped."""
     encoding = getattr(before, "encoding", None) or "utf-8"
     lines = raw.isatty() or raw.fileno() == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Container
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
@@ -20,8 +21,11 @@ from quantkit.models.borders import foreign_errors
 from quantkit.models.source import Source
 from quantkit.models.tensors import named
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
+
+def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The empty model of a checkpoint, in eval mode, with meta parameters of type `dtype`.
 
     ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ. A head that is stored
@@ -37,7 +41,9 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     model.requires_grad_(False)
     model.eval()
     _check(model, source)
@@ -45,12 +51,13 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def tied(model: nn.Module) -> dict[str, str]:
+def tied(model: PreTrainedModel) -> dict[str, str]:
     """Name of a tied parameter -> name of the parameter it shares, as transformers lists them."""
-    return model.get_expanded_tied_weights_keys(all_submodels=True)
+    ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return ties
 
 
-def duplicates(model: nn.Module, source: Source) -> dict[str, str]:
+def duplicates(model: PreTrainedModel, source: Source) -> dict[str, str]:
     """Disk name -> reason, for every stored tensor that is only the second name of another one: a tied head."""
     ties = tied(model)
     return {
@@ -60,7 +67,7 @@ def duplicates(model: nn.Module, source: Source) -> dict[str, str]:
     }
 
 
-def ignored(model: nn.Module, source: Source) -> list[str]:
+def ignored(model: PreTrainedModel, source: Source) -> list[str]:
     """Disk names of tensors that this version of transformers has no use for and says so; they are carried."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     wanted = _wanted(model)
@@ -68,7 +75,7 @@ def ignored(model: nn.Module, source: Source) -> list[str]:
     return [source.disk_name(name) for name in names if any(re.search(p, name) for p in patterns)]
 
 
-def find_blocks(model: nn.Module, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
     """(module name, list) of the decoder blocks: at `prefix`, or the longest list of modules of one class."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if prefix is not None:
@@ -83,7 +90,7 @@ def find_blocks(model: nn.Module, prefix: str | None = None) -> tuple[str, nn.Mo
 
 
 def load_outside(
-    model: nn.Module,
+    model: PreTrainedModel,
     source: Source,
     blocks_prefix: str,
     skip: Container[str] = (),
@@ -106,7 +113,7 @@ def load_outside(
     _move_buffers(model, device, lambda name: not name.startswith(inside))
 
 
-def head_tensors(model: nn.Module) -> set[str]:
+def head_tensors(model: PreTrainedModel) -> set[str]:
     """Names of the output head's own tensors; empty when it is tied to the embedding."""
     head, ties = model.get_output_embeddings(), tied(model)
     prefix = next((n for n, m in model.named_modules() if m is head), None)
@@ -114,7 +121,7 @@ def head_tensors(model: nn.Module) -> set[str]:
     return set() if names & ties.keys() else names
 
 
-def free_outside(model: nn.Module, blocks_prefix: str) -> None:
+def free_outside(model: PreTrainedModel, blocks_prefix: str) -> None:
     """Put every parameter outside the blocks back on meta."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if not name.startswith(f"{blocks_prefix}."):
@@ -122,7 +129,7 @@ def free_outside(model: nn.Module, blocks_prefix: str) -> None:
 
 
 def load_block(
-    model: nn.Module,
+    model: PreTrainedModel,
     source: Source,
     index: int,
     dtype: torch.dtype | None = None,
@@ -135,7 +142,9 @@ def load_block(
     dtype None: what the skeleton was built with. stored: full names of tensors read as stored.
     """
     prefix, blocks = find_blocks(model, blocks_prefix)
-    meta = blocks[index].__dict__.get("_meta_block", blocks[index])  # another walk may have loaded it
+    meta: nn.Module = blocks[index].__dict__.get(
+        "_meta_block", blocks[index]
+    )  # another walk may have loaded it
     block = copy.deepcopy(meta, {id(model.config): model.config})
     for name, place in _wanted(block).items():
         full = f"{prefix}.{index}.{name}"
@@ -146,7 +155,7 @@ def load_block(
     return block
 
 
-def free_block(model: nn.Module, index: int, blocks_prefix: str | None = None) -> None:
+def free_block(model: PreTrainedModel, index: int, blocks_prefix: str | None = None) -> None:
     """Put the meta block back; the loaded one is freed with the last reference to it."""
     _, blocks = find_blocks(model, blocks_prefix)
     blocks[index] = blocks[index].__dict__.get("_meta_block", blocks[index])
@@ -164,7 +173,7 @@ def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
     return next((other for other, target in ties.items() if target == name and other in source), name)
 
 
-def _check(model: nn.Module, source: Source) -> None:
+def _check(model: PreTrainedModel, source: Source) -> None:
     wanted, ties = _wanted(model), tied(model)
     gone = {*source.dropped, *ignored(model, source)}
     problems = []

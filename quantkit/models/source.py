@@ -169,7 +169,7 @@ class Source:
 
     def _read(self, fd: int, into: torch.Tensor, info: TensorInfo, start: int) -> None:
         """Fill the flat tensor `into` with the bytes of `info` from byte `start` of the tensor on."""
-        view = memoryview(into.view(torch.uint8).numpy())
+        view = into.view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
             try:

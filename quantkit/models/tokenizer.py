@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantkit.errors import ModelError
 from quantkit.models.borders import foreign_errors
 from quantkit.models.json_reader import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "tokenizer_config.json"
 # Vocabularies that transformers finds without a class naming them.
@@ -18,7 +21,7 @@ _ADVICE = (
 )
 
 
-def open_tokenizer(path: str | Path) -> Any:
+def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """transformers' tokenizer in a model folder, tried on a few words.
 
     ModelError if it is missing, damaged, without a vocabulary, or needs Python code of the folder.
@@ -42,7 +45,7 @@ def open_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def _check_vocabulary(path: Path, tokenizer: Any) -> None:
+def _check_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """ModelError if the folder has no vocabulary: transformers then makes up an empty tokenizer."""
     names = getattr(tokenizer, "vocab_files_names", None) or {}
     if not names:  # of bytes or characters, without files

@@ -12,6 +12,7 @@ from typing import Any
 import quantkit_eval
 import torch
 from quantkit_eval.model import longest_context
+from quantkit_eval.protocols import Tokenizer
 from quantkit_eval.text import Text, check_sources
 
 from quantkit import assets
@@ -86,7 +87,7 @@ class EvaluationRequest:
 def evaluate_pair(
     output: Path,
     headers: Headers,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     device: torch.device,
     sequence_length: int,
     request: EvaluationRequest,

@@ -98,6 +98,7 @@ def _outside(run: Run, streams: Streams) -> BlockResult:
     for plan in run.plans(part):
         statistics = Statistics()
         if needs(plan):
+            assert run.windows is not None
             with run.clock("calibrate"):
                 statistics = inputs_after_blocks(
                     run.model,

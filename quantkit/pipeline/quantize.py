@@ -192,7 +192,7 @@ def _prepared(
                 checked.calibration,
                 tokenizer,
                 assets.calibration_text(),
-                vocabulary=skeleton_model.get_input_embeddings().num_embeddings,
+                vocabulary=skeleton_model.get_input_embeddings().get_parameter("weight").shape[0],
             )
         if not (folder / MANIFEST).exists():
             check_disk(folder, predict(checked, plan, headers).disk)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from quantkit_eval.protocols import Tokenizer
 
 from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.text import Windows
@@ -20,6 +21,9 @@ from quantkit.pipeline.progress import Progress
 from quantkit.plan import LayerPlan, Plan
 from quantkit.recipe import Recipe
 from quantkit.transforms.catalog import transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Run:
     recipe: Recipe
     plan: Plan
     source: Source
-    model: torch.nn.Module
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: Tokenizer
     windows: Windows | None
     device: torch.device
     output: Path

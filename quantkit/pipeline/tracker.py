@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -90,13 +91,13 @@ class Tracker:
         for weight in weights.values():
             x = torch.zeros(PROBE_TOKENS, weight.shape[1], device=weight.codes.device)
             matrix, layer = weight.dequantize(), QuantLinear.from_quantized(weight, None)
-            dense += self._probe(lambda x=x, w=matrix: nn.functional.linear(x, w)) / PROBE_TOKENS
-            packed += self._probe(lambda x=x, m=layer: m(x)) / PROBE_TOKENS
+            dense += self._probe(partial(nn.functional.linear, x, matrix)) / PROBE_TOKENS
+            packed += self._probe(partial(layer, x)) / PROBE_TOKENS
         elements = sum(math.prod(w.shape) for w in weights.values())
         planned = sum(math.prod(p.shape) for p in run.plan.layers if p.block is not None)
         blocks = planned / elements
         forward = self._forward if self._forward is not None else AROUND_LINEARS * dense
-        head = run.model.get_input_embeddings().weight.shape  # on meta: only its shape
+        head = run.model.get_input_embeddings().get_parameter("weight").shape  # on meta: only its shape
         logits = torch.zeros(PROBE_TOKENS, head[0])
         divergence = self._probe(lambda: nn.functional.log_softmax(logits, -1).exp()) / PROBE_TOKENS
         per_token = blocks * (2 * forward + packed - dense)

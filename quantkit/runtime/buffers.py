@@ -11,12 +11,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from quantkit_eval.model import inference
-from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and libraries allocate their workspaces
 _capturing = threading.Lock()  # only one capture at a time in a process
@@ -58,17 +60,18 @@ class _Layer(CacheLayerMixin):
     The prompt (position 0) attends only to itself, as in an empty dynamic cache; a step to the whole buffer.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
     is_sliding = False
 
     def __init__(self, length: int, position: torch.Tensor) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
         self.length, self.position = length, position  # int64 [], shared by all layers
-        self.decodes = False
+        self.decode(False)
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether masks must be made even where they hide nothing yet."""
-        return self.decodes
+    def decode(self, now: bool) -> None:
+        """Whether steps follow, whose masks must be made even where they hide nothing yet, or the prompt."""
+        self.decodes = self.is_compileable = now
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def empty(like: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,7 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length if self.decodes else query_length, 0
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    def get_seq_length(self) -> Any:
         return self.position if self.decodes else 0
 
     def get_max_length(self) -> int:
@@ -111,22 +114,23 @@ class Buffers:
             self.position = torch.zeros((), dtype=torch.int64, device=device)
             self.mask = torch.ones(1, length, dtype=torch.int64, device=device)  # OPT and ALiBi count it
         self.layers = [_Layer(length, self.position) for _ in range(layers)]
-        self.cache = Cache(layers=self.layers)
+        self.cache = Cache(layers=list(self.layers))
         self.replay: Callable[[], torch.Tensor] | None = None
 
-    def prompt(self, model: nn.Module, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+    def prompt(self, model: PreTrainedModel, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits of tokens [1, M] at the beginning of the sequence."""
         for layer in self.layers:
-            layer.decodes = False
+            layer.decode(False)
         with torch.inference_mode(False), inference(model):
             out = model(
                 input_ids=tokens.to(self.device), past_key_values=self.cache, use_cache=True, **options
             )
         for layer in self.layers:
-            layer.decodes = True
-        return out.logits
+            layer.decode(True)
+        logits: torch.Tensor = out.logits
+        return logits
 
-    def step(self, model: nn.Module, token: int, position: int) -> torch.Tensor:
+    def step(self, model: PreTrainedModel, token: int, position: int) -> torch.Tensor:
         """Logits [1, 1, vocabulary] after `token` at `position`, in memory that the next step overwrites.
 
         CaptureFailed if this is the first step and it cannot be captured.
@@ -147,10 +151,12 @@ class Buffers:
             return self.replay()
 
     def _forward(self, model: Callable[[], Any]) -> torch.Tensor:
-        return model()(
+        out = model()(
             input_ids=self.token,
             attention_mask=self.mask,
             position_ids=self.position.view(1, 1),
             past_key_values=self.cache,
             use_cache=True,
-        ).logits
+        )
+        logits: torch.Tensor = out.logits
+        return logits

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantkit_eval.model import device_of
-from torch import nn
+from quantkit_eval.protocols import CausalLM
 
 from quantkit.errors import BackendError
 from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WAYS = ("native", "graph", "eager")
 _FASTEST = {"cpu": "native", "cuda": "graph"}
@@ -23,7 +26,7 @@ class Runner:
     model: called like the model. way: one of WAYS. reason: why it is eager, unless that was asked for.
     """
 
-    model: Any
+    model: CausalLM
     way: str
     reason: str | None = None
 
@@ -34,7 +37,7 @@ class Runner:
 
 
 def choose_runner(
-    model: nn.Module | NativeDecoder | GraphDecoder,
+    model: PreTrainedModel | NativeDecoder | GraphDecoder,
     max_new_tokens: int,
     way: str = "auto",
     compute: str | None = None,

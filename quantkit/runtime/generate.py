@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from quantkit_eval.errors import EvalError
 from quantkit_eval.loop import end_tokens, generate_tokens
 from quantkit_eval.sampler import Sampling
-from torch import nn
 
 from quantkit.errors import memory_named
 from quantkit.runtime.dispatch import choose_runner
 from quantkit.runtime.graphs import GraphDecoder
 from quantkit.runtime.native import NativeDecoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @memory_named()
 def generate(
-    model: nn.Module | NativeDecoder | GraphDecoder,
+    model: PreTrainedModel | NativeDecoder | GraphDecoder,
     input_ids: torch.Tensor,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -43,7 +46,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module | NativeDecoder | GraphDecoder,
+    model: PreTrainedModel | NativeDecoder | GraphDecoder,
     input_ids: torch.Tensor,
     max_new_tokens: int = 128,
     temperature: float = 0.0,

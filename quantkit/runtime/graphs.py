@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from quantkit_eval.model import device_of, inference
@@ -22,6 +22,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from quantkit.errors import ModelError
 from quantkit.runtime.buffers import Buffers, CaptureFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUND = 64  # buffers are a multiple of this many tokens long
 
@@ -43,7 +46,7 @@ class GraphDecoder:
     If the first step cannot be captured, a warning says why, and this and all later steps run eager in transformers.
     """
 
-    def __init__(self, model: nn.Module, room: int) -> None:
+    def __init__(self, model: PreTrainedModel, room: int) -> None:
         self.model, self.room = model, room
         self.device = device_of(model)
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
@@ -121,7 +124,7 @@ class _Shelf:
         self._lock = threading.Lock()
         self._buffers: Buffers | None = None
 
-    def take(self, model: nn.Module, tokens: int, device: torch.device) -> Buffers:
+    def take(self, model: PreTrainedModel, tokens: int, device: torch.device) -> Buffers:
         """Buffers for `tokens` tokens: the kept ones if they fit, not twice too long and made for these weights."""
         length = -(-tokens // ROUND) * ROUND
         stamp = _stamp(model)
@@ -141,21 +144,21 @@ class _Shelf:
 _shelves: weakref.WeakKeyDictionary[nn.Module, _Shelf] = weakref.WeakKeyDictionary()
 
 
-def _shelf(model: nn.Module) -> _Shelf:
+def _shelf(model: PreTrainedModel) -> _Shelf:
     return _shelves.setdefault(model, _Shelf())
 
 
-def _stamp(model: nn.Module) -> Any:
+def _stamp(model: PreTrainedModel) -> Any:
     """Changes when a captured step would read memory that is no longer the model's, or should run other code."""
     addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
     return model.config._attn_implementation, addresses
 
 
-def _cache_layers(model: nn.Module) -> list[Any]:
+def _cache_layers(model: PreTrainedModel) -> list[Any]:
     return DynamicCache(config=model.config).layers
 
 
-def graphed(model: nn.Module, room: int) -> GraphDecoder | str:
+def graphed(model: PreTrainedModel, room: int) -> GraphDecoder | str:
     """The decoder of a causal LM for `room` new tokens, or why it decodes eager."""
     places = {t.device for t in (*model.parameters(), *model.buffers())}
     if any(place.type != "cuda" for place in places):
@@ -166,7 +169,7 @@ def graphed(model: nn.Module, room: int) -> GraphDecoder | str:
     return unfit(model) or _shelf(model).failed or GraphDecoder(model, room)
 
 
-def unfit(model: nn.Module) -> str | None:
+def unfit(model: PreTrainedModel) -> str | None:
     """Why a model has no step of fixed shapes, wherever it is; None if it should have one."""
     name, attention = type(model).__name__, model.config._attn_implementation
     if not getattr(model, "_can_compile_fullgraph", False):
@@ -180,8 +183,8 @@ def unfit(model: nn.Module) -> str | None:
     }
     if foreign or not layers:
         return f"{name} has a cache of another kind: {', '.join(sorted(foreign)) or 'no layers'}"
-    kinds = [getattr(part, "rope_type", None) for part in model.modules()]  # gemma 3: one per kind of layer
-    kinds = {kind for each in kinds for kind in (each.values() if isinstance(each, dict) else [each])}
+    every = [getattr(part, "rope_type", None) for part in model.modules()]  # gemma 3: one per kind of layer
+    kinds = {kind for each in every for kind in (each.values() if isinstance(each, dict) else [each])}
     if moving := kinds & {"dynamic", "longrope"}:
         return f"its {moving.pop()} rotary embedding changes with the length"
     return None

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from quantkit_kernels import INPUTS
@@ -18,6 +18,9 @@ from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.rotary import Rotary
 from quantkit.runtime.tables import NotNative, tables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 128  # tokens of a prompt per call
 
@@ -64,7 +67,7 @@ class NativeDecoder:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: nn.Module, compute: str, cache_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, compute: str, cache_dtype: torch.dtype) -> None:
         self.tables: Tables = tables(model)
         halves = compute == "float" and model.dtype in (torch.bfloat16, torch.float16)
         self.compute, self.cache_dtype = "halves" if halves else compute, cache_dtype
@@ -106,7 +109,7 @@ _making = threading.Lock()
 
 
 def native(
-    model: nn.Module, compute: str | None = None, cache_dtype: torch.dtype = torch.float32
+    model: PreTrainedModel, compute: str | None = None, cache_dtype: torch.dtype = torch.float32
 ) -> NativeDecoder | str:
     """The native decoder of a causal LM, or why there is none. Built once per model, and again if weights change.
 
@@ -132,7 +135,7 @@ def native(
         return made[key][1]
 
 
-def _compute(model: nn.Module) -> str:
+def _compute(model: PreTrainedModel) -> str:
     """What the packed linears were loaded with."""
     asked = {module.compute for module in model.modules() if isinstance(module, QuantLinear)} or {"float"}
     if len(asked) > 1:
@@ -140,7 +143,7 @@ def _compute(model: nn.Module) -> str:
     return asked.pop()
 
 
-def _stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def _stamp(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
     """Changes when a weight is replaced or written to."""
     tensors = (*model.parameters(), *model.buffers())
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if not t.is_meta)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.structure.fold import Prover, ScalingGroup
+from quantkit.structure.fold import Form, Prover, ScalingGroup
 from quantkit.structure.trace import Trace, matrix, trace
 
 PROOF_TOLERANCE = 1e-5  # relative change of what the block adds to its input; HF's RMSNorm goes through fp32
@@ -56,8 +56,9 @@ def _candidates(block: nn.Module, seen: Trace, siblings: tuple[str, ...]) -> Ite
     inspect = _common_parent(siblings)
     if siblings in seen.norms:
         producer = seen.norms[siblings]
-        if block.get_submodule(producer).weight.numel() == columns:
-            for form in ("gamma", "one_plus_gamma"):
+        if block.get_submodule(producer).get_parameter("weight").numel() == columns:
+            forms: tuple[Form, ...] = ("gamma", "one_plus_gamma")
+            for form in forms:
                 yield ScalingGroup(siblings, producer, form, None, None, inspect)
         return
     head_dims = _head_dims(block)

@@ -20,6 +20,7 @@ from quantkit.errors import NumericalError
 from quantkit.structure.trace import first_output, matrix
 
 PROOF_TOKENS = 32
+Form = Literal["gamma", "one_plus_gamma", "rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class ScalingGroup:
 
     consumers: tuple[str, ...]
     producer: str
-    form: Literal["gamma", "one_plus_gamma", "rows"]
+    form: Form
     rows: torch.Tensor | None
     expand: torch.Tensor | None
     inspect: str
@@ -62,16 +63,18 @@ def fold(
     any more.
     """
     producer = block.get_submodule(group.producer)
-    bias = None if getattr(producer, "bias", None) is None else producer.bias.data
-    s = s.to(producer.weight.device)
+    bias: torch.Tensor | None = getattr(producer, "bias", None)
+    bias = None if bias is None else bias.data
+    weight = matrix(producer)
+    s = s.to(weight.device)
     rounded = storage_dtype or torch.float64
     if group.form == "rows":
-        weight, rows = matrix(producer), group.rows.to(s.device)
+        assert group.rows is not None
+        rows = group.rows.to(s.device)
         weight[rows] = (weight[rows] / s[:, None]).to(weight.dtype)
         if bias is not None:
             bias[rows] = (bias[rows] / s).to(rounded).to(bias.dtype)
     else:
-        weight = producer.weight.data
         offset = 1.0 if group.form == "one_plus_gamma" else 0.0
         old = weight + offset
         new = (old / s - offset).to(rounded).to(weight.dtype)
@@ -145,7 +148,7 @@ class Prover:
         modules = [self.block.get_submodule(n) for n in (group.producer, *group.consumers)]
         touched = [p for module in modules for p in module.parameters()]
         kept = [p.detach().clone() for p in touched]
-        channels = modules[0].weight.shape[0] if group.rows is None else len(group.rows)
+        channels = matrix(modules[0]).shape[0] if group.rows is None else len(group.rows)
         s = 0.5 + 1.5 * torch.rand(channels, generator=self.generator, dtype=torch.float64)
         fold(self.block, group, s)
         change = _relative(self.reference, self.added())

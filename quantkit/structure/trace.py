@@ -41,7 +41,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def matrix(linear: nn.Module) -> torch.Tensor:
     """The weight as [out, in], sharing memory with the parameter (Conv1D stores [in, out])."""
-    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+    weight = linear.get_parameter("weight").data
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 @torch.no_grad()

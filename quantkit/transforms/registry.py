@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+Apply = Callable[[Any, Any], list[dict[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -17,17 +19,17 @@ class Transform:
     the full-precision stream it looks at.
     """
 
-    apply: Callable[[Any, Any], list[dict[str, Any]]]
+    apply: Apply
     windows: Callable[[Any], int]
 
 
 TRANSFORMS: dict[str, Transform] = {}
 
 
-def register(name: str, windows: Callable[[Any], int]) -> Callable[..., Any]:
+def register(name: str, windows: Callable[[Any], int]) -> Callable[[Apply], Apply]:
     """Decorator: makes `apply` available as `transforms: [name]`."""
 
-    def add(apply: Callable[[Any, Any], list[dict[str, Any]]]) -> Callable[[Any, Any], list[dict[str, Any]]]:
+    def add(apply: Apply) -> Apply:
         TRANSFORMS[name] = Transform(apply, windows)
         return apply
 

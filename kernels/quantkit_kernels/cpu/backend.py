@@ -45,11 +45,8 @@ class CpuBackend(Backend):
         """As in `Backend`. For speed, one Python frame before the C call: the checks of `ops` are repeated inline."""
         tensors, compute = layout.tensors, INPUTS.index(layout.spec.inputs)
         linear, plain = self.linear, ops.plain
-        bound = (
-            None,
-            0,
-            None,
-        )  # the units, their address, the product on them; replaced whole: threads share it
+        # The units, their address, the product on them; replaced whole: threads share it.
+        bound: tuple[torch.Tensor | None, int, Call] = (None, 0, _unbound)
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             nonlocal bound
@@ -79,6 +76,10 @@ class CpuBackend(Backend):
 
     def restore(self, layout: Layout) -> Stored:
         return native.unpack(packed_of(layout))
+
+
+def _unbound(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    raise AssertionError("no units have been seen yet")
 
 
 def layout_of(packed: native.Packed) -> Layout:

@@ -241,12 +241,14 @@ class Decoder:
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return self._library.qk_decoder_length(self._handle)
+        length: int = self._library.qk_decoder_length(self._handle)
+        return length
 
     @property
     def cache_bytes(self) -> int:
         """Memory of the cache, in bytes."""
-        return self._library.qk_decoder_cache_bytes(self._handle)
+        size: int = self._library.qk_decoder_cache_bytes(self._handle)
+        return size
 
     def truncate(self, length: int) -> None:
         """Drop the tokens after the first `length`; the memory stays allocated."""

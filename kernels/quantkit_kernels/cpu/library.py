@@ -89,7 +89,8 @@ def set_isa(name: str) -> None:
 
 def flags() -> str:
     """Vendor, family and instruction sets found."""
-    return required().qk_cpu_flags().decode()
+    found: bytes = required().qk_cpu_flags()
+    return found.decode()
 
 
 def required() -> ctypes.CDLL:

@@ -133,10 +133,8 @@ def is_by_row(codes: torch.Tensor) -> bool:
     return codes.shape[3] != ROWS // 2
 
 
-def _columns(t: torch.Tensor | None, n: int, groups: int) -> torch.Tensor | None:
+def _columns(t: torch.Tensor, n: int, groups: int) -> torch.Tensor:
     """[N, K/G] to [N'/64, words, 64, groups per word], padded with 0."""
-    if t is None:
-        return None
     each, blocks = 4 // t.element_size(), -(-n // ROWS)
     words = -(-groups // each)
     out = torch.zeros(words * each, blocks * ROWS, dtype=t.dtype, device=t.device)
@@ -161,11 +159,12 @@ def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Ten
     """(codes, scales, zeros) of a weight with integer codes."""
     spec, scale = stored.spec, stored.scale
     cut = geometry(spec.bits, spec.group_size, spec.k)
-    zero = None
+    zeros = None
     if stored.zero_packed is not None:
         zero = unpack_bits(stored.zero_packed.T, spec.bits, spec.n).T.to(scale.dtype)
+        zeros = _columns(zero, spec.n, cut.groups)
     codes = _codes(unpack_bits(stored.packed, spec.bits, spec.k), cut, spec.bits, by_row)
-    return codes, _columns(scale, spec.n, cut.groups), _columns(zero, spec.n, cut.groups)
+    return codes, _columns(scale, spec.n, cut.groups), zeros
 
 
 def restore(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: Spec) -> Stored:

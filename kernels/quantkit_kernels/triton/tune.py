@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def microseconds(call: Callable[[int], object], copies: int, rounds: int = 5) ->
         for copy in range(copies):
             call(copy)
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -131,7 +132,7 @@ def best(problem: Problem, bucket: int, deadline: float) -> tuple[Config, float]
         off = ((y.float() - truth).norm() / truth.norm()).item()
         if not off < 4e-3:
             sys.exit(f"{config} is wrong on {problem.bits} bits [{problem.n}, {problem.k}]: off by {off:.3g}")
-        took = microseconds(lambda copy, c=config: problem.run(x, copy, c), len(problem.copies))
+        took = microseconds(partial(problem.run, x, config=config), len(problem.copies))
         if found is None or took < found[1]:
             found = config, took
     return found
@@ -144,8 +145,8 @@ def crossover(problem: Problem) -> int:
     for m in CROSSOVER:
         x = torch.randn(m, problem.k, device=device).bfloat16()
         config = rule(problem.bits, m, problem.n, problem.cut, processors, major)
-        fused = microseconds(lambda copy, x=x, c=config: problem.run(x, copy, c), 2)
-        if microseconds(lambda copy, x=x: problem.dense(x, copy), 2) < fused:
+        fused = microseconds(partial(problem.run, x, config=config), 2)
+        if microseconds(partial(problem.dense, x), 2) < fused:
             return m
     return 2 * CROSSOVER[-1]
 

@@ -23,7 +23,7 @@ _AND_OR, _AND_XOR, _SELECT = "0xEA", "0x6A", "0xE2"  # (a & b) | c, (a & b) ^ c,
 
 def pair(value: float, kind: str) -> int:
     """Two copies of a value as one register; the value must be exact in `kind`."""
-    half = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
+    half: int = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
     if kind == "fp16":
         half = struct.unpack("<H", struct.pack("<e", value))[0]
     return half << 16 | half

@@ -54,7 +54,7 @@ def native() -> str:
         running = library.isa()
     except RuntimeError as error:
         return f"built, but {error}"
-    return describe_native(library.load(), running)
+    return describe_native(library.required(), running)
 
 
 def describe_native(library: ctypes.CDLL, running: str) -> str:
@@ -137,6 +137,7 @@ def _answers(device: str, bits: int, n: int, k: int, backend: str | None) -> dic
 
 def _ask(device: str, spec: Spec, backend: str | None) -> tuple[str | None, str]:
     try:
-        return tuple(quantkit_kernels.select(spec, device, backend))
+        name, why = quantkit_kernels.select(spec, device, backend)
     except quantkit_kernels.BackendMissing as error:
         return None, str(error)
+    return name, why

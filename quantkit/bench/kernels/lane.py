@@ -96,7 +96,7 @@ def _cuda_burst(op: Op, rotating: list[Weights], x: torch.Tensor) -> Callable[[]
         graph.replay()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1000 / len(rotating)
+        return float(start.elapsed_time(stop)) / 1000 / len(rotating)
 
     replay()
     return replay

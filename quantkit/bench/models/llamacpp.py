@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -157,24 +158,27 @@ class Products:
 
     def __init__(self, program: Path, kind: str, threads: int) -> None:
         self.kind = kind
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [str(program), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
 
     def ask(self, command: str) -> str:
-        print(command, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline().strip()
+        print(command, file=self._stdin, flush=True)
+        answer = self._stdout.readline().strip()
         if not answer:
             raise RuntimeError(f"llama.cpp's products ended at {command!r}")
         return answer
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._stdin.close()
+        self._stdout.close()
         self._process.wait()
 
     def lane(self, n: int, k: int, m: int, rotation: int) -> Lane:
@@ -201,7 +205,11 @@ def _run(*command: object) -> str:
 def _products(arguments: argparse.Namespace, built: Built) -> None:
     """`--ops`: the kernels' benchmark with llama.cpp's products among the ops."""
     engines = [Products(built.ops, kind, arguments.threads) for kind in FORMATS]
-    save = (lambda report: write_json(arguments.json, report)) if arguments.json else lambda report: None
+
+    def save(report: dict[str, Any]) -> None:
+        if arguments.json:
+            write_json(arguments.json, report)
+
     try:
         kernels.run(
             arguments.shapes,
@@ -226,7 +234,7 @@ def _models(arguments: argparse.Namespace, built: Built) -> None:
     ours, missing = decode.engines(ways, checkpoints, prompt, new)
     everyone: dict[str, Callable[[], Measured]] = dict(ours)
     for kind, file in theirs.items():
-        everyone[f"llama.cpp {kind}"] = lambda file=file: bench(built.bench, file, threads, prompt, new)
+        everyone[f"llama.cpp {kind}"] = partial(bench, built.bench, file, threads, prompt, new)
     report = {
         "schema": "quantkit-llamacpp/1",
         "machine": machine() | where("cpu"),

