@@ -29,7 +29,15 @@ def build_emulated(out: Path):
     flags = "-DQK_EMULATE -O1 -std=c++17 -ffp-contract=off -fopenmp -fPIC"
     warnings = "-Wall -Wextra -Werror -Wno-unused-function -Wno-psabi"
     command = [compiler, *flags.split(), *warnings.split(), *os.environ.get("QUANTKIT_CXXFLAGS", "").split()]
-    names = ("layout", "dispatch", "selfcheck", "linear_portable", "linear_avx512", "linear_amx")
+    names = (
+        "layout",
+        "dispatch",
+        "selfcheck",
+        "linear_portable",
+        "linear_avx512",
+        "linear_amx",
+        "range_errors",
+    )
 
     def build(name):
         subprocess.run([*command, "-c", SOURCES / f"{name}.cpp", "-o", out / f"{name}.o"], check=True)

@@ -16,7 +16,7 @@ DOORS: dict[str, set[str]] = {
     "scheme": set(),
     "device": set(),
     "assets": set(),
-    "numerics": set(),
+    "numerics": {"quantkit_kernels"},  # the range search's first look at its candidates is native
     "formats": {"numerics", "quantkit_kernels"},
     "algorithms": {"numerics"},
     "transforms": {"numerics"},

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import torch
+from quantkit_kernels.cpu import library
+from quantkit_kernels.cpu.range_errors import range_errors
 
 from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero, smallest_scale
 from quantkit.numerics.number import bounds, nearest
@@ -17,6 +19,8 @@ STEPS = {2: 35, 3: 28, 4: 20}  # shrink factors tried, STRIDE apart: fewer bits 
 STEPS_WIDE = 12
 _CHUNK = 1 << 17  # elements per pass, so that the temporaries stay in the second-level cache
 _WORTH_GATHERING = 0.6  # share of the groups up to which copying them out costs less than trying all
+_POWER = 2.5  # of `mse`
+_SMALL = 1e-30  # sums between this and its inverse are far from where fp32 ends
 _SURE = 0.99  # a lower bound of an error is taken this much lower, for rounding
 
 
@@ -38,32 +42,39 @@ def search_grid(
     if method == "weighted":
         if importance is None:
             raise ValueError("range search 'weighted' needs the mean square of the inputs")
-        column = importance.to(weight.dtype).view(-1, group)
+        column = importance.to(weight.dtype).reshape(-1, group).contiguous()
     else:
         column = None
     n, k = weight.shape
-    parts = []
-    for chunk in torch.split(weight, max(1, _CHUNK // k)):
-        weights = None if column is None else column.repeat(len(chunk), 1)
-        parts.append(_search(chunk.reshape(-1, group), grid, dtype, weights))
+    search = _search_natively if _is_native(weight, grid, group) else _search
+    parts = [
+        search(chunk.reshape(-1, group), grid, dtype, column)
+        for chunk in torch.split(weight, max(1, _CHUNK // k))
+    ]
     scale, zero = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in (0, 1))
     return scale, zero
+
+
+def _shrinks(grid: Grid) -> list[float]:
+    """The factors that a group's range is tried with, the plain range first."""
+    return [1 - step * STRIDE for step in range(STEPS.get(grid.bits, STEPS_WIDE))]
 
 
 def _search(
     w: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero (groups) for w (groups, G); column: as w, see `_error`.
+    """Scale and zero (groups) for w (groups, G); column (K/G, G): the weights of a row of groups, see `_in_steps`.
 
     A shrunken range is tried only for groups where it can win: their largest weight alone, cut to the end of the range,
     must not cost more than the best range so far does. The result is that of trying all.
     """
     lo, hi = w.amin(1), w.amax(1)
+    if column is not None:
+        column = column.repeat(len(w) // len(column), 1)
     best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype)
     ends = nearest(grid.number)
-    least = _error(w, best_scale, best_zero, grid, column)
-    for step in range(1, STEPS.get(grid.bits, STEPS_WIDE)):
-        shrink = 1 - step * STRIDE
+    least = _in_steps(w, best_scale, best_zero, grid, column) * _step(best_scale, column)
+    for shrink in _shrinks(grid)[1:]:
         scale, zero = scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
         active = None
         if column is None:
@@ -71,16 +82,18 @@ def _search(
             cut = torch.maximum(
                 hi - ends(hi / scale, *limits) * scale, ends(lo / scale, *limits) * scale - lo
             )
-            active = (cut.clamp_(min=0).pow_(2.5) * _SURE < least).nonzero().squeeze(1)
+            cost = cut.clamp_(min=0).pow_(_POWER) * _SURE
+            active = (cost < least.clamp(min=_SMALL)).nonzero().squeeze(1)
             if not len(active):
                 continue
             if len(active) > _WORTH_GATHERING * len(w):
                 active = None
+        step = _step(scale, column)
         if active is None:
-            error = _error(w, scale, zero, grid, column)
+            error = _in_steps(w, scale, zero, grid, column) * step
         else:
             error = torch.full_like(least, torch.inf)
-            error[active] = _error(w[active], scale[active], zero[active], grid, column)
+            error[active] = _in_steps(w[active], scale[active], zero[active], grid, None) * step[active]
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -88,13 +101,74 @@ def _search(
     return best_scale, best_zero
 
 
-def _error(
+def _is_native(weight: torch.Tensor, grid: Grid, group: int) -> bool:
+    """Whether `_search_natively` takes this weight.
+
+    Rows of whole cache lines: then the errors of rows that were copied out of a matrix have the bits that they have in
+    it, whatever the alignment a library's sums depend on.
+    """
+    plain = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() > 0
+    return plain and grid.number.kind == "int" and group % 16 == 0 and library.available()
+
+
+def _search_natively(
+    w: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_search`, bit for bit: native code finds the ranges that may be the best, those are compared as there."""
+    lo, hi = w.amin(1), w.amax(1)
+    shrinks = torch.tensor(_shrinks(grid), dtype=w.dtype)[:, None]
+    scale, zero = scale_and_zero(lo * shrinks, hi * shrinks, grid, dtype)  # (candidates, groups)
+    hopeful = _hopeful(w, scale, zero, grid, column)
+    hopeful[1:] &= (lo != 0) | (hi != 0)  # the first range of an empty group is as good as the others
+    several = hopeful.sum(0) > 1
+    best = hopeful.int().argmax(0)
+    if several.any():
+        step = torch.stack([_step(s, column) for s in scale])  # whole rows: `pow` rounds tails otherwise
+        error = torch.full_like(scale, torch.inf)
+        for pairs in torch.split((hopeful & several).nonzero(), max(1, _CHUNK // w.shape[1])):
+            c, g = pairs.unbind(1)
+            columns = None if column is None else column[g % len(column)]
+            error[c, g] = _in_steps(w[g], scale[c, g], zero[c, g], grid, columns) * step[c, g]
+        # As in `_search`: the first of equals wins, no range is better than one with a NaN, and a NaN is never better.
+        error[0] = torch.where(error[0].isnan(), -torch.inf, error[0])
+        best = torch.where(several, error.nan_to_num_(torch.inf, torch.inf, -torch.inf).argmin(0), best)
+    return scale.gather(0, best[None])[0], zero.gather(0, best[None])[0]
+
+
+def _hopeful(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, column: torch.Tensor | None
+) -> torch.Tensor:
+    """Which of the ranges (candidates, groups) may have a group's least error as `_search` computes it.
+
+    Native errors differ from those in two ways. Sums of G terms are rounded otherwise: a relative difference of at most
+    some 2 G 2^-24. And w * (1/s) differs from w/s by up to 3 roundings of it, so each |off| by as much: by Minkowski's
+    inequality the root of the sum of |off|^p, in weights `column`, then differs by at most that times the root of the
+    sum of the weights. Where fp32's range ends neither holds, and all ranges are hopeful.
+    """
+    group = w.shape[1]
+    error = range_errors(w, scale, zero, grid.qmax, column)
+    power = _POWER if column is None else 2
+    least, widest = error.amin(0), scale.amax(0)
+    rounding = (
+        2.0**-22 * (grid.qmax + 1) / _shrinks(grid)[-1]
+    )  # of w/s, which ends where the smallest range ends
+    if column is None:
+        weights = torch.full_like(widest, group)
+    else:
+        weights = column.sum(1).repeat(len(w) // len(column))
+    slack = 2 * rounding * weights.pow(1 / power) * widest
+    limit = (least.pow(1 / power) * (1 + 1e-4 + 4 * group * 2.0**-24) + slack).pow(power)
+    normal = (least > _SMALL) & (least > _SMALL * widest.pow(power)) & (least < 1 / _SMALL)
+    return (error <= limit) | ~normal
+
+
+def _in_steps(
     w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, column: torch.Tensor | None
 ) -> torch.Tensor:
     """Error of every group of w (groups, G): |.|^2.5, or squared and weighted by `column` (groups, G) if given.
 
-    In units of the step, off = level - w/s: half the passes of dequantizing. GPTQ's power 2.4 is as good and needs
-    `pow`, 2 clips too deep (docs/LOG.md).
+    In units of the step, off = level - w/s: half the passes of dequantizing; `_step` is the unit. GPTQ's power 2.4 is
+    as good and needs `pow`, 2 clips too deep (docs/LOG.md).
     """
     steps = w / scale[:, None]
     off = nearest(grid.number)(steps, *bounds(zero[:, None], grid.number), torch.empty_like(steps)).sub_(
@@ -102,9 +176,17 @@ def _error(
     )
     if column is not None:
         squares: torch.Tensor = torch.linalg.vecdot(off, off * column)
-        return squares * scale.square()
+        return squares
     powers: torch.Tensor = torch.linalg.vecdot(torch.mul(off, off, out=steps), off.abs_().sqrt_())
-    return powers * scale.pow(2.5)
+    return powers
+
+
+def _step(scale: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
+    """The unit of `_in_steps` in units of the weights.
+
+    Of all groups of a chunk at once: torch's `pow` rounds the last few numbers of a tensor otherwise than the rest.
+    """
+    return scale.pow(_POWER) if column is None else scale.square()
 
 
 def refit_scale(

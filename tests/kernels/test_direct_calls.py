@@ -14,6 +14,7 @@ import torch
 from packed_weights import packed_weight
 from quantkit_kernels import Spec, Stored, backend, wna16_linear
 from quantkit_kernels.cpu import decoder, layout, library, ops
+from quantkit_kernels.cpu.range_errors import range_errors
 from quantkit_kernels.triton import layout as triton_layout
 from quantkit_kernels.triton.op import triton_linear
 
@@ -133,16 +134,21 @@ def placed(tensor):
     return library.Arena(4096).place(tensor)
 
 
+def range_arguments():
+    return [torch.randn(24, 128), torch.ones(5, 24), torch.ones(5, 24), 15, torch.ones(4, 128)]
+
+
 CALLS = {
     "cpu_linear": (ops.cpu_linear, cpu_arguments),
     "cpu backend": (packed_and_multiplied, packing_arguments),
     "cpu layout": (with_units, with_units_arguments),
     "decoder": (decoded, decoder_arguments),
+    "range_errors": (range_errors, range_arguments),
     "arena": (placed, lambda: [torch.zeros(100, dtype=torch.uint8)]),
     "wna16_linear": (wna16_linear, reference_arguments),
     "triton_linear": (triton_linear, triton_arguments),
 }
-NATIVE = {"cpu_linear", "cpu backend", "cpu layout", "decoder", "arena"}
+NATIVE = {"cpu_linear", "cpu backend", "cpu layout", "decoder", "range_errors", "arena"}
 ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError, IndexError, OverflowError)
 
 

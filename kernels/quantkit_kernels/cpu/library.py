@@ -32,6 +32,23 @@ class Weight(ctypes.Structure):
     ]
 
 
+class Range(ctypes.Structure):
+    """`qk_range` of quantkit_cpu.h."""
+
+    _fields_ = [
+        ("w", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("column", c_void_p),
+        ("error", c_void_p),
+        ("groups", c_int64),
+        ("group", c_int64),
+        ("candidates", c_int64),
+        ("column_groups", c_int64),
+        ("qmax", c_float),
+    ]
+
+
 _WEIGHT = POINTER(Weight)
 _FUNCTIONS = {  # name: (result, arguments)
     "qk_linear": (c_int, [_WEIGHT, c_void_p, c_int, c_int64, c_int, c_void_p, c_int, c_int]),
@@ -43,6 +60,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "qk_set_isa": (c_int, [c_int]),
     "qk_isa_name": (c_char_p, [c_int]),
     "qk_cpu_flags": (c_char_p, []),
+    "qk_range_errors": (None, [POINTER(Range), c_int]),
     "qk_arena_new": (c_void_p, [c_size_t]),
     "qk_arena_free": (None, [c_void_p]),
 }

@@ -42,6 +42,22 @@ int qk_set_isa(int isa);            /* 0, or -1 and no change if this machine la
 const char *qk_isa_name(int isa);
 const char *qk_cpu_flags(void);     /* vendor, family and the instruction sets found, for people */
 
+/* Groups of weights and, for each of them, several grids that could round it: level = round(w / s) within
+   [-z, qmax - z], off = level - w / s. */
+typedef struct qk_range {
+    const float *w;      /* [groups, group] */
+    const float *scale;  /* [candidates, groups] */
+    const float *zero;   /* [candidates, groups] */
+    const float *column; /* [column_groups, group], of group g the row g mod column_groups; or null */
+    float *error;        /* [candidates, groups] */
+    int64_t groups, group, candidates, column_groups;
+    float qmax;
+} qk_range;
+
+/* error = sum |off|^2.5 s^2.5, or with columns sum column off^2 s^2, about. Where the cut of a group's largest weight
+   alone costs more than an earlier candidate does, error is that cost: less than the sum, more than the least. */
+void qk_range_errors(const qk_range *r, int threads);
+
 /* 2 MiB aligned memory in huge pages where the system gives them; null if there is none. */
 void *qk_arena_new(size_t bytes);
 void qk_arena_free(void *arena);
