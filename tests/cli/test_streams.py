@@ -105,6 +105,7 @@ def test_ctrl_c_before_the_imports_end_is_exit_code_130(tmp_path, after):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
     )
     while not begun.exists():
         time.sleep(0.001)
