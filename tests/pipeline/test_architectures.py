@@ -286,7 +286,7 @@ def test_falcon_needs_dequantize_and_says_so(case):
     else:
         with pytest.raises(AttributeError, match="weight"):
             logits(dequantized(output))
-    assert any("read their weight themselves" in note for note in manifest_of(output)["notes"])
+    assert any("the code of this family reads" in note for note in manifest_of(output)["notes"])
 
 
 def test_gpt2_says_that_only_quantkit_loads_it(case):
