@@ -345,7 +345,7 @@ def test_a_family_whose_blocks_do_not_run_alone_is_refused_by_module(tmp_path):
 
 def test_mixtures_of_experts_are_refused(tmp_path):
     original = save_unlisted("mixtral", tmp_path / "original", num_local_experts=4)
-    with pytest.raises(ModelError, match=r"mixture of experts \(num_local_experts: 4\).*use a dense model"):
+    with pytest.raises(ModelError, match=r"mixture of experts \(num_local_experts: 4;.*use a dense model"):
         quantize(RECIPES["rtn"], original, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -379,4 +379,4 @@ def test_a_group_size_that_does_not_divide_is_exit_code_2(tmp_path, capsys):
     assert run([*command, "--set", "weights.group_size=64"]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "in_features=96 is not divisible by group_size=64 in model.layers.*.mlp.down_proj" in told
-    assert "use group_size 16, 32, 48, 96, channel, or a rule" in told
+    assert "use group_size 32, channel, or a rule" in told
