@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.checkpoint.manifest import SCHEMA, write_manifest
+from quantkit.cli.inspect import _table, kinds
 from quantkit.cli.main import run
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
@@ -109,3 +110,35 @@ def test_other_methods_and_lost_tensors_are_refused(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not valid JSON"):
         inspect_checkpoint(folder)
+
+
+def layer(name, error):
+    """One layer of a `quantkit-inspect/1` report."""
+    facts = {
+        "shape": [64, 64],
+        "scheme": "W4A16 g32",
+        "dtype": "int32",
+        "bits_per_weight": 4.5,
+        "bytes": 2304,
+    }
+    return facts | {"name": name, "scale_range": [0.5, 2.0], "error": error}
+
+
+def test_eighty_layers_share_a_line_per_kind_with_the_range_of_their_errors():
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layers = [layer(f"model.layers.{i}.{leaf}", 0.01 * (i + 1)) for i in range(80) for leaf in leaves]
+    groups = kinds(layers)
+    assert [len(group) for group in groups] == [80] * 7
+    table = _table("m", groups)
+    assert table.row_count == 7
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["layer"][0] == "model.layers.{0..79}.q_proj"
+    assert columns["weight error"][0] == "1.00e-02 .. 8.00e-01"
+    assert _table("m", [[each] for each in layers]).row_count == 560
+
+
+def test_all_gives_every_layer_a_line(tmp_path, capsys):
+    folder = packed_folder(tmp_path / "m", [Scheme(integer(4, 32, True))] * 3)
+    for options, shown in (([], 0), (["--all"], 1)):
+        assert run(["inspect", str(folder), "--device", "cpu", *options]) == 0
+        assert capsys.readouterr().out.count("layers.1.") == shown
