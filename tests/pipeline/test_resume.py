@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 import quantkit
 from quantkit.checkpoint.journal import read_lines
 from quantkit.checkpoint.manifest import read_manifest
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, QuantkitError
 from quantkit.pipeline.block import BlockResult
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -239,3 +240,30 @@ def test_the_same_text_under_another_path_is_the_same_run(arguments, inputs, tmp
     moved.write_text(moved.read_text()[::-1])
     with pytest.raises(OutputError, match="data: "):
         quantkit.quantize(**asked)
+
+
+@pytest.mark.parametrize("where", [".quantkit/journal.jsonl", "quantkit.json"])
+def test_a_flipped_bit_never_ends_in_other_numbers(server, reference, arguments, tmp_path, where):
+    """Of an interrupted run's journal or a finished run's manifest: the same files as ever, or a refusal."""
+    wanted, labels = reference("rtn")
+    given = arguments("rtn", tmp_path / "out")
+    if where == "quantkit.json":
+        quantkit.quantize(**given)
+    else:
+        interrupted(
+            server, "rtn", labels, moment_of(labels, ("renamed", SHARD(4))), arguments, tmp_path / "out"
+        )
+    refusals = []
+    for seed in range(6):
+        folder = shutil.copytree(tmp_path / "out", tmp_path / str(seed))
+        raw, choose = bytearray((folder / where).read_bytes()), random.Random(seed)
+        raw[choose.randrange(len(raw))] ^= 1 << choose.randrange(8)
+        (folder / where).write_bytes(raw)
+        try:
+            quantkit.quantize(**arguments("rtn", folder))
+        except QuantkitError as error:
+            refusals.append(str(error))
+            quantkit.quantize(**arguments("rtn", folder), resume=False)
+        assert files(folder) == wanted
+    assert all("--no-resume" in refusal for refusal in refusals)
+    assert refusals or where != "quantkit.json"
