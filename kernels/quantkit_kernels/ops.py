@@ -15,6 +15,7 @@ import torch
 
 from quantkit_kernels import gradient
 from quantkit_kernels.reference import wna16_linear as reference
+from quantkit_kernels.registration import define
 from quantkit_kernels.stored import Spec, Stored
 
 _WEIGHT = "int bits, int group_size, int n, int k"
@@ -66,15 +67,8 @@ def _weight_of(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
     return torch.ops.quantkit.wna16_dequantize(packed, scale, zero_packed, bits, group_size, n, k, x.dtype)
 
 
-# Imported under a second name (a copy on the path), this module must not define the op again: torch refuses
-# that.
-if not hasattr(torch.ops.quantkit, "wna16_linear"):
-    torch.library.define("quantkit::wna16_linear", _LINEAR)
-    torch.library.impl("quantkit::wna16_linear", "CompositeExplicitAutograd")(_linear)
-    torch.library.register_fake("quantkit::wna16_linear")(_fake_linear)
-    torch.library.define("quantkit::wna16_dequantize", _DEQUANTIZE)
-    torch.library.impl("quantkit::wna16_dequantize", "CompositeExplicitAutograd")(_dequantize)
-    torch.library.register_fake("quantkit::wna16_dequantize")(_fake_dequantize)
+define("wna16_dequantize", _DEQUANTIZE, {"CompositeExplicitAutograd": _dequantize}, _fake_dequantize)
+if define("wna16_linear", _LINEAR, {"CompositeExplicitAutograd": _linear}, _fake_linear):
     gradient.register("quantkit::wna16_linear", _weight_of, bias_at=4)
 
 wna16_linear = torch.ops.quantkit.wna16_linear.default

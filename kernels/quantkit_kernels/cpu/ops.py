@@ -36,6 +36,7 @@ from quantkit_kernels.cpu.layout import (
     unpack,
 )
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.registration import define
 from quantkit_kernels.stored import TABLES, Spec
 
 FLOAT, INT8_GROUP, INT8_TOKEN, HALVES = range(4)  # qk::Compute
@@ -264,13 +265,8 @@ def _weight_of(
     return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, x.dtype)
 
 
-if not hasattr(torch.ops.quantkit, "cpu_linear"):  # a second copy of this module must not define it again
-    torch.library.define("quantkit::cpu_linear", _LINEAR)
-    torch.library.impl("quantkit::cpu_linear", "CPU")(_run)
-    torch.library.register_fake("quantkit::cpu_linear")(_fake)
-    torch.library.define("quantkit::cpu_dequantize", _DEQUANTIZE)
-    torch.library.impl("quantkit::cpu_dequantize", "CPU")(_dequantize)
-    torch.library.register_fake("quantkit::cpu_dequantize")(_fake_dequantize)
+define("cpu_dequantize", _DEQUANTIZE, {"CPU": _dequantize}, _fake_dequantize)
+if define("cpu_linear", _LINEAR, {"CPU": _run}, _fake):
     gradient.register("quantkit::cpu_linear", _weight_of, bias_at=2)
 
 cpu_linear = torch.ops.quantkit.cpu_linear.default

@@ -19,6 +19,7 @@ import torch
 
 from quantkit_kernels import gradient
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
+from quantkit_kernels.registration import define
 from quantkit_kernels.stored import FLOATS, Spec
 from quantkit_kernels.triton import unpack
 from quantkit_kernels.triton.configs import Config, choose, table
@@ -313,14 +314,8 @@ def _weight_of(x, codes, scales, zeros, bias, bits, group_size, n, k):
     return torch.ops.quantkit.triton_dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
 
 
-if not hasattr(torch.ops.quantkit, "triton_linear"):
-    torch.library.define("quantkit::triton_linear", _SCHEMA)
-    torch.library.impl("quantkit::triton_linear", "CompositeExplicitAutograd")(_other)
-    torch.library.impl("quantkit::triton_linear", "CUDA")(_cuda)
-    torch.library.register_fake("quantkit::triton_linear")(_fake)
-    torch.library.define("quantkit::triton_dequantize", _DEQUANTIZE)
-    torch.library.impl("quantkit::triton_dequantize", "CompositeExplicitAutograd")(_dequantize)
-    torch.library.register_fake("quantkit::triton_dequantize")(_fake_dequantize)
+define("triton_dequantize", _DEQUANTIZE, {"CompositeExplicitAutograd": _dequantize}, _fake_dequantize)
+if define("triton_linear", _SCHEMA, {"CompositeExplicitAutograd": _other, "CUDA": _cuda}, _fake):
     gradient.register("quantkit::triton_linear", _weight_of, bias_at=4)
 
 triton_linear = torch.ops.quantkit.triton_linear.default
