@@ -1,8 +1,7 @@
-"""A model folder -> a transformers causal LM that runs; packed linears stay packed.
+"""Load a model folder as a transformers causal LM that runs on packed weights.
 
-Everything is transformers' own loading: on CPU the weights are views of the file, on devices they are copied
-tensor by tensor, and `device_map` spreads them. What it only warns about (missing and foreign tensors) is an
-error here.
+transformers does the loading, `device_map` included. What it only warns about (missing and foreign tensors) is an error
+here. Afterwards each packed linear builds the layout of its backend and frees the tensors of the file.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from quantkit.checkpoint.check import check_files, check_values
 from quantkit.checkpoint.saving import remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
-from quantkit.formats.registry import codec, codec_of
+from quantkit.formats.registry import Codec, codec, codec_of
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, open_config, read_config
@@ -54,10 +53,6 @@ def load(
     ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
     device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
     """
-    from transformers import AutoModelForCausalLM
-
-    from quantkit.checkpoint import plugin
-
     path = resolve_model(path, Path(path))
     place = _placement(device, device_map, max_memory, offload_folder)
     if dtype in (None, "auto"):
@@ -71,6 +66,35 @@ def load(
     _, tensors = read_tensors(path)
     check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)
+    model = _opened(path, dtype, place, packing, stored, tensors)
+    if packing is not None:
+        _finish(path, model, backend, compute, tensors)
+        dtype_named = raw.get("dtype", raw.get("torch_dtype"))
+        remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
+    elif backend not in (None, "auto") or compute != "float":
+        raise BackendError(
+            f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
+        )
+    model.eval()
+    return model
+
+
+def _opened(
+    path: Path,
+    dtype: torch.dtype | str | None,
+    place: dict[str, Any],
+    packing: Codec | None,
+    stored: Any,
+    tensors: dict[str, TensorInfo],
+) -> PreTrainedModel:
+    """The model as transformers loads it; with a `packing`, its quantized linears are `QuantLinear`.
+
+    place: arguments of `from_pretrained` that say where the weights go. stored: the `quantization_config` of `packing`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from quantkit.checkpoint import plugin
+
     config = open_config(path)
     with foreign_errors(f"{path} cannot be loaded"):
         if packing is not None:
@@ -92,15 +116,6 @@ def load(
     model: PreTrainedModel
     model, info = opened
     _refuse_incomplete(path, config.model_type, info)
-    if packing is not None:
-        _finish(path, model, backend, compute, tensors)
-        dtype_named = raw.get("dtype", raw.get("torch_dtype"))
-        remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
-    elif backend not in (None, "auto") or compute != "float":
-        raise BackendError(
-            f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
-        )
-    model.eval()
     return model
 
 
