@@ -114,7 +114,9 @@ def _positive_definite(
         largest = float(torch.linalg.vector_norm(factor, dim=0).max()) ** 2
         if added >= SAFE_DAMPING or largest * float(mean) * SAFE_DAMPING <= 1:
             if times > 1:
-                fallbacks.append(f"damping raised to {added:g}: the Hessian was not positive definite")
+                fallbacks.append(
+                    f"damping raised to {added:g}: with less, the Hessian is not positive definite or nearly singular"
+                )
             return factor, added
     return None
 

@@ -105,7 +105,7 @@ def test_small_inputs_with_dead_columns_are_solved_as_large_ones():
 @pytest.mark.parametrize("damping", [0.0, 1e-9, 1e-7])
 @pytest.mark.parametrize("tokens", [2, 50, 127, 128, 129])
 def test_little_damping_is_raised_before_rounding_errors_are_inverted(damping, tokens):
-    """A singular Hessian can pass Cholesky by rounding errors; a weight error of 5.7e9 came of it."""
+    """A nearly singular Hessian passes Cholesky by rounding errors, and its inverse blows these up."""
     g = torch.Generator().manual_seed(2)
     x = inputs(tokens)
     w = weight_of()
