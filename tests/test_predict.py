@@ -52,6 +52,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [("w4a16-rtn", []), ("w4a16-gptq", ["calibration.samples=16", "weights.algorithm.refine=0"])],

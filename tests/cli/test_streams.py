@@ -46,6 +46,7 @@ def test_a_stream_that_takes_nothing_is_no_traceback(redirect, code, says):
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", ">&-", "<&- >&- 2>&-"])
 def test_a_run_whose_messages_go_nowhere_finishes(tmp_path, redirect):
     model, out = str(assets.default_model()), tmp_path / "out"

@@ -19,6 +19,7 @@ def test_each_policy_is_the_only_setting_of_its_process(monkeypatch):
     assert waiting.POLICIES["quantkit"] == SPIN
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native_available(), reason="the native library is not built")
 def test_report_compares_every_policy_with_the_defaults(tmp_path):
     tiny = synthetic.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)

@@ -25,6 +25,7 @@ def program(path, text):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_round_runs_everything_on_the_same_windows(tmp_path, capsys):
     model = tiny_models.save(tiny_models.build("llama"), tmp_path / "tiny", torch.bfloat16)
     rival = program(tmp_path / "python", RIVAL)
