@@ -16,6 +16,7 @@ def interleave(
     rounds: int,
     window: Callable[[], float] = read_bandwidth,
     write: Callable[[str], None] = print,
+    unit: str = "tokens/s",
 ) -> dict[str, Any]:
     """Run every engine once per round, after a warm-up round.
 
@@ -30,8 +31,8 @@ def interleave(
             measured = run()
             if number:
                 seen[name].append(measured)
-                speeds = ", ".join(f"{kind} {speed:.1f}" for kind, speed in measured.items())
-                write(f"round {number}  {name:24} {speeds} tokens/s")
+                speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in measured.items())
+                write(f"round {number}  {name:24} {speeds} {unit}")
     rows = {
         name: {kind: spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
     }
