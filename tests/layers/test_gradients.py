@@ -138,7 +138,8 @@ def test_a_whole_model_has_the_gradients_of_the_dense_one(name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_lora_of_peft_on_top_trains_as_on_the_dense_model(name):
     """peft adapts linears it knows; ours it takes by wrapping the module, here through its custom-module table."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     ids, grads = tiny_models.ids(12), []
     for model, kind in zip(packed_model(name), (QuantLinear, nn.Linear), strict=True):
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
