@@ -9,6 +9,7 @@ import torch
 
 from quantkit_kernels.backend import Backend
 from quantkit_kernels.bits import unpack_bits
+from quantkit_kernels.checks import check_part, check_product
 from quantkit_kernels.stored import Layout, Spec, Stored
 
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -39,9 +40,10 @@ class AtenBackend(Backend):
         return Layout(build(stored, dtype), stored.spec, {})
 
     def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        spec, rows = layout.spec, x.reshape(-1, x.shape[-1])
-        if rows.shape[-1] != spec.k:
-            raise ValueError(f"x has {rows.shape[-1]} features, the weight takes {spec.k}")
+        spec = layout.spec
+        check_product(x, bias, spec.n, spec.k, layout.tensors["codes"].device)
+        _check(layout, x.dtype)
+        rows = x.reshape(-1, spec.k).contiguous()
         wanted = torch.is_grad_enabled() and x.requires_grad
         y = _differentiable(rows, layout) if wanted else _product(rows, layout)
         y = y.view(*x.shape[:-1], spec.n)
@@ -68,6 +70,18 @@ class _Product(torch.autograd.Function):
 
 
 _differentiable: Callable[[torch.Tensor, Layout], torch.Tensor] = _Product.apply
+
+
+def _check(layout: Layout, dtype: torch.dtype) -> None:
+    """Raise ValueError for tensors that are not the weight's: PyTorch's ops do not look at all their sizes."""
+    spec, tensors = layout.spec, layout.tensors
+    device = torch.device("cpu")
+    if "pairs" in tensors:
+        check_part("codes", tensors["codes"], (spec.n, spec.k // 2), (torch.uint8,), device)
+        check_part("pairs", tensors["pairs"], (spec.groups, spec.n, 2), (dtype,), device)
+    else:
+        check_part("codes", tensors["codes"], (spec.n, spec.k), (torch.int8,), device)
+        check_part("scale", tensors["scale"], (spec.n,), (dtype,), device)
 
 
 def _product(x: torch.Tensor, layout: Layout) -> torch.Tensor:

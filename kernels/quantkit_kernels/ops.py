@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from quantkit_kernels import gradient
+from quantkit_kernels.checks import check_float, check_product
 from quantkit_kernels.reference import wna16_linear as reference
 from quantkit_kernels.registration import define
 from quantkit_kernels.stored import Spec, Stored
@@ -24,24 +25,13 @@ _DEQUANTIZE = f"(Tensor packed, Tensor scale, Tensor? zero_packed, {_WEIGHT}, Sc
 _spec = lru_cache(maxsize=4096)(Spec.integer)
 
 
-def _checked(x, packed, scale, zero_packed, bias, bits: int, group_size: int, n: int, k: int) -> Stored:
-    """The weight, after checking that its parts fit together."""
-    if not x.dim() or x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1] if x.dim() else 0} features, the weight takes {k}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be of a float type, got {x.dtype}")
-    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
-        raise ValueError(f"bias must be [{n}] of a float type, got {bias.dtype} {list(bias.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.device != packed.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, packed on {packed.device}; move them to one device"
-            )
+def _stored(packed, scale, zero_packed, bits: int, group_size: int, n: int, k: int) -> Stored:
+    """The weight, which checks that its parts fit together."""
     return Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k))
 
 
 def _linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
-    stored = _checked(x, packed, scale, zero_packed, bias, bits, group_size, n, k)
+    stored = _stored(packed, scale, zero_packed, bits, group_size, n, k)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return reference.wna16_linear(x, stored, bias)
@@ -49,17 +39,17 @@ def _linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
 
 
 def _fake_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k):
-    _checked(x, packed, scale, zero_packed, bias, bits, group_size, n, k)
+    check_product(x, bias, n, k, _stored(packed, scale, zero_packed, bits, group_size, n, k).device)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype):
-    spec = _spec(bits, group_size, zero_packed is None, n, k)
-    return reference.dequantize(Stored(packed, scale, zero_packed, spec), dtype)
+    return reference.dequantize(_stored(packed, scale, zero_packed, bits, group_size, n, k), dtype)
 
 
 def _fake_dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype):
-    Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k))
+    check_float(dtype)
+    _stored(packed, scale, zero_packed, bits, group_size, n, k)
     return packed.new_empty((n, k), dtype=dtype)
 
 

@@ -4,7 +4,6 @@ Each case changes one argument of a call that is right, at random with a fixed s
 stride or number. In a process of its own, so that a crash is a failure of the test and not its end.
 """
 
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,42 +16,9 @@ from quantkit_kernels.cpu import decoder, layout, library, ops
 from quantkit_kernels.cpu.range_errors import range_errors
 from quantkit_kernels.triton import layout as triton_layout
 from quantkit_kernels.triton.op import triton_linear
+from wrong_arguments import refusals
 
 CASES = 150  # per call
-
-
-def wrong_tensors(t: torch.Tensor, dice: random.Random) -> torch.Tensor:
-    """Another tensor than the one that is wanted; sometimes one that happens to do."""
-    other = [d for d in (torch.float32, torch.float16, torch.uint8, torch.int32, torch.int64) if d != t.dtype]
-    rows = max(1, len(t) - dice.randint(1, 3)) if t.dim() else 1
-    return dice.choice(
-        [
-            lambda: t[:rows] if t.dim() else t[None],
-            lambda: t[..., ::2] if t.dim() else t[None],
-            lambda: torch.zeros(0, dtype=t.dtype),
-            lambda: t.flatten()[:1],
-            lambda: t[None],
-            lambda: t.to("meta"),
-            lambda: t.to(dice.choice(other)),
-            lambda: t.T if t.dim() == 2 else t[None, None],
-            lambda: torch.as_strided(t, t.shape, (0,) * t.dim()),
-            lambda: torch.tensor(0, dtype=t.dtype),
-        ]
-    )()
-
-
-def wrong(value, dice: random.Random):
-    if isinstance(value, torch.Tensor):
-        return wrong_tensors(value, dice)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return dice.choice([0, 1, -1, value + 1, value - 1, 2 * value, value // 2, 99, 2**31, -(2**33)])
-    if isinstance(value, float):
-        return dice.choice([0.0, -1.0, float("nan"), float("inf")])
-    if value is None:
-        return torch.zeros(dice.choice([1, 3, 20]), dtype=dice.choice([torch.float32, torch.int32]))
-    return value
 
 
 def cpu_arguments():
@@ -101,6 +67,7 @@ def with_units(units, x, bias, compute):
     layout.unpack(weight)
     y = torch.empty(len(x), 20)
     ops.run(x, weight, compute, y, bias)
+    ops.bind(layout.pack(packed_weight(4, 20, 128, 32, False)[0]), torch.float32, compute)(x, bias)
     return ops.linear(weight, x, bias, compute)
 
 
@@ -129,9 +96,49 @@ def decoder_arguments():
     return [*sizes, torch.tensor([1, 2, 3]), torch.ones(3, 32), torch.ones(3, 32), 1]
 
 
-def placed(tensor):
+def sized(hidden, intermediate, heads, kv_heads, head_dim, rotary_dim, window, length):
+    """A model of one layer whose sizes are other than those of its matrices."""
+
+    def dense(*shape):
+        return decoder.Matrix(torch.randn(*shape))
+
+    ones = decoder.Norm(torch.ones(64), 1e-5)
+    parts = ((dense(64, 64),) * 3, dense(64, 64), (dense(128, 64),) * 2, dense(64, 128))
+    layer = decoder.Layer(ones, ones, *parts, 0.1, window)
+    sizes = (hidden, intermediate, heads, kv_heads, head_dim, rotary_dim)
+    running = decoder.Decoder(decoder.Tables((layer,), dense(100, 64), dense(100, 64), ones, *sizes))
+    running.step(torch.tensor([1, 2, 3]), *torch.ones(2, 3, rotary_dim))
+    running.truncate(length)
+    running.step(torch.tensor([4]), *torch.ones(2, 1, rotary_dim))
+
+
+def on_torch(x, bias, codes, pairs):
+    """PyTorch's int4 product on tensors that were replaced."""
+    aten = backend("torch")
+    prepared = aten.prepare(packed_weight(4, 32, 128, 32, False)[0], torch.float32)
+    return aten.linear(prepared._replace(tensors={"codes": codes, "pairs": pairs}), x, bias)
+
+
+def on_torch_arguments():
+    tensors = backend("torch").prepare(packed_weight(4, 32, 128, 32, False)[0], torch.float32).tensors
+    return [torch.randn(3, 128), torch.zeros(32), tensors["codes"], tensors["pairs"]]
+
+
+def through_the_triton_layout(codes, scales, zeros, n, k, weight, scale):
+    """Both ways through the layout, of integers and of FP8."""
+    triton_layout.restore(codes, scales, zeros, Spec.integer(4, 32, zeros is None, n, k))
+    built = triton_layout.build_fp8(weight, scale)
+    triton_layout.restore_fp8(*built, weight.shape[1] // scale.shape[1], *weight.shape)
+
+
+def triton_layout_arguments():
+    fp8 = [torch.randn(20, 64).to(torch.float8_e4m3fn), torch.rand(20, 2)]
+    return [*triton_layout.build(packed_weight(4, 20, 128, 32, False)[0]), 20, 128, *fp8]
+
+
+def placed(size, tensor):
     """A tensor in an arena of huge pages."""
-    return library.Arena(4096).place(tensor)
+    return library.Arena(size).place(tensor)
 
 
 def range_arguments():
@@ -143,29 +150,21 @@ CALLS = {
     "cpu backend": (packed_and_multiplied, packing_arguments),
     "cpu layout": (with_units, with_units_arguments),
     "decoder": (decoded, decoder_arguments),
+    "decoder sizes": (sized, lambda: [64, 128, 2, 2, 32, 32, 8, 1]),
+    "torch backend": (on_torch, on_torch_arguments),
+    "triton layout": (through_the_triton_layout, triton_layout_arguments),
     "range_errors": (range_errors, range_arguments),
-    "arena": (placed, lambda: [torch.zeros(100, dtype=torch.uint8)]),
+    "arena": (placed, lambda: [4096, torch.zeros(100, dtype=torch.uint8)]),
     "wna16_linear": (wna16_linear, reference_arguments),
     "triton_linear": (triton_linear, triton_arguments),
 }
-NATIVE = {"cpu_linear", "cpu backend", "cpu layout", "decoder", "range_errors", "arena"}
-ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError, IndexError, OverflowError)
+NATIVE = {"cpu_linear", "cpu backend", "cpu layout", "decoder", "decoder sizes", "range_errors", "arena"}
 
 
 def attack(name: str) -> None:
     """Wrong calls must raise one of our errors, or be calls that are right after all; the process must live."""
     call, arguments = CALLS[name]
-    dice, refused = random.Random(name), 0
-    torch.manual_seed(0)
-    call(*arguments())  # is right
-    for _ in range(CASES):
-        given = arguments()
-        for at in dice.sample(range(len(given)), dice.choice([1, 1, 1, min(2, len(given))])):
-            given[at] = wrong(given[at], dice)
-        try:
-            call(*given)
-        except ERRORS:
-            refused += 1
+    refused = refusals(call, arguments, CASES, name)
     assert refused > CASES // 3, f"{name}: only {refused} of {CASES} were refused"
 
 
@@ -203,6 +202,37 @@ def test_errors_name_what_is_wrong(at, value, says):
     given[at] = value
     with pytest.raises(ValueError, match=says):
         ops.cpu_linear(*given)
+
+
+def test_what_is_bound_for_a_type_takes_no_other():
+    weight = layout.pack(packed_weight(4, 20, 128, 32, False)[0])
+    call = ops.bind(weight, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"x must be torch.float32, for which the weight was bound, got torch.float16"
+    ):
+        call(torch.ones(3, 128).half(), None)
+    with pytest.raises(ValueError, match=r"bias must be an ordinary tensor on the CPU.* on meta"):
+        call(torch.ones(3, 128), torch.ones(20, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [
+        (1, torch.zeros(1), r"bias must be \[32\] of a float type, got torch.float32 \[1\]"),
+        (0, torch.zeros(3, 64), "x has 64 features, the weight takes 128"),
+        (
+            3,
+            torch.zeros(1, 32, 2),
+            r"pairs must be contiguous torch.float32 \[4, 32, 2\], got torch.float32 \[1, 32",
+        ),
+        (2, torch.zeros(16, 64, dtype=torch.uint8), r"codes must be contiguous torch.uint8 \[32, 64\]"),
+    ],
+)
+def test_the_torch_backend_names_what_its_op_would_read_past(at, value, says):
+    given = on_torch_arguments()
+    given[at] = value
+    with pytest.raises(ValueError, match=says):
+        on_torch(*given)
 
 
 def test_a_stored_weight_checks_itself():

@@ -11,6 +11,7 @@ from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
 from triton.runtime import interpreter
+from wrong_arguments import refusals
 
 # It takes int() of an array of one element, which numpy 2.4 refuses.
 if triton.__version__.startswith("3.6."):
@@ -152,7 +153,7 @@ def test_a_bias_is_added_before_the_rounding(dtype):
 def test_large_m_is_dequantized_once(monkeypatch):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(800, 96)
-    monkeypatch.setattr("quantkit_kernels.triton.op.launch", None)
+    monkeypatch.setattr("quantkit_kernels.triton.op._launch", None)
     y = triton_linear(x, *layout.build(stored), None, 4, 32, 20, 96)
     assert torch.equal(y, x @ reference_dequantize(stored, torch.float32).T)
 
@@ -187,3 +188,74 @@ def test_weights_behind_each_other_run_as_one(bits, group, symmetric):
         assert torch.equal(y[:, mine], alone)
         assert torch.equal(triton_linear(x, *views, bias[mine], bits, group, n, k), alone)
         done += n
+
+
+def right_launch():
+    """Arguments of `launched`: those of the op, four tile sizes, and room for the result."""
+    built = layout.build(exact_weight(4, 20, 128, 32, False))
+    return [integers(3, 128), *built, integers(20), 4, 32, 20, 128, 16, 64, 1, 2, torch.zeros(3, 20)]
+
+
+def launched(x, codes, scales, zeros, bias, bits, group, n, k, bm, bn, unroll, splits, y):
+    return launch(x, codes, scales, zeros, bias, bits, group, n, k, Config(bm, bn, unroll, splits, 4, 1), y)
+
+
+def right_dequantize():
+    return [*layout.build(exact_weight(4, 20, 128, 32, False)), 4, 32, 20, 128]
+
+
+def written_out(*arguments):
+    return dequantize(*arguments, torch.float32)
+
+
+@pytest.mark.parametrize(("call", "arguments"), [(launched, right_launch), (written_out, right_dequantize)])
+def test_wrong_arguments_are_refused_and_never_crash(call, arguments):
+    """The interpreter reads wherever the kernel does: a size that is trusted ends this process."""
+    assert refusals(call, arguments, 100, call.__name__) > 50
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [
+        (0, torch.ones(3, 64), "x has 64 features, the weight takes 128"),
+        (
+            0,
+            torch.ones(128, 3).T,
+            r"x must be fp32, bf16 or fp16 \[M, 128\] with contiguous rows, got .*strides \[1, 3\]",
+        ),
+        (0, torch.ones(3, 128, dtype=torch.float64), "x must be fp32, bf16 or fp16.*got torch.float64"),
+        (0, torch.ones(3, 128, device="meta"), "x is on meta, the weight on cpu"),
+        (4, torch.ones(40)[::2], r"bias must be contiguous torch.float32 \[20\], got .* with strides \[2\]"),
+        (
+            2,
+            torch.ones(1, 1, 64, 2).half(),
+            r"scales of a 4-bit \[20, 128\] weight must be contiguous .* \[1, 2, 64, 2\]",
+        ),
+        (6, 48, "groups of 48 columns do not divide a row of 128"),
+        (9, 24, "bm is 8, 16, 32, 64 or 128"),
+        (11, 3, "unroll divides the chunks"),
+        (12, 65, "splits are 1 to 64"),
+        (
+            13,
+            torch.zeros(3, 19),
+            r"y must be contiguous torch.float32 \[3, 20\], got torch.float32 \[3, 19\]",
+        ),
+        (13, torch.zeros(3, 20).half(), "y must be contiguous torch.float32"),
+    ],
+)
+def test_a_launch_names_what_does_not_fit(at, value, says):
+    given = right_launch()
+    given[at] = value
+    with pytest.raises(ValueError, match=says):
+        launched(*given)
+
+
+def test_a_weight_is_written_out_in_a_float_type():
+    with pytest.raises(TypeError, match=r"written out in a float type, not in torch\.int32"):
+        dequantize(*right_dequantize(), torch.int32)
+
+
+def test_no_tokens_are_no_launch():
+    given = right_launch()
+    given[0], given[-1] = integers(0, 128), None
+    assert launched(*given).shape == (0, 20)

@@ -68,7 +68,7 @@ class CpuBackend(Backend):
             if units is not kept or units.data_ptr() != at:
                 if not plain(units):
                     return linear(layout, x, bias)
-                product = ops.bind(packed_of(layout), dtype, compute)
+                product = ops.bind_trusting(packed_of(layout), dtype, compute)
                 bound = units, units.data_ptr(), product
             return product(x, bias)
 

@@ -19,6 +19,7 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
+_MOST = 2**31 - 1  # of an int in C
 COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3}  # qk::Compute
 
 
@@ -145,13 +146,18 @@ class Tables:
     rotary_dim: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a norm of the wrong size, which the native code cannot check; it checks the matrices."""
+        """Raise ValueError for what the native code cannot check: sizes of norms and C ints. It checks the matrices."""
+        for name in _SIZES:
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} must be 0 to {_MOST}, got {getattr(self, name)}")
         norms = [("final", self.final, self.hidden)]
         for i, layer in enumerate(self.layers):
             if len(layer.qkv) not in (1, 3) or len(layer.gate_up) not in (1, 2):
                 raise ValueError(
                     f"layer {i} has {len(layer.qkv)} of q, k, v and {len(layer.gate_up)} of gate, up"
                 )
+            if not 0 <= (layer.window or 0) <= _MOST:
+                raise ValueError(f"the window of layer {i} must be 0 to {_MOST} tokens, got {layer.window}")
             norms += [(f"layer {i} {name}", getattr(layer, name), self.hidden) for name in ("input", "post")]
             norms += [
                 (f"layer {i} {name}", getattr(layer, name), self.head_dim) for name in ("q_norm", "k_norm")
@@ -252,7 +258,7 @@ class Decoder:
 
     def truncate(self, length: int) -> None:
         """Drop the tokens after the first `length`; the memory stays allocated."""
-        if self._library.qk_decoder_truncate(self._handle, length):
+        if not 0 <= length <= self.length or self._library.qk_decoder_truncate(self._handle, length):
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
 
 

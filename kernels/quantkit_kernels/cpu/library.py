@@ -125,6 +125,8 @@ class Arena:
     """One piece of memory in huge pages, handed out in 64-byte aligned pieces; freed with its last tensor."""
 
     def __init__(self, size: int) -> None:
+        if not 0 < size < 1 << 62:
+            raise ValueError(f"an arena has 1 byte or more, and fewer than 2^62, got {size}")
         library = required()
         start = library.qk_arena_new(size)
         if not start:

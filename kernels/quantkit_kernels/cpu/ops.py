@@ -25,6 +25,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 from quantkit_kernels import gradient
+from quantkit_kernels.checks import check_features, check_float
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.layout import (
     Packed,
@@ -71,8 +72,27 @@ def linear(
 def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
     """`cpu_linear` on one weight: call(x, bias) -> y for `plain` x of `dtype` and `plain` bias of any float type.
 
-    Calls must be `unwatched`, and the units must stay alive at the same address.
+    The weight is checked here, x and bias by the calls. Calls must be `unwatched`, and the units must stay alive at
+    the same address.
     """
+    product = bind_trusting(weight, dtype, compute)
+
+    def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        for name, tensor in (("x", x), ("bias", bias)):
+            if tensor is not None and not plain(tensor):
+                raise ValueError(
+                    f"{name} must be an ordinary tensor on the CPU that needs no gradient, got {type(tensor).__name__} "
+                    f"on {tensor.device}"
+                )
+        if x.dtype is not dtype:
+            raise ValueError(f"x must be {dtype}, for which the weight was bound, got {x.dtype}")
+        return product(x, bias)
+
+    return call
+
+
+def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
+    """`bind` for the backend, whose calls have looked at type and place of x and bias: these check only sizes."""
     check_units(weight.units, weight.spec, weight.wide_scales)
     return _bound(
         library.required(),
@@ -141,7 +161,7 @@ def _bound(
         shape, sizes, m = shapes
         if x.shape != shape or not shape:
             shape = x.shape
-            _check_features(shape, k)
+            check_features(shape, k)
             shapes = shape, sizes, m = shape, (*shape[:-1], n), ctypes.c_int64(x.numel() // k)
         if not x.is_contiguous():
             x = x.contiguous()
@@ -170,7 +190,7 @@ def run(
     """y [M, N] = x [M, K] W^T + bias, both contiguous and of one dtype: the bare C call, into memory that is there."""
     spec = weight.spec
     _check_kind(x.dtype, compute, spec)
-    _check_features(x.shape, spec.k)
+    check_features(x.shape, spec.k)
     m = x.shape[0]
     fits = x.dim() == 2 and y.shape == (m, spec.n) and y.dtype == x.dtype
     if not fits or not (x.is_cpu and y.is_cpu and x.is_contiguous() and y.is_contiguous()):
@@ -184,11 +204,6 @@ def run(
     )
     if status:
         raise _failure(status)
-
-
-def _check_features(shape: torch.Size, k: int) -> None:
-    if not shape or shape[-1] != k:
-        raise ValueError(f"x has {shape[-1] if shape else 0} features, the weight takes {k}")
 
 
 def _check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
@@ -233,7 +248,7 @@ def direct(x: torch.Tensor) -> bool:
 def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
     spec = _spec(bits, group_size, n, k, symmetric, table)
     _check_kind(x.dtype, compute, spec)
-    _check_features(x.shape, k)
+    check_features(x.shape, k)
     check_units(units, spec, wide_scales, x.device.type)
     if bias is not None:
         check_bias(bias, n, x.device.type)
@@ -241,6 +256,7 @@ def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_fact
 
 
 def _dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype):
+    check_float(dtype)
     spec = _spec(bits, group_size, n, k, symmetric, table)
     weight = Packed(units, spec, scale_factor, wide_scales, torch.float32)
     if spec.integers:
@@ -254,6 +270,7 @@ def _dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_sca
 
 
 def _fake_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype):
+    check_float(dtype)
     check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales, units.device.type)
     return units.new_empty((n, k), dtype=dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantkit_kernels.bits import unpack_bits
+from quantkit_kernels.checks import check_float, check_product
 from quantkit_kernels.stored import Stored
 
 _ELEMENTS = 1 << 20  # weights dequantized at a time, so that the fp32 temporaries stay in cache
@@ -13,6 +14,7 @@ _ELEMENTS = 1 << 20  # weights dequantized at a time, so that the fp32 temporari
 def dequantize(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """(q - z) * s in fp32 (fp64 for fp64), cast to `dtype`: [N, K]. Without zeros z = 2^(bits-1)."""
     spec = stored.spec
+    check_float(dtype)
     if not spec.integers:
         raise ValueError(f"the reference takes integer codes, not {spec.number}")
     n, k, bits = spec.n, spec.k, spec.bits
@@ -33,5 +35,6 @@ def dequantize(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
 
 def wna16_linear(x: torch.Tensor, stored: Stored, bias: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + bias for packed W [N, K]; x [..., K] -> [..., N] in x's dtype."""
+    check_product(x, bias, stored.spec.n, stored.spec.k, stored.device)
     w = dequantize(stored, x.dtype)
     return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))

@@ -30,13 +30,15 @@ unit (i, r) holds the columns 16 i to 16 i + 15 of row r. Everything else is the
 
 from __future__ import annotations
 
+from functools import cache
 from math import gcd
 from typing import NamedTuple
 
 import torch
 
 from quantkit_kernels.bits import pack_bits, unpack_bits
-from quantkit_kernels.stored import Spec, Stored
+from quantkit_kernels.checks import check_part
+from quantkit_kernels.stored import FLOATS, Spec, Stored
 
 ROWS = 64  # of a chunk
 HIGH_BITS = (2, 3, 6, 7, 0, 1, 4, 5)  # two fields of a half meet their third bits at once, in bits 2 and 6
@@ -158,6 +160,8 @@ def _codes(q: torch.Tensor, cut: Geometry, bits: int, by_row: bool) -> torch.Ten
 def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(codes, scales, zeros) of a weight with integer codes."""
     spec, scale = stored.spec, stored.scale
+    if not spec.integers:
+        raise ValueError(f"the Triton kernels take integer codes, not {spec.number}")
     cut = geometry(spec.bits, spec.group_size, spec.k)
     zeros = None
     if stored.zero_packed is not None:
@@ -169,6 +173,12 @@ def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Ten
 
 def restore(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: Spec) -> Stored:
     """The inverse of `build`, bit for bit."""
+    check_weight(codes, scales, zeros, spec.bits, spec.group_size, spec.n, spec.k)
+    if codes.dtype != torch.uint8 or spec.symmetric != (zeros is None):
+        raise ValueError(
+            f"a weight of integers has codes in uint8, and zeros unless it is symmetric, got {codes.dtype}, "
+            f"zeros {None if zeros is None else zeros.dtype} and symmetric={spec.symmetric}"
+        )
     q = _planes_to_fields(from_fragments(codes), spec.bits).flatten(1)[: spec.n, : spec.k]
     zero = None
     if zeros is not None:
@@ -176,10 +186,38 @@ def restore(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | Non
     return Stored(pack_bits(q.contiguous(), spec.bits), _rows(scales, spec.n, spec.groups), zero, spec)
 
 
+def check_weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> None:
+    """Raise ValueError unless these are the tensors of a weight [N, K]: kernels trust them, and would read beyond."""
+    fp8 = codes.dtype == torch.float8_e4m3fn
+    if codes.dtype != torch.uint8 and not (fp8 and bits == 8 and zeros is None):
+        raise ValueError(
+            f"codes are uint8, or float8_e4m3fn of 8 bits without zeros, got {codes.dtype}, {bits} bits"
+        )
+    if scales.dtype not in FLOATS:
+        raise ValueError(f"scales are fp32, bf16 or fp16, got {scales.dtype}")
+    by_row = codes.dim() == 5 and is_by_row(codes)
+    of_codes, of_scales = shapes(bits, group_size, n, k, by_row, scales.element_size())
+    what = f"of a {bits}-bit [{n}, {k}] weight"
+    check_part(f"codes {what}", codes, of_codes, (codes.dtype,), codes.device)
+    check_part(f"scales {what}", scales, of_scales, (scales.dtype,), codes.device)
+    if zeros is not None:
+        check_part(f"zeros {what}", zeros, of_scales, (scales.dtype,), codes.device)
+
+
+@cache
 def shapes(
     bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of codes and of scales (and zeros) of a weight [N, K]."""
+    """The shapes of codes and of scales (and zeros) of a weight [N, K]; ValueError if the kernels do not take it."""
+    Spec.integer(bits, group_size, True, n, k)
     cut = geometry(bits, group_size, k)
     blocks, each = -(-n // ROWS), 4 // scale_bytes
     unit = (cut.h // 16, 16 * ROWS) if by_row else (ROWS // 2, 2 * cut.h)
@@ -190,8 +228,18 @@ def build_fp8(
     weight: torch.Tensor, scale: torch.Tensor, by_row: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) from float8_e4m3fn [N, K] and scale [N, K/G]. Codes of NaN are refused."""
+    if weight.dtype != torch.float8_e4m3fn or weight.dim() != 2:
+        raise ValueError(f"weight must be float8_e4m3fn [N, K], got {weight.dtype} {list(weight.shape)}")
     n, k = weight.shape
-    cut = geometry(8, k // scale.shape[1], k)
+    groups = scale.shape[-1] if scale.dim() else 0
+    if scale.shape != (n, groups) or not groups or k % groups or scale.dtype not in FLOATS:
+        raise ValueError(
+            f"scale of a weight [{n}, {k}] must be fp32, bf16 or fp16 [{n}, K/G], got {scale.dtype} "
+            f"{list(scale.shape)}"
+        )
+    if scale.device != weight.device:
+        raise ValueError(f"scale is on {scale.device}, weight on {weight.device}; move them to one device")
+    cut = geometry(8, k // groups, k)
     raw = weight.view(torch.uint8)
     if bool((raw & 0x7F == 0x7F).any()):
         raise ValueError("FP8 weights contain NaN")
@@ -202,5 +250,8 @@ def restore_fp8(
     codes: torch.Tensor, scales: torch.Tensor, group_size: int, n: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `build_fp8`: (weight [N, K], scale [N, K/G])."""
+    check_weight(codes, scales, None, 8, group_size, n, k)
+    if codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"codes of an FP8 weight must be float8_e4m3fn, got {codes.dtype}")
     q = from_fragments(codes.view(torch.uint8)).flatten(1)[:n, :k]
     return q.contiguous().view(torch.float8_e4m3fn), _rows(scales, n, k // group_size)

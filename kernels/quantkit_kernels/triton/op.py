@@ -10,6 +10,7 @@ before capturing a CUDA graph: the first call compiles, and allocates the ring o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from functools import cache
@@ -18,18 +19,20 @@ from typing import Any
 import torch
 
 from quantkit_kernels import gradient
+from quantkit_kernels.checks import check_float, check_part, check_product
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.registration import define
-from quantkit_kernels.stored import FLOATS, Spec
+from quantkit_kernels.stored import Spec
 from quantkit_kernels.triton import unpack
 from quantkit_kernels.triton.configs import Config, choose, table
-from quantkit_kernels.triton.layout import geometry, is_by_row, restore, restore_fp8, shapes
+from quantkit_kernels.triton.layout import check_weight, geometry, is_by_row, restore, restore_fp8
 
 _WEIGHT = "int bits, int group_size, int n, int k"
 _SCHEMA = f"(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, {_WEIGHT}) -> Tensor"
 _DEQUANTIZE = f"(Tensor codes, Tensor scales, Tensor? zeros, {_WEIGHT}, ScalarType dtype) -> Tensor"
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = tuple(_KINDS)  # of activations
+_TOKENS, _ROWS = (8, 16, 32, 64, 128), (64, 128)  # tile sizes that `launch` takes
 _TICKETS = 1 << 19
 _turn = threading.Lock()
 _rings: dict[torch.device, torch.Tensor] = {}
@@ -68,7 +71,7 @@ def tickets(device: torch.device, count: int) -> torch.Tensor:
         if captured:
             raise RuntimeError("call triton_linear once on this device before capturing a CUDA graph")
         _rings[device] = torch.zeros(2, _TICKETS, dtype=torch.int32, device=device)
-    if count > _TICKETS:
+    if not 0 <= count <= _TICKETS:
         raise ValueError(f"a split launch has at most {_TICKETS} tiles, got {count}")
     with _turn:
         start = _next.get((device, captured), 0)
@@ -126,10 +129,57 @@ def _plan(
 
 
 def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
-    """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None.
+    """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None. No gradient.
 
-    Trusts the sizes of the weight, which the op has checked.
+    ValueError or TypeError for arguments that do not fit together. The op checks its own arguments once and calls
+    `_launch`.
     """
+    _check(x, codes, scales, zeros, bias, bits, group_size, n, k)
+    _check_place(x.device)
+    if x.dim() != 2 or x.stride(1) != 1 or x.dtype not in (*_KINDS, torch.float32):
+        raise ValueError(
+            f"x must be fp32, bf16 or fp16 [M, {k}] with contiguous rows, got {x.dtype} {list(x.shape)} with strides "
+            f"{list(x.stride())}"
+        )
+    if bias is not None:
+        check_part("bias", bias, (n,), (bias.dtype,), x.device)
+    if y is not None:
+        check_part("y", y, (x.shape[0], n), (x.dtype,), x.device)
+    _check_config(config, codes.shape[1])
+    if not x.shape[0]:
+        return x.new_empty(0, n) if y is None else y
+    with _on(x.device):
+        return _launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config, y)
+
+
+def _check_place(device: torch.device) -> None:
+    """Raise ValueError unless the kernels run on a device, in the interpreter the CPU."""
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        raise ValueError(f"the Triton kernels run on CUDA devices, the tensors are on {device}")
+
+
+def _check_config(config: Config, chunks: int) -> None:
+    """Raise ValueError unless tiles cover whole rows of blocks and trips whole chunks."""
+    bm, bn, unroll, splits, warps, stages = config
+    sizes = bm in _TOKENS and bn in _ROWS and warps in (1, 2, 4, 8, 16, 32) and 1 <= stages <= 8
+    if not sizes or unroll < 1 or chunks % unroll or not 1 <= splits <= 64:
+        raise ValueError(
+            f"{config} does not fit a weight of {chunks} chunks: bm is {_or(_TOKENS)}, bn {_or(_ROWS)}, unroll divides "
+            "the chunks, splits are 1 to 64, warps a power of two up to 32, stages 1 to 8"
+        )
+
+
+def _or(sizes: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+
+
+def _on(device: torch.device) -> Any:
+    """Within it Triton, which launches on the current device, launches on this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
+    """`launch` of arguments that were checked, on the current device."""
     from quantkit_kernels.triton.linear import linear_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
@@ -177,7 +227,20 @@ def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config
 
 
 def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
-    """W [N, K] = (q - z) * s in fp32, rounded to `dtype`. Trusts sizes, which the op has checked."""
+    """W [N, K] = (q - z) * s in fp32, rounded to `dtype`. ValueError or TypeError for arguments that do not fit."""
+    _check_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype)
+    _check_place(codes.device)
+    with _on(codes.device):
+        return _write_out(codes, scales, zeros, bits, group_size, n, k, dtype)
+
+
+def _check_dequantize(codes, scales, zeros, bits: int, group_size: int, n: int, k: int, dtype) -> None:
+    check_weight(codes, scales, zeros, bits, group_size, n, k)
+    check_float(dtype)
+
+
+def _write_out(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
+    """`dequantize` of arguments that were checked, on the current device."""
     from quantkit_kernels.triton.linear import dequantize_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
@@ -203,52 +266,9 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     return out
 
 
-def _check_weight(codes, scales, zeros, bits: int, group_size: int, n: int, k: int) -> None:
-    """Raise ValueError unless the sizes fit: the kernels trust them and would read other memory."""
-    fp8 = codes.dtype == torch.float8_e4m3fn
-    if codes.dtype != torch.uint8 and not (fp8 and bits == 8 and zeros is None):
-        raise ValueError(
-            f"codes are uint8, or float8_e4m3fn of 8 bits without zeros, got {codes.dtype}, {bits} bits"
-        )
-    if scales.dtype not in FLOATS:
-        raise ValueError(f"scales are fp32, bf16 or fp16, got {scales.dtype}")
-    by_row = codes.dim() == 5 and is_by_row(codes)
-    wanted, of_scales = _shapes(bits, group_size, n, k, by_row, scales.element_size())
-    for name, tensor, shape, dtype in (
-        ("codes", codes, wanted, codes.dtype),
-        ("scales", scales, of_scales, scales.dtype),
-        ("zeros", zeros, of_scales, scales.dtype),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} of a {bits}-bit [{n}, {k}] weight are contiguous {dtype} {list(shape)}, got {tensor.dtype} "
-                f"{list(tensor.shape)} with strides {tensor.stride()}"
-            )
-        if tensor.device != codes.device:
-            raise ValueError(
-                f"{name} are on {tensor.device}, codes on {codes.device}; move them to one device"
-            )
-
-
-@cache
-def _shapes(bits: int, group_size: int, n: int, k: int, by_row: bool, scale_bytes: int) -> tuple[Any, ...]:
-    """`layout.shapes` of the weight; ValueError if the kernels do not take it."""
-    Spec.integer(bits, group_size, True, n, k)
-    return shapes(bits, group_size, n, k, by_row, scale_bytes)
-
-
 def _check(x, codes, scales, zeros, bias, bits: int, group_size: int, n: int, k: int) -> None:
-    if not x.dim() or x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1] if x.dim() else 0} features, the weight takes {k}")
-    if not x.is_floating_point() or x.device != codes.device:
-        raise ValueError(f"x is a float tensor on {codes.device}, got {x.dtype} on {x.device}")
-    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(
-            f"bias must be [{n}] of a float type on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}"
-        )
-    _check_weight(codes, scales, zeros, bits, group_size, n, k)
+    check_product(x, bias, n, k, codes.device)
+    check_weight(codes, scales, zeros, bits, group_size, n, k)
 
 
 def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
@@ -261,19 +281,19 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
     bias = None if bias is None else bias.contiguous()
     name, processors, major = chip(x.device)
     if m >= table(name).dequantize_from or x.dtype not in (*_KINDS, torch.float32):
-        w = dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
+        w = _write_out(codes, scales, zeros, bits, group_size, n, k, x.dtype)
         y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
     else:
         fp8 = codes.dtype == torch.float8_e4m3fn
         cut = geometry(bits, group_size, k)
         config = choose(name, bits, group_size, fp8, m, n, k, cut, processors, major)
-        y = launch(rows, codes, scales, zeros, bias, bits, group_size, n, k, config)
+        y = _launch(rows, codes, scales, zeros, bias, bits, group_size, n, k, config)
     return y.view(*x.shape[:-1], n)
 
 
 def _cuda(x, *rest):
     _check(x, *rest)
-    with torch.cuda.device(x.device):  # triton launches on the current device
+    with _on(x.device):
         if torch.is_autocast_enabled("cuda"):
             with torch.autocast("cuda", enabled=False):
                 return _run(x, *rest)
@@ -299,14 +319,14 @@ def _fake(x, codes, scales, zeros, bias, bits, group_size, n, k):
 
 
 def _dequantize(codes, *rest):
-    _check_weight(codes, *rest[:-1])
-    if codes.device.type == "cuda":
-        with torch.cuda.device(codes.device):
-            return dequantize(codes, *rest)
-    return (dequantize if _interpreted() else _twin_dequantize)(codes, *rest)
+    if codes.device.type == "cuda" or _interpreted():
+        return dequantize(codes, *rest)
+    _check_dequantize(codes, *rest)
+    return _twin_dequantize(codes, *rest)
 
 
 def _fake_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype):
+    _check_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype)
     return codes.new_empty((n, k), dtype=dtype)
 
 
