@@ -32,7 +32,6 @@ class Backend:
     inputs: ClassVar[tuple[str, ...]] = ("float",)  # of `Spec.inputs`
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = FLOATS  # of activations; None: any float type
     keeps_stored: ClassVar[bool] = False  # whether the layout is the stored tensors themselves
-    block_rows: ClassVar[int] = 0  # layouts whose N is a multiple concatenate along dimension 0; 0: none do
 
     def refuses(self, spec: Spec, device: torch.device) -> str | None:
         """Why this backend cannot run a weight on a device, or None."""

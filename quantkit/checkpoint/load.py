@@ -25,8 +25,6 @@ from quantkit.models.tensors import TensorInfo, named, read_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from quantkit.layers.quant_linear import QuantLinear
-
 
 @memory_named()
 def load(
@@ -171,9 +169,8 @@ def _finish(
     """Check what only the values show and build the layouts of the backend, layer by layer."""
     from quantkit.checkpoint.plugin import packed_linears
     from quantkit.layers.quant_linear import huge_pages
-    from quantkit.layers.siblings import Siblings
 
-    linears, siblings = _siblings_together(packed_linears(model))
+    linears = packed_linears(model)
     arena = None
     for name, module in linears:
         if module.offloaded:
@@ -195,16 +192,3 @@ def _finish(
             if arena is None:
                 arena = huge_pages([module for _, module in linears])
             module.move_layout(arena.place)
-    for group in siblings:
-        Siblings.join(group)
-
-
-def _siblings_together(linears: list[tuple[str, QuantLinear]]) -> tuple[list[Any], list[list[QuantLinear]]]:
-    """(the linears, with siblings next to each other; the groups of siblings)."""
-    groups: dict[Any, list[tuple[str, QuantLinear]]] = {}
-    for name, module in linears:
-        parent, _, leaf = name.rpartition(".")
-        kind = next((names for names in families.SIBLINGS if leaf in names), leaf)
-        groups.setdefault((parent, kind), []).append((name, module))
-    ordered = [each for group in groups.values() for each in group]
-    return ordered, [[module for _, module in group] for group in groups.values() if len(group) > 1]

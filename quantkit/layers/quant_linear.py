@@ -15,7 +15,6 @@ from torch.compiler import is_compiling
 
 from quantkit.errors import BackendError
 from quantkit.formats.registry import DEFAULT, codec
-from quantkit.layers.siblings import Siblings, cut
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme
 
@@ -29,7 +28,6 @@ class QuantLinear(nn.Module):
     """
 
     replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
-    siblings: Siblings | None = None  # those that run together with this one
     _call: Call | None = None  # the product on the layout; holds addresses, so a copy makes its own
 
     def __init__(
@@ -161,38 +159,21 @@ class QuantLinear(nn.Module):
         return backend.linear(self.layout, x.to(self.dtype), self.bias).to(x.dtype)
 
     def _bind(self) -> Call:
-        """The product bound to this module's buffers (which may still be replaced) and to its siblings."""
+        """The product bound to this module's buffers, which may still be replaced."""
         layout = Layout(self._buffers, self.spec, self._facts)
-        call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
-        if self.siblings is not None:
-            call = self.siblings.bind(self, call)
-        self._call = call
-        return call
+        self._call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
+        return self._call
 
     def forget(self) -> None:
         """Let go of a layout that was replaced."""
         self._call = None
-        if self.siblings is not None:
-            self.siblings.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and copies: only this layer's part of the memory that all layers share."""
-        state = self.__dict__.copy()
-        for name in ("_call", "siblings"):
-            state.pop(name, None)
-        kept = dict(self._buffers)
-        place = None if self.siblings is None else self.siblings.place(self)
-        if place is not None:  # the siblings carry the layouts of all members, and give them back
-            kept |= dict.fromkeys(self.prepared)
-            state |= {"siblings": self.siblings, "_place": place}
-        state["_buffers"] = {name: None if buffer is None else cut(buffer) for name, buffer in kept.items()}
+        state = self.__dict__ | {"_call": None}
+        buffers = self._buffers.items()
+        state["_buffers"] = {name: None if buffer is None else _cut(buffer) for name, buffer in buffers}
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        place = self.__dict__.pop("_place", None)
-        if place is not None and self.siblings is not None:
-            self.siblings.restore(place, self)
 
     def __copy__(self) -> QuantLinear:
         """Shares all tensors, as shallow copies of other modules do."""
@@ -226,3 +207,16 @@ def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
             most = native.units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide_scales=True)
             size += -(-most // 64) * 64
     return library.Arena(size)
+
+
+def _cut(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own length, since a pickle or a copy takes the whole storage of a view."""
+    storage = tensor.untyped_storage()
+    ordinary = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    if not ordinary or storage.nbytes() == tensor.nbytes:
+        return tensor
+    if not tensor.is_contiguous():
+        return tensor.clone()
+    start = tensor.storage_offset() * tensor.element_size()
+    own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)

@@ -15,7 +15,6 @@ from quantkit_kernels.cpu import library
 from racing import race
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
     FalconConfig,
@@ -27,7 +26,6 @@ from transformers import (
 )
 
 import quantkit
-from quantkit.checkpoint import plugin
 from quantkit.errors import BackendError, ModelError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.scheme import Scheme, integer
@@ -423,107 +421,26 @@ def test_a_running_model_is_never_dense_in_memory(wide_llamas, backend):
 
 
 needs_native = pytest.mark.skipif(not library.available(), reason="the native library is not built")
-TOKENS = (tiny_models.ids(1), tiny_models.ids(9, batch=3), tiny_models.ids(30))
-
-
-def groups(model):
-    """The groups of siblings, each a list of names."""
-    found = {}
-    for name, module in packed(model).items():
-        if module.siblings is not None:
-            found.setdefault(module.siblings, []).append(name)
-    return found
-
-
-def without_siblings(model):
-    for module in packed(model).values():
-        module.siblings = None
-    return model
 
 
 @needs_native
-@pytest.mark.parametrize("compute", ["float", "int8"])
-@pytest.mark.parametrize(
-    ("family", "joined"),
-    [
-        ("llama", {3, 2}),
-        ("llama-gqa", {3, 2}),
-        ("llama-bias", {3, 2}),
-        ("qwen2", {3, 2}),
-        ("qwen2-mha", {3, 2}),
-        ("qwen3", {3, 2}),
-        ("gemma3", {3, 2}),
-        ("opt", {3}),
-        ("phi3", set()),
-    ],
-)
-def test_siblings_run_as_one_with_the_same_bits(pack_config, family, joined, compute):
-    model_type, settings = tiny_models.CONFIGS[family]
-    config = AutoConfig.for_model(model_type, **(tiny_models._COMMON | settings))
-    folder, _ = pack_config(config, lambda name: None if "head" in name else ASYM)
-    model = quantkit.load(folder, backend="cpu", compute=compute)
-    assert {len(names) for names in groups(model).values()} == joined
-    assert len(groups(model)) == 3 * len(joined)
-    alone = without_siblings(quantkit.load(folder, backend="cpu", compute=compute))
-    for ids in TOKENS:
-        assert torch.equal(logits(model, ids), logits(alone, ids))
-        with torch.inference_mode():
-            assert torch.equal(model(ids).logits, alone(ids).logits)
-    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(TOKENS[1], **settings), alone.generate(TOKENS[1], **settings))
-    for group in groups(model):
-        assert group._made.call is not None  # it did run
-        assert group._local.slot is None  # and nothing waits
-        assert group._left_over == 0
-
-
-@needs_native
-def test_siblings_lie_behind_each_other_whatever_the_order_of_the_modules(packed_llama, monkeypatch):
-    folder, _ = packed_llama(ASYM)
-    listed = plugin.packed_linears
-
-    def by_leaf(model):
-        return sorted(listed(model), key=lambda each: each[0].rpartition(".")[2])
-
-    monkeypatch.setattr(plugin, "packed_linears", by_leaf)
-    model = quantkit.load(folder, backend="cpu")
-    assert sorted(map(len, groups(model).values())) == [2, 2, 3, 3]
-    assert torch.equal(logits(model), logits(without_siblings(quantkit.load(folder, backend="cpu"))))
-
-
-@needs_native
-def test_siblings_of_several_schemes_run_alone(packed_llama):
-    def schemes(name):
-        return None if name == "lm_head" else SYM if name.endswith(("q_proj", "gate_proj")) else ASYM
-
-    folder, dense = packed_llama(schemes)
-    model = quantkit.load(folder, backend="cpu")
-    assert groups(model) == {}
-    torch.testing.assert_close(logits(model), logits(dense), rtol=0, atol=1e-4)
-
-
-@needs_native
-def test_a_cast_and_a_copy_of_a_running_model_still_run_as_one(packed_llama):
+def test_a_cast_and_a_copy_of_a_running_model_give_its_results(packed_llama):
     folder, _ = packed_llama(ASYM)
     model = quantkit.load(folder, backend="cpu")
     truth = logits(model)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), truth)
-    assert not groups(twin).keys() & groups(model).keys()
-    assert all(group._made.call is not None for group in groups(twin))
-    alone = without_siblings(quantkit.load(folder, backend="cpu"))
+    assert not {b.data_ptr() for b in twin.buffers()} & {b.data_ptr() for b in model.buffers()}
+    unused = quantkit.load(folder, backend="cpu")
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(logits(model.to(dtype)), logits(alone.to(dtype)))
+        assert torch.equal(logits(model.to(dtype)), logits(unused.to(dtype)))
 
 
 @needs_native
-def test_offloaded_models_have_no_siblings(packed_llama, tmp_path):
+def test_hooks_of_a_device_map_change_no_bit(packed_llama):
     folder, dense = packed_llama(ASYM)
-    place = layer_map(dense, ("cpu", "disk"))
-    model = quantkit.load(folder, device_map=place, offload_folder=tmp_path / "offload")
-    assert groups(model) == {}
-    hooked = quantkit.load(folder, backend="cpu", device_map=dict.fromkeys(place, "cpu"))
-    assert groups(hooked)
+    place = dict.fromkeys(layer_map(dense, ("cpu", "disk")), "cpu")
+    hooked = quantkit.load(folder, backend="cpu", device_map=place)
     assert torch.equal(logits(hooked), logits(quantkit.load(folder, backend="cpu")))
 
 
@@ -536,7 +453,6 @@ def test_eight_threads_with_one_model_give_the_serial_results(packed_llama):
     wrong = []
     race(lambda i: wrong.extend(i for _ in range(8) if not torch.equal(logits(model, texts[i]), serial[i])))
     assert not wrong
-    assert all(group._left_over == 0 for group in groups(model))
 
 
 @needs_native

@@ -103,11 +103,9 @@ def test_copies_hold_every_layer_once(wide_llamas, backend, duplicate):
     size, twin = duplicate(model)
     assert size < 1.3 * footprint
     assert held(twin) < 1.3 * footprint
-    layers, twins = ([module for _, module in packed_linears(each)] for each in (model, twin))
-    assert [module.siblings is None for module in twins] == [module.siblings is None for module in layers]
     assert torch.equal(logits(twin), truth)
-    alone = next(module for module in layers if module.siblings is None)
-    assert duplicate(alone)[0] < 1.3 * sum(buffer.nbytes for buffer in alone.buffers()) + 10_000
+    for _, layer in packed_linears(model)[:7]:
+        assert duplicate(layer)[0] < 1.3 * sum(buffer.nbytes for buffer in layer.buffers()) + 10_000
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "gpt2", "falcon"])

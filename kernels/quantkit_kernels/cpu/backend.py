@@ -20,7 +20,6 @@ class CpuBackend(Backend):
 
     name = "cpu"
     inputs = INPUTS
-    block_rows = 16
 
     def _refuses(self, spec: Spec, device: torch.device) -> str | None:
         if device.type != "cpu":

@@ -72,8 +72,8 @@ def linear(
 def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
     """`cpu_linear` on one weight: call(x, bias) -> y for `plain` x of `dtype` and `plain` bias of any float type.
 
-    The weight is checked here, x and bias by the calls. Calls must be `unwatched`, and the units must stay alive at
-    the same address.
+    The weight is checked here, x and bias by the calls. Calls must be `direct`, and the units must stay alive at the
+    same address.
     """
     product = bind_trusting(weight, dtype, compute)
 
@@ -227,22 +227,16 @@ def plain(x: torch.Tensor) -> bool:
     return type(x) in _PLAIN and x.is_cpu and not x.is_neg() and not (x.requires_grad and is_grad_enabled())
 
 
-def unwatched(x: torch.Tensor) -> bool:
-    """Whether x, on any device, needs no gradient and no tracer, transform or mode observes calls with it."""
+def direct(x: torch.Tensor) -> bool:
+    """Whether x is `plain` and no tracer, transform or mode observes calls with it."""
     return (
         not is_compiling()
-        and type(x) in _PLAIN
-        and not (x.requires_grad and is_grad_enabled())
+        and plain(x)
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
         and _get_tracing_state() is None
     )
-
-
-def direct(x: torch.Tensor) -> bool:
-    """Whether x is `plain` and `unwatched`."""
-    return unwatched(x) and x.is_cpu and not x.is_neg()
 
 
 def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):

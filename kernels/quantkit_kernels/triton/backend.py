@@ -8,7 +8,7 @@ import torch
 
 from quantkit_kernels.backend import Backend, Verdict
 from quantkit_kernels.stored import Layout, Spec, Stored
-from quantkit_kernels.triton.layout import ROWS, build, reads_by_row, restore
+from quantkit_kernels.triton.layout import build, reads_by_row, restore
 from quantkit_kernels.triton.op import DTYPES, tickets, triton_linear
 from quantkit_kernels.triton.selfcheck import verdict
 
@@ -18,7 +18,6 @@ class TritonBackend(Backend):
 
     name = "triton"
     dtypes = DTYPES
-    block_rows = ROWS
 
     def _refuses(self, spec: Spec, device: torch.device) -> str | None:
         return refuses(spec, device)
