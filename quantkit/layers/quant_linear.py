@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import quantkit_kernels
 import torch
@@ -28,6 +28,7 @@ class QuantLinear(nn.Module):
     """
 
     replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
+    bias: nn.Parameter | None
     _call: Call | None = None  # the product on the layout; holds addresses, so a copy makes its own
 
     def __init__(
@@ -72,9 +73,14 @@ class QuantLinear(nn.Module):
         return module
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its buffers by name, in the dictionary that shows replaced ones."""
+        return cast("dict[str, torch.Tensor]", self._buffers)
+
+    @property
     def leaves(self) -> dict[str, torch.Tensor]:
         """The file's tensors by name; empty once a layout has replaced them."""
-        return {leaf: self._buffers[leaf] for leaf in self._leaves}
+        return {leaf: self.tensors[leaf] for leaf in self._leaves}
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -124,12 +130,12 @@ class QuantLinear(nn.Module):
         """What the backend multiplies by: its own layout, or the stored tensors."""
         if not self.prepared:
             return Layout(codec(self.file_format).stored(self.leaves, self.spec).tensors(), self.spec, {})
-        return Layout({part: self._buffers[part] for part in self.prepared}, self.spec, self._facts)
+        return Layout({part: self.tensors[part] for part in self.prepared}, self.spec, self._facts)
 
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
         for part in self.prepared:
-            self._buffers[part] = place(self._buffers[part])
+            self.tensors[part] = place(self.tensors[part])
         self.forget()
 
     def stored(self) -> Stored:
@@ -160,7 +166,8 @@ class QuantLinear(nn.Module):
 
     def _bind(self) -> Call:
         """The product bound to this module's buffers, which may still be replaced."""
-        layout = Layout(self._buffers, self.spec, self._facts)
+        assert self.dtype is not None
+        layout = Layout(self.tensors, self.spec, self._facts)
         self._call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
         return self._call
 
@@ -185,7 +192,7 @@ class QuantLinear(nn.Module):
         """Apply moves between devices, but no casts of scales and layouts: the codes belong to these values."""
         kept = {name: b.dtype for name, b in self.named_buffers() if b.dtype.is_floating_point}
         before = {name: getattr(self, name) for name in kept}
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         for name, dtype in kept.items():
             if getattr(self, name).dtype != dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
@@ -219,4 +226,4 @@ def _cut(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
     start = tensor.storage_offset() * tensor.element_size()
     own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)
+    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape, tensor.stride())

@@ -6,6 +6,7 @@ The tables point at the model's own weights; only norms and biases are copied, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits
@@ -17,6 +18,9 @@ from transformers.activations import SiLUActivation
 
 from quantkit.errors import BackendError
 from quantkit.layers.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class NotNative(Exception):
     """The reason why a model runs in transformers instead."""
 
 
-def tables(model: nn.Module) -> Tables:
+def tables(model: PreTrainedModel) -> Tables:
     """The tables of a causal LM. NotNative with the reason if its family, a module or a weight does not fit."""
     config = model.config
     names = FAMILIES.get(config.model_type)
@@ -66,7 +70,7 @@ def tables(model: nn.Module) -> Tables:
     )
 
 
-def _refuse_changed(model: nn.Module) -> None:
+def _refuse_changed(model: PreTrainedModel) -> None:
     """Refuse hooks, replaced forwards and offloaded weights, which the native decoder would silently ignore."""
     for name, module in model.named_modules():
         name = name or type(model).__name__
@@ -79,7 +83,7 @@ def _refuse_changed(model: nn.Module) -> None:
             raise NotNative(f"{name} is on {tensor.device.type}, not on the CPU")
 
 
-def _layer(name: str, block: nn.Module, names: Names, config: object) -> Layer:
+def _layer(name: str, block: Any, names: Names, config: Any) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     activation = getattr(mlp, names.activation)
     if not isinstance(activation, (nn.SiLU, SiLUActivation)):
@@ -109,7 +113,7 @@ def _layer(name: str, block: nn.Module, names: Names, config: object) -> Layer:
     )
 
 
-def _norm(name: str, module: nn.Module) -> Norm:
+def _norm(name: str, module: Any) -> Norm:
     if not type(module).__name__.endswith("RMSNorm"):
         raise NotNative(f"{name} is a {type(module).__name__}, not an RMSNorm")
     return Norm(_fp32(module.weight), module.variance_epsilon)
@@ -163,7 +167,7 @@ def _widened(stored: Stored) -> Stored:
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:
-    return None if module.bias is None else _fp32(module.bias)
+    return None if module.bias is None else _fp32(module.get_parameter("bias"))
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

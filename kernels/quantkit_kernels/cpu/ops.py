@@ -64,7 +64,7 @@ def linear(
     spec, units = weight.spec, weight.units
     bias = None if bias is None else bias.float()
     past = direct(x) and plain(units) and (bias is None or plain(bias))
-    call = _run if past else cpu_linear
+    call: Callable[..., torch.Tensor] = _run if past else cpu_linear
     facts = (spec.bits, spec.group_size, spec.n, spec.k, spec.symmetric)
     return call(x, units, bias, *facts, compute, weight.scale_factor, weight.wide_scales, table_number(spec))
 
@@ -113,21 +113,47 @@ def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: in
     return Spec(_TABLE_NAMES.get(table, f"int{bits}"), bits, group_size, symmetric, n, k)
 
 
-def _run(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
+def _run(
+    x: torch.Tensor,
+    units: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    compute: int,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int = 0,
+) -> torch.Tensor:
     if bias is not None and bias.dtype is not torch.float32:
         check_bias(bias, n)
     facts = (bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)
-    call = None
+    call: Call | None = None
     if units.dtype is torch.uint8 and units.is_cpu and units.is_contiguous():
         call = _bound_flat(library.required(), units.data_ptr(), units.numel(), x.dtype, *facts)
     if call is None:
         check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales)
+        raise AssertionError("units that fit were not bound")
     return call(x, bias)
 
 
 @functools.lru_cache(maxsize=4096)
 def _bound_flat(
-    c, at, size, dtype, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table
+    c: ctypes.CDLL,
+    at: int,
+    size: int,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    compute: int,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int,
 ) -> Call | None:
     """`_bound` for units of a given size at an address; None if a weight of this kind has another size."""
     spec = _spec(bits, group_size, n, k, symmetric, table)
@@ -154,7 +180,12 @@ def _bound(
     native, pointer, threads = c["qk_linear"], ctypes.c_void_p, torch.get_num_threads
     bare = ctypes.byref(library.Weight(at, None, *numbers))
     # Of the call before. Each is one tuple that is read and replaced whole: threads share them.
-    shapes, biased = ((), (), ctypes.c_int64()), (0, bare)  # of x, of y, M; address of the bias, struct
+    shapes: tuple[torch.Size, tuple[int, ...], ctypes.c_int64] = (
+        torch.Size(),
+        (),
+        ctypes.c_int64(),
+    )  # of x, y; M
+    biased = 0, bare  # address of the bias, struct
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         nonlocal shapes, biased
@@ -239,7 +270,20 @@ def direct(x: torch.Tensor) -> bool:
     )
 
 
-def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0):
+def _fake(
+    x: torch.Tensor,
+    units: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    compute: int,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int = 0,
+) -> torch.Tensor:
     spec = _spec(bits, group_size, n, k, symmetric, table)
     _check_kind(x.dtype, compute, spec)
     check_features(x.shape, k)
@@ -249,7 +293,18 @@ def _fake(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_fact
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype):
+def _dequantize(
+    units: torch.Tensor,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     check_float(dtype)
     spec = _spec(bits, group_size, n, k, symmetric, table)
     weight = Packed(units, spec, scale_factor, wide_scales, torch.float32)
@@ -263,15 +318,37 @@ def _dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_sca
     return out
 
 
-def _fake_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype):
+def _fake_dequantize(
+    units: torch.Tensor,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     check_float(dtype)
     check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales, units.device.type)
     return units.new_empty((n, k), dtype=dtype)
 
 
 def _weight_of(
-    x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table=0
-):
+    x: torch.Tensor,
+    units: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    symmetric: bool,
+    compute: int,
+    scale_factor: float,
+    wide_scales: bool,
+    table: int = 0,
+) -> torch.Tensor:
     """W for the gradient, which treats rounded activations as unrounded."""
     return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, x.dtype)
 
@@ -280,5 +357,5 @@ define("cpu_dequantize", _DEQUANTIZE, {"CPU": _dequantize}, _fake_dequantize)
 if define("cpu_linear", _LINEAR, {"CPU": _run}, _fake):
     gradient.register("quantkit::cpu_linear", _weight_of, bias_at=2)
 
-cpu_linear = torch.ops.quantkit.cpu_linear.default
-cpu_dequantize = torch.ops.quantkit.cpu_dequantize.default
+cpu_linear: Callable[..., torch.Tensor] = torch.ops.quantkit.cpu_linear.default
+cpu_dequantize: Callable[..., torch.Tensor] = torch.ops.quantkit.cpu_dequantize.default

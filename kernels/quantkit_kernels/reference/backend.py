@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantkit_kernels.backend import Backend
+from quantkit_kernels.backend import Backend, Call
 from quantkit_kernels.ops import wna16_linear
 from quantkit_kernels.stored import Layout, Spec, Stored
 
@@ -27,7 +27,7 @@ class ReferenceBackend(Backend):
         stored = (tensors["packed"], tensors["scale"], tensors.get("zero_packed"))
         return wna16_linear(x, *stored, bias, spec.bits, spec.group_size, spec.n, spec.k)
 
-    def bind(self, layout: Layout, dtype: torch.dtype):
+    def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
         """As in `Backend`, computed in the type of x."""
         linear = self.linear
         return lambda x, bias: linear(layout, x, bias)

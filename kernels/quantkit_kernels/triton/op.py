@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -39,12 +40,31 @@ _rings: dict[torch.device, torch.Tensor] = {}
 _next: dict[tuple[torch.device, bool], int] = {}
 
 
-def _twin(x, codes, scales, zeros, bias, bits, group_size, n, k):
+def _twin(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> torch.Tensor:
     w = _twin_dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
     return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
-def _twin_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype):
+def _twin_dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     if codes.dtype == torch.float8_e4m3fn:
         weight, scale = restore_fp8(codes, scales, group_size, n, k)
         return (weight.float().view(n, -1, group_size) * scale.float()[:, :, None]).view(n, k).to(dtype)
@@ -128,7 +148,19 @@ def _plan(
     return constants(bits, zero, fp8, group_size, k, kind, _KINDS.get(scales, "fp32"), by_row)
 
 
-def launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
+def launch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    config: Config,
+    y: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The kernel with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None. No gradient.
 
     ValueError or TypeError for arguments that do not fit together. The op checks its own arguments once and calls
@@ -178,7 +210,19 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Config, y=None) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    config: Config,
+    y: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`launch` of arguments that were checked, on the current device."""
     from quantkit_kernels.triton.linear import linear_kernel
 
@@ -226,7 +270,16 @@ def _launch(x, codes, scales, zeros, bias, bits, group_size, n, k, config: Confi
     return y
 
 
-def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """W [N, K] = (q - z) * s in fp32, rounded to `dtype`. ValueError or TypeError for arguments that do not fit."""
     _check_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype)
     _check_place(codes.device)
@@ -234,12 +287,30 @@ def dequantize(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
         return _write_out(codes, scales, zeros, bits, group_size, n, k, dtype)
 
 
-def _check_dequantize(codes, scales, zeros, bits: int, group_size: int, n: int, k: int, dtype) -> None:
+def _check_dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> None:
     check_weight(codes, scales, zeros, bits, group_size, n, k)
     check_float(dtype)
 
 
-def _write_out(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Tensor:
+def _write_out(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """`dequantize` of arguments that were checked, on the current device."""
     from quantkit_kernels.triton.linear import dequantize_kernel
 
@@ -266,12 +337,32 @@ def _write_out(codes, scales, zeros, bits, group_size, n, k, dtype) -> torch.Ten
     return out
 
 
-def _check(x, codes, scales, zeros, bias, bits: int, group_size: int, n: int, k: int) -> None:
+def _check(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> None:
     check_product(x, bias, n, k, codes.device)
     check_weight(codes, scales, zeros, bits, group_size, n, k)
 
 
-def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
+def _run(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> torch.Tensor:
     rows = x.reshape(-1, k)
     m = rows.shape[0]
     if m == 0:
@@ -291,7 +382,7 @@ def _run(x, codes, scales, zeros, bias, bits, group_size, n, k):
     return y.view(*x.shape[:-1], n)
 
 
-def _cuda(x, *rest):
+def _cuda(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     _check(x, *rest)
     with _on(x.device):
         if torch.is_autocast_enabled("cuda"):
@@ -304,7 +395,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _other(x, *rest):
+def _other(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     _check(x, *rest)
     run = _run if _interpreted() else _twin
     if torch.is_autocast_enabled(x.device.type):
@@ -313,29 +404,59 @@ def _other(x, *rest):
     return run(x, *rest)
 
 
-def _fake(x, codes, scales, zeros, bias, bits, group_size, n, k):
+def _fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> torch.Tensor:
     _check(x, codes, scales, zeros, bias, bits, group_size, n, k)
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _dequantize(codes, *rest):
+def _dequantize(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
     if codes.device.type == "cuda" or _interpreted():
         return dequantize(codes, *rest)
     _check_dequantize(codes, *rest)
     return _twin_dequantize(codes, *rest)
 
 
-def _fake_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype):
+def _fake_dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     _check_dequantize(codes, scales, zeros, bits, group_size, n, k, dtype)
     return codes.new_empty((n, k), dtype=dtype)
 
 
-def _weight_of(x, codes, scales, zeros, bias, bits, group_size, n, k):
-    return torch.ops.quantkit.triton_dequantize(codes, scales, zeros, bits, group_size, n, k, x.dtype)
+def _weight_of(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+) -> torch.Tensor:
+    op: Callable[..., torch.Tensor] = torch.ops.quantkit.triton_dequantize
+    return op(codes, scales, zeros, bits, group_size, n, k, x.dtype)
 
 
 define("triton_dequantize", _DEQUANTIZE, {"CompositeExplicitAutograd": _dequantize}, _fake_dequantize)
 if define("triton_linear", _SCHEMA, {"CompositeExplicitAutograd": _other, "CUDA": _cuda}, _fake):
     gradient.register("quantkit::triton_linear", _weight_of, bias_at=4)
 
-triton_linear = torch.ops.quantkit.triton_linear.default
+triton_linear: Callable[..., torch.Tensor] = torch.ops.quantkit.triton_linear.default

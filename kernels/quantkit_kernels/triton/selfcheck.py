@@ -61,7 +61,7 @@ def verdict(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Verd
     return Verdict(False, complaint)
 
 
-def _complaint(device: torch.device, *scheme) -> str | None:
+def _complaint(device: torch.device, *scheme: Any) -> str | None:
     """The result of `compare`, or the error of the compiler or the launch."""
     try:
         complaint = compare(device, *scheme)

@@ -20,8 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from quantkit_eval.loop import decode, model_step
@@ -32,6 +33,9 @@ from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES, Shape, make
 from quantkit.checkpoint.shards import write_json
 from quantkit.pipeline.quantize import quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYERS, PROMPT, NEW = 22, 512, 64
 RECIPE = "w4a16-rtn"
@@ -73,7 +77,7 @@ def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> d
     return {"dense": dense, "packed": packed}
 
 
-def open_model(path: Path, way: Way) -> torch.nn.Module:
+def open_model(path: Path, way: Way) -> PreTrainedModel:
     """The model that a way runs, with bf16 activations; raises NotHere if its backend cannot run it."""
     from quantkit.checkpoint.load import load
     from quantkit.errors import BackendError
@@ -85,7 +89,7 @@ def open_model(path: Path, way: Way) -> torch.nn.Module:
         raise NotHere(str(error)) from error
 
 
-def runner(model: torch.nn.Module, way: Way) -> Any:
+def runner(model: PreTrainedModel, way: Way) -> Any:
     """The model or its native decoder, which is called with input_ids and past_key_values."""
     from quantkit.errors import BackendError
     from quantkit.runtime import choose_runner
@@ -116,7 +120,7 @@ def engines(
     ways: Mapping[str, Way], checkpoints: Mapping[str, Path], prompt: int, new: int
 ) -> tuple[dict[str, Callable[[], Measured]], dict[str, str]]:
     """({name: function that measures once}, reasons of those that cannot run); models are loaded once and shared."""
-    loaded: dict[Way, torch.nn.Module] = {}
+    loaded: dict[Way, PreTrainedModel] = {}
     ready: dict[str, Callable[[], Measured]] = {}
     missing: dict[str, str] = {}
     for name, way in ways.items():
@@ -129,7 +133,7 @@ def engines(
             missing[name] = str(reason)
             continue
         vocabulary = loaded[key].config.vocab_size
-        ready[name] = lambda run=run, vocabulary=vocabulary: measure(run, vocabulary, prompt, new)
+        ready[name] = partial(measure, run, vocabulary, prompt, new)
     return ready, missing
 
 
@@ -202,7 +206,7 @@ def memory(checkpoint: Path, way: Way, new: int = NEW) -> dict[str, Any]:
     }
 
 
-def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
+def packed_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """(bytes of the packed linears as they are in memory, their weights), each tensor counted once."""
     from quantkit.layers.quant_linear import QuantLinear
 
@@ -223,7 +227,8 @@ def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
     )
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def run(

@@ -21,6 +21,7 @@ import torch
 from quantkit_eval.loop import decode, model_step
 from quantkit_eval.sampler import Sampling
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantkit.bench.machine import machine
 from quantkit.bench.roofline import read_bandwidth
@@ -33,10 +34,10 @@ from quantkit.scheme import Scheme, integer
 
 LLAMA_3_8B = Shape(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=128256)
 CLOSE = 0.03  # of logits in bf16 that went over buffers of another length, relative
-Engines = dict[str, tuple[nn.Module, bool]]  # name -> (model, whether its step is captured)
+Engines = dict[str, tuple[PreTrainedModel, bool]]  # name -> (model, whether its step is captured)
 
 
-def dense(shape: Shape, layers: int, device: torch.device) -> nn.Module:
+def dense(shape: Shape, layers: int, device: torch.device) -> PreTrainedModel:
     """A bf16 Llama with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,11 +56,12 @@ def dense(shape: Shape, layers: int, device: torch.device) -> nn.Module:
     with device, torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-    return model.eval().requires_grad_(False)
+    found: PreTrainedModel = model.eval().requires_grad_(False)
+    return found
 
 
 @torch.no_grad()
-def packed(shape: Shape, layers: int, device: torch.device, scheme: Scheme, backend: str) -> nn.Module:
+def packed(shape: Shape, layers: int, device: torch.device, scheme: Scheme, backend: str) -> PreTrainedModel:
     """The same with random codes in the linears of its blocks."""
     model = dense(shape, layers, device)
     generator = torch.Generator(device).manual_seed(1)
@@ -82,7 +84,9 @@ def _random(module: nn.Linear, scheme: Scheme, generator: torch.Generator) -> Qu
     return QuantLinear.from_quantized(QuantizedWeight(codes, scale, None, grid), None)
 
 
-def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: list[int] | None = None) -> Any:
+def run(
+    model: PreTrainedModel, captured: bool, ids: torch.Tensor, new: int, given: list[int] | None = None
+) -> Any:
     """(seconds after the second step, logits [new, vocabulary], the state) of one sequence of `new` tokens.
 
     given: tokens to feed back instead of the most likely ones; only then are logits kept.
@@ -106,11 +110,11 @@ def run(model: nn.Module, captured: bool, ids: torch.Tensor, new: int, given: li
         pass
     seconds = _now(ids.device) - start
     if captured and found.ran == "eager":
-        raise SystemExit(f"the step was not captured: {found.model.why_eager}")
+        raise SystemExit(f"the step was not captured: {getattr(found.model, 'why_eager', None)}")
     return seconds, logits, last[0]
 
 
-def wrong(model: nn.Module, ids: torch.Tensor, new: int) -> str | None:
+def wrong(model: PreTrainedModel, ids: torch.Tensor, new: int) -> str | None:
     """How the captured step differs from the step with a dynamic cache or from itself, or None."""
     given = torch.randint(
         0, model.config.vocab_size, (new,), generator=torch.Generator().manual_seed(2)
@@ -123,7 +127,7 @@ def wrong(model: nn.Module, ids: torch.Tensor, new: int) -> str | None:
     return None if torch.equal(graph, again) else "captured logits differ from run to run"
 
 
-def step_ms(model: nn.Module, ids: torch.Tensor, new: int, repeats: int = 50) -> float:
+def step_ms(model: PreTrainedModel, ids: torch.Tensor, new: int, repeats: int = 50) -> float:
     """Milliseconds of one captured step on the device."""
     cache = run(model, True, ids, new)[2]
     start = _now(ids.device)
@@ -133,12 +137,12 @@ def step_ms(model: nn.Module, ids: torch.Tensor, new: int, repeats: int = 50) ->
     return (_now(ids.device) - start) * 1000 / repeats
 
 
-def step_bytes(model: nn.Module, length: int) -> int:
+def step_bytes(model: PreTrainedModel, length: int) -> int:
     """Bytes that a step has to read: every weight but the embedding, and the cache."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().get_parameter("weight")
     weights = (*model.parameters(), *model.buffers())
     config = model.config
-    cache = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+    cache: int = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
     return sum(t.nbytes for t in weights if t is not embedding) + cache
 
 
