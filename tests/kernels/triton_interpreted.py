@@ -10,6 +10,7 @@ from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequ
 from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.op import dequantize, launch, triton_linear
+from racing import race
 from triton.runtime import interpreter
 from wrong_arguments import refusals
 
@@ -171,6 +172,21 @@ def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
     monkeypatch.setattr(selfcheck, "launch", half)
     found = selfcheck.compare(torch.device("cpu"), 4, 128, True, True, torch.float16)
     assert "4 bits on 1 tokens are not what the reference computes" in found
+
+
+def test_threads_wait_for_each_other_in_the_interpreter():
+    stored = exact_weight(4, 64, 128, 64, False)
+    built = layout.build(stored)
+    x = integers(2, 128)
+    truth = x @ reference_dequantize(stored, torch.float32).T
+
+    def work(number):
+        for _ in range(8):
+            assert torch.equal(triton_linear(x, *built, None, 4, 64, 64, 128), truth)
+            w = torch.ops.quantkit.triton_dequantize(*built, 4, 64, 64, 128, torch.float32)
+            assert torch.equal(x @ w.T, truth)
+
+    race(work, threads=6)
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, 128, False), (3, 64, True), (8, 384, False)])

@@ -10,7 +10,6 @@ before capturing a CUDA graph: the first call compiles, and allocates the ring o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -36,6 +35,7 @@ DTYPES = tuple(_KINDS)  # of activations
 _TOKENS, _ROWS = (8, 16, 32, 64, 128), (64, 128)  # tile sizes that `launch` takes
 _TICKETS = 1 << 19
 _turn = threading.Lock()
+_interpreter = threading.Lock()  # Triton's interpreter patches triton.language while a kernel runs
 _rings: dict[torch.device, torch.Tensor] = {}
 _next: dict[tuple[torch.device, bool], int] = {}
 
@@ -206,8 +206,8 @@ def _or(sizes: tuple[int, ...]) -> str:
 
 
 def _on(device: torch.device) -> Any:
-    """Within it Triton, which launches on the current device, launches on this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Within it Triton, which launches on the current device, launches on this one; interpreted, one at a time."""
+    return torch.cuda.device(device) if device.type == "cuda" else _interpreter
 
 
 def _launch(
@@ -395,9 +395,14 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _run_interpreted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    with _on(x.device):
+        return _run(x, *rest)
+
+
 def _other(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     _check(x, *rest)
-    run = _run if _interpreted() else _twin
+    run = _run_interpreted if _interpreted() else _twin
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *rest)
