@@ -407,17 +407,19 @@ before = anonymous()
 run(sys.argv[1], lambda: seen.append(anonymous()))
 print(max(seen) - before)
 """
+# glibc gives freed memory back to the system at once; by default it keeps some, more or less as threads happen to run.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_running_model_is_never_dense_in_memory(wide_llamas, backend):
     folder, warm, dense = wide_llamas
     command = [sys.executable, "-c", MEASURE, str(folder), str(warm), backend]
-    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)} | AT_ONCE
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1]) / dense
-    assert grown < {"reference": 0.1, "torch": 0.35}[backend], f"grew by {grown:.2f} of the dense linears"
+    assert grown < {"reference": 0.05, "torch": 0.25}[backend], f"grew by {grown:.2f} of the dense linears"
 
 
 needs_native = pytest.mark.skipif(not library.available(), reason="the native library is not built")
