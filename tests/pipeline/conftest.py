@@ -11,10 +11,15 @@ from quantkit import assets
 from quantkit.pipeline.progress import Silent
 
 
-@pytest.fixture(autouse=True)
-def backend(request, monkeypatch):
-    """The kernels that a user gets; a module that compares to the bit says BACKEND = "reference"."""
-    monkeypatch.setenv("QUANTKIT_BACKEND", getattr(request.module, "BACKEND", "auto"))
+@pytest.fixture(scope="module", autouse=True)
+def backend(request):
+    """The kernels that a user gets, in the module's fixtures and child processes too.
+
+    A module that compares to the bit says BACKEND = "reference".
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_BACKEND", getattr(request.module, "BACKEND", "auto"))
+        yield
 
 
 @pytest.fixture(scope="module")
