@@ -3,12 +3,22 @@
 from dataclasses import replace
 
 import pytest
+import tiny_models
 import torch
 
+from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.registry import Outcome
 from quantkit.algorithms.rtn import rtn
+from quantkit.calibration.walk import Wanted, walk
 from quantkit.errors import NumericalError
-from quantkit.pipeline.block import check_sound
+from quantkit.models import skeleton
+from quantkit.models.headers import read_checkpoint
+from quantkit.models.source import Source
+from quantkit.numerics.statistics import Statistics
+from quantkit.pipeline.block import check_sound, quantize_block
+from quantkit.pipeline.clock import Clock
+from quantkit.plan import build_plan
+from quantkit.recipe import parse_recipe
 from quantkit.scheme import NUMBERS, Grid, integer
 
 GRIDS = [
@@ -82,3 +92,54 @@ def test_the_outcome_of_some_rows():
     assert torch.equal(part.weight.dequantize(), quantized.dequantize()[4:6])
     assert (part.error.tolist(), part.norm.tolist()) == ([4, 5], [1, 1])
     assert (part.counts["count"].tolist(), part.details, part.fallbacks) == ([4, 5], {"fact": 1}, ["why"])
+
+
+@pytest.fixture
+def block(tmp_path):
+    """The first block of a tiny Llama, to be rounded to nearest."""
+    tiny_models.save(tiny_models.build("llama-gqa"), tmp_path)
+    source = Source(read_checkpoint(tmp_path))
+    recipe = {"weights": {"algorithm": "rtn", "bits": 4, "group_size": 16}}
+    plan = build_plan(parse_recipe(recipe | {"calibration": {"sequence_length": 24}}), source.headers)
+    windows = tiny_models.ids(24, batch=4, vocabulary=100)
+    blocks = walk(skeleton.build(source), source, plan, windows, Wanted(4, True))
+    yield next(blocks)
+    blocks.close()
+
+
+def test_siblings_become_what_each_becomes_alone(block):
+    """They are quantized as one matrix, but weights and errors are each one's own."""
+    weights = {f"{block.name}.{n}": m.weight.float().clone() for n, m in block.held.items()}
+    assert any(len(siblings) > 1 for siblings in block.trace.siblings)
+    result = quantize_block(block, Clock())
+    assert result.weights.keys() == weights.keys()
+    errors = {layer["name"]: layer["relative_error"] for layer in result.layers}
+    for name, weight in weights.items():
+        config = block.plans[name.removeprefix(f"{block.name}.")].algorithm
+        together = result.weights[name]
+        alone = algorithm("rtn").quantize(weight, Statistics(), together.grid, torch.float32, config).weight
+        assert torch.equal(together.codes, alone.codes)
+        assert errors[name] == pytest.approx(alone.relative_error(weight))
+
+
+@pytest.mark.parametrize("collapsed", ["gate_proj", "up_proj"])
+def test_a_collapsed_linear_among_sound_siblings_is_named(block, monkeypatch, collapsed):
+    """Its siblings' part of the objective does not hide it."""
+    together = next(s for s in block.trace.siblings if any(n.endswith(collapsed) for n in s))
+    assert len(together) == 2
+    rows = [block.held[n].out_features for n in together]
+    starts = 0 if together[0].endswith(collapsed) else rows[0]
+
+    class Collapsing:
+        def quantize(self, weight, statistics, grid, dtype, config):
+            quantized = rtn(weight, grid, dtype)
+            if len(weight) == sum(rows) and weight.shape[1] == block.held[together[0]].in_features:
+                quantized.codes[starts : starts + rows[0]] = int(grid.midpoint)
+            return Outcome(quantized)
+
+        def needs(self, config):
+            return frozenset()
+
+    monkeypatch.setattr("quantkit.pipeline.block.algorithm", lambda name: Collapsing())
+    with pytest.raises(NumericalError, match=rf"\.{collapsed}: collapsed: the quantized weight is zero"):
+        quantize_block(block, Clock())
