@@ -18,8 +18,12 @@ ran out into `OutOfMemory`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -101,6 +105,16 @@ def memory_ran_out(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def kept_traceback(error: BaseException) -> str | None:
+    """Write the traceback of an unforeseen error to a new temporary file; its name, None if it cannot be written."""
+    with contextlib.suppress(OSError):
+        handle, name = tempfile.mkstemp(prefix="quantkit-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        return name
+    return None
 
 
 @contextmanager

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import tempfile
-import traceback
 
 import click
 
 from quantkit.cli.streams import OutputLost
-from quantkit.errors import OutOfMemory, QuantkitError, memory_ran_out
+from quantkit.errors import OutOfMemory, QuantkitError, kept_traceback, memory_ran_out
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -46,9 +43,6 @@ def _from_evaluation(error: BaseException) -> bool:
 def _unforeseen(error: BaseException) -> str:
     """A bug of quantkit: its type and message in one line, and the file that holds the traceback."""
     message = f"quantkit: unexpected {type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(prefix="quantkit-", suffix=".txt")
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(traceback.format_exception(error)))
+    if name := kept_traceback(error):
         message += f"\nThis is a bug in quantkit. Please report it with the traceback in {name}"
     return message

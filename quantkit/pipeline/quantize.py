@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit_eval import EvalError
 from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
@@ -17,7 +18,14 @@ from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device
-from quantkit.errors import OutputError, memory_named
+from quantkit.errors import (
+    OutOfMemory,
+    OutputError,
+    QuantkitError,
+    kept_traceback,
+    memory_named,
+    memory_ran_out,
+)
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
@@ -107,12 +115,23 @@ def quantize(
         try:
             notes = _evaluate(run, run.request, manifest, resumed, tracker)
         except Exception as error:  # whatever it is, the weights are finished
-            failed = f"the evaluation failed: {' '.join(str(error).split()) or type(error).__name__}"
-            failed += f"; the weights in {folder} are finished, and the same command evaluates them again"
+            failed = f"the evaluation failed: {_reason(error)}; the weights in {folder} are finished, and the same "
+            failed += "command evaluates them again"
             notes = [failed]
     run.progress.finish()
     report = report_of(folder, manifest)
     return Result(folder, report | {"notes": [*report["notes"], *notes]}, manifest, failed)
+
+
+def _reason(error: Exception) -> str:
+    """Why an evaluation failed, in one line; for what nobody foresaw, with the file that holds its traceback."""
+    if memory_ran_out(error) and not isinstance(error, OutOfMemory):
+        error = OutOfMemory.of(error)
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, QuantkitError | EvalError | OSError):
+        return said
+    name = kept_traceback(error)
+    return f"unexpected {type(error).__name__}: {said}" + (f" (traceback in {name})" if name else "")
 
 
 def _evaluate(

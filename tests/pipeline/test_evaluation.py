@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import tempfile
 
 import pytest
+from quantkit_eval.errors import BrokenModel
 
 import quantkit
 from quantkit.checkpoint.load import load
@@ -130,12 +132,12 @@ def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, mo
     given = arguments("rtn", tmp_path / "out", evaluate=True)
 
     def fail(*rest, **options):
-        raise ZeroDivisionError("a loss that is\nnot finite")
+        raise DataError("a text that is\nno text")
 
     with monkeypatch.context() as patch:
         patch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
         result = quantkit.quantize(**given)
-        assert "the evaluation failed: a loss that is not finite; the weights in" in result.failed
+        assert "the evaluation failed: a text that is no text; the weights in" in result.failed
         assert result.report["notes"][-1] == result.failed
         assert result.manifest["evaluation"] is None
     quantkit.load(tmp_path / "out", device="cpu")
@@ -144,6 +146,38 @@ def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, mo
     assert again.failed is None
     assert again.manifest == wanted.manifest
     assert again.report["notes"] == wanted.report["notes"]
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "kept"),
+    [
+        (MemoryError(), "the evaluation failed: out of memory: MemoryError; close other programs", False),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory"),
+            "the evaluation failed: out of memory: D",
+            False,
+        ),
+        (BrokenModel("no finite loss"), "the evaluation failed: no finite loss; the weights", False),
+        (OSError(28, "No space left on device"), "No space left on device; the weights", False),
+        (KeyError("a bug"), "the evaluation failed: unexpected KeyError: 'a bug' (traceback in ", True),
+    ],
+)
+def test_why_an_evaluation_failed(arguments, tmp_path, monkeypatch, error, wanted, kept):
+    """No memory says memory, and what nobody foresaw leaves its traceback in a file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail(*rest, **options):
+        raise error
+
+    monkeypatch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
+    result = quantkit.quantize(**arguments("rtn", tmp_path / "out", evaluate=True))
+    assert wanted in result.failed
+    assert result.manifest["files"]
+    files = list(tmp_path.glob("quantkit-*.txt"))
+    assert len(files) == kept
+    for file in files:
+        assert str(file) in result.failed
+        assert "raise error" in file.read_text()
 
 
 def test_a_result_that_is_no_number_is_a_failed_evaluation(arguments, tmp_path, monkeypatch):
