@@ -56,6 +56,7 @@ class BlockRun:
         device: torch.device,
         groups: dict[tuple[Any, ...], Groups] | None = None,
         free: Callable[[], None] | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.index, self.name, self.module = index, name, module
         self.plans, self.stored, self.streams = plans, stored, streams
@@ -67,7 +68,7 @@ class BlockRun:
         )
         self._groups = {} if groups is None else groups
         self.last = False  # whether nothing runs after this block
-        self._free = free
+        self._free, self._now = free, now
         self._full_advanced = False
         self._alive = True
         x, call = self.first_call()
@@ -254,10 +255,10 @@ class BlockRun:
             hidden, call = self.first_call()
             self.select(full=True)
             where = f"scaling groups of decoder block {self.index} ({type(self.module).__name__}, in float64)"
-            begin = time.perf_counter()
+            begin = self._now()
             with refusing(where, instead=instead):
                 self._groups[shape] = discover(self.module, hidden, call.args, call.kwargs)
-            self.seconds_once += time.perf_counter() - begin
+            self.seconds_once += self._now() - begin
         return self._groups[shape]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ calls.py).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,19 +64,21 @@ def walk(
     start: int = 0,
     streams: Streams | None = None,
     timed: Timed = nullcontext,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Iterator[BlockRun]:
     """Yield every decoder block from `start` on, ready to be worked on, and carry the hidden states through it.
 
     model: a skeleton on meta; it is on meta again after the walk, and several walks may share it. windows: token ids
     [windows, length]. start, streams: go on at a block with the hidden states at its input, as an earlier walk left
-    them. timed: called with "load" or "calibrate" for a context around that work.
+    them. timed: called with "load" or "calibrate" for a context around that work. now: the clock of
+    `BlockRun.seconds_once`, which for the first block includes the embedding of all windows.
 
     What is quantized in a block (`HeldLinear.quantized`) changes the quantized stream behind it. A block is advanced
     and freed when the walk goes on, or when `BlockRun.leave` is called.
     """
     if start >= plan.n_blocks:
         return
-    device = torch.device(device)
+    device, begin = torch.device(device), now()
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     with timed("calibrate"):
         batch = chunk_windows(plan, windows)
@@ -90,9 +93,11 @@ def walk(
             del hidden
         skeleton.free_outside(model, prefix)
         give_back()
+    once = now() - begin
     known: dict[tuple[Any, ...], Groups] = {}
     for index in range(start, plan.n_blocks):
-        run = _open(model, source, plan, index, streams, calls[index], batch, device, known, timed)
+        run = _open(model, source, plan, index, streams, calls[index], batch, device, known, timed, now)
+        run.seconds_once, once = once, 0.0
         run.last = index + 1 == plan.n_blocks and not wanted.behind_last
         yield run
         with timed("calibrate"):
@@ -117,6 +122,7 @@ def _open(
     device: torch.device,
     known: dict[tuple[Any, ...], Groups],
     timed: Timed,
+    now: Callable[[], float],
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
     name = f"{plan.blocks_prefix}.{index}"
@@ -134,7 +140,7 @@ def _open(
         skeleton.free_block(model, index, plan.blocks_prefix)
 
     with timed("calibrate"):
-        return BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free)
+        return BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free, now)
 
 
 def _hold(module: nn.Module, plans: dict[str, LayerPlan]) -> None:

@@ -20,7 +20,7 @@ class Estimate:
         self._costs = list(costs)
         self._open = set(range(done, len(self._costs)))
         self._seconds = self._spent = 0.0
-        self._after: dict[str, float] = {}
+        self._after: dict[str, float | None] = {}
 
     def block(self, index: int, seconds: float, once: float = 0.0) -> None:
         """Block `index` took `seconds`, of which `once` will not be needed again."""
@@ -28,8 +28,8 @@ class Estimate:
         self._seconds += max(0.0, seconds - once)
         self._spent += self._costs[index]
 
-    def expect(self, phase: str, seconds: float) -> None:
-        """A phase after the blocks will take about `seconds`."""
+    def expect(self, phase: str, seconds: float | None) -> None:
+        """A phase after the blocks will take about `seconds`; None: nothing is known about it yet."""
         self._after[phase] = seconds
 
     def progressed(self, phase: str, share: float, seconds: float) -> None:
@@ -41,10 +41,9 @@ class Estimate:
 
     @property
     def left(self) -> float | None:
-        """Seconds that remain, None while no block has shown the pace and some are open."""
-        after = sum(self._after.values())
-        if not self._open:
-            return after
-        if not self._spent:
+        """Seconds that remain; None while nothing is known about the pace of the open blocks or about a phase."""
+        after = [seconds for seconds in self._after.values() if seconds is not None]
+        if len(after) < len(self._after) or (self._open and not self._spent):
             return None
-        return self._seconds / self._spent * sum(self._costs[i] for i in self._open) + after
+        pace = self._seconds / self._spent if self._spent else 0.0
+        return pace * sum(self._costs[i] for i in self._open) + sum(after)

@@ -63,6 +63,7 @@ def _calibrated(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> N
         start=done,
         streams=streams,
         timed=run.clock,
+        now=run.clock.now,
     )
     for block in blocks:
         tracker.opened(block)

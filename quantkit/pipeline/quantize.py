@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,11 +145,11 @@ def _evaluate(
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
     """
     run.progress.message("evaluating original and quantized model")
-    tracker = tracker or Tracker(run, run.plan.n_blocks + 1)
-    begin = time.perf_counter()
+    tracker = tracker or Tracker(run, None)
+    begin = run.clock.now()
 
     def told(done: int, total: int) -> None:
-        tracker.evaluated(done, total, time.perf_counter() - begin)
+        tracker.evaluated(done, total, run.clock.now() - begin)
 
     with run.clock("evaluate"):
         length = run.recipe.calibration.sequence_length
@@ -165,7 +164,7 @@ def _evaluate(
             message=run.progress.message,
             progress=told,
         )
-    tracker.phase(EVALUATE, 1.0, time.perf_counter() - begin)
+    tracker.phase(EVALUATE, 1.0, run.clock.now() - begin)
     if evaluation is not None:
         if resumed is not None:
             write_run_facts(run, manifest, resumed)

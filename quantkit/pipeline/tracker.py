@@ -4,49 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from quantkit_eval.divergence import token_agreement, token_kl
+from quantkit_eval.perplexity import token_nll
 from torch import nn
 
 from quantkit.calibration.block_run import BlockRun
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.estimate import Estimate
-from quantkit.pipeline.evaluation import TOKENS
+from quantkit.pipeline.evaluation import CONTEXT, TOKENS
 from quantkit.pipeline.run import Run
 from quantkit.predict import predict
 
 VERIFY, EVALUATE = "verifying the checkpoint", "evaluating"
-PROBE_TOKENS = 128
+PROBE_TOKENS = 512  # with fewer, a call to the packed kernels costs several times as much per token
 PROBE_BYTES = 16 << 20
-STOPS_AT = (
-    12288  # tokens at which an evaluation usually knows the KL well enough, if their number is not given
-)
+# Windows after which an evaluation that may stop early is expected to stop. The least is 16, which is what two models
+# rounded to nearest needed; AWQ and GPTQ needed 24 and 40 (docs/LOG.md, 2026-11-28).
+STOPS_AT = 18
+BEFORE_EVALUATION = 1.0  # seconds to build two models and to read the text
 AROUND_LINEARS = 1.3  # seconds of a block's forward over those of its linears, where no block was run
 
 
 class Tracker:
-    """Follows one run. done: shards that an earlier run has finished."""
+    """Follows one run. done: shards that an earlier run has finished; None if its checkpoint needs only evaluation."""
 
-    def __init__(self, run: Run, done: int) -> None:
-        self.run = run
-        self.estimate = Estimate([_cost(run, part) for part in range(run.plan.n_blocks + 1)], done)
-        self._began = time.perf_counter()
-        self._once = 0.0
-        self._forward: float | None = None  # seconds per token of one block, as it is
+    def __init__(self, run: Run, done: int | None) -> None:
+        self.run, self.now = run, run.clock.now
+        parts = run.plan.n_blocks + 1
+        self.estimate = Estimate([_cost(run, part) for part in range(parts)], parts if done is None else done)
+        self._began = self.now()
+        self._once = 0.0  # seconds of the current part that the next parts will not need
+        self._forward: float | None = None  # seconds per token of one unquantized block
         self._probed = False
-        self.estimate.expect(VERIFY, predict(run.recipe, run.plan, run.source.headers).tensors * _hashing())
+        self._first_report: tuple[int, float] | None = None  # of the evaluation: windows, seconds
+        if done is not None:
+            written = predict(run.recipe, run.plan, run.source.headers).tensors
+            self.estimate.expect(VERIFY, written * _hashing(self.now))
+        if run.request is not None:
+            self.estimate.expect(EVALUATE, None)
 
     def opened(self, block: BlockRun) -> None:
-        """Called with a block before it is quantized: the first one is run once to see how long that takes."""
+        """Called with a block before it is quantized: the first one is run to see how long that takes."""
         if self._forward is None and self.run.request is not None:
             chunk = block.chunks()[0]
             full = block.streams.quantized is None
             tokens = (chunk.stop - chunk.start) * block.streams.leading.shape[1]
-            self._forward = self._probe(lambda: block.forward(chunk, full)) / tokens
+            with self._extra():
+                self._forward = self._probe(lambda: block.forward(chunk, full)) / tokens
 
     def computed(self, weights: dict[str, QuantizedWeight], block: BlockRun | None = None) -> None:
         """Called with the quantized weights of a part while they are in memory: the first ones are timed."""
@@ -54,12 +64,19 @@ class Tracker:
             self._once += block.seconds_once
         if weights and not self._probed and self.run.request is not None:
             self._probed = True
-            self.estimate.expect(EVALUATE, self._evaluation(weights))
-            self._once += time.perf_counter() - self._last_probe
+            with self._extra():
+                self.estimate.expect(EVALUATE, self._evaluation(weights, self.run.request.tokens))
+
+    @contextmanager
+    def _extra(self) -> Iterator[None]:
+        """Work that only this estimate needs, once."""
+        begin = self.now()
+        yield
+        self._once += self.now() - begin
 
     def finished(self, part: int) -> None:
         """A part is written, verified and journalled."""
-        now = time.perf_counter()
+        now = self.now()
         self.estimate.block(part, now - self._began, self._once)
         self._began, self._once = now, 0.0
         self.told(part)
@@ -76,18 +93,25 @@ class Tracker:
         self.run.progress.phase(name, share, self.estimate.left)
 
     def evaluated(self, done: int, windows: int, seconds: float) -> None:
-        """The evaluation has come to `done` of at most so many windows."""
-        request = self.run.request
-        usual = windows if request is None or request.tokens else windows * STOPS_AT / TOKENS
-        share = done / usual if done < usual else done / windows
-        self.estimate.progressed(EVALUATE, share, seconds)
+        """The evaluation has run `done` of at most `windows` windows in `seconds`.
+
+        Its pace is measured from its first report on, since what came before includes opening the models. An evaluation
+        that may stop early and is past STOPS_AT is expected to need a quarter more windows.
+        """
+        early = self.run.request is not None and self.run.request.tokens is None
+        expected = min(windows - done, max(STOPS_AT - done, done / 4)) if early else windows - done
+        first, then = self._first_report or (0, 0.0)
+        self._first_report = self._first_report or (done, seconds)
+        self.estimate.expect(EVALUATE, expected * (seconds - then) / (done - first))
         self.run.progress.phase(EVALUATE, done / windows, self.estimate.left)
 
-    def _evaluation(self, weights: dict[str, QuantizedWeight]) -> float:
-        """Seconds of the closing evaluation, if it stops where evaluations usually do."""
-        self._last_probe = time.perf_counter()
+    def _evaluation(self, weights: dict[str, QuantizedWeight], wanted: int | None) -> float:
+        """Seconds of the closing evaluation on `wanted` tokens; None: until it usually stops.
+
+        weights: quantized ones of any part. Their time as dense and as packed linears stands for that of all linears.
+        """
         run = self.run
-        dense = packed = 0.0
+        dense = packed = 0.0  # seconds per token
         for weight in weights.values():
             x = torch.zeros(PROBE_TOKENS, weight.shape[1], device=weight.codes.device)
             matrix, layer = weight.dequantize(), QuantLinear.from_quantized(weight, None)
@@ -98,26 +122,41 @@ class Tracker:
         blocks = planned / elements
         forward = self._forward if self._forward is not None else AROUND_LINEARS * dense
         head = run.model.get_input_embeddings().get_parameter("weight").shape  # on meta: only its shape
-        logits = torch.zeros(PROBE_TOKENS, head[0])
-        divergence = self._probe(lambda: nn.functional.log_softmax(logits, -1).exp()) / PROBE_TOKENS
         per_token = blocks * (2 * forward + packed - dense)
-        per_token += 2 * dense * math.prod(head) / elements + 3 * divergence
-        assert run.request is not None
-        return per_token * (run.request.tokens or STOPS_AT)
+        per_token += 2 * dense * math.prod(head) / elements
+        tokens = max(1, min(PROBE_TOKENS, PROBE_BYTES // (4 * head[0])))
+        logits = torch.zeros(tokens, head[0], device=run.device)
+        per_token += self._probe(partial(_compare, logits)) / tokens
+        context = min(run.recipe.calibration.sequence_length, CONTEXT)
+        return BEFORE_EVALUATION + per_token * (wanted or min(TOKENS, STOPS_AT * context))
 
     def _probe(self, call: Callable[[], object]) -> float:
-        """Seconds of one call, the second of two, as the first one may have to prepare something."""
+        """Seconds of one call: the faster of two, after one that may have to prepare something."""
+        taken = []
         with torch.no_grad():
             call()
-            self._wait()
-            begin = time.perf_counter()
-            call()
-            self._wait()
-        return time.perf_counter() - begin
+            for _ in range(2):
+                self._wait()
+                begin = self.now()
+                call()
+                self._wait()
+                taken.append(self.now() - begin)
+        return min(taken)
 
     def _wait(self) -> None:
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
+
+
+def _compare(logits: torch.Tensor) -> None:
+    """Do what an evaluation does with the logits [tokens, vocabulary] of two models; here both are the same."""
+    targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    both = [logits.log_softmax(-1) for _ in range(2)]
+    for one in both:
+        torch.isfinite(logits).all()
+        token_nll(one, targets)
+    token_kl(*both)
+    token_agreement(*both)
 
 
 def _cost(run: Run, part: int) -> float:
@@ -126,9 +165,9 @@ def _cost(run: Run, part: int) -> float:
     return planned + sum(info.nbytes for info in run.parts[part].values()) / 64
 
 
-def _hashing() -> float:
+def _hashing(now: Callable[[], float]) -> float:
     """Seconds per byte of sha256."""
     data = bytes(PROBE_BYTES)
-    begin = time.perf_counter()
+    begin = now()
     hashlib.sha256(data).digest()
-    return (time.perf_counter() - begin) / PROBE_BYTES
+    return (now() - begin) / PROBE_BYTES

@@ -1,9 +1,14 @@
 """The time that is left, on times that are given: no test here reads a clock."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.estimate import Estimate
+from quantkit.pipeline.evaluation import EvaluationRequest
 from quantkit.pipeline.progress import Silent
+from quantkit.pipeline.tracker import STOPS_AT, Tracker
 
 CASES = {
     "equal blocks": ([1.0] * 8, [5.0] * 8),
@@ -85,3 +90,42 @@ def test_blocks_are_told_when_they_are_finished_with_the_time_that_is_left(
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert {phase for phase, _, _ in told.phases} >= {"verifying the checkpoint", "evaluating"}
+
+
+@pytest.mark.parametrize("tokens", [None, 65536])
+def test_an_evaluation_is_expected_to_go_on_at_its_latest_pace(tokens):
+    """Reading the models is no part of the pace; where it may stop early, a little more is always expected."""
+    told = Told()
+    tracker = Tracker(without_parts(EvaluationRequest(tokens), told), done=None)
+    assert tracker.estimate.left is None  # nothing has shown how long an evaluation takes
+    reports = ((8, 100.0), (16, 108.0), (24, 116.0), (128, 220.0))  # 92 s of reading, then 1 s each
+    for done, seconds in reports:
+        tracker.evaluated(done, 128, seconds)
+    left = [told_left for _, _, told_left in told.phases]
+    wanted = [120 * 12.5, 112, 104, 0] if tokens else [(STOPS_AT - 8) * 12.5, 4, 6, 0]
+    assert left == pytest.approx(wanted, abs=0.1)
+
+
+def without_parts(request, progress):
+    """A run that is finished but for its evaluation."""
+    return SimpleNamespace(
+        clock=Clock(),
+        plan=SimpleNamespace(n_blocks=0),
+        parts=[{}],
+        plans=lambda part: [],
+        request=request,
+        progress=progress,
+    )
+
+
+def test_what_is_finished_is_not_expected_again():
+    assert Tracker(without_parts(None, Told()), done=None).estimate.left == 0
+
+
+def test_no_time_is_told_while_a_phase_is_unknown():
+    estimate = Estimate([1.0, 1.0])
+    estimate.expect("evaluate", None)
+    estimate.block(0, 2.0)
+    assert estimate.left is None
+    estimate.expect("evaluate", 5.0)
+    assert estimate.left == 7.0
