@@ -21,6 +21,7 @@ _CHUNK = 1 << 17  # elements per pass, so that the temporaries stay in the secon
 _WORTH_GATHERING = 0.6  # share of the groups up to which copying them out costs less than trying all
 _POWER = 2.5  # of `mse`
 _SMALL = 1e-30  # sums between this and its inverse are far from where fp32 ends
+_ALIGNED = 64  # groups: torch's vectors take a multiple of this without a rest
 _SURE = 0.99  # a lower bound of an error is taken this much lower, for rounding
 
 
@@ -120,19 +121,41 @@ def _search_natively(
     scale, zero = scale_and_zero(lo * shrinks, hi * shrinks, grid, dtype)  # (candidates, groups)
     hopeful = _hopeful(w, scale, zero, grid, column)
     hopeful[1:] &= (lo != 0) | (hi != 0)  # the first range of an empty group is as good as the others
-    several = hopeful.sum(0) > 1
-    best = hopeful.int().argmax(0)
-    if several.any():
-        step = torch.stack([_step(s, column) for s in scale])  # whole rows: `pow` rounds tails otherwise
-        error = torch.full_like(scale, torch.inf)
-        for pairs in torch.split((hopeful & several).nonzero(), max(1, _CHUNK // w.shape[1])):
-            c, g = pairs.unbind(1)
-            columns = None if column is None else column[g % len(column)]
-            error[c, g] = _in_steps(w[g], scale[c, g], zero[c, g], grid, columns) * step[c, g]
-        # As in `_search`: the first of equals wins, no range is better than one with a NaN, and a NaN is never better.
-        error[0] = torch.where(error[0].isnan(), -torch.inf, error[0])
-        best = torch.where(several, error.nan_to_num_(torch.inf, torch.inf, -torch.inf).argmin(0), best)
+    places = torch.arange(len(shrinks), dtype=w.dtype)
+    count, place = torch.stack([torch.ones_like(places), places]) @ hopeful.to(
+        w.dtype
+    )  # exact: small integers
+    best = place.long()  # where only one range is hopeful
+    several = (count > 1).nonzero().squeeze(1)
+    if len(several):
+        best[several] = _decide(w, scale, zero, hopeful, several, grid, column)
     return scale.gather(0, best[None])[0], zero.gather(0, best[None])[0]
+
+
+def _decide(
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    hopeful: torch.Tensor,
+    several: torch.Tensor,
+    grid: Grid,
+    column: torch.Tensor | None,
+) -> torch.Tensor:
+    """Which of their hopeful ranges the groups `several` take: the one that `_search` would, by the same arithmetic."""
+    if len(w) % _ALIGNED:  # `pow` of `_search` rounds the last few groups otherwise than the rest
+        step = torch.stack([_step(s, column) for s in scale])[:, several]
+    else:
+        full = torch.cat([several, several.new_zeros(-len(several) % _ALIGNED)])
+        step = torch.stack([_step(s, column) for s in scale[:, full]])[:, : len(several)]
+    error = torch.full_like(step, torch.inf)
+    for pairs in torch.split(hopeful[:, several].nonzero(), max(1, _CHUNK // w.shape[1])):
+        c, place = pairs.unbind(1)
+        g = several[place]
+        columns = None if column is None else column[g % len(column)]
+        error[c, place] = _in_steps(w[g], scale[c, g], zero[c, g], grid, columns) * step[c, place]
+    # As in `_search`: the first of equals wins, no range is better than one with a NaN, and a NaN is never better.
+    error[0] = torch.where(error[0].isnan(), -torch.inf, error[0])
+    return error.nan_to_num_(torch.inf, torch.inf, -torch.inf).argmin(0)
 
 
 def _hopeful(
