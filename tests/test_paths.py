@@ -1,13 +1,15 @@
+import contextlib
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 import quantkit
 from quantkit import assets
-from quantkit.errors import DataError, ModelError, OutputError, RecipeError
+from quantkit.errors import DataError, ModelError, OutputError, RecipeError, UserError
 from quantkit.models.headers import resolve_model
-from quantkit.paths import user_path
+from quantkit.paths import user_path, weights_path
 from quantkit.recipe import load_recipe
 
 IMPOSSIBLE = {
@@ -66,3 +68,54 @@ def test_weights_are_not_kept_under_a_name_that_is_no_utf8(tmp_path, monkeypatch
         with pytest.raises(OutputError, match=r"is not UTF-8, .*; choose another --output"):
             quantkit.quantize(recipe, output=output, evaluate=False)
     assert [p.name for p in tmp_path.iterdir()] == [f"{name}.yaml"]
+
+
+PIECES = (
+    "a",
+    "..",
+    ".",
+    "~",
+    "~root",
+    "~no\nuser",
+    "/",
+    "//",
+    "\0",
+    "\ud800",
+    "\udcff",
+    " ",
+    "\n",
+    "x" * 300,
+    "*",
+)
+PIECES += (
+    "\x1b[31m",
+    "[/i]",
+    "%s",
+    "{}",
+    "con",
+    "ü",
+    "/dev/null",
+    "/proc/self/fd/0",
+    "hf:",
+    ":",
+    "@",
+    "é" * 200,
+)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_path_is_one_or_an_error_of_ours(seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("quantkit.models.headers._download", lambda name: tmp_path)
+    draw = random.Random(seed)
+    for _ in range(150):
+        text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 6)))
+        for opened in (
+            lambda text: user_path(text, DataError),
+            lambda text: weights_path(text, ModelError),
+            lambda text: load_recipe(text),
+            lambda text: resolve_model(text, tmp_path),
+        ):
+            with contextlib.suppress(UserError):
+                opened(text)
+    assert list(tmp_path.iterdir()) == []

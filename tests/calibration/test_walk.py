@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.algorithms.catalog import algorithm
-from quantkit.calibration.calls import record, spelled
 from quantkit.calibration.forward import embed, finish
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import Wanted, walk
@@ -108,19 +107,6 @@ def test_a_walk_goes_on_from_kept_streams(tmp_path, monkeypatch, name):
         assert found.keys() == kept[-1].keys()
         assert all(torch.equal(found[n], kept[-1][n]) for n in found)
     assert any("shared" in n for n in kept[-1]) == (name == "gemma4-shared")
-
-
-@pytest.mark.parametrize(("name", "varies"), [("llama-gqa", []), ("gemma2", []), ("gemma4", ["argument 1"])])
-def test_arguments_that_depend_on_the_tokens_are_found(name, varies):
-    model = tiny_models.build(name)
-    calls, hidden = record(model, tiny_models.blocks(model), ids(), 2, torch.device("cpu"), hidden=True)
-    assert hidden.shape == (5, 24, 64)
-    for number, block in enumerate(calls):
-        assert [spelled(place) for place in block.varying] == varies
-        for start in (0, 2, 4) if varies else ():
-            chunk = slice(start, min(start + 2, 5))
-            wanted = tiny_models.captured_calls(model, ids()[chunk])[number]
-            assert torch.equal(block.at(chunk, chunk.stop - start).args[0], wanted[1][0])
 
 
 def test_hidden_states_of_another_shape_are_refused():
