@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/example"))
     arguments = parser.parse_args()
     result = quantkit.quantize(RECIPE, model=arguments.model, output=arguments.output, eval_tokens=2048)
-    size, measured = result.report["size"], result.report["evaluation"]
-    print(f"size: {size['original_bytes'] / 1e6:.2f} MB -> {size['quantized_bytes'] / 1e6:.2f} MB")
+    size, measured = result.report.size, result.report.evaluation
+    print(f"size: {size.original_bytes / 1e6:.2f} MB -> {size.quantized_bytes / 1e6:.2f} MB")
     if measured:
-        before, after = measured["original"]["perplexity"], measured["quantized"]["perplexity"]
-        print(f"perplexity: {before:.2f} -> {after:.2f}, KL {measured['kl_mean']:.4f}")
+        before, after = measured.original.perplexity, measured.quantized.perplexity
+        print(f"perplexity: {before:.2f} -> {after:.2f}, KL {measured.kl_mean:.4f}")
     print(f"files: {result.output}")
 
 

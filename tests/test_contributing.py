@@ -30,8 +30,8 @@ recipe = {
     "calibration": {"samples": 4, "sequence_length": 32},
 }
 result = quantkit.quantize(recipe, model, output, evaluate=False, device="cpu")
-assert {layer["algorithm"] for layer in result.manifest["layers"]} == {"cropped"}
-assert result.manifest["scaling"] and all(s["output_change"] < 1e-3 for s in result.manifest["scaling"])
+assert {layer.algorithm for layer in result.manifest.layers} == {"cropped"}
+assert result.manifest.scaling and all(s["output_change"] < 1e-3 for s in result.manifest.scaling)
 ids = torch.arange(8)[None]
 with torch.no_grad():
     one, other = (quantkit.load(output, device="cpu", backend=b)(ids).logits for b in ("reference", "auto"))

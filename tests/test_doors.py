@@ -28,7 +28,7 @@ DOORS: dict[str, set[str]] = {
     "calibration": {"models", "numerics", "quantkit_eval", "structure"},
     "validation": {"calibration", "models", "plan", "predict", "recipe"},
     "layers": {"formats", "numerics", "quantkit_kernels"},
-    "checkpoint": {"formats", "layers", "models", "numerics"},
+    "checkpoint": {"formats", "layers", "models", "numerics", "quantkit_eval"},
     "runtime": {"layers", "quantkit_eval", "quantkit_kernels"},
 }
 for top in ("pipeline", "bench", "cli"):

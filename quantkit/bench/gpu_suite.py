@@ -118,7 +118,7 @@ def compare(work: Path, deadline: float) -> dict[str, Any]:
             break
         for device in ("cuda", "cpu"):
             report = quantize(recipe, output=work / f"{recipe}-{device}", device=device).report
-            rows.append({"recipe": recipe, "device": device} | report)
+            rows.append({"recipe": recipe, "device": device} | report.to_json())
     return {"ok": len(rows) == 2 * len(RECIPES) and agree(rows), "rows": rows}
 
 

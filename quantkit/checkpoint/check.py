@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
+from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
 from quantkit.models import families
@@ -55,7 +55,7 @@ def check_files(path: Path, verify: bool = False) -> Checked:
                 f"{path} has no {MANIFEST}, so there are no digests to verify; load it without verify"
             )
         return Checked(False, False, 0)
-    files = read_manifest(path, ModelError, REMOVE)["files"]
+    files = read_manifest(path, ModelError, REMOVE).files
     present = {each.name for each in path.iterdir() if each.suffix == ".safetensors"}
     if stray := present - files.keys():
         raise ModelError(
@@ -65,12 +65,12 @@ def check_files(path: Path, verify: bool = False) -> Checked:
     changed = []
     for name, entry in files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size == entry["bytes"]:
+        if size == entry.bytes:
             continue
         if size is None and not _is_weights(name):
             changed.append(name)
         elif _is_weights(name):
-            found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+            found = "is missing" if size is None else f"has {size} bytes instead of {entry.bytes}"
             raise ModelError(f"{path}: {name} {found}; {REMOVE}")
         else:
             changed.append(name)
@@ -79,12 +79,12 @@ def check_files(path: Path, verify: bool = False) -> Checked:
     return Checked(True, verify, 0, tuple(changed))
 
 
-def check_digests(path: Path, files: Mapping[str, dict[str, Any]]) -> None:
+def check_digests(path: Path, files: Mapping[str, FileRecord]) -> None:
     """ModelError unless every listed file has its sha256; names the damaged tensors of a weight file."""
     for name, entry in files.items():
         if not (path / name).is_file():
             raise ModelError(f"{path}: {name} is missing; {REMOVE}")
-        if digest_file(path / name) != entry["sha256"]:
+        if digest_file(path / name) != entry.sha256:
             raise ModelError(
                 f"{path}: {name} is damaged or was changed{damage(path / name, entry)}; {REMOVE}"
             )
@@ -111,17 +111,16 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(file: Path, entry: Mapping[str, Any]) -> str:
+def damage(file: Path, entry: FileRecord) -> str:
     """Which tensors of a weight file changed, in words; empty if that cannot be told."""
-    sums = entry.get("tensors")
-    if not isinstance(sums, Mapping):
+    if entry.tensors is None:
         return ""
     try:
         infos = read_tensors(file.parent)[1].values()
     except ModelError:
         return " (its header)"
     found = {info.name: info for info in infos if info.file.name == file.name}
-    bad = [name for name, crc in sums.items() if name not in found or crc32(found[name]) != crc]
+    bad = [name for name, crc in entry.tensors.items() if name not in found or crc32(found[name]) != crc]
     return f" in {named(bad)}" if bad else " (its header)"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quantkit.checkpoint.records import FileRecord
 from quantkit.checkpoint.shards import write_atomically
 from quantkit.errors import ModelError
 
@@ -131,9 +132,9 @@ def _leave_duplicates(found: Companions) -> None:
             del found.files[name]
 
 
-def copy_companions(companions: Companions, output: Path) -> dict[str, dict[str, object]]:
-    """Copy them into `output`; returns {name: {sha256, bytes}}."""
-    copied: dict[str, dict[str, object]] = {}
+def copy_companions(companions: Companions, output: Path) -> dict[str, FileRecord]:
+    """Copy them into `output`; returns their records by name."""
+    copied: dict[str, FileRecord] = {}
     for name, each in companions.files.items():
         target = output / name
         if target.parent != output:
@@ -143,7 +144,7 @@ def copy_companions(companions: Companions, output: Path) -> dict[str, dict[str,
                     f"{target.parent} is reached through a symbolic link; choose another --output"
                 )
         digest = write_atomically(target, _pieces(each), each.mode)
-        copied[name] = {"sha256": digest, "bytes": target.stat().st_size}
+        copied[name] = FileRecord(digest, target.stat().st_size)
     return copied
 
 

@@ -87,7 +87,7 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
 
 def _packed_layers(
-    codec: Codec, config: dict[str, Any], tensors: dict[str, TensorInfo], errors: dict[str, float]
+    codec: Codec, config: dict[str, Any], tensors: dict[str, TensorInfo], errors: dict[str, float | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
     """(a row for every linear that is packed, their schemes, the names of their tensors)."""
     scheme_of = codec.parse(config)
@@ -168,12 +168,12 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo], parts:
     }
 
 
-def _stored_errors(path: Path) -> dict[str, float]:
+def _stored_errors(path: Path) -> dict[str, float | None]:
     """Layer -> relative squared weight error, from quantkit.json if quantkit wrote this checkpoint."""
     if not (path / MANIFEST).is_file():
         return {}
-    layers = read_manifest(path, ModelError, REMOVE)["layers"]
-    return {layer["name"]: layer.get("weight_error") for layer in layers if "name" in layer}
+    layers = read_manifest(path, ModelError, REMOVE).layers
+    return {layer.name: layer.weight_error for layer in layers}
 
 
 def _read(info: TensorInfo) -> torch.Tensor:

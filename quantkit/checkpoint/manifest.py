@@ -12,6 +12,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quantkit.checkpoint.records import Manifest, RunFacts, parse, plain
 from quantkit.checkpoint.shards import write_json
 from quantkit.errors import QuantkitError, VerificationError
 from quantkit.models.json_reader import read_json
@@ -22,15 +23,6 @@ SCHEMA = "quantkit/2"
 OLDER = "quantkit/1"  # without a checksum
 AGAIN = "quantize again with --no-resume"
 SEAL = "sha256"
-_TYPES: dict[str, type] = {
-    "identity": dict,
-    "files": dict,
-    "tensors": dict,
-    "size": dict,
-    "layers": list,
-    "scaling": list,
-    "notes": list,
-}
 
 
 def seal(value: dict[str, Any]) -> str:
@@ -58,27 +50,41 @@ def read_sealed(
     return value
 
 
-def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(output: Path, manifest: Manifest) -> None:
     """Write `quantkit.json`, which makes the folder a finished checkpoint."""
-    write_sealed(output / MANIFEST, manifest)
+    write_sealed(output / MANIFEST, manifest.to_json())
 
 
 def read_manifest(
     output: Path, error: type[QuantkitError] = VerificationError, advice: str = AGAIN
-) -> dict[str, Any]:
+) -> Manifest:
     """`quantkit.json` of a finished checkpoint; `error` if it is damaged or not what quantkit writes."""
     file = output / MANIFEST
-    manifest = read_sealed(file, error, advice)
-    if manifest.get("schema") not in (SCHEMA, OLDER):
-        raise error(f"{file} has the schema {manifest.get('schema')!r}, not {SCHEMA!r}; {advice}")
-    wrong = [key for key, kind in _TYPES.items() if not isinstance(manifest.get(key), kind)]
-    if wrong:
-        raise error(f"{file} lacks {', '.join(wrong)}, or has them in another type; {advice}")
-    bad = [name for name, entry in manifest["files"].items() if not inside(name) or not _is_entry(entry)]
-    bad += [name for name, entry in manifest["tensors"].items() if not isinstance(entry, dict)]
-    if bad or not all(isinstance(layer, dict) for layer in manifest["layers"]):
-        raise error(f"{file} has no proper entry for {', '.join(bad[:4]) or 'a layer'}; {advice}")
+    value = read_sealed(file, error, advice)
+    if value.get("schema") not in (SCHEMA, OLDER):
+        raise error(f"{file} has the schema {value.get('schema')!r}, not {SCHEMA!r}; {advice}")
+    try:
+        manifest = Manifest.from_json(value)
+    except ValueError as wrong:
+        raise error(f"{file} has no proper entry for {wrong}; {advice}") from None
+    bad = [name for name, entry in manifest.files.items() if not inside(name) or entry.bytes < 0]
+    if bad:
+        raise error(f"{file} has no proper entry for {', '.join(bad[:4])}; {advice}")
     return manifest
+
+
+def write_facts(output: Path, facts: RunFacts) -> None:
+    """Write `quantkit.run.json`."""
+    write_sealed(output / RUN, plain(facts))
+
+
+def read_facts(output: Path) -> RunFacts:
+    """`quantkit.run.json` of a folder; VerificationError if it is damaged or not what quantkit writes."""
+    file = output / RUN
+    try:
+        return parse(RunFacts, read_sealed(file))
+    except ValueError as wrong:
+        raise VerificationError(f"{file} has no proper entry for {wrong}; {AGAIN}") from None
 
 
 def inside(name: object) -> bool:
@@ -95,17 +101,7 @@ def recorded(output: Path) -> set[str]:
         return set()
     ours = {MANIFEST, RUN}
     with contextlib.suppress(VerificationError):
-        return {*ours, *read_manifest(output)["files"]}
+        return {*ours, *read_manifest(output).files}
     with contextlib.suppress(VerificationError):
-        files = read_sealed(output / RUN).get("files")
-        ours |= {name for name in files if inside(name)} if isinstance(files, dict) else set()
+        ours |= {name for name in read_facts(output).files if inside(name)}
     return ours
-
-
-def _is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("bytes")) is int
-        and entry["bytes"] >= 0
-        and isinstance(entry.get("sha256"), str)
-    )

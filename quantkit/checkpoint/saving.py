@@ -8,6 +8,7 @@ the names, sizes and digests of the new files.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 
 from quantkit.checkpoint.check import crc32, digest_file
 from quantkit.checkpoint.manifest import read_manifest, write_manifest
+from quantkit.checkpoint.records import FileRecord
 from quantkit.checkpoint.shards import write_json
 from quantkit.errors import VerificationError
 from quantkit.models.tensors import INDEX, read_tensors
@@ -69,14 +71,15 @@ def _keep_record(source: Path, folder: Path) -> None:
         manifest = read_manifest(source)
     except VerificationError:
         return
-    recorded = {n: crc for entry in manifest["files"].values() for n, crc in entry.get("tensors", {}).items()}
+    recorded = {n: crc for entry in manifest.files.values() for n, crc in (entry.tensors or {}).items()}
     paths, tensors = read_tensors(folder)
     sums = {name: crc32(info) for name, info in tensors.items()}
     if not recorded or sums != recorded:
         return
     written = [*paths, folder / "config.json"]
     written += [path for name in (INDEX, "generation_config.json") if (path := folder / name).is_file()]
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest_file(p)} for p in written}
+    files = {p.name: FileRecord(digest_file(p), p.stat().st_size) for p in written}
     for path in paths:
-        files[path.name]["tensors"] = {n: sums[n] for n, info in tensors.items() if info.file == path}
-    write_manifest(folder, manifest | {"files": files})
+        held = {n: sums[n] for n, info in tensors.items() if info.file == path}
+        files[path.name] = replace(files[path.name], tensors=held)
+    write_manifest(folder, replace(manifest, files=files))

@@ -8,14 +8,15 @@ digests, names, shapes and the account of every tensor.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from quantkit.checkpoint.check import damage, digest_file
 from quantkit.checkpoint.manifest import AGAIN
+from quantkit.checkpoint.records import FileRecord, TensorRecord
 from quantkit.device import find_device
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import Codec
@@ -79,17 +80,14 @@ def _verify_forward(
 
 
 def verify_checkpoint(
-    output: Path, files: dict[str, dict[str, Any]], account: dict[str, dict[str, Any]]
+    output: Path, files: Mapping[str, FileRecord], account: Mapping[str, TensorRecord]
 ) -> None:
-    """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say.
-
-    files: {name: {sha256, bytes}}. account: {source tensor: {became: [names] | copied | dropped: reason}}.
-    """
+    """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say."""
     for name, entry in files.items():
         path = output / name
         if not path.is_file():
             raise VerificationError(f"{output}: {name} is missing; {AGAIN}")
-        if path.stat().st_size != entry["bytes"] or digest_file(path) != entry["sha256"]:
+        if path.stat().st_size != entry.bytes or digest_file(path) != entry.sha256:
             where = damage(path, entry)
             raise VerificationError(f"{output}: {name} is not the file that was written{where}; {AGAIN}")
     stray = {each.name for each in output.glob("*.safetensors")} - files.keys()
@@ -108,7 +106,7 @@ def verify_checkpoint(
     if held != weight_map:
         wrong = sorted(held.items() ^ weight_map.items())[:4]
         raise VerificationError(f"{output}: the index and the shards disagree: {wrong}")
-    promised = {name for entry in account.values() for name in entry.get("became", ())}
+    promised = {name for entry in account.values() for name in entry.became or ()}
     if promised != held.keys():
         raise VerificationError(
             f"{output}: tensors without an account: {sorted(promised ^ held.keys())[:4]} of {len(held)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from quantkit_eval.report import Report
 from rich.table import Table
 
 from quantkit import assets
@@ -74,8 +75,8 @@ def command(
         stride=stride,
         max_tokens=max_tokens,
         baseline_cache=_cache(baseline) if baseline else None,
-    ).to_json()
-    deliver(json_file, report, lambda: print_evaluation(report, make_console()))
+    )
+    deliver(json_file, report.to_json(), lambda: print_evaluation(report, make_console()))
 
 
 def _cache(baseline: str) -> Any:
@@ -90,10 +91,10 @@ def _cache(baseline: str) -> Any:
         return None
 
 
-def print_evaluation(report: dict[str, Any], console: Screen) -> None:
-    """The table of a `quantkit-eval/1` report; without a baseline it has one column of numbers."""
+def print_evaluation(report: Report, console: Screen) -> None:
+    """The table of an evaluation; without a baseline it has one column of numbers."""
     names = ("baseline", "model")
-    shown = names if report["original"] else names[1:]
+    shown = names if report.original else names[1:]
     table = Table("", *shown)
     for column in table.columns[1:]:
         column.justify = "right"

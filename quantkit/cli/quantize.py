@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -11,6 +11,10 @@ from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.opening import threads_option
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.cli.progress import make_progress
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint.records import Size
+    from quantkit.pipeline.report import RunReport
 
 
 @click.command("quantize")
@@ -64,50 +68,50 @@ def command(
         )
     finally:
         progress.finish()
-    deliver(json_file, result.report, lambda: print_report(result.report, make_console()))
+    deliver(json_file, result.report.to_json(), lambda: print_report(result.report, make_console()))
     if result.failed:
         click.get_current_context().exit(1)
 
 
-def print_report(report: dict[str, Any], console: Screen) -> None:
-    """The table of a `quantkit-run/1` report, then its notes and where the files are."""
+def print_report(report: RunReport, console: Screen) -> None:
+    """The table of a run, then its notes and where the files are."""
     table = Table("", "original", "quantized", title=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    evaluation = report["evaluation"]
+    evaluation = report.evaluation
     rows = evaluation_rows(evaluation) if evaluation else [("perplexity", "not evaluated", "not evaluated")]
-    for row in (*_size_rows(report["size"]), *rows):
+    for row in (*_size_rows(report.size), *rows):
         table.add_row(*row)
     console.print(table)
     if evaluation:
         console.print(evaluation_footer(evaluation))
     console.print(_cost(report))
-    for note in report.get("notes", ()):
+    for note in report.notes:
         console.print(f"note: {note}")
-    console.print(f"files: {report['output']}", soft_wrap=True)
+    console.print(f"files: {report.output}", soft_wrap=True)
 
 
-def _size_rows(sizes: dict[str, Any]) -> list[tuple[str, str, str]]:
-    before, after = sizes["original_bytes"], sizes["quantized_bytes"]
-    linear, whole = sizes.get("original_linear_bits_per_weight"), sizes["model_bits_per_weight"]
+def _size_rows(sizes: Size) -> list[tuple[str, str, str]]:
+    before, after = sizes.original_bytes, sizes.quantized_bytes
+    linear, whole = sizes.original_linear_bits_per_weight, sizes.model_bits_per_weight
     return [
         ("size", size(before), f"{size(after)} ({after / before:.1%})"),
         (
             "bits per weight, quantized linears",
             f"{linear:.2f}" if linear else "",
-            f"{sizes['linear_bits_per_weight']:.3f}",
+            f"{sizes.linear_bits_per_weight:.3f}",
         ),
         ("bits per weight, whole model", f"{whole * before / after:.2f}", f"{whole:.3f}"),
     ]
 
 
-def _cost(report: dict[str, Any]) -> str:
+def _cost(report: RunReport) -> str:
     """Time and memory of the run that made the files; a copied folder may have lost them."""
-    seconds = report["seconds"]
+    seconds = report.seconds
     if "total" not in seconds:
         return "time and memory of the run are not recorded here"
     names = {"calibrate_quantize": "calibrate and quantize", "verify": "verify", "evaluate": "evaluate"}
     steps = ", ".join(f"{text} {seconds[key]:.1f} s" for key, text in names.items() if key in seconds)
-    resumed = f"; {report['resumed_blocks']} blocks were already done" if report["resumed_blocks"] else ""
-    memory = f"; peak memory: {size(report['peak_rss_bytes'])}"
+    resumed = f"; {report.resumed_blocks} blocks were already done" if report.resumed_blocks else ""
+    memory = "" if report.peak_rss_bytes is None else f"; peak memory: {size(report.peak_rss_bytes)}"
     return f"time: {seconds['total']:.1f} s ({steps}){resumed}{memory}"

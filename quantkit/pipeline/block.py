@@ -12,6 +12,7 @@ from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.registry import Outcome
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.memory import give_back
+from quantkit.checkpoint.records import LayerRecord
 from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
@@ -25,12 +26,12 @@ class BlockResult:
     """What one block became. Keys are full module or parameter names.
 
     weights: the quantized linears. changed: other parameters a transform has changed, in their stored dtype.
-    layers: one report per quantized linear. scaling: one per scaling group a transform has looked at.
+    layers: one record per quantized linear. scaling: one per scaling group a transform has looked at.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[LayerRecord] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
@@ -39,17 +40,16 @@ class BlockResult:
         fallbacks = outcome.fallbacks + sound.notes
         self.weights[plan.name] = outcome.weight
         self.layers.append(
-            {
-                "name": plan.name,
-                "scheme": str(plan.scheme),
-                "algorithm": plan.algorithm.name,
-                "weight_error": sound.weight_error,
-                "relative_error": sound.objective,
-                "worst_row_error": sound.worst_row,
-            }
-            | outcome.details
-            | {name: int(count.sum()) for name, count in outcome.counts.items()}
-            | ({"fallbacks": fallbacks} if fallbacks else {})
+            LayerRecord(
+                name=plan.name,
+                scheme=str(plan.scheme),
+                algorithm=plan.algorithm.name,
+                weight_error=sound.weight_error,
+                relative_error=sound.objective,
+                worst_row_error=sound.worst_row,
+                details=outcome.details | {name: int(count.sum()) for name, count in outcome.counts.items()},
+                fallbacks=fallbacks or None,
+            )
         )
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import quantkit_eval
 import torch
@@ -72,16 +71,16 @@ class EvaluationRequest:
     def sources(self) -> list[str]:
         return list(self.text) or [str(assets.evaluation_text())]
 
-    def answered_by(self, evaluation: dict[str, Any] | None) -> bool:
+    def answered_by(self, evaluation: quantkit_eval.Report | None) -> bool:
         """Whether a stored report is what this request would give; the default request takes any report."""
         if evaluation is None:
             return False
         if not self.explicit:
             return True
-        whole = self.tokens is None or not evaluation.get("stopped_early")
-        if not whole or evaluation.get("max_tokens") != (self.tokens or TOKENS):
+        whole = self.tokens is None or not evaluation.stopped_early
+        if not whole or evaluation.max_tokens != (self.tokens or TOKENS):
             return False
-        return evaluation.get("text_sha256") == Text(self.sources).sha256()
+        return bool(evaluation.text_sha256 == Text(self.sources).sha256())
 
 
 def evaluate_pair(
@@ -94,8 +93,8 @@ def evaluate_pair(
     digest: str,
     message: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """(report of schema "quantkit-eval/1", notes); no report, and a note why, if the original does not fit in memory.
+) -> tuple[quantkit_eval.Report | None, list[str]]:
+    """(report, notes); no report, and a note why, if the original does not fit in memory.
 
     The context is the calibration length, but at most CONTEXT and what the model was made for. digest: of the
     original's files; what the original computes is kept under it for later runs. message: prints a line.
@@ -126,7 +125,7 @@ def evaluate_pair(
             f"the original was evaluated before: {cache.found} of {cache.found + cache.missed} batches came from "
             f"{cache.folder}"
         )
-    return report.to_json(), []
+    return report, []
 
 
 def _available() -> float:

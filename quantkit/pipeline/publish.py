@@ -17,27 +17,39 @@ import transformers
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import Companions, copy_companions, find_companions
 from quantkit.checkpoint.loaders import loaders
-from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, read_sealed, write_manifest, write_sealed
+from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
+from quantkit.checkpoint.records import (
+    Calibration,
+    Code,
+    FileRecord,
+    LayerRecord,
+    Manifest,
+    Origin,
+    RunFacts,
+    Size,
+    TensorRecord,
+)
 from quantkit.checkpoint.shards import shard_name, write_json
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.tensors import INDEX
+from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
 from quantkit.structure.trace import is_linear
 
 
-def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> dict[str, Any]:
+def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> Manifest:
     """Finish the checkpoint in `run.output`, whose shards are journalled in `entries`; returns the manifest.
 
     The manifest is written last: a folder that holds it is finished. It has no evaluation yet (`evaluate_published`).
     """
     output, clock = run.output, run.clock
     shards = {e["written"]["file"]: e["written"] for e in entries}
-    account = {n: a for e in entries for n, a in e["account"].items()}
+    account = {n: TensorRecord(**a) for e in entries for n, a in e["account"].items()}
     dropped = run.source.dropped
-    account |= {n: {"how": "dropped", "reason": reason} for n, reason in dropped.items()}
+    account |= {n: TensorRecord("dropped", reason=reason) for n, reason in dropped.items()}
     lost = run.source.headers.tensors.keys() - account.keys()
     if lost:
         raise VerificationError(f"source tensors without an account: {sorted(lost)[:8]}")
@@ -47,22 +59,23 @@ def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> dict[st
     files = {n: _listed(w) for n, w in shards.items()} | side
     with clock("verify"):
         verify_checkpoint(output, files, account)
-    manifest = {
-        "schema": SCHEMA,
-        "identity": run.identity,
-        "recipe": run.recipe.published(),
-        "model": {"name": run.source.headers.name, "type": run.source.headers.model_type},
-        "code": {"quantkit": run.identity["code"], "source": _source_digest()},
-        "size": _size(run, entries, shards),
-        "layers": [layer for e in entries for layer in e["layers"]],
-        "scaling": [s for e in entries for s in e["scaling"]],
-        "calibration": {"notes": run.windows.notes, "sources": run.windows.sources} if run.windows else None,
-        "tensors": account,
-        "files": files,
-        "left_out": companions.left,
-        "evaluation": None,
-        "notes": _notes(run, entries),
-    }
+    layers = [LayerRecord.from_json(layer) for e in entries for layer in e["layers"]]
+    scaling = [s for e in entries for s in e["scaling"]]
+    manifest = Manifest(
+        schema=SCHEMA,
+        identity=run.identity,
+        recipe=run.recipe.published(),
+        model=Origin(run.source.headers.name, run.source.headers.model_type),
+        code=Code(run.identity["code"], _source_digest()),
+        size=_size(run, account, shards),
+        layers=layers,
+        scaling=scaling,
+        calibration=Calibration(run.windows.notes, run.windows.sources) if run.windows else None,
+        tensors=account,
+        files=files,
+        left_out=companions.left,
+        notes=_notes(run, layers, scaling),
+    )
     write_run_facts(run, manifest, resumed)
     write_manifest(output, manifest)
     return manifest
@@ -76,14 +89,12 @@ def files_of(run: Run) -> list[str]:
     return [*shards, *companions, INDEX, "config.json", RUN, MANIFEST]
 
 
-def _listed(written: dict[str, Any]) -> dict[str, Any]:
+def _listed(written: dict[str, Any]) -> FileRecord:
     """A shard's entry in the manifest's `files`."""
-    return {"sha256": written["sha256"], "bytes": written["nbytes"], "tensors": written["crc32"]}
+    return FileRecord(written["sha256"], written["nbytes"], written["crc32"])
 
 
-def _side_files(
-    run: Run, shards: dict[str, dict[str, Any]], companions: Companions
-) -> dict[str, dict[str, Any]]:
+def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Companions) -> dict[str, FileRecord]:
     """Companions, index, and last the config that makes the folder loadable."""
     output, source = run.output, run.source
     copied = copy_companions(companions, output)
@@ -98,45 +109,29 @@ def _side_files(
     )
     write_json(output / "config.json", config)
     written = (INDEX, "config.json")
-    return copied | {
-        n: {"sha256": digest_file(output / n), "bytes": (output / n).stat().st_size} for n in written
-    }
+    return copied | {n: FileRecord(digest_file(output / n), (output / n).stat().st_size) for n in written}
 
 
-def _size(run: Run, entries: list[dict[str, Any]], shards: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str, Any]]) -> Size:
     """Bytes of all tensors before and after, and bits per weight counted from the stored bytes."""
     tensors = {n: b for w in shards.values() for n, b in w["tensors"].items()}
     weights = sum(layer.shape[0] * layer.shape[1] for layer in run.plan.layers)
-    parts = {
-        t for e in entries for a in e["account"].values() if a["how"] == "quantized" for t in a["became"]
-    }
-    packed = sum(tensors[t] for t in parts)
+    planned = {name: each for name, each in account.items() if each.how == "quantized"}
+    packed = sum(tensors[part] for each in planned.values() for part in each.became or ())
     original = {i.name: i for i in run.source.headers.tensors.values()}
     parameters = sum(math.prod(i.shape) for n, i in original.items() if n not in run.source.dropped)
-    planned = {n for e in entries for n, a in e["account"].items() if a["how"] == "quantized"}
-    return {
-        "original_linear_bits_per_weight": 8 * sum(original[n].nbytes for n in planned) / max(1, weights),
-        "original_bytes": sum(i.nbytes for i in original.values()),
-        "quantized_bytes": sum(tensors.values()),
-        "linear_bits_per_weight": 8 * packed / max(1, weights),
-        "model_bits_per_weight": 8 * sum(tensors.values()) / max(1, parameters),
-    }
-
-
-def _notes(run: Run, entries: list[dict[str, Any]]) -> list[str]:
-    notes = [
-        f"{layer['name']}: {text}"
-        for e in entries
-        for layer in e["layers"]
-        for text in layer.get("fallbacks", [])
-    ]
-    left_out = Counter(
-        (s["transform"], name)
-        for e in entries
-        for s in e["scaling"]
-        if "left_out" in s
-        for name in s["consumers"]
+    return Size(
+        original_linear_bits_per_weight=8 * sum(original[n].nbytes for n in planned) / max(1, weights),
+        original_bytes=sum(i.nbytes for i in original.values()),
+        quantized_bytes=sum(tensors.values()),
+        linear_bits_per_weight=8 * packed / max(1, weights),
+        model_bits_per_weight=8 * sum(tensors.values()) / max(1, parameters),
     )
+
+
+def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -> list[str]:
+    notes = [f"{layer.name}: {text}" for layer in layers for text in layer.fallbacks or ()]
+    left_out = Counter((s["transform"], name) for s in scaling if "left_out" in s for name in s["consumers"])
     notes += [
         f"{transform} left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"
         for (transform, name), count in left_out.items()
@@ -147,25 +142,24 @@ def _notes(run: Run, entries: list[dict[str, Any]]) -> list[str]:
     return notes + (list(run.windows.notes) if run.windows else [])
 
 
-def write_run_facts(run: Run, manifest: dict[str, Any], resumed: int) -> None:
-    """Write `quantkit.run.json`, which also names the files of the checkpoint, should its manifest be damaged."""
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    write_sealed(run.output / RUN, _run_facts(run, resumed) | {"files": files})
+def write_run_facts(run: Run, manifest: Manifest, resumed: int) -> None:
+    """Write `quantkit.run.json`, the only file that may differ between two runs of the same inputs.
 
-
-def _run_facts(run: Run, resumed: int) -> dict[str, Any]:
-    """What this run happened to have; the only file that may differ between two runs."""
-    return {
-        "schema": "quantkit-run/1",
-        "seconds": run.clock.wall | {"total": run.clock.total},
-        "cpu_seconds": run.clock.cpu,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "resumed_blocks": resumed,
-        "threads": torch.get_num_threads(),
-        "host": {"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    It also names the files of the checkpoint, should its manifest be damaged.
+    """
+    facts = RunFacts(
+        schema=RUN_SCHEMA,
+        seconds=run.clock.wall | {"total": run.clock.total},
+        cpu_seconds=run.clock.cpu,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        resumed_blocks=resumed,
+        threads=torch.get_num_threads(),
+        host={"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
+        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        files={name: entry.sha256 for name, entry in manifest.files.items()},
+    )
+    write_facts(run.output, facts)
 
 
 def _source_digest() -> str:
@@ -175,28 +169,3 @@ def _source_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         total.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return total.hexdigest()
-
-
-def _phases(seconds: dict[str, float]) -> dict[str, float]:
-    """The phases of a clock as the report names them; `calibrate_quantize` is all the work on weights."""
-    work = ("calibrate", "transform", "quantize")
-    return {"calibrate_quantize": sum(seconds.get(p, 0.0) for p in work)} | {
-        p: s for p, s in seconds.items() if p not in work
-    }
-
-
-def report_of(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The report of a finished checkpoint, from its manifest and the facts of the run that made it."""
-    facts = output / RUN
-    told = read_sealed(facts) if facts.exists() else {}
-    return {
-        "schema": "quantkit-run/1",
-        "output": str(output),
-        "size": manifest["size"],
-        "evaluation": manifest["evaluation"],
-        "seconds": _phases(told.get("seconds", {})),
-        "cpu_seconds": _phases(told.get("cpu_seconds", {})),
-        "peak_rss_bytes": told.get("peak_rss_bytes"),
-        "notes": manifest["notes"],
-        "resumed_blocks": told.get("resumed_blocks", 0),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from quantkit.calibration.memory import large_blocks_apart
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from quantkit.checkpoint.records import Manifest
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device
 from quantkit.errors import (
@@ -35,7 +36,8 @@ from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
-from quantkit.pipeline.publish import files_of, publish, report_of, write_run_facts
+from quantkit.pipeline.publish import files_of, publish, write_run_facts
+from quantkit.pipeline.report import RunReport
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
@@ -49,13 +51,13 @@ from quantkit.structure.trace import is_linear
 class Result:
     """What a run gave.
 
-    output: the checkpoint folder. report: see docs/checkpoint.md ("quantkit-run/1"). failed: why the closing
-    evaluation failed, if it did; the weights are finished all the same.
+    output: the checkpoint folder. report: what the run measured. manifest: what `quantkit.json` says. failed: why the
+    closing evaluation failed, if it did; the weights are finished all the same.
     """
 
     output: Path
-    report: dict[str, Any]
-    manifest: dict[str, Any]
+    report: RunReport
+    manifest: Manifest
     failed: str | None = None
 
 
@@ -92,8 +94,8 @@ def quantize(
     resumed = tracker = None
     if resume and (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        refuse_other(folder, manifest["identity"], run.identity)
-        verify_checkpoint(folder, manifest["files"], manifest["tensors"])
+        refuse_other(folder, manifest.identity, run.identity)
+        verify_checkpoint(folder, manifest.files, manifest.tensors)
         discard(folder)
         run.progress.message(f"{folder} is finished; its files were verified again")
     else:
@@ -110,16 +112,16 @@ def quantize(
             journal.close()
     notes: list[str] = []
     failed = None
-    if run.request and not run.request.answered_by(manifest["evaluation"]):
+    if run.request and not run.request.answered_by(manifest.evaluation):
         try:
-            notes = _evaluate(run, run.request, manifest, resumed, tracker)
+            manifest, notes = _evaluate(run, run.request, manifest, resumed, tracker)
         except Exception as error:  # whatever it is, the weights are finished
             failed = f"the evaluation failed: {_reason(error)}; the weights in {folder} are finished, and the same "
             failed += "command evaluates them again"
             notes = [failed]
     run.progress.finish()
-    report = report_of(folder, manifest)
-    return Result(folder, report | {"notes": [*report["notes"], *notes]}, manifest, failed)
+    report = RunReport.of(folder, manifest)
+    return Result(folder, replace(report, notes=[*report.notes, *notes]), manifest, failed)
 
 
 def _reason(error: Exception) -> str:
@@ -136,11 +138,11 @@ def _reason(error: Exception) -> str:
 def _evaluate(
     run: Run,
     request: EvaluationRequest,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     resumed: int | None,
     tracker: Tracker | None,
-) -> list[str]:
-    """Measure a published checkpoint and add the result to its manifest; returns why not, if it cannot be.
+) -> tuple[Manifest, list[str]]:
+    """Measure a published checkpoint and add the result to its manifest: (the new one, why not if it cannot be).
 
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
     """
@@ -168,9 +170,9 @@ def _evaluate(
     if evaluation is not None:
         if resumed is not None:
             write_run_facts(run, manifest, resumed)
-        write_manifest(run.output, manifest | {"evaluation": evaluation})
-        manifest["evaluation"] = evaluation
-    return refused
+        manifest = replace(manifest, evaluation=evaluation)
+        write_manifest(run.output, manifest)
+    return manifest, refused
 
 
 def _prepared(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from quantkit.calibration.streams import Streams
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.records import TensorRecord, plain
 from quantkit.checkpoint.shards import Written, shard_name, write_shard
 from quantkit.checkpoint.verify import verify_shard
 from quantkit.errors import ModelError
@@ -74,8 +74,8 @@ class ShardWriter:
             {
                 "part": part,
                 "written": asdict(written),
-                "account": account,
-                "layers": result.layers,
+                "account": plain(account),
+                "layers": plain(result.layers),
                 "scaling": result.scaling,
                 "streams": kept.sha256 if kept else None,
             }
@@ -84,21 +84,21 @@ class ShardWriter:
 
     def _packed(
         self, part: int, result: BlockResult
-    ) -> tuple[dict[str, torch.Tensor | TensorInfo], dict[str, dict[str, Any]]]:
+    ) -> tuple[dict[str, torch.Tensor | TensorInfo], dict[str, TensorRecord]]:
         """(the tensors of a shard, what became of every source tensor in it)."""
         tensors: dict[str, torch.Tensor | TensorInfo] = {}
-        account: dict[str, dict[str, Any]] = {}
+        account: dict[str, TensorRecord] = {}
         sources = self.run.parts[part]
         for name, info in sources.items():
             layer, _, leaf = name.rpartition(".")
             if leaf == "weight" and layer in result.weights:
                 packed = {f"{layer}.{k}": t for k, t in self.codec.pack(result.weights[layer]).items()}
                 tensors |= packed
-                account[info.name] = {"how": "quantized", "became": sorted(packed)}
+                account[info.name] = TensorRecord("quantized", sorted(packed))
             else:
                 tensors[name] = result.changed.get(name, info)
                 how = "rescaled" if name in result.changed else "copied"
-                account[info.name] = {"how": how, "became": [name]}
+                account[info.name] = TensorRecord(how, [name])
         lost = {f"{n}.weight" for n in result.weights} - sources.keys()
         if lost:
             raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")

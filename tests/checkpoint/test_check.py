@@ -1,13 +1,17 @@
 """What is looked at before a checkpoint is used: sizes and values always, digests on request."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from manifests import EMPTY
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.inspect import inspect_checkpoint
-from quantkit.checkpoint.manifest import MANIFEST, SCHEMA, write_manifest
+from quantkit.checkpoint.manifest import MANIFEST, write_manifest
+from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import ModelError
 from quantkit.scheme import Scheme, integer
 
@@ -22,12 +26,10 @@ def record(folder):
     tensors = load_file(folder / SHARD)
     sums = {n: f"{zlib.crc32(t.contiguous().view(torch.uint8).numpy()):08x}" for n, t in tensors.items()}
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)}
-        for name in ("config.json", SHARD)
+        name: FileRecord(digest_file(folder / name), (folder / name).stat().st_size, tensors)
+        for name, tensors in (("config.json", None), (SHARD, sums))
     }
-    files[SHARD]["tensors"] = sums
-    manifest = {"schema": SCHEMA, "identity": {}, "files": files, "tensors": {}, "size": {}}
-    write_manifest(folder, manifest | {"layers": [], "scaling": [], "notes": []})
+    write_manifest(folder, replace(EMPTY, files=files))
 
 
 @pytest.fixture

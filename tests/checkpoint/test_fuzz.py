@@ -3,15 +3,18 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from manifests import FULL
 from wrong_values import damaged
 
 import quantkit
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.inspect import inspect_checkpoint
-from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_sealed
+from quantkit.checkpoint.manifest import MANIFEST, RUN, write_sealed
+from quantkit.checkpoint.records import FileRecord, LayerRecord
 from quantkit.errors import UserError
 from quantkit.scheme import Scheme, integer
 
@@ -21,21 +24,13 @@ def checkpoint(packed_llama):
     """(folder, its manifest, its config)."""
     folder, _ = packed_llama(Scheme(integer(4, 32)))
     names = ("config.json", "model.safetensors")
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": digest_file(folder / n)} for n in names}
-    layer = {"name": "model.layers.0.mlp.up_proj", "weight_error": 0.01, "scheme": "W4A16 g32 sym"}
-    manifest = {
-        "schema": SCHEMA,
-        "identity": {"recipe": {}},
-        "files": files,
-        "size": {"model_bits_per_weight": 4.5},
-    }
-    manifest |= {
-        "tensors": {"a": {"how": "copied", "became": ["a"]}},
-        "layers": [layer],
-        "scaling": [],
-        "notes": ["n"],
-    }
-    return folder, manifest, json.loads((folder / "config.json").read_text())
+    files = {n: FileRecord(digest_file(folder / n), (folder / n).stat().st_size) for n in names}
+    layer = LayerRecord("model.layers.0.mlp.up_proj", "W4A16 g32 sym", weight_error=0.01)
+    return (
+        folder,
+        replace(FULL, files=files, layers=[layer]).to_json(),
+        json.loads((folder / "config.json").read_text()),
+    )
 
 
 def tried(use, folder):

@@ -1,11 +1,14 @@
 """The journal: what it keeps, what it refuses, what it deletes, and what a flipped bit does to it."""
 
 import random
+from dataclasses import replace
 
 import pytest
+from manifests import EMPTY
 
 from quantkit.checkpoint.journal import Journal, read_lines
-from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_manifest, write_sealed
+from quantkit.checkpoint.manifest import MANIFEST, RUN, write_manifest, write_sealed
+from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import NumericalError, OutputError
 
 IDENTITY = {"recipe": {"bits": 4}, "model": "abc"}
@@ -41,11 +44,10 @@ def closed():
 
 def finished(folder, *names):
     """A finished checkpoint with these files."""
-    files = {name: {"bytes": 4, "sha256": "0" * 64} for name in names}
+    files = {name: FileRecord("0" * 64, 4) for name in names}
     for name in names:
         (folder / name).write_text("ours")
-    manifest = {"schema": SCHEMA, "identity": IDENTITY, "files": files, "tensors": {}, "size": {}}
-    write_manifest(folder, manifest | {"layers": [], "scaling": [], "notes": []})
+    write_manifest(folder, replace(EMPTY, identity=IDENTITY, files=files))
 
 
 def put(folder, names=FOREIGN):

@@ -4,31 +4,94 @@ import json
 import random
 
 import pytest
+from manifests import EMPTY, FULL
 
-from quantkit.checkpoint.manifest import MANIFEST, OLDER, SCHEMA, inside, read_manifest, seal, write_manifest
+from quantkit.checkpoint.manifest import (
+    MANIFEST,
+    OLDER,
+    RUN,
+    SCHEMA,
+    inside,
+    read_facts,
+    read_manifest,
+    seal,
+    write_facts,
+    write_manifest,
+    write_sealed,
+)
+from quantkit.checkpoint.records import RunFacts
 from quantkit.errors import ModelError, VerificationError
 
-GOOD = {
-    "schema": SCHEMA,
-    "identity": {"recipe": {"bits": 4}},
-    "files": {"config.json": {"bytes": 4, "sha256": "0" * 64}},
-    "tensors": {"a.weight": {"how": "copied", "became": ["a.weight"]}},
-    "size": {"model_bits_per_weight": 4.125},
-    "layers": [{"name": "a", "weight_error": 0.25}],
-    "scaling": [],
-    "notes": ["naïve"],
-    "evaluation": {"quantized": {"perplexity": 21.125}},
-}
+GOOD = FULL.to_json()
 
 
-def test_what_is_written_comes_back(tmp_path):
-    write_manifest(tmp_path, GOOD)
-    assert read_manifest(tmp_path) == GOOD
+@pytest.mark.parametrize("manifest", [EMPTY, FULL], ids=["empty", "full"])
+def test_what_is_written_comes_back(tmp_path, manifest):
+    write_manifest(tmp_path, manifest)
+    before = (tmp_path / MANIFEST).read_bytes()
+    assert read_manifest(tmp_path) == manifest
+    write_manifest(tmp_path, read_manifest(tmp_path))
+    assert (tmp_path / MANIFEST).read_bytes() == before
+
+
+def test_the_file_has_the_keys_that_its_readers_know(tmp_path):
+    """Optional facts are left out, not null; an algorithm's details stand beside a layer's other keys."""
+    write_manifest(tmp_path, FULL)
+    found = json.loads((tmp_path / MANIFEST).read_text())
+    assert found["layers"][0] == {
+        "name": "a",
+        "scheme": "W4A16 g32 sym",
+        "algorithm": "gptq",
+        "weight_error": 0.25,
+        "relative_error": 0.125,
+        "worst_row_error": 0.5,
+        "damping": 0.01,
+        "dead_columns": 2,
+        "fallbacks": ["why"],
+    }
+    assert "fallbacks" not in found["layers"][1]
+    assert found["tensors"]["mask"] == {"how": "dropped", "reason": "not used"}
+    assert found["files"]["config.json"] == {"sha256": "1" * 64, "bytes": 4}
+    assert found["evaluation"]["schema"] == "quantkit-eval/1"
+    assert found["evaluation"]["original"]["perplexity_se"] is None
+    assert EMPTY.to_json()["evaluation"] is EMPTY.to_json()["calibration"] is None
+
+
+def test_an_older_manifest_is_read(tmp_path):
+    """It has no checksum, and neither CRCs nor `left_out`."""
+    files = {name: {key: each[key] for key in ("sha256", "bytes")} for name, each in GOOD["files"].items()}
+    older = {key: value for key, value in GOOD.items() if key != "left_out"} | {
+        "schema": OLDER,
+        "files": files,
+    }
+    (tmp_path / MANIFEST).write_text(json.dumps(older))
+    found = read_manifest(tmp_path)
+    assert found.to_json() == older
+    assert found.files["model.safetensors"].tensors is None
+
+
+def test_keys_that_a_newer_version_added_are_ignored(tmp_path):
+    newer = GOOD | {"more": 1, "size": GOOD["size"] | {"more": 1}}
+    write_sealed(tmp_path / MANIFEST, newer)
+    assert read_manifest(tmp_path) == FULL
+
+
+def test_the_facts_of_a_run_come_back(tmp_path):
+    facts = RunFacts(schema="quantkit-run/1", seconds={"load": 1.5}, peak_rss_bytes=7, files={"a": ""})
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path) == facts
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": []}, {"seconds": {"load": "1"}}, {"resumed_blocks": None}])
+def test_facts_of_another_type_are_refused(tmp_path, wrong):
+    write_sealed(tmp_path / RUN, wrong)
+    with pytest.raises(VerificationError, match=f"{RUN} has no proper entry for {next(iter(wrong))}"):
+        read_facts(tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_a_flipped_bit_is_noticed(tmp_path, seed):
-    write_manifest(tmp_path, GOOD)
+    write_manifest(tmp_path, FULL)
     file = tmp_path / MANIFEST
     true = file.read_bytes()
     raw = bytearray(true)
@@ -36,7 +99,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, seed):
     raw[choose.randrange(len(raw))] ^= 1 << choose.randrange(8)
     file.write_bytes(raw)
     if "".join(raw.decode(errors="replace").split()) == "".join(true.decode().split()):
-        assert read_manifest(tmp_path) == GOOD  # white space between two values
+        assert read_manifest(tmp_path) == FULL  # white space between two values
         return
     with pytest.raises(VerificationError, match=rf"{MANIFEST}(.|\n)*--no-resume"):
         read_manifest(tmp_path)
@@ -49,12 +112,19 @@ def test_a_flipped_bit_is_noticed(tmp_path, seed):
         {"files": {"../x": {"bytes": 1, "sha256": ""}}},
         {"files": {"x": {"bytes": "1", "sha256": ""}}},
         {"files": {"x": 7}},
+        {"files": {"x": {"bytes": -1, "sha256": ""}}},
         {"layers": [7]},
+        {"layers": [{"weight_error": 0.5}]},
+        {"layers": [{"name": "a", "weight_error": "0.5"}]},
         {"layers": None},
         {"tensors": {"a": []}},
         {"notes": 3},
         {"schema": "other/1"},
         {"size": "large"},
+        {"size": {"original_bytes": 1}},
+        {"evaluation": 7},
+        {"evaluation": {"quantized": {"perplexity": "low"}}},
+        {"model": {"name": "a"}},
     ],
     ids=str,
 )

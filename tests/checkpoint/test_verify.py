@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.algorithms.rtn import rtn
 from quantkit.checkpoint.check import digest_file
+from quantkit.checkpoint.records import FileRecord, TensorRecord
 from quantkit.checkpoint.shards import write_shard
 from quantkit.checkpoint.verify import verify_checkpoint, verify_shard
 from quantkit.errors import VerificationError
@@ -92,11 +94,10 @@ def checkpoint(tmp_path):
     """(folder, files, account) of a checkpoint of one shard that passes."""
     written = write_shard(tmp_path / SHARD, {"a": torch.ones(8), "b": torch.zeros(3)})
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SHARD, "b": SHARD}}))
-    sums = {"tensors": written.crc32}
-    files = {f.name: {"sha256": digest_file(f), "bytes": f.stat().st_size} for f in tmp_path.iterdir()}
-    files[SHARD] |= sums
-    account = {"x": {"how": "copied", "became": ["a"]}, "y": {"how": "rescaled", "became": ["b"]}}
-    verify_checkpoint(tmp_path, files, account | {"z": {"how": "dropped", "reason": "a mask"}})
+    files = {f.name: FileRecord(digest_file(f), f.stat().st_size) for f in tmp_path.iterdir()}
+    files[SHARD] = replace(files[SHARD], tensors=written.crc32)
+    account = {"x": TensorRecord("copied", ["a"]), "y": TensorRecord("rescaled", ["b"])}
+    verify_checkpoint(tmp_path, files, account | {"z": TensorRecord("dropped", reason="a mask")})
     return tmp_path, files, account
 
 
@@ -136,6 +137,6 @@ def test_an_index_that_is_wrong_is_refused(checkpoint, index, told):
 
 def test_every_tensor_needs_an_account(checkpoint):
     folder, files, account = checkpoint
-    for wrong in ({"x": account["x"]}, account | {"w": {"how": "copied", "became": ["c"]}}):
+    for wrong in ({"x": account["x"]}, account | {"w": TensorRecord("copied", ["c"])}):
         with pytest.raises(VerificationError, match="tensors without an account"):
             verify_checkpoint(folder, files, wrong)

@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from manifests import EMPTY
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.inspect import inspect_checkpoint
-from quantkit.checkpoint.manifest import SCHEMA, write_manifest
+from quantkit.checkpoint.manifest import write_manifest
+from quantkit.checkpoint.records import FileRecord, LayerRecord
 from quantkit.cli.inspect import _table, kinds
 from quantkit.cli.main import run
 from quantkit.errors import ModelError
@@ -43,10 +46,9 @@ def loads(report):
 
 def test_layers_and_totals_count_stored_bytes(tmp_path):
     folder = packed_folder(tmp_path / "m", [Scheme(integer(4, 32, True)), Scheme(integer(3, 32, False))])
-    manifest = {"schema": SCHEMA, "identity": {}, "files": {}, "tensors": {}, "size": {}}
-    weights = {"model.safetensors": {"bytes": (folder / "model.safetensors").stat().st_size, "sha256": ""}}
-    layers = [{"name": "model.layers.1.mlp.c_fc", "weight_error": 0.01}]
-    write_manifest(folder, manifest | {"files": weights, "layers": layers, "scaling": [], "notes": []})
+    weights = {"model.safetensors": FileRecord("", (folder / "model.safetensors").stat().st_size)}
+    layers = [LayerRecord("model.layers.1.mlp.c_fc", weight_error=0.01)]
+    write_manifest(folder, replace(EMPTY, files=weights, layers=layers))
     report = inspect_checkpoint(folder)
     layers = {layer["name"]: layer for layer in report["layers"]}
     first, second = layers["model.layers.0.mlp.c_fc"], layers["model.layers.1.mlp.c_fc"]

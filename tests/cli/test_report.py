@@ -1,42 +1,50 @@
 import io
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from quantkit_eval import Fit, Report
 
+from quantkit.checkpoint.records import Size
 from quantkit.cli.output import Screen, size
 from quantkit.cli.progress import PlainProgress, TerminalProgress, make_progress
 from quantkit.cli.quantize import print_report
+from quantkit.pipeline.report import RunReport
 
-REPORT = {
-    "schema": "quantkit-run/1",
-    "output": "out/m-r",
-    "size": {
-        "original_bytes": 16_000_000,
-        "quantized_bytes": 8_000_000,
-        "linear_bits_per_weight": 4.125,
-        "model_bits_per_weight": 8.0,
-    },
-    "evaluation": {
-        "original": {"perplexity": 30.5, "perplexity_se": 0.25},
-        "quantized": {"perplexity": 31.0, "perplexity_se": 0.26},
-        "delta_nll": 0.0163,
-        "delta_nll_se": 0.0021,
-        "kl_mean": 0.0051,
-        "kl_mean_se": 0.0002,
-        "kl_median": 0.003,
-        "kl_p99": 0.04,
-        "kl_max": 0.9,
-        "top1_agreement": 0.955,
-        "tokens": 20_480,
-        "context": 512,
-    },
-    "seconds": {"calibrate_quantize": 20.0, "verify": 1.0, "evaluate": 9.0, "total": 33.0},
-    "cpu_seconds": 21.0,
-    "peak_rss_bytes": 900_000_000,
-    "notes": ["one [fallback] in layer x"],
-    "resumed_blocks": 0,
-}
+REPORT = RunReport(
+    output=Path("out/m-r"),
+    size=Size(
+        original_bytes=16_000_000,
+        quantized_bytes=8_000_000,
+        linear_bits_per_weight=4.125,
+        model_bits_per_weight=8.0,
+    ),
+    evaluation=Report(
+        tokens=20_480,
+        windows=40,
+        context=512,
+        stride=512,
+        text=["text"],
+        text_sha256="",
+        quantized=Fit(31.0, 0.26, 3.43, 0.01),
+        original=Fit(30.5, 0.25, 3.41, 0.01),
+        delta_nll=0.0163,
+        delta_nll_se=0.0021,
+        kl_mean=0.0051,
+        kl_mean_se=0.0002,
+        kl_median=0.003,
+        kl_p99=0.04,
+        kl_max=0.9,
+        top1_agreement=0.955,
+    ),
+    seconds={"calibrate_quantize": 20.0, "verify": 1.0, "evaluate": 9.0, "total": 33.0},
+    cpu_seconds={"calibrate_quantize": 21.0},
+    peak_rss_bytes=900_000_000,
+    notes=["one [fallback] in layer x"],
+    resumed_blocks=0,
+)
 
 
 def shown(report):
@@ -59,9 +67,19 @@ def test_table_tells_everything():
 
 
 def test_table_without_evaluation():
-    text = shown(REPORT | {"evaluation": None, "resumed_blocks": 3})
+    text = shown(replace(REPORT, evaluation=None, resumed_blocks=3))
     assert "not evaluated" in text
     assert "3 blocks were already done" in text
+
+
+def test_the_report_as_json_keeps_its_keys_in_order():
+    told = REPORT.to_json()
+    assert list(told) == [
+        "schema", "output", "size", "evaluation", "seconds", "cpu_seconds", "peak_rss_bytes", "notes", "resumed_blocks",
+    ]  # fmt: skip
+    assert (told["schema"], told["output"]) == ("quantkit-run/1", "out/m-r")
+    assert told["evaluation"]["quantized"]["perplexity"] == 31.0
+    assert replace(REPORT, evaluation=None).to_json()["evaluation"] is None
 
 
 @pytest.mark.parametrize(

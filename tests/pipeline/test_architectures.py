@@ -179,7 +179,7 @@ def test_loaded_logits_equal_the_dequantized_model(case, name, recipe):
 def test_awq_stores_the_norms_it_rescaled_and_no_others(case, name):
     output = case(name).output("awq")
     manifest = manifest_of(output)
-    scaled = [s for s in manifest["scaling"] if s["exponent"] is not None]
+    scaled = [s for s in manifest.scaling if s["exponent"] is not None]
     assert scaled
     assert all(s["loss"] < s["identity_loss"] for s in scaled)
     norms = {s["producer"] for s in scaled if "norm" in s["producer"] or s["producer"].startswith("ln_")}
@@ -199,7 +199,7 @@ def test_a_rule_quantizes_an_untied_head(tmp_path, name, algorithm):
     before, wanted = logits(model), linears_of_blocks(model) // 2 + 1
     reference, count = dense(model, result.output)
     assert count == wanted
-    assert "lm_head" in {layer["name"] for layer in result.manifest["layers"]}
+    assert "lm_head" in {layer.name for layer in result.manifest.layers}
     assert torch.equal(logits(quantkit.load(result.output)), logits(reference))
     assert relative(logits(reference), before) < 0.1
 
@@ -312,8 +312,8 @@ def test_an_unlisted_dense_family_runs_end_to_end(tmp_path, model_type):
     original = save_unlisted(model_type, tmp_path / "original")
     recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}, "transforms": ["awq"]}
     result = quantize(recipe, original, tmp_path / "out")
-    assert result.manifest["scaling"]
-    assert all(s["producer"] or s["left_out"] for s in result.manifest["scaling"])
+    assert result.manifest.scaling
+    assert all(s["producer"] or s["left_out"] for s in result.manifest.scaling)
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     before = logits(model)
     reference, _ = dense(model, result.output, rescaled=True)
@@ -329,7 +329,7 @@ def test_a_family_whose_blocks_are_called_with_the_tokens(tmp_path, name, transf
     result = quantize(recipe, original, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     before = logits(model)
-    assert len(result.manifest["layers"]) == linears_of_blocks(model)
+    assert len(result.manifest.layers) == linears_of_blocks(model)
     assert relative(logits(quantkit.load(result.output)), before) < 0.15
 
 
@@ -340,7 +340,7 @@ def test_a_family_whose_blocks_do_not_run_alone_is_refused_by_module(tmp_path):
     recipe = {"weights": {"algorithm": "gptq", "bits": 8, "group_size": 16}}
     with pytest.raises(ModelError, match=r"decoder block 0 .*XGLMAttention does not run .*leave out the awq"):
         quantize(recipe | {"transforms": ["awq"]}, original, tmp_path / "awq")
-    assert quantize(recipe, original, tmp_path / "gptq").manifest["layers"]
+    assert quantize(recipe, original, tmp_path / "gptq").manifest.layers
 
 
 def test_mixtures_of_experts_are_refused(tmp_path):

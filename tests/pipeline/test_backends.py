@@ -36,8 +36,8 @@ def test_every_backend_verifies_and_evaluates_the_same_weights(arguments, tmp_pa
         used.clear()
         monkeypatch.setenv("QUANTKIT_BACKEND", backend)
         given = arguments("rtn", tmp_path / backend, evaluate=True)
-        found[backend] = quantkit.quantize(**given, eval_tokens=320).report["evaluation"]["quantized"]
+        found[backend] = quantkit.quantize(**given, eval_tokens=320).report.evaluation.quantized
         assert set(used) == {backend}
         assert packed(tmp_path / backend) == packed(tmp_path / BACKENDS[0])
-    wanted = found["reference"]["perplexity"]
-    assert all(each["perplexity"] == pytest.approx(wanted, rel=0.05) for each in found.values())
+    wanted = found["reference"].perplexity
+    assert all(each.perplexity == pytest.approx(wanted, rel=0.05) for each in found.values())

@@ -113,7 +113,7 @@ def test_siblings_become_what_each_becomes_alone(block):
     assert any(len(siblings) > 1 for siblings in block.trace.siblings)
     result = quantize_block(block, Clock())
     assert result.weights.keys() == weights.keys()
-    errors = {layer["name"]: layer["relative_error"] for layer in result.layers}
+    errors = {layer.name: layer.relative_error for layer in result.layers}
     for name, weight in weights.items():
         config = block.plans[name.removeprefix(f"{block.name}.")].algorithm
         together = result.weights[name]

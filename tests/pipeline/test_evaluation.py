@@ -3,8 +3,10 @@
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 
 import pytest
+import quantkit_eval
 from quantkit_eval.errors import BrokenModel
 
 import quantkit
@@ -39,30 +41,31 @@ def test_a_run_is_evaluated_on_the_text_and_the_tokens_asked_for(arguments, tmp_
     text = tmp_path / "own.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     given = arguments("rtn", tmp_path / "out") | {"evaluate": True}
-    first = quantkit.quantize(**given, eval_text=text, eval_tokens=300).report["evaluation"]
-    assert first["text"] == ["own.txt"]
-    assert (first["max_tokens"], first["stopped_early"]) == (300, False)
-    assert first["windows"] == 300 // first["context"]
-    again = quantkit.quantize(**given, eval_text=text, eval_tokens=300).report["evaluation"]
+    first = quantkit.quantize(**given, eval_text=text, eval_tokens=300).report.evaluation
+    assert first.text == ["own.txt"]
+    assert (first.max_tokens, first.stopped_early) == (300, False)
+    assert first.windows == 300 // first.context
+    again = quantkit.quantize(**given, eval_text=text, eval_tokens=300).report.evaluation
     assert again == first
-    more = quantkit.quantize(**given, eval_text=text, eval_tokens=600).report["evaluation"]
-    assert more["windows"] == 600 // first["context"]
-    assert (
-        quantkit.quantize(**given).report["evaluation"] == more
-    )  # whatever was measured answers the default
+    more = quantkit.quantize(**given, eval_text=text, eval_tokens=600).report.evaluation
+    assert more.windows == 600 // first.context
+    assert quantkit.quantize(**given).report.evaluation == more  # whatever was measured answers the default
 
 
 def test_a_stored_report_answers_only_what_it_measured(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("some text")
     digest = hashlib.sha256(b"some text").hexdigest()
-    stored = {"text_sha256": digest, "max_tokens": TOKENS, "stopped_early": True}
+    fit = quantkit_eval.Fit(2.0, None, 0.7, None)
+    stored = quantkit_eval.Report(
+        100, 1, 100, 100, ["a.txt"], digest, fit, max_tokens=TOKENS, stopped_early=True
+    )
     own = (str(text),)
     assert EvaluationRequest().answered_by(stored)
     assert EvaluationRequest(text=own).answered_by(stored)
     assert not EvaluationRequest(100, own).answered_by(stored)
     assert not EvaluationRequest(TOKENS, own).answered_by(stored)
-    assert EvaluationRequest(TOKENS, own).answered_by(stored | {"stopped_early": False})
+    assert EvaluationRequest(TOKENS, own).answered_by(replace(stored, stopped_early=False))
     assert not EvaluationRequest().answered_by(None)
     text.write_text("other text under the same name")
     assert not EvaluationRequest(text=own).answered_by(stored)
@@ -89,14 +92,14 @@ def test_a_sweep_evaluates_the_original_once(arguments, tmp_path, caching, monke
     reports = {}
     for name, changes in (("a", {}), ("b", {"overrides": ["weights.bits=8"]}), ("c", {"overrides": []})):
         given = arguments("rtn", tmp_path / f"out-{name}") | {"evaluate": True, "eval_tokens": 640} | changes
-        reports[name] = quantkit.quantize(**given).report["evaluation"]
+        reports[name] = quantkit.quantize(**given).report.evaluation
         assert runs.count("original") * len(reports) == runs.count("packed")
     assert reports["a"] == reports["c"]
-    assert reports["a"]["original"] == reports["b"]["original"]
+    assert reports["a"].original == reports["b"].original
     assert any(caching.iterdir())
     monkeypatch.setenv("QUANTKIT_CACHE_GB", "0")
     again = arguments("rtn", tmp_path / "out-d") | {"evaluate": True, "eval_tokens": 640}
-    assert quantkit.quantize(**again).report["evaluation"] == reports["a"]
+    assert quantkit.quantize(**again).report.evaluation == reports["a"]
     assert runs.count("original") * 2 == runs.count("packed")
 
 
@@ -138,14 +141,14 @@ def test_a_failed_evaluation_leaves_the_weights_finished(arguments, tmp_path, mo
         patch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
         result = quantkit.quantize(**given)
         assert "the evaluation failed: a text that is no text; the weights in" in result.failed
-        assert result.report["notes"][-1] == result.failed
-        assert result.manifest["evaluation"] is None
+        assert result.report.notes[-1] == result.failed
+        assert result.manifest.evaluation is None
     quantkit.load(tmp_path / "out", device="cpu")
     monkeypatch.setattr("quantkit.pipeline.quantize.produce", lambda *rest: pytest.fail("computed again"))
     again = quantkit.quantize(**given)
     assert again.failed is None
     assert again.manifest == wanted.manifest
-    assert again.report["notes"] == wanted.report["notes"]
+    assert again.report.notes == wanted.report.notes
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_why_an_evaluation_failed(arguments, tmp_path, monkeypatch, error, wante
     monkeypatch.setattr("quantkit.pipeline.quantize.evaluate_pair", fail)
     result = quantkit.quantize(**arguments("rtn", tmp_path / "out", evaluate=True))
     assert wanted in result.failed
-    assert result.manifest["files"]
+    assert result.manifest.files
     files = list(tmp_path.glob("quantkit-*.txt"))
     assert len(files) == kept
     for file in files:
@@ -181,13 +184,14 @@ def test_why_an_evaluation_failed(arguments, tmp_path, monkeypatch, error, wante
 
 
 def test_a_result_that_is_no_number_is_a_failed_evaluation(arguments, tmp_path, monkeypatch):
+    fit = quantkit_eval.Fit(float("nan"), None, float("nan"), None)
     monkeypatch.setattr(
         "quantkit.pipeline.quantize.evaluate_pair",
-        lambda *rest, **options: ({"perplexity": float("nan")}, []),
+        lambda *rest, **options: (quantkit_eval.Report(1, 1, 1, 1, [], "", fit), []),
     )
     result = quantkit.quantize(**arguments("rtn", tmp_path / "out", evaluate=True))
     assert "the evaluation failed" in result.failed
-    assert read_manifest(tmp_path / "out")["evaluation"] is None
+    assert read_manifest(tmp_path / "out").evaluation is None
 
 
 def test_a_failed_evaluation_is_exit_code_1(arguments, tmp_path, monkeypatch, capsys):

@@ -48,9 +48,9 @@ def test_option_gives_a_close_model(name, symmetric, inputs, original, tmp_path)
         found = quantkit.load(tmp_path / "out", device="cpu")(ids).logits
     off = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
     assert 0 < off < 0.1, f"{name}: {off:.3g}"
-    layers = read_manifest(tmp_path / "out")["layers"]
+    layers = read_manifest(tmp_path / "out").layers
     assert len(layers) == 28
-    assert all(0 < layer["weight_error"] < 0.05 for layer in layers)
+    assert all(0 < layer.weight_error < 0.05 for layer in layers)
 
 
 def test_what_awq_leaves_out_is_in_the_report(inputs, tmp_path):
@@ -69,14 +69,14 @@ def test_what_awq_leaves_out_is_in_the_report(inputs, tmp_path):
         evaluate=False,
         device="cpu",
     ).manifest
-    left = {tuple(s["consumers"]): s["left_out"] for s in manifest["scaling"] if "left_out" in s}
+    left = {tuple(s["consumers"]): s["left_out"] for s in manifest.scaling if "left_out" in s}
     attention = "self_attn"
     assert set(left) == {
         tuple(f"{attention}.{n}_proj" for n in "qkv"),
         (f"{attention}.o_proj",),
     }
     assert all(why.startswith(f"{attention}.v_proj would change") for why in left.values())
-    assert f"awq left the input of {attention}.o_proj as it is in 4 blocks" in " ".join(manifest["notes"])
+    assert f"awq left the input of {attention}.o_proj as it is in 4 blocks" in " ".join(manifest.notes)
 
 
 def test_rules_choose_per_layer(inputs, tmp_path):
@@ -91,7 +91,7 @@ def test_rules_choose_per_layer(inputs, tmp_path):
         evaluate=False,
         device="cpu",
     )
-    schemes = {layer["name"]: layer["scheme"] for layer in read_manifest(tmp_path / "out")["layers"]}
+    schemes = {layer.name: layer.scheme for layer in read_manifest(tmp_path / "out").layers}
     assert not any(name.startswith("model.layers.1.") for name in schemes)
     assert schemes["model.layers.0.mlp.down_proj"] == "W8A16 g32 sym"
     assert schemes["model.layers.0.mlp.up_proj"] == "W4A16 g32 sym"

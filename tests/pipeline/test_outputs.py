@@ -15,6 +15,7 @@ import pytest
 import quantkit_kernels
 import tiny_models
 import torch
+from quantkit_eval import Fit, Report
 from safetensors.torch import load_file, save_file
 
 import quantkit
@@ -172,8 +173,10 @@ def test_finished_output_is_verified_and_reported(command, arguments, finished):
     assert code == 0
     assert "finished" in said
     result = quantkit.quantize(**arguments("rtn", folder))
-    assert result.manifest == {k: v for k, v in json.loads(before["quantkit.json"]).items() if k != "sha256"}
-    assert result.report["seconds"]["total"] == json.loads(before["run"])["seconds"]["total"]
+    assert result.manifest.to_json() == {
+        k: v for k, v in json.loads(before["quantkit.json"]).items() if k != "sha256"
+    }
+    assert result.report.seconds["total"] == json.loads(before["run"])["seconds"]["total"]
     assert files(folder) | {"run": (folder / "quantkit.run.json").read_bytes()} == before
 
 
@@ -380,10 +383,10 @@ def test_a_lost_source_tensor_is_found(arguments, tmp_path, monkeypatch):
 
 def test_a_tensor_without_account_is_found(out):
     manifest = read_manifest(out)
-    verify_checkpoint(out, manifest["files"], manifest["tensors"])
-    del manifest["tensors"]["model.norm.weight"]
+    verify_checkpoint(out, manifest.files, manifest.tensors)
+    del manifest.tensors["model.norm.weight"]
     with pytest.raises(VerificationError, match=r"without an account.*model\.norm\.weight"):
-        verify_checkpoint(out, manifest["files"], manifest["tensors"])
+        verify_checkpoint(out, manifest.files, manifest.tensors)
 
 
 def test_an_index_that_disagrees_with_the_shards_is_found(out):
@@ -391,9 +394,9 @@ def test_an_index_that_disagrees_with_the_shards_is_found(out):
     index = json.loads((out / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = SHARD(1)
     (out / INDEX).write_text(json.dumps(index))
-    listed = {name: entry for name, entry in manifest["files"].items() if name != INDEX}
+    listed = {name: entry for name, entry in manifest.files.items() if name != INDEX}
     with pytest.raises(VerificationError, match=r"index and the shards disagree.*model\.norm\.weight"):
-        verify_checkpoint(out, listed, manifest["tensors"])
+        verify_checkpoint(out, listed, manifest.tensors)
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
@@ -444,11 +447,11 @@ def test_objectives_are_of_each_linear(arguments, tmp_path, name):
     gate.copy_(gate.sign())
     tiny_models.save(model, tmp_path / "model", dtype=torch.bfloat16)
     quantkit.quantize(**arguments(name, tmp_path / "out", model=tmp_path / "model"))
-    layers = {one["name"].rpartition(".")[2]: one for one in read_manifest(tmp_path / "out")["layers"]}
+    layers = {one.name.rpartition(".")[2]: one for one in read_manifest(tmp_path / "out").layers}
     gate, up = layers["gate_proj"], layers["up_proj"]
-    assert gate["relative_error"] != up["relative_error"]
+    assert gate.relative_error != up.relative_error
     for one in (gate, up):
-        assert 0 <= one["relative_error"] <= one["worst_row_error"] < 1
+        assert 0 <= one.relative_error <= one.worst_row_error < 1
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
@@ -460,9 +463,9 @@ def test_small_weights_of_fp16_keep_their_bits(arguments, tmp_path, name, std):
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
     tiny_models.save(model, tmp_path / "model", dtype=torch.float16)
     quantkit.quantize(**arguments(name, tmp_path / "out", model=tmp_path / "model"))
-    (up,) = (one for one in read_manifest(tmp_path / "out")["layers"] if one["name"].endswith("up_proj"))
-    assert up["weight_error"] < 0.2
-    assert up["worst_row_error"] < 0.2
+    (up,) = (one for one in read_manifest(tmp_path / "out").layers if one.name.endswith("up_proj"))
+    assert up.weight_error < 0.2
+    assert up.worst_row_error < 0.2
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
@@ -513,7 +516,7 @@ def test_two_threads_give_the_bytes_of_one_without_calibration(arguments, finish
 
 
 def test_evaluation_left_out_at_first_is_made_up_for(out, arguments, monkeypatch):
-    measured = {"original": None, "quantized": {"perplexity": 1.0}}
+    measured = Report(9, 1, 9, 9, ["text"], "", Fit(1.0, None, 0.0, None), max_tokens=65536)
     seen = []
 
     def evaluate_pair(output, *rest, **options):
@@ -522,9 +525,9 @@ def test_evaluation_left_out_at_first_is_made_up_for(out, arguments, monkeypatch
 
     monkeypatch.setattr("quantkit.pipeline.quantize.evaluate_pair", evaluate_pair)
     again = arguments("rtn", out) | {"evaluate": True}
-    assert quantkit.quantize(**again).report["evaluation"] == measured
-    assert read_manifest(out)["evaluation"] == measured
-    assert quantkit.quantize(**again).report["evaluation"] == measured
+    assert quantkit.quantize(**again).report.evaluation == measured
+    assert read_manifest(out).evaluation == measured
+    assert quantkit.quantize(**again).report.evaluation == measured
     assert len(seen) == 1
 
 
@@ -537,12 +540,12 @@ def test_run_is_evaluated_with_the_packed_weights(arguments, tmp_path, monkeypat
     text = tmp_path / "text"
     text.write_text(Path(quantkit.pipeline.evaluation.assets.evaluation_text()).read_text()[:3000])
     monkeypatch.setattr("quantkit.pipeline.evaluation.assets.evaluation_text", lambda: text)
-    report = quantkit.quantize(**(given | {"evaluate": True})).report["evaluation"]
+    report = quantkit.quantize(**(given | {"evaluate": True})).report.evaluation
     tokenizer = AutoTokenizer.from_pretrained(given["model"])
     loaded = quantkit.load(tmp_path / "out", device="cpu")
     original = quantkit.load(given["model"], device="cpu")
     direct = quantkit_eval.evaluate(
-        loaded, tokenizer, text, baseline=original, context=report["context"], max_tokens=65536, kl_error=0.02
-    ).to_json()
+        loaded, tokenizer, text, baseline=original, context=report.context, max_tokens=65536, kl_error=0.02
+    )
     assert report == direct
-    assert report["kl_mean"] > 0
+    assert report.kl_mean > 0

@@ -66,7 +66,7 @@ def apply(run, config):
 
 if __name__ == "__main__":
     result = quantkit.quantize(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], evaluate=False, device="cpu")
-    print(json.dumps({"layers": result.manifest["layers"], "scaling": result.manifest["scaling"]}))
+    print(json.dumps({key: result.manifest.to_json()[key] for key in ("layers", "scaling")}))
 '''
 
 

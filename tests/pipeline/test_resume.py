@@ -111,7 +111,7 @@ def assert_completes(given, wanted, done, computed):
     parts = Counter(int(n.split(".")[2]) if n.startswith("model.") else 4 for n in computed)
     assert parts == dict.fromkeys(set(range(4)) - done, 7) | ({4: 1} if 4 in parts else {})
     assert not (4 in parts and 4 in done)
-    assert result.report["resumed_blocks"] == len(done - {4})
+    assert result.report.resumed_blocks == len(done - {4})
 
 
 def interrupted(server, name, labels, moment, arguments, folder):
@@ -176,12 +176,12 @@ def test_killed_during_the_evaluation(server, arguments, computed, tmp_path):
     wanted = files(tmp_path / "whole")
     given = arguments("rtn", tmp_path / "out", evaluate=True)
     assert server.run(labels.index(("evaluate", "")), given)
-    assert read_manifest(tmp_path / "out")["evaluation"] is None
+    assert read_manifest(tmp_path / "out").evaluation is None
     computed.clear()
     result = quantkit.quantize(**given)
     assert not computed
     assert files(tmp_path / "out") == wanted
-    assert result.manifest["evaluation"]["quantized"]["perplexity"] > 1
+    assert result.manifest.evaluation.quantized.perplexity > 1
 
 
 def test_lost_or_damaged_hidden_states_start_over(server, reference, arguments, computed, tmp_path, progress):
@@ -195,7 +195,7 @@ def test_lost_or_damaged_hidden_states_start_over(server, reference, arguments, 
         result = quantkit.quantize(**given, progress=progress)
         assert files(folder) == wanted
         assert len(computed) == 28
-        assert result.report["resumed_blocks"] == 0
+        assert result.report.resumed_blocks == 0
         assert any("hidden states of the interrupted run are gone" in text for text in progress.messages)
 
 
@@ -235,7 +235,7 @@ def test_the_same_text_under_another_path_is_the_same_run(arguments, inputs, tmp
     assert second.manifest == first.manifest
     written = (tmp_path / "out" / "quantkit.json").read_text()
     assert str(inputs) not in written
-    source = first.manifest["calibration"]["sources"][0]
+    source = first.manifest.calibration.sources[0]
     assert (source["name"], source["samples"], len(source["sha256"])) == ("text", 8, 64)
     moved.write_text(moved.read_text()[::-1])
     with pytest.raises(OutputError, match="data: "):

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
+from quantkit.checkpoint.records import TensorRecord
 from quantkit.models import families
 from quantkit.models.headers import read_checkpoint
 
@@ -36,9 +37,9 @@ def test_tensors_that_are_left_out_do_not_stop_the_evaluation(tmp_path, family):
     source = save(FAMILIES[family](), tmp_path / "m", dtype=torch.bfloat16)
     edit(source, lambda tensors: tensors | {name: torch.ones(4) for name in EXTRA[family]})
     result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", eval_tokens=256)
-    assert result.report["evaluation"]["tokens"]
+    assert result.report.evaluation.tokens
     for name in EXTRA[family]:
-        assert result.manifest["tensors"][name]["how"] == "dropped"
+        assert result.manifest.tensors[name].how == "dropped"
 
 
 def test_the_evaluation_s_examples_cover_every_pattern():
@@ -62,8 +63,8 @@ def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_left_out(tmp_path):
     source = save(FAMILIES["llama"](tie_word_embeddings=True), tmp_path / "m", dtype=torch.bfloat16)
     edit(source, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", evaluate=False)
-    told = result.manifest["tensors"]["lm_head.weight"]
-    assert told == {"how": "dropped", "reason": "tied to model.embed_tokens.weight"}
+    told = result.manifest.tensors["lm_head.weight"]
+    assert told == TensorRecord("dropped", reason="tied to model.embed_tokens.weight")
     assert "lm_head.weight" not in read_checkpoint_names(tmp_path / "o")
     ids = torch.arange(4, 20)[None]
     edit(source, lambda t: {name: w for name, w in t.items() if name != "lm_head.weight"})
@@ -83,7 +84,7 @@ def test_a_model_of_the_hub_names_output_and_manifest_after_its_repository(tmp_p
     assert read_checkpoint(repository / "snapshots" / revision).name == "acme/tiny"
     result = quantkit.quantize(RTN, model=repository / "snapshots" / revision, evaluate=False)
     assert result.output.as_posix() == "out/tiny-recipe"
-    assert result.manifest["model"]["name"] == "acme/tiny"
+    assert result.manifest.model.name == "acme/tiny"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_dense_nemotron_h_is_no_mixture(tmp_path):
     source = save(AutoModelForCausalLM.from_config(config), tmp_path / "m", dtype=torch.bfloat16)
     assert json.loads((source / "config.json").read_text())["n_routed_experts"] > 1
     result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", evaluate=False)
-    names = {layer["name"] for layer in result.manifest["layers"]}
+    names = {layer.name for layer in result.manifest.layers}
     assert {
         "model.layers.0.mixer.in_proj",
         "model.layers.1.mixer.q_proj",

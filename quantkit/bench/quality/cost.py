@@ -29,6 +29,7 @@ from quantkit.bench.machine import machine
 from quantkit.bench.quality import oneshot
 from quantkit.bench.rounds import ratio, spread
 from quantkit.calibration.text import token_windows
+from quantkit.checkpoint.manifest import read_facts, read_manifest
 from quantkit.checkpoint.shards import write_json
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.recipe import load_recipe
@@ -79,8 +80,8 @@ def ours(run: Run, model: Path, work: Path, overrides: Sequence[str], digest: st
     command += ["--output", str(out), "--no-eval", "--device", "cpu"]
     command += [f"--set={o}" for o in (*run.overrides, *overrides)]
     _, process = cpu_seconds(command, work)
-    phases = json.loads((out / "quantkit.run.json").read_text())["cpu_seconds"]
-    data = json.loads((out / "quantkit.json").read_text())["identity"]["data"]
+    phases = read_facts(out).cpu_seconds
+    data = read_manifest(out).identity["data"]
     if data != digest:
         raise RuntimeError(f"{run.recipe} was calibrated on other windows")
     shutil.rmtree(out)

@@ -33,8 +33,9 @@ def digests(recipe: str, work: Path) -> dict[str, Any]:
     output, model = work / recipe, assets.default_model()
     result = quantize(recipe, output=output, device="cpu", resume=False, evaluate=False)
     files = [output / "config.json", *sorted(output.glob("model-*.safetensors"))]
-    report = dict(result.report["size"])
-    for layer in result.manifest["layers"]:
+    manifest = json.loads((result.output / "quantkit.json").read_text())  # older commits return dictionaries
+    report = dict(manifest["size"])
+    for layer in manifest["layers"]:
         report |= {f"{layer['name']}.{k}": layer[k] for k in ("weight_error", "relative_error") if k in layer}
     measured = quantkit_eval.evaluate(
         load(output, device="cpu"),

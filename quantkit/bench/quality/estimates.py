@@ -65,11 +65,11 @@ def follow(
         Clock.now = staticmethod(before)
     if result.failed:
         raise RuntimeError(result.failed)
-    evaluation = result.report["evaluation"]
+    evaluation = result.report.evaluation
     return {
         "recipe": recipe,
         "seconds": end - begin,
-        "eval_tokens": evaluation and evaluation["tokens"],
+        "eval_tokens": evaluation and evaluation.tokens,
         "after": [_row(part, left, end - at) for part, at, left in recorder.told],
     }
 

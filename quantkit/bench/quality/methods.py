@@ -91,8 +91,8 @@ def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, A
             "bits": bits,
             "group": group,
             "symmetric": symmetric,
-            "bits_per_weight": result.report["size"]["linear_bits_per_weight"],
-            "cpu_seconds": result.report["cpu_seconds"]["calibrate_quantize"],
+            "bits_per_weight": result.report.size.linear_bits_per_weight,
+            "cpu_seconds": result.report.cpu_seconds["calibrate_quantize"],
             "evaluation": report,
         }
         done.append(row)

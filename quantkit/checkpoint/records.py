@@ -1,0 +1,177 @@
+"""What `quantkit.json` and `quantkit.run.json` hold, as values: docs/checkpoint.md says what each field means.
+
+`plain` is the only place that turns a record into JSON, `parse` the only one that turns JSON into a record. It ignores
+keys that it does not know: a newer quantkit may have added them (CHANGELOG.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from quantkit_eval.report import Report
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the checkpoint. tensors: of a shard, the CRC-32 (hex) of each tensor."""
+
+    sha256: str
+    bytes: int
+    tensors: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What became of a source tensor. how: quantized, copied, rescaled or dropped; dropped ones have a `reason`."""
+
+    how: str
+    became: list[str] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A quantized linear and its errors. details: what its algorithm reports beyond them, numbers or words."""
+
+    name: str
+    scheme: str | None = None
+    algorithm: str | None = None
+    weight_error: float | None = None
+    relative_error: float | None = None
+    worst_row_error: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    fallbacks: list[str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The file has the details beside the other keys."""
+        given = _given(self)
+        details: dict[str, Any] = given.pop("details")
+        return given | details
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerRecord:
+        """A layer as `to_json` wrote it."""
+        return parse(cls, _nested(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Bytes of all tensors, and bits per weight counted from the stored bytes."""
+
+    original_linear_bits_per_weight: float | None = None
+    original_bytes: int
+    quantized_bytes: int
+    linear_bits_per_weight: float
+    model_bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that was quantized."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Which quantkit made the checkpoint: its version, and the sha256 of its sources."""
+
+    quantkit: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was calibrated on. sources: per text its `name`, the `samples` taken from it and the `sha256`."""
+
+    notes: list[str]
+    sources: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of a finished checkpoint (`quantkit.json`)."""
+
+    schema: str
+    identity: dict[str, Any]
+    size: Size
+    layers: list[LayerRecord]
+    scaling: list[dict[str, Any]]
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+    notes: list[str]
+    recipe: dict[str, Any] | None = None
+    model: Origin | None = None
+    code: Code | None = None
+    calibration: Calibration | None = None
+    left_out: dict[str, str] | None = None
+    evaluation: Report | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the file says `null` where nothing was calibrated or evaluated."""
+        return {"calibration": None, "evaluation": None} | _given(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """A manifest as `to_json` wrote it; ValueError naming what is missing or of another type."""
+        layers, evaluation = value.get("layers"), value.get("evaluation")
+        if isinstance(layers, list):
+            layers = [_nested(layer) if isinstance(layer, dict) else layer for layer in layers]
+        if isinstance(evaluation, dict):
+            evaluation = {key: each for key, each in evaluation.items() if key != "schema"}
+        return parse(cls, {**value, "layers": layers, "evaluation": evaluation})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run only happened to have (`quantkit.run.json`). files: the sha256 of each file of the checkpoint."""
+
+    schema: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int | None = None
+    resumed_blocks: int = 0
+    threads: int | None = None
+    host: dict[str, str] | None = None
+    versions: dict[str, str] | None = None
+    date: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON data; a field that is None is left out, unless its class writes itself (`to_json`)."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return value.to_json() if hasattr(value, "to_json") else _given(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def parse(kind: type[Record], value: Mapping[str, Any]) -> Record:
+    """A record of JSON data, without keys it does not know; ValueError naming what is missing or of another type."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        where = (
+            ".".join(map(str, each["loc"])) for each in error.errors(include_url=False, include_input=False)
+        )
+        raise ValueError(", ".join(list(dict.fromkeys(where))[:4])) from None
+
+
+def _given(record: Any) -> dict[str, Any]:
+    values = ((each.name, getattr(record, each.name)) for each in fields(record))
+    return {name: plain(value) for name, value in values if value is not None}
+
+
+def _nested(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of the file, with what its algorithm reported in `details`."""
+    known = {each.name for each in fields(LayerRecord)} - {"details"}
+    split: dict[str, Any] = {key: value for key, value in layer.items() if key in known}
+    return split | {"details": {key: value for key, value in layer.items() if key not in known}}
