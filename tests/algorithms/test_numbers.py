@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_searches_pay
 
 from quantkit.algorithms.columns import ColumnGrid, solve, sweep
 from quantkit.algorithms.config import GptqConfig
@@ -85,20 +86,7 @@ def test_constant_groups(grid, fill):
 @each
 def test_search_and_refit_are_never_worse(grid):
     w = weight_of(dtype=torch.float32)
-    column = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 3
-
-    def error(q, weights, norm):
-        return ((q.dequantize() - w).abs() ** norm * weights).view(48, -1, grid.group(128)).sum(2)
-
-    plain = rtn(w, grid, torch.float32)
-    searched = rtn(w, grid, torch.float32, "mse")
-    weighted = rtn(w, grid, torch.float32, "weighted", 0, column)
-    refitted = rtn(w, grid, torch.float32, "minmax", 3)
-    tolerance = 1 + 1e-5
-    assert (error(searched, 1, 2.5) <= error(plain, 1, 2.5) * tolerance).all()
-    assert (error(weighted, column, 2) <= error(plain, column, 2) * tolerance).all()
-    assert (error(refitted, 1, 2) <= error(plain, 1, 2) * tolerance).all()
-    assert error(searched, 1, 2.5).sum() < error(plain, 1, 2.5).sum()
+    assert_searches_pay(w, grid, 1)
 
 
 @each

@@ -1,12 +1,12 @@
 """Tensors come back bit for bit or not at all, and the folder never holds more than its limit."""
 
 import os
-import threading
 
 import pytest
 import torch
 from quantkit_eval import cache as module
 from quantkit_eval.cache import Cache
+from racing import race
 
 BIG = 1 << 30
 
@@ -160,9 +160,5 @@ def test_many_at_once_find_whole_entries_or_none(tmp_path):
             elif not torch.equal(found, some(name)):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    race(work, threads=4)
     assert wrong == []

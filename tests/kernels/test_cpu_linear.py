@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import types
 
 import pytest
@@ -17,6 +16,7 @@ from cpu_paths import DTYPES, SOURCES, assert_close
 from packed_weights import packed_weight, same, stored
 from quantkit_kernels import Stored
 from quantkit_kernels.cpu import layout, library, ops
+from racing import race
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
@@ -314,9 +314,5 @@ def test_threads_at_once_give_the_serial_results():
             if not torch.equal(run(w, inputs[i], ops.INT8_GROUP), serial[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    race(work)
     assert not wrong

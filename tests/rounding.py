@@ -1,0 +1,25 @@
+"""What every grid promises of rounding to nearest."""
+
+import torch
+
+from quantkit.algorithms.rtn import rtn
+from quantkit.scheme import Grid
+
+
+def assert_searches_pay(w: torch.Tensor, grid: Grid, most: float) -> None:
+    """No range search is worse than min-max in any group by its own metric, and `mse` leaves less than `most` of it."""
+    n, k = w.shape
+    column = torch.rand(k, generator=torch.Generator().manual_seed(1)) ** 3
+
+    def error(q, weights, norm):
+        return ((q.dequantize() - w).abs() ** norm * weights).view(n, -1, grid.group(k)).sum(2)
+
+    plain = rtn(w, grid, torch.float32)
+    searched = rtn(w, grid, torch.float32, "mse")
+    weighted = rtn(w, grid, torch.float32, "weighted", 0, column)
+    refitted = rtn(w, grid, torch.float32, "minmax", 3)
+    tolerance = 1 + 1e-5
+    assert (error(searched, 1, 2.5) <= error(plain, 1, 2.5) * tolerance).all()
+    assert (error(weighted, column, 2) <= error(plain, column, 2) * tolerance).all()
+    assert (error(refitted, 1, 2) <= error(plain, 1, 2) * tolerance).all()
+    assert error(searched, 1, 2.5).sum() < most * error(plain, 1, 2.5).sum()
