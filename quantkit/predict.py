@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantkit.models import families
+from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
@@ -91,13 +92,10 @@ def _parameters(tensors: Iterable[TensorInfo]) -> int:
 
 
 def _side_files(headers: Headers) -> int:
-    """Bytes of the files beside the weights; they travel as they are (a config grows by a scheme or two)."""
-    weights = {file.name for file in headers.files}
-    total = 0
-    for file in headers.path.iterdir():
-        if file.is_file() and file.name not in weights and not file.name.endswith((".index.json", ".py")):
-            total += file.stat().st_size
-    return total
+    """Bytes of config.json, which grows by a scheme or two, and of the files beside the weights, which travel as is."""
+    config = headers.path / "config.json"
+    companions = find_companions(headers.path).files.values()
+    return sum(each.nbytes for each in companions) + (config.stat().st_size if config.is_file() else 0)
 
 
 def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from quantkit.calibration.documents import check_source
 from quantkit.errors import RecipeError, UserError
+from quantkit.models.companions import find_companions
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
 from quantkit.predict import Prediction, predict
@@ -61,6 +62,8 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
     headers = plan = None
     if model is not None:
         headers = mistakes.collect(lambda: read_checkpoint(resolve_model(model, Path(model))))
+    if headers is not None:
+        mistakes.collect(find_companions, headers.path)
     if checked is not None and headers is not None:
         plan = mistakes.collect(build_plan, checked, headers)
     mistakes.raise_all()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_memory_does_not_grow_with_depth():
     shallow, deep = (predicted("w4a16-gptq", synthetic(layers)) for layers in (2, 40))
     assert shallow.memory == deep.memory
     assert shallow.output < deep.output
+
+
+def test_everything_that_travels_is_in_the_predicted_size(tmp_path):
+    shutil.copytree(assets.default_model(), tmp_path / "m")
+    before = predicted("w4a16-rtn", read_checkpoint(tmp_path / "m"))
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "additional_chat_templates" / "tool.jinja").write_bytes(bytes(5000))
+    (tmp_path / "m" / "NOTICE").write_bytes(bytes(300))
+    for name in ("modeling.py", "old.bin", "original/model.bin", "original/notes.txt"):
+        (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "m" / name).write_bytes(bytes(7000))  # stays behind
+    after = predicted("w4a16-rtn", read_checkpoint(tmp_path / "m"))
+    assert after.output - before.output == 5300
+    assert after.disk - before.disk >= 5300
 
 
 def test_prediction_needs_no_torch():

@@ -79,3 +79,12 @@ def test_one_mistake_keeps_its_kind(tmp_path):
         validate("w4a16-gptq", overrides=["calibration.data=[gone.txt]"])
     with pytest.raises(ModelError, match="divisible"):
         validate("w4a16-rtn", BOOKWORM, ["weights.group_size=96"])
+
+
+def test_a_file_that_cannot_travel_is_found_with_the_other_mistakes(tmp_path):
+    shutil.copytree(BOOKWORM, tmp_path / "m")
+    (tmp_path / "m" / "NOTICE").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError) as caught:
+        validate("w4a16-gptq", str(tmp_path / "m"), ["weights.group_size=96"])
+    assert "NOTICE is a symbolic link to a file outside the model's folder" in str(caught.value)
+    assert "is not divisible by group_size=96" in str(caught.value)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from quantkit.checkpoint.check import digest_file
-from quantkit.checkpoint.companions import Companions, copy_companions, find_companions
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
 from quantkit.checkpoint.records import (
@@ -34,6 +34,7 @@ from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
+from quantkit.models.companions import Companions, find_companions
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from quantkit.checkpoint import companions
-from quantkit.checkpoint.companions import copy_companions, find_companions
+from quantkit.checkpoint.companions import copy_companions
 from quantkit.errors import ModelError
+from quantkit.models.companions import find_companions
 
 TRAVEL = [
     "LICENSE", "NOTICE", "README.md", "USE_POLICY.md", "tekken.json", "tokenizer.json", "tokenizer.model", "vocab.txt",
