@@ -10,16 +10,7 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.opening import (
-    backend_option,
-    compute_option,
-    device_option,
-    dtype_option,
-    open_model,
-    resolve,
-    threads_option,
-    verify_option,
-)
+from quantkit.cli.opening import open_model, opening_options, resolve
 from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.errors import ModelError
 
@@ -37,12 +28,7 @@ from quantkit.errors import ModelError
 @click.option("--context", type=click.IntRange(2), help="Tokens per window; default: min(2048, the model's).")
 @click.option("--stride", type=click.IntRange(1), help="Default: the context.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
-@backend_option
-@compute_option
-@verify_option
-@device_option
-@dtype_option
-@threads_option
+@opening_options
 @json_option
 def command(
     model: str,

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import click
 
-from quantkit.cli.opening import (
-    backend_option,
-    compute_option,
-    device_option,
-    dtype_option,
-    open_model,
-    threads_option,
-    verify_option,
-)
+from quantkit.cli.opening import open_model, opening_options
 from quantkit.cli.terminal import say
 
 
@@ -24,12 +16,7 @@ from quantkit.cli.terminal import say
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@backend_option
-@compute_option
-@verify_option
-@device_option
-@dtype_option
-@threads_option
+@opening_options
 def command(
     model: str,
     prompt: str,

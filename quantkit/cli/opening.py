@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ threads_option = click.option(
     expose_value=False,
     help="CPU threads. Default: the cores this process may use, bounded by a container's CPU quota.",
 )
+
+
+def opening_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verb that opens a model: `backend`, `compute`, `verify`, `device`, `dtype`, and --threads."""
+    stack = (backend_option, compute_option, verify_option, device_option, dtype_option, threads_option)
+    for option in reversed(stack):
+        command = option(command)
+    return command
 
 
 def resolve(path_or_id: str) -> Path:
