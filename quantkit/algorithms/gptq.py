@@ -22,14 +22,13 @@ from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.number import encode
 from quantkit.numerics.range_search import search_grid
-from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.statistics import Statistics, dead_note
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Grid
 
 CHUNK_ELEMENTS = 1 << 21  # rows x K solved at a time
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the configured damping, until Cholesky succeeds
 SAFE_DAMPING = 1e-4  # less is used only where H^-1 has no larger entry than this damping allows
-NOTED_DEAD = 0.05  # share of dead columns above which a note says so
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -184,11 +183,8 @@ def _report_silent(silent: torch.Tensor, fired: torch.Tensor | None, fallbacks: 
     k = silent.numel()
     small = 0 if fired is None else int((silent & fired).sum())
     dead = int(silent.sum()) - small
-    if dead > NOTED_DEAD * k:
-        fallbacks.append(
-            f"{dead} of {k} columns are dead (their input was 0 on every calibration token) and rounded to nearest; "
-            "calibrate on more varied text"
-        )
+    if note := dead_note(dead, k, "rounded to nearest"):
+        fallbacks.append(note)
     if small:
         fallbacks.append(
             f"{small} of {k} columns are rounded to nearest: the squares of their inputs underflow"

@@ -9,7 +9,7 @@ from quantkit.algorithms.registry import Outcome, register
 from quantkit.numerics.grid import grouped
 from quantkit.numerics.number import encode
 from quantkit.numerics.range_search import refit_scale, search_grid
-from quantkit.numerics.statistics import Statistics
+from quantkit.numerics.statistics import Statistics, dead_note
 from quantkit.numerics.weight import QuantizedWeight, row_chunks
 from quantkit.scheme import Grid
 
@@ -50,5 +50,8 @@ def rtn(
 def quantize(
     weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: RtnConfig
 ) -> Outcome:
-    quantized = rtn(weight, grid, dtype, config.range, config.refit, statistics.mean_square)
-    return Outcome(quantized)
+    importance = statistics.mean_square
+    quantized = rtn(weight, grid, dtype, config.range, config.refit, importance)
+    dead = 0 if importance is None else int((importance == 0).sum())
+    note = dead_note(dead, weight.shape[1], "count as columns of mean importance in the range search")
+    return Outcome(quantized, fallbacks=[note] if note else [])

@@ -12,6 +12,7 @@ from quantkit_kernels.cpu.range_errors import range_errors
 
 from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero, smallest_scale
 from quantkit.numerics.number import bounds, nearest
+from quantkit.numerics.statistics import neutral
 from quantkit.scheme import Grid
 
 STRIDE = 0.02
@@ -34,7 +35,8 @@ def search_grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of every group of `weight` [N, K]: two float tensors [N, K/G].
 
-    dtype: the stored dtype of the scale. method: minmax | mse | weighted; `weighted` needs importance [K] >= 0.
+    dtype: the stored dtype of the scale. method: minmax | mse | weighted; `weighted` needs importance [K] >= 0, where
+    0 means that nothing is known and counts as the mean.
     """
     group = grid.group(weight.shape[1])
     if method == "minmax":
@@ -43,7 +45,7 @@ def search_grid(
     if method == "weighted":
         if importance is None:
             raise ValueError("range search 'weighted' needs the mean square of the inputs")
-        column = importance.to(weight.dtype).reshape(-1, group).contiguous()
+        column = neutral(importance.to(weight.dtype)).reshape(-1, group).contiguous()
     else:
         column = None
     n, k = weight.shape
@@ -228,7 +230,7 @@ def refit_scale(
     """
     group = grid.group(weight.shape[1])
     w = grouped(weight, group)
-    v = torch.ones(1) if importance is None else importance.to(w.dtype).view(1, -1, group)
+    v = torch.ones(1) if importance is None else neutral(importance.to(w.dtype)).view(1, -1, group)
 
     def error(s: torch.Tensor) -> torch.Tensor:
         off = round_to_grid(w, s[:, :, None], zero[:, :, None], grid) - w

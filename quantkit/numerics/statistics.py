@@ -6,6 +6,31 @@ from dataclasses import dataclass
 
 import torch
 
+NOTED_DEAD = 0.05  # share of dead columns above which a note says so
+
+
+def neutral(weight_of_columns: torch.Tensor) -> torch.Tensor:
+    """Weights of columns [K] with the mean in place of 0.
+
+    A column without a signal is one about which calibration knows nothing: with weight 0 it could be cut off or
+    rounded away for free, and text in which it fires would pay.
+    """
+    mean = weight_of_columns.mean()
+    return torch.where(weight_of_columns == 0, torch.where(mean > 0, mean, 1.0), weight_of_columns)
+
+
+def dead_note(dead: int, columns: int, done: str) -> str | None:
+    """What a report says about columns whose input was 0 on every token, if they are many.
+
+    done: what was done with their weights.
+    """
+    if dead <= NOTED_DEAD * columns:
+        return None
+    return (
+        f"{dead} of {columns} columns are dead (their input was 0 on every calibration token) and {done}; "
+        "calibrate on more varied text"
+    )
+
 
 @dataclass
 class Statistics:

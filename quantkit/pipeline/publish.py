@@ -132,6 +132,7 @@ def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str
 
 def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -> list[str]:
     notes = [f"{layer.name}: {text}" for layer in layers for text in layer.fallbacks or ()]
+    notes += [f"{s['transform']} on {s['producer']}: {s['note']}" for s in scaling if "note" in s]
     left_out = Counter((s["transform"], name) for s in scaling if "left_out" in s for name in s["consumers"])
     notes += [
         f"{transform} left the input of {name} as it is in {count} blocks (why: `scaling` in {MANIFEST})"

@@ -14,6 +14,7 @@ import torch
 
 from quantkit.numerics.grid import grouped, round_to_grid, scale_and_zero
 from quantkit.numerics.range_search import search_grid
+from quantkit.numerics.statistics import dead_note, neutral
 from quantkit.scheme import Grid
 from quantkit.transforms.config import AwqConfig
 from quantkit.transforms.registry import register
@@ -38,10 +39,17 @@ class ScaleSearch:
 
 
 def candidate(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
-    """s = mean|x|^r, floored at 1e-4 and centred so that sqrt(max s * min s) = 1; dead channels get 1."""
+    """s = mean|x|^r, floored at 1e-4 and centred so that sqrt(max s * min s) = 1; dead channels get 1.
+
+    The centre is that of the channels that fire: dead ones would pull it so far down that their own columns, with 1,
+    would be rounded away beside columns that are scaled up.
+    """
+    fires = mean_abs > 0
     s = mean_abs.pow(exponent).clamp(min=1e-4)
-    s = s / (s.max() * s.min()).sqrt()
-    return torch.where((mean_abs > 0) & torch.isfinite(s), s, torch.ones_like(s))
+    if not bool(fires.any()):
+        return torch.ones_like(s)
+    s = s / (s[fires].max() * s[fires].min()).sqrt()
+    return torch.where(fires & torch.isfinite(s), s, torch.ones_like(s))
 
 
 def rounded(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +97,7 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
     """
     group = grid.group(weight.shape[1])
     x = sample.view(sample.shape[0], -1, group).transpose(0, 1)  # (K/G, tokens, G)
-    gram = x.transpose(1, 2) @ x  # (K/G, G, G)
+    gram = _with_signal(x.transpose(1, 2) @ x)  # (K/G, G, G)
     w = grouped(weight, group)
     limit = w.abs().amax(2)  # (N, K/G)
     best, least = limit.clone(), torch.full_like(limit, torch.inf)
@@ -102,6 +110,14 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)
     return w.clamp(-best[:, :, None], best[:, :, None]).reshape(weight.shape)
+
+
+def _with_signal(gram: torch.Tensor) -> torch.Tensor:
+    """X^T X [..., K, K], in place: a column without a signal counts as an average one, for which no error is free."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if bool((diagonal == 0).any()):
+        diagonal.copy_(neutral(diagonal))
+    return gram
 
 
 # on one block ----------------------------------------------------------------------------------------------------
@@ -156,6 +172,8 @@ def _scale(
         "loss": found.loss,
         "identity_loss": found.identity_loss,
     }
+    if note := dead_note(int((mean_abs == 0).sum()), len(mean_abs), "not scaled"):
+        report["note"] = note
     if found.exponent is None:
         return report
     return report | {"output_change": run.fold(group, found.scale, INSTEAD)}
@@ -183,7 +201,7 @@ def _output_error(
     """
     held = [run.held[n] for n in group.consumers]
     if group.inspect == group.consumers[0]:
-        hessian = run.gather("hessian", [args[0] for args, _, _ in seen[group.inspect]])
+        hessian = _with_signal(run.gather("hessian", [args[0] for args, _, _ in seen[group.inspect]]))
 
         def of_linear(weights: list[torch.Tensor]) -> float:
             off = weights[0] - held[0].weight

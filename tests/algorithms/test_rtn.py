@@ -4,7 +4,9 @@ import pytest
 import torch
 from rounding import assert_searches_pay
 
-from quantkit.algorithms.rtn import rtn
+from quantkit.algorithms.config import RtnConfig
+from quantkit.algorithms.rtn import quantize, rtn
+from quantkit.numerics.statistics import Statistics
 from quantkit.scheme import integer
 
 
@@ -79,3 +81,15 @@ def test_scaling_by_a_power_of_two_scales_the_result():
 def test_rows_are_independent():
     w, grid = normal(), integer(4, 128)
     assert torch.equal(rtn(w, grid, torch.float32).codes.flip(0), rtn(w.flip(0), grid, torch.float32).codes)
+
+
+@pytest.mark.parametrize(("dead", "noted"), [(4, False), (40, True), (128, True)])
+def test_many_columns_without_a_signal_are_noted(dead, noted):
+    importance = torch.ones(128)
+    importance[:dead] = 0
+    config = RtnConfig(name="rtn", range="weighted")
+    grid = integer(4, 32)
+    found = quantize(normal(16, 128), Statistics(9, mean_square=importance), grid, torch.float16, config)
+    assert any(f"{dead} of 128 columns are dead" in note for note in found.fallbacks) is noted
+    plain = quantize(normal(16, 128), Statistics(), grid, torch.float16, RtnConfig(name="rtn", range="mse"))
+    assert plain.fallbacks == []

@@ -60,3 +60,20 @@ def test_half_precision_inputs_accumulate_in_fp32():
     gatherer = Gatherer(frozenset({"hessian"}), 2, torch.device("cpu"))
     gatherer.update(x)
     assert torch.equal(gatherer.finish().hessian, torch.full((2, 2), 2.0))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_inputs_that_are_zero_give_zeros_and_never_nan(tokens):
+    """Also of sums that a transform divides by: amax, mean |x| and mean x^2 of a column that never fires are 0."""
+    names = ("hessian", "amax", "mean_abs", "mean_square", "sample")
+    gatherer = Gatherer(frozenset(names), 8, torch.device("cpu"))
+    x = torch.ones(tokens, 8)
+    x[:, 2:4] = 0
+    gatherer.update(x, None)
+    found = gatherer.finish()
+    for name in names:
+        assert torch.isfinite(getattr(found, name)).all()
+    for name in ("amax", "mean_abs", "mean_square"):
+        assert getattr(found, name)[2:4].tolist() == [0, 0]
+        assert getattr(found, name)[4:].tolist() == [1] * 4
+    assert found.fired.tolist() == [True, True, False, False] + [True] * 4

@@ -5,8 +5,9 @@ import torch
 from quantkit_kernels.cpu import library
 
 from quantkit.numerics import range_search
-from quantkit.numerics.grid import scale_and_zero
-from quantkit.numerics.range_search import search_grid
+from quantkit.numerics.grid import round_to_grid, scale_and_zero
+from quantkit.numerics.range_search import refit_scale, search_grid
+from quantkit.numerics.statistics import neutral
 from quantkit.scheme import NUMBERS, Grid, integer
 
 needs_native = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
@@ -134,7 +135,7 @@ def test_the_native_first_look_changes_no_bit(bits, group, weights, monkeypatch)
                 with monkeypatch.context() as patch:
                     patch.setattr(range_search, "_is_native", lambda *_: False)
                     torch_only = search_grid(w, grid, dtype, method, column)
-                wanted = all_tried(w, grid, dtype, column)
+                wanted = all_tried(w, grid, dtype, None if column is None else neutral(column))
                 for each, other, right in zip(found, torch_only, wanted, strict=True):
                     assert torch.equal(each.nan_to_num(-1.0), right.nan_to_num(-1.0))
                     assert torch.equal(other.nan_to_num(-1.0), right.nan_to_num(-1.0))
@@ -164,3 +165,27 @@ def test_a_weight_of_zeros_costs_torch_nothing(monkeypatch):
     scale, _ = search_grid(torch.zeros(16, 256), integer(4, 128), torch.float16, "mse")
     assert torch.equal(scale, torch.ones(16, 2))
     assert not groups
+
+
+@pytest.mark.parametrize("dead", [slice(0, 1), slice(0, 32), slice(0, 256)], ids=["one", "a group", "all"])
+def test_columns_without_importance_are_not_cut_off_for_free(dead):
+    """They count as average ones. With weight 0 a lone one with large weights would lose 23 % of their squares, not 3 %."""
+    g = torch.Generator().manual_seed(0)
+    w, importance = torch.randn(64, 256, generator=g), torch.rand(256, generator=g) + 0.1
+    w[:, dead] *= 3
+    importance[dead] = 0
+    grid = integer(3, 32)
+    scale, zero = search_grid(w, grid, torch.float16, "weighted", importance)
+    scale = refit_scale(w, scale, zero, grid, torch.float16, 3, importance)
+    assert (torch.isfinite(scale) & (scale > 0)).all()
+    off = round_to_grid(w.view(64, -1, 32), scale[:, :, None], zero[:, :, None], grid).view(64, 256) - w
+    assert off[:, dead].square().sum() < 0.05 * w[:, dead].square().sum()
+
+
+def test_no_importance_at_all_is_equal_importance():
+    w = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    found = [
+        search_grid(w, integer(3, 32), torch.float16, "weighted", v)
+        for v in (torch.zeros(256), torch.ones(256))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

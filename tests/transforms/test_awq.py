@@ -53,6 +53,29 @@ def test_exponent_zero_is_the_identity():
     assert torch.equal(candidate(torch.tensor([0.5, 2.0, 9.0]), 0.0), torch.ones(3))
 
 
+def test_dead_channels_do_not_move_the_others():
+    alive = candidate(torch.tensor([0.5, 2.0, 9.0]), 0.5)
+    assert torch.equal(candidate(torch.tensor([0.0, 0.5, 2.0, 9.0]), 0.5), torch.cat([torch.ones(1), alive]))
+    assert torch.equal(candidate(torch.zeros(4), 0.5), torch.ones(4))
+
+
+@pytest.mark.parametrize("dead", [slice(0, 1), slice(0, 32), slice(0, 128)], ids=["one", "a group", "all"])
+def test_columns_without_a_signal_are_rounded_to_nearest_or_better_by_all_parts(dead):
+    """Their weights stay: relative error as of the rounding alone, whatever the inputs of the others are."""
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(48, 128, generator=g), torch.randn(600, 128, generator=g) * torch.logspace(-1, 1, 128)
+    w[:, dead] *= 3
+    x[:, dead] = 0
+    grid = integer(4, 32)
+    columns = candidate(x.abs().mean(0), 0.5)
+    scaled = rounded(w * columns, grid, torch.float32) / columns
+    clipped = clip(w, x, grid, torch.float32)
+    for found in (scaled, clipped, rounded(clipped, grid, torch.float32)):
+        assert torch.isfinite(found).all()
+        off = (found - w)[:, dead].square().sum() / w[:, dead].square().sum()
+        assert off < 0.05
+
+
 def test_dead_channels_are_not_scaled():
     s = candidate(torch.tensor([0.0, 1.0, 4.0]), 0.5)
     assert s[0] == 1
