@@ -6,6 +6,8 @@ here. Afterwards each packed linear builds the layout of its backend and frees t
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,16 @@ from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
 from quantkit.formats.registry import Codec, codec, codec_of
 from quantkit.models import families
-from quantkit.models.borders import foreign_errors
+from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.config import check_sizes, open_config, read_config
 from quantkit.models.headers import resolve_model
 from quantkit.models.tensors import TensorInfo, named, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_hinted = False  # whether this process was told that the native kernels are missing
 
 
 @memory_named()
@@ -67,6 +72,7 @@ def load(
     model = _opened(path, dtype, place, packing, stored, tensors)
     if packing is not None:
         _finish(path, model, backend, compute, tensors)
+        _hint_at_missing_kernels(model, backend)
         dtype_named = raw.get("dtype", raw.get("torch_dtype"))
         remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
     elif backend not in (None, "auto") or compute != "float":
@@ -94,7 +100,7 @@ def _opened(
     from quantkit.checkpoint import plugin
 
     config = open_config(path)
-    with foreign_errors(f"{path} cannot be loaded"):
+    with quiet(), foreign_errors(f"{path} cannot be loaded"):
         if packing is not None:
             plugin.register()
             config.quantization_config = {
@@ -108,6 +114,7 @@ def _opened(
             dtype=dtype,
             output_loading_info=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are listed, and refused by name below
             trust_remote_code=False,
             **place,
         )
@@ -154,13 +161,17 @@ def _refuse_incomplete(path: Path, model_type: str, info: dict[str, Any]) -> Non
         for what, names in (
             ("missing tensors", info.get("missing_keys")),
             ("tensors the model has no place for", unknown),
-            ("tensors of another shape", info.get("mismatched_keys")),
+            ("tensors of another shape", [_mismatch(*each) for each in info.get("mismatched_keys") or ()]),
         )
         if names
     ]
     problems += [str(message) for message in info.get("error_msgs") or ()]
     if problems:
         raise ModelError(f"{path} does not fit its config.json: {'; '.join(problems)}")
+
+
+def _mismatch(name: str, stored: Iterable[int], wanted: Iterable[int]) -> str:
+    return f"{name} is {list(stored)} in the file and {list(wanted)} in the model"
 
 
 def _finish(
@@ -192,3 +203,15 @@ def _finish(
             if arena is None:
                 arena = huge_pages([module for _, module in linears])
             module.move_layout(arena.place)
+
+
+def _hint_at_missing_kernels(model: PreTrainedModel, backend: str | None) -> None:
+    """Warn, once per process, if packed linears would run on native kernels that were never built."""
+    global _hinted
+    from quantkit.checkpoint.plugin import packed_linears
+    from quantkit.layers.quant_linear import missing_kernels
+
+    said = None if _hinted else missing_kernels([module for _, module in packed_linears(model)], backend)
+    if said:
+        _hinted = True
+        warnings.warn(said, stacklevel=4)

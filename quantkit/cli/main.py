@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from quantkit.cli import environment, streams
 
@@ -39,12 +40,28 @@ def _interrupt(number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line on standard error: where in our code it arose tells the user nothing."""
+    from quantkit.cli.terminal import say
+
+    say(f"warning: {message}", err=True)
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Every error is printed as one message, without a traceback."""
     try:
         from quantkit.cli.verbs import cli
 
-        code = cli.main(args=arguments, prog_name="quantkit", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            code = cli.main(args=arguments, prog_name="quantkit", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BaseException as error:

@@ -80,14 +80,11 @@ def open_model(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from quantkit.checkpoint.load import load
     from quantkit.models.tokenizer import open_tokenizer
 
     path = resolve(path_or_id)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     model = load(
         path,
         device=device,
@@ -97,20 +94,4 @@ def open_model(
         verify=verify,
     )
     say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
-    _hint_at_missing_kernels(model)
     return model, open_tokenizer(path)
-
-
-def _hint_at_missing_kernels(model: Any) -> None:
-    """Say so if packed linears are to run on a CPU for which the native kernels were never built."""
-    from quantkit_kernels.cpu import library
-
-    from quantkit.layers.quant_linear import QuantLinear
-
-    packed = any(isinstance(module, QuantLinear) for module in model.modules())
-    if packed and model.device.type == "cpu" and not library.available():
-        say(
-            "the native CPU kernels are not built, so decode is about 15 times slower; install a C++17 compiler with "
-            "OpenMP, then quantkit again (`quantkit kernels` shows what is built)",
-            err=True,
-        )

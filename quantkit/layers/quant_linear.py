@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import quantkit_kernels
 import torch
 from quantkit_kernels import Call, Layout, Spec, Stored
+from quantkit_kernels.backends import ENVIRONMENT
 from quantkit_kernels.cpu import layout as native
 from quantkit_kernels.cpu import library
 from torch import nn
@@ -227,3 +229,19 @@ def _cut(tensor: torch.Tensor) -> torch.Tensor:
     start = tensor.storage_offset() * tensor.element_size()
     own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape, tensor.stride())
+
+
+def missing_kernels(modules: Iterable[QuantLinear], backend: str | None) -> str | None:
+    """What to tell a user whose layers "auto" runs on a CPU for which the native kernels were never built, or None.
+
+    backend: as `prepare` was given; one that was chosen by hand is no reason to say anything.
+    """
+    chosen = os.environ.get(ENVIRONMENT) if backend in (None, "auto") else backend
+    if library.available() or chosen not in (None, "", "auto"):
+        return None
+    for module in modules:
+        spec = module.spec
+        on_cpu = not module.offloaded and all(buffer.device.type == "cpu" for buffer in module.buffers())
+        if on_cpu and native.refuses(spec.bits, spec.group_size, spec.k) is None:
+            return f"the native CPU kernels are not built, so {library.SLOWER}; {library.ADVICE}"
+    return None

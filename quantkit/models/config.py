@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import ModelError
-from quantkit.models.borders import foreign_errors
+from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.json_reader import DAMAGED, read_json
 from quantkit.models.tensors import TensorInfo
 
@@ -106,13 +106,16 @@ def open_config(path: Path) -> PreTrainedConfig:
     if read_config(path).get("auto_map"):
         what = f"{path / CONFIG} asks for Python code of the folder (auto_map), which quantkit never runs"
         advice = "if your transformers knows this model type without it, remove auto_map"
-    with foreign_errors(what, advice):
+    with quiet(), foreign_errors(what, advice):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, trust_remote_code=False, local_files_only=True
         )
     if (path / GENERATION).is_file():
         read_json(path / GENERATION, limit=MAX_CONFIG, tag_infinities=True)
-        with foreign_errors(f"{path / GENERATION} is refused by transformers", "mend or remove the file"):
+        with (
+            quiet(),
+            foreign_errors(f"{path / GENERATION} is refused by transformers", "mend or remove the file"),
+        ):
             GenerationConfig.from_pretrained(path, local_files_only=True)
     return config
 

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from quantkit.errors import ModelError
-from quantkit.models.borders import foreign_errors
+from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.source import Source
 from quantkit.models.tensors import named
 
@@ -37,6 +37,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with (
+        quiet(),
         foreign_errors(f"{source.path}: transformers cannot build a model from config.json"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),

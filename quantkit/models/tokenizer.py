@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.errors import ModelError
-from quantkit.models.borders import foreign_errors
+from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.json_reader import read_json
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "if the folder has a tokenizer.json, remove auto_map and set tokenizer_class to "
             "PreTrainedTokenizerFast"
         )
-    with foreign_errors(what, advice):
+    with quiet(), foreign_errors(what, advice):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     _check_vocabulary(path, tokenizer)
-    with foreign_errors(f"{path}: the tokenizer cannot be used", _ADVICE):
+    with quiet(), foreign_errors(f"{path}: the tokenizer cannot be used", _ADVICE):
         tokenizer(_PROBE)
     return tokenizer
 

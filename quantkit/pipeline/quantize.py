@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from quantkit_eval import EvalError
-from transformers.utils import logging as transformers_logging
 
 from quantkit import assets
 from quantkit.calibration.memory import large_blocks_apart
@@ -27,6 +26,7 @@ from quantkit.errors import (
     memory_ran_out,
 )
 from quantkit.models import skeleton
+from quantkit.models.borders import quiet
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
@@ -62,6 +62,7 @@ class Result:
 
 
 @memory_named()
+@quiet(bars=False)
 def quantize(
     recipe: Recipe | str | Path | Mapping[str, Any],
     model: str | Path | None = None,
@@ -204,7 +205,6 @@ def _prepared(
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
-        transformers_logging.disable_progress_bar()
         tokenizer = open_tokenizer(path)
         windows = None
         if plan.needs_text(checked):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tiny_models
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 import quantkit
+from quantkit.checkpoint import load as loading
 from quantkit.errors import BackendError, ModelError
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.scheme import Scheme, integer
@@ -471,3 +473,117 @@ def test_saving_a_model_that_runs_natively_writes_what_it_was_loaded_from(
     after = quantkit.load(tmp_path / "again", backend="reference").state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+HINT = "the native CPU kernels are not built, so decode on the CPU is about 15 times slower"
+
+
+def hints(folder, **options):
+    """Warnings of `load` about the native kernels."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantkit.load(folder, **options)
+    return [each for each in caught if HINT in str(each.message)]
+
+
+def test_missing_native_kernels_are_hinted_at_once(packed_llama, monkeypatch):
+    folder, _ = packed_llama(SYM)
+    monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(loading, "_hinted", False)
+    assert not hints(folder, backend="reference")
+    monkeypatch.setenv("QUANTKIT_BACKEND", "reference")
+    assert not hints(folder)
+    monkeypatch.delenv("QUANTKIT_BACKEND")
+    (hint,) = hints(folder)
+    assert hint.category is UserWarning
+    assert hint.filename == __file__  # the line that called `load`
+    assert not hints(folder)
+
+
+@pytest.mark.parametrize("scheme", [SYM, Scheme(integer(5, 32, True))], ids=str)
+def test_no_hint_where_native_kernels_are_built_or_would_not_run(packed_llama, monkeypatch, scheme):
+    folder, _ = packed_llama(scheme)
+    monkeypatch.setattr(loading, "_hinted", False)
+    if scheme is SYM and not library.available():
+        pytest.skip("needs the native library (a C++ compiler)")
+    if scheme is not SYM:
+        monkeypatch.setattr(library, "load", lambda: None)
+    assert not hints(folder)
+
+
+def test_no_hint_for_a_model_without_packed_linears(random_llama, tmp_path, monkeypatch):
+    random_llama.save_pretrained(tmp_path)
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(loading, "_hinted", False)
+    assert not hints(tmp_path)
+
+
+def misfit(model, folder, **changes):
+    """A folder of `model` whose config says something else."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(random_llama, tmp_path):
+    folder = misfit(random_llama, tmp_path, intermediate_size=48)
+    name = "model.layers.0.mlp.down_proj.weight"
+    says = rf"does not fit its config.json: .*{name} is \[64, 96\] in the file and \[64, 48\] in the model"
+    with pytest.raises(ModelError, match=says):
+        quantkit.load(folder)
+
+
+LIBRARY = """
+import sys, quantkit, quantkit_eval, torch
+from quantkit.errors import ModelError
+from quantkit.models.tokenizer import open_tokenizer
+from transformers.utils import logging
+before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+misfit, fits, output, text = sys.argv[1:]
+try:
+    quantkit.load(misfit)
+except ModelError as error:
+    assert "missing tensors" in str(error)
+set = ["weights.group_size=32", "calibration.sequence_length=16"]
+quantkit.quantize("w4a16-rtn", fits, output, set, device="cpu", eval_text=text, eval_tokens=64)
+model = quantkit.load(output, device="cpu")
+quantkit_eval.evaluate(model, open_tokenizer(output), text=[text], context=16, max_tokens=64)
+list(quantkit.generate(model, torch.tensor([1, 2, 3]), 4))
+assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before == (logging.WARNING, True)
+"""
+
+
+def test_libraries_print_nothing_and_keep_the_users_settings(tmp_path):
+    model = tiny_models.FAMILIES["llama"]()
+    fits = tiny_models.save(model, tmp_path / "fits")
+    wrong = misfit(model, tmp_path / "wrong", num_hidden_layers=model.config.num_hidden_layers + 1)
+    text = tmp_path / "text.txt"
+    text.write_text("a few words of a text that is longer than the context of the model. " * 40)
+    names = ("QUANTKIT_", "TRANSFORMERS_", "HF_HUB_DISABLE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LIBRARY, wrong, fits, tmp_path / "q", text]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing = "" if library.available() else HINT
+    assert done.stdout == ""
+    assert missing in done.stderr if missing else done.stderr == ""
+
+
+def test_a_user_who_asked_transformers_for_more_keeps_it():
+    from transformers.utils import logging
+
+    from quantkit.models.borders import quiet
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        for verbosity, inside in ((logging.INFO, logging.INFO), (logging.WARNING, logging.ERROR)):
+            logging.set_verbosity(verbosity)
+            with quiet(bars=False), quiet():
+                assert logging.get_verbosity() == inside
+                assert not logging.is_progress_bar_enabled()
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, before[1])
+    finally:
+        logging.set_verbosity(before[0])

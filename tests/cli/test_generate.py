@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
+import tiny_models
 from quantkit_kernels.cpu import library
 
 from quantkit import assets
-from quantkit.cli import opening
+from quantkit.checkpoint import load as loading
 from quantkit.cli.main import run
-from quantkit.layers.quant_linear import QuantLinear
 
 NATIVE = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 PROMPT = ["generate", str(assets.default_model()), "--prompt", "The king", "--max-new-tokens", "4"]
@@ -50,15 +49,25 @@ def test_an_instruction_set_that_is_missing_is_an_error():
     assert "Traceback" not in done.stderr
 
 
-def test_missing_native_kernels_are_hinted_at_for_packed_models_only(monkeypatch, capsys):
-    monkeypatch.setattr(library, "available", lambda: False)
-    packed = torch.nn.Module()
-    packed.linear = QuantLinear.__new__(QuantLinear)
-    torch.nn.Module.__init__(packed.linear)
-    for model, hinted in ((packed, True), (torch.nn.Linear(2, 2), False)):
-        model.device = torch.device("cpu")
-        opening._hint_at_missing_kernels(model)
-        assert ("15 times slower" in capsys.readouterr().err) is hinted
-    packed.device = torch.device("meta")
-    opening._hint_at_missing_kernels(packed)
-    assert capsys.readouterr().err == ""
+@pytest.mark.filterwarnings("default:the native CPU kernels are not built")
+def test_missing_native_kernels_are_one_line_of_messages(monkeypatch, capsys, tmp_path):
+    model = tiny_models.save(tiny_models.FAMILIES["llama"](), tmp_path / "m")
+    recipe = ["w4a16-rtn", "--set", "weights.group_size=32", "--no-eval", "--device", "cpu"]
+    assert run(["quantize", *recipe, "--model", str(model), "--output", str(tmp_path / "q")]) == 0
+    capsys.readouterr()
+    monkeypatch.delenv("QUANTKIT_BACKEND")
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(loading, "_hinted", False)
+    for _ in range(2):
+        assert (
+            run(
+                ["generate", str(tmp_path / "q"), "--device", "cpu", "--prompt", "a", "--max-new-tokens", "2"]
+            )
+            == 0
+        )
+    said = capsys.readouterr().err
+    assert (
+        said.count("warning: the native CPU kernels are not built, so decode on the CPU is about 15 times")
+        == 1
+    )
+    assert "UserWarning" not in said

@@ -169,7 +169,7 @@ def test_a_weight_of_zeros_costs_torch_nothing(monkeypatch):
 
 @pytest.mark.parametrize("dead", [slice(0, 1), slice(0, 32), slice(0, 256)], ids=["one", "a group", "all"])
 def test_columns_without_importance_are_not_cut_off_for_free(dead):
-    """They count as average ones. With weight 0 a lone one with large weights would lose 23 % of their squares, not 3 %."""
+    """They count as average ones. With weight 0 a lone one of large weights would lose 23 % of its squares, not 3 %."""
     g = torch.Generator().manual_seed(0)
     w, importance = torch.randn(64, 256, generator=g), torch.rand(256, generator=g) + 0.1
     w[:, dead] *= 3

@@ -13,6 +13,8 @@ import torch  # first: the library then shares torch's OpenMP pool
 
 ENVIRONMENT = "QUANTKIT_ISA"
 LIBRARY = "QUANTKIT_CPU_LIBRARY"  # another build of the library, for tests
+SLOWER = "decode on the CPU is about 15 times slower"
+ADVICE = "install a C++17 compiler with OpenMP, then quantkit again (`quantkit kernels` shows what is built)"
 ISAS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -115,9 +117,7 @@ def required() -> ctypes.CDLL:
     """The library; RuntimeError if it is not built."""
     library = load()
     if library is None:
-        raise RuntimeError(
-            "the native CPU kernels are not built; a C++17 compiler and a new install give them"
-        )
+        raise RuntimeError(f"the native CPU kernels are not built; {ADVICE}")
     return library
 
 

@@ -13,13 +13,11 @@ import quantkit_kernels
 import torch
 from quantkit_kernels import Spec
 from quantkit_kernels.backends import ENVIRONMENT
+from quantkit_kernels.cpu.library import ADVICE, SLOWER
 
 BITS = range(2, 9)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
-NOT_BUILT = (
-    "not built: PyTorch's ops or the reference run, and decode on the CPU is about 15 times slower; install a C++17 "
-    "compiler with OpenMP, then quantkit again"
-)
+NOT_BUILT = f"not built: PyTorch's ops or the reference run, and {SLOWER}; {ADVICE}"
 
 
 def inventory(n: int, k: int, backend: str | None = None) -> dict[str, Any]:
