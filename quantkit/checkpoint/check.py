@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import ModelError
-from quantkit.formats.registry import Codec
+from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
 from quantkit.models.tensors import FLOATS, INDEX, SINGLE, TensorInfo, named, read_tensors, torch_dtype
+from quantkit.scheme import Scheme
 
+SchemeOf = Callable[[str], Scheme | None]  # a linear's name -> its scheme
 REMOVE = f"fetch the checkpoint again, or remove {MANIFEST} to use it without what it guarantees"
 _PIECE = 4 << 20
 _LARGE = 1 << 28  # bytes of a one-dimensional tensor; a norm or a bias is far smaller
@@ -40,6 +43,20 @@ class Checked:
     digests: bool
     tensors: int
     changed: tuple[str, ...] = ()
+
+
+def packing_of(path: Path, stored: Any) -> tuple[Codec | None, SchemeOf | None]:
+    """The format that a checkpoint's `quantization_config` names and the scheme it gives each linear; None without one.
+
+    ModelError with the folder's name for a format that is not read and for a damaged config.
+    """
+    if stored is None:
+        return None, None
+    try:
+        codec = codec_of(stored)
+        return codec, codec.parse(stored)
+    except ModelError as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from error
 
 
 def check_files(path: Path, verify: bool = False) -> Checked:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from quantkit.checkpoint.check import REMOVE, check_files, check_values
+from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
-from quantkit.formats.registry import Codec, codec_of
+from quantkit.formats.registry import Codec
 from quantkit.models.config import read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.scheme import Scheme
@@ -45,13 +45,13 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     checked = check_files(path, verify)
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
-    codec = codec_of(quantization) if quantization is not None else None
+    codec, scheme_of = packing_of(path, quantization)
     errors = _stored_errors(path)
     layers: list[dict[str, Any]] = []
     schemes: dict[str, Scheme] = {}
     parts: set[str] = set()
-    if codec is not None and quantization is not None:
-        layers, schemes, parts = _packed_layers(codec, quantization, tensors, errors)
+    if codec is not None and scheme_of is not None:
+        layers, schemes, parts = _packed_layers(codec, scheme_of, tensors, errors)
     values = check_values(tensors, codec, model_type)
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -87,10 +87,9 @@ class _Lazy(Mapping[str, torch.Tensor]):
 
 
 def _packed_layers(
-    codec: Codec, config: dict[str, Any], tensors: dict[str, TensorInfo], errors: dict[str, float | None]
+    codec: Codec, scheme_of: SchemeOf, tensors: dict[str, TensorInfo], errors: dict[str, float | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
     """(a row for every linear that is packed, their schemes, the names of their tensors)."""
-    scheme_of = codec.parse(config)
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint.check import check_files, check_values
+from quantkit.checkpoint.check import check_files, check_values, packing_of
 from quantkit.checkpoint.saving import remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
-from quantkit.formats.registry import Codec, codec, codec_of
+from quantkit.formats.registry import Codec, codec
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.config import check_sizes, open_config, read_config
@@ -63,9 +63,7 @@ def load(
     raw = read_config(path)
     check_files(path, verify)
     stored = raw.get("quantization_config")
-    packing = codec_of(stored) if stored is not None else None
-    if packing is not None and stored is not None:
-        packing.parse(stored)
+    packing, _ = packing_of(path, stored)
     _, tensors = read_tensors(path)
     check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)

@@ -144,7 +144,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             header = parse_json(stream.read(length), f"the header of {file}", limit=MAX_HEADER)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ModelError(
+            f"{file} has a __metadata__ that is no table of texts; the file is corrupt, fetch it again"
+        )
     start = 8 + length
     infos = [_tensor_info(file, name, entry, start) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from dataclasses import replace
 
 import pytest
@@ -34,14 +33,14 @@ def checkpoint(packed_llama):
 
 
 def tried(use, folder):
-    """Whether it works; False if it is refused with the name of the folder or of what is wrong in config.json."""
+    """Whether it works; False if it is refused with the name of the folder."""
     try:
         use(folder)
     except UserError as error:
         told = str(error)
     else:
         return True
-    assert str(folder) in told or re.search("config|quantiz|packed|weight", told), told
+    assert str(folder) in told, told
     return False
 
 

@@ -15,6 +15,7 @@ from quantkit.models.tensors import INDEX, SINGLE
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 HEADER = {
+    "__metadata__": {"format": "pt"},
     "model.layers.0.mlp.up_proj.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "model.norm.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [24, 28]},
     "lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [28, 32]},
@@ -66,7 +67,10 @@ def test_any_header_is_refused_or_read_as_the_library_reads_it(folder):
 
 
 def test_any_index_is_refused_or_names_files_of_the_folder(folder):
-    draw, index = random.Random("indexes"), {"weight_map": dict.fromkeys(HEADER, "a.safetensors")}
+    draw, index = (
+        random.Random("indexes"),
+        {"weight_map": {name: "a.safetensors" for name in HEADER if name != "__metadata__"}},
+    )
     write(folder / "a.safetensors", HEADER)
     for _ in range(300):
         (folder / INDEX).write_text(json.dumps(damaged(index, draw, draw.choice([1, 1, 2]))))
