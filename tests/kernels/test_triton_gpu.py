@@ -7,7 +7,8 @@ from quantkit_kernels import Spec, Stored, pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout
 from quantkit_kernels.triton.configs import BUCKETS, rule
-from quantkit_kernels.triton.op import dequantize, launch, triton_linear
+from quantkit_kernels.triton.launch import dequantize, launch
+from quantkit_kernels.triton.op import triton_linear
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,10 @@ import torch
 from packed_weights import same
 from quantkit_kernels import BackendMissing, Spec, Stored, pack_bits, unpack_bits
 from quantkit_kernels.reference.wna16_linear import wna16_linear
-from quantkit_kernels.triton import backend, layout, op
+from quantkit_kernels.triton import backend, launch, layout
 from quantkit_kernels.triton.configs import DEQUANTIZE_FROM, Config, bucket, choose, rule, table
-from quantkit_kernels.triton.op import tickets, triton_linear
+from quantkit_kernels.triton.launch import tickets
+from quantkit_kernels.triton.op import triton_linear
 
 
 def stored(bits, n, k, group, symmetric, dtype=torch.bfloat16):
@@ -194,10 +195,10 @@ def test_tickets_of_calls_in_flight_do_not_overlap(monkeypatch):
     spans = sorted((t.data_ptr(), t.data_ptr() + 4 * len(t)) for t in taken)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert not any(t.any() or t.data_ptr() % 16 for t in taken)
-    monkeypatch.setitem(op._next, (device, False), op._TICKETS - 10)
+    monkeypatch.setitem(launch._next, (device, False), launch._TICKETS - 10)
     assert len(tickets(device, 11)) == 11  # begins again, in one piece
     with pytest.raises(ValueError, match="at most"):
-        tickets(device, op._TICKETS + 1)
+        tickets(device, launch._TICKETS + 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -14,9 +14,9 @@ import warnings
 
 import triton
 from quantkit_kernels.triton.configs import rule
+from quantkit_kernels.triton.launch import constants
 from quantkit_kernels.triton.layout import geometry
 from quantkit_kernels.triton.linear import linear_kernel
-from quantkit_kernels.triton.op import constants
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -26,7 +26,7 @@ NOT_SIXTEENS = ("n_m", "words", "chunks", "trips")
 
 
 def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
-    """The kernel that `op.launch` would run, for sm_`arch` or gfx`arch`; and its configuration."""
+    """The kernel that `launch` would run, for sm_`arch` or gfx`arch`; and its configuration."""
     cut, amd = geometry(bits, group, k), arch >= 900
     config = rule(bits, m, n, cut, 132, 0 if amd else arch // 10)
     fixed = constants(bits, zeros, fp8, group, k, None if amd else activations, "bf16", arch // 10 == 10)

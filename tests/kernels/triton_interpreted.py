@@ -9,7 +9,8 @@ from quantkit_kernels import Spec, Stored, pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
-from quantkit_kernels.triton.op import dequantize, launch, triton_linear
+from quantkit_kernels.triton.launch import dequantize, launch
+from quantkit_kernels.triton.op import triton_linear
 from racing import race
 from triton.runtime import interpreter
 from wrong_arguments import refusals
@@ -154,7 +155,7 @@ def test_a_bias_is_added_before_the_rounding(dtype):
 def test_large_m_is_dequantized_once(monkeypatch):
     stored = exact_weight(4, 20, 96, 32, False)
     x = integers(800, 96)
-    monkeypatch.setattr("quantkit_kernels.triton.op._launch", None)
+    monkeypatch.setattr("quantkit_kernels.triton.op.launched", None)
     y = triton_linear(x, *layout.build(stored), None, 4, 32, 20, 96)
     assert torch.equal(y, x @ reference_dequantize(stored, torch.float32).T)
 

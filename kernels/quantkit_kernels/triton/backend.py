@@ -8,8 +8,9 @@ import torch
 
 from quantkit_kernels.backend import Backend, Verdict
 from quantkit_kernels.stored import Layout, Spec, Stored
+from quantkit_kernels.triton.launch import DTYPES, tickets
 from quantkit_kernels.triton.layout import build, reads_by_row, restore
-from quantkit_kernels.triton.op import DTYPES, tickets, triton_linear
+from quantkit_kernels.triton.op import triton_linear
 from quantkit_kernels.triton.selfcheck import verdict
 
 

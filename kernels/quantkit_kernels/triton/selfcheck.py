@@ -22,8 +22,8 @@ from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequ
 from quantkit_kernels.stored import Spec, Stored
 from quantkit_kernels.triton import layout
 from quantkit_kernels.triton.configs import Config, rule
+from quantkit_kernels.triton.launch import DTYPES, chip, dequantize, launch
 from quantkit_kernels.triton.layout import reads_by_row
-from quantkit_kernels.triton.op import DTYPES, chip, dequantize, launch
 
 N, LEAST_K = 208, 1024  # three blocks of 64 rows and a ragged one; several trips of the loop for each split
 REPEATS = 3

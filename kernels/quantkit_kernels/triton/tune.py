@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 from quantkit_kernels.triton.configs import BUCKETS, DEQUANTIZE_FROM, TABLES, Config, rule
+from quantkit_kernels.triton.launch import chip, dequantize, launch
 from quantkit_kernels.triton.layout import ROWS, Geometry, geometry, reads_by_row
-from quantkit_kernels.triton.op import _twin, chip, dequantize, launch
+from quantkit_kernels.triton.op import _twin
 
 SHAPES = [
     "6144x4096",
