@@ -179,7 +179,7 @@ def test_loaded_logits_equal_the_dequantized_model(case, name, recipe):
 def test_awq_stores_the_norms_it_rescaled_and_no_others(case, name):
     output = case(name).output("awq")
     manifest = manifest_of(output)
-    scaled = [s for s in manifest.scaling if s["exponent"] is not None]
+    scaled = [s for s in manifest["scaling"] if s["exponent"] is not None]
     assert scaled
     assert all(s["loss"] < s["identity_loss"] for s in scaled)
     norms = {s["producer"] for s in scaled if "norm" in s["producer"] or s["producer"].startswith("ln_")}
