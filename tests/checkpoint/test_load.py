@@ -413,6 +413,7 @@ print(max(seen) - before)
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_running_model_is_never_dense_in_memory(wide_llamas, backend):
     folder, warm, dense = wide_llamas

@@ -96,7 +96,7 @@ def copied(model):
     return held(twin), twin
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("duplicate", [pickled, saved, copied])
 def test_copies_hold_every_layer_once(wide_llamas, backend, duplicate):
     model = quantkit.load(wide_llamas[0], device="cpu", backend=backend)

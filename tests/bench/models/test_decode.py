@@ -103,6 +103,7 @@ def test_peak_sees_memory_that_is_gone_again():
     assert highest[0] - before > 60 << 20
 
 
+@pytest.mark.slow
 def test_memory_counts_what_the_packed_linears_take(dense):
     packed = decode.models(dense.parent, 2, TINY)["packed"]
     found = decode.memory_apart(packed, "eager W4A16", 2)

@@ -10,6 +10,7 @@ from quantkit.pipeline.clock import Clock
 SMALL = ("weights.group_size=32", "calibration.samples=2", "calibration.sequence_length=16")
 
 
+@pytest.mark.slow
 def test_each_part_has_its_estimate_and_the_truth(tmp_path, capsys):
     model = tiny_models.build("llama")
     folder = tiny_models.save(model, tmp_path / "tiny", torch.bfloat16)
