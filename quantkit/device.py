@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Settings of OpenMP: how long a thread spins at a barrier before it sleeps, and how many threads there are.
 SPIN = {
-    "GOMP_SPINCOUNT": "1000",  # GNU's runtime, which torch's Linux wheels and our native library use: rounds of a loop
+    "GOMP_SPINCOUNT": "100000",  # GNU's runtime, of torch's Linux wheels and our native library: rounds of a loop
     "KMP_BLOCKTIME": "0",  # LLVM's and Intel's runtimes: milliseconds
 }
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")

@@ -1,4 +1,4 @@
-"""Run engines interleaved: each once per round; medians over rounds, ratios within a round."""
+"""Run engines interleaved: each once per round, in turning order; medians over rounds, ratios within a round."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def interleave(
     {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
     """
     reads: list[float] = []
+    names = list(engines)
     seen: dict[str, list[Measured]] = {name: [] for name in engines}
     for number in range(rounds + 1):
         if number:
             reads.append(window())
-        for name, run in engines.items():
-            measured = run()
+        for name in names if number % 2 else reversed(names):
+            measured = engines[name]()
             if number:
                 seen[name].append(measured)
                 speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in measured.items())

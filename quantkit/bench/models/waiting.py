@@ -3,9 +3,9 @@
     python -m quantkit.bench.models.waiting --work DIR --json waiting.json
     python -m quantkit.bench.models.waiting --work DIR --busy
 
-Decode of a packed 1.1B Llama, each measurement in a process of its own, because the runtime reads its settings once:
-with the runtime's defaults, with the settings that the `quantkit` command makes (`quantkit.device.SPIN`) and
-with OMP_WAIT_POLICY=passive. The processes take turns within a round; ratios are medians of the ratios within rounds.
+Decode of a packed 1.1B Llama, in a process per setting, because the runtime reads its settings once: with the runtime's
+defaults, with the settings that the `quantkit` command makes (`quantkit.device.SPIN`) and with OMP_WAIT_POLICY=passive.
+The processes take turns within a round; ratios are medians of the ratios within rounds.
 --busy keeps every core busy with one other process meanwhile.
 """
 
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +39,51 @@ def environment_of(settings: Mapping[str, str], threads: int | None) -> dict[str
     return kept | {"PYTHONPATH": os.pathsep.join(sys.path)} | dict(settings)
 
 
-def measure_apart(
-    checkpoint: Path, settings: Mapping[str, str], threads: int | None, prompt: int, new: int
-) -> dict[str, float]:
-    """{"decode", "prefill": tokens/s} of the native path in a process with these settings."""
-    command = [sys.executable, "-m", "quantkit.bench.models.waiting", "--measure", str(checkpoint)]
-    done = subprocess.run(
-        [*command, "--prompt", str(prompt), "--new", str(new)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment_of(settings, threads),
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Worker:
+    """A process with these settings that has loaded the model and measures whenever it is asked to."""
+
+    def __init__(
+        self, checkpoint: Path, settings: Mapping[str, str], threads: int | None, prompt: int, new: int
+    ) -> None:
+        command = [sys.executable, "-m", "quantkit.bench.models.waiting", "--measure", str(checkpoint)]
+        self.process = subprocess.Popen(
+            [*command, "--prompt", str(prompt), "--new", str(new)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment_of(settings, threads),
+        )
+
+    def measure(self) -> dict[str, float]:
+        """{"decode", "prefill": tokens/s} of the native path."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, float] = json.loads(line)
+                return found
+        raise RuntimeError(f"the measuring process ended with exit code {self.process.wait()}")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def measure_here(checkpoint: Path, prompt: int, new: int) -> dict[str, float]:
-    """The same in this process: once to warm up, once that counts."""
+def answer(checkpoint: Path, prompt: int, new: int) -> None:
+    """Be the process of a `Worker`: measure once for every line on standard input, after one round to warm up."""
     from quantkit.bench.models.decode import WAYS, measure, open_model, runner
 
     way = WAYS["native W4A16"]
     model = open_model(checkpoint, way)
     run = runner(model, way)
     measure(run, model.config.vocab_size, prompt, new)
-    return measure(run, model.config.vocab_size, prompt, new)
+    for _ in sys.stdin:
+        print(json.dumps(measure(run, model.config.vocab_size, prompt, new)), flush=True)
 
 
 @contextmanager
@@ -93,17 +111,19 @@ def run(
     from quantkit.bench.machine import machine, where
     from quantkit.bench.rounds import interleave, ratios
 
-    engines = {
-        name: lambda settings=settings: measure_apart(checkpoint, settings, threads, prompt, new)
-        for name, settings in policies.items()
-    }
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(checkpoint, settings, threads, prompt, new))
+            for name, settings in policies.items()
+        }
+        measured = interleave({name: worker.measure for name, worker in workers.items()}, rounds)
     report = {
         "schema": "quantkit-waiting/1",
         "machine": machine() | where("cpu") | {"threads": threads or where("cpu")["threads"]},
         "policies": {name: dict(settings) for name, settings in policies.items()},
         "prompt_tokens": prompt,
         "new_tokens": new,
-        **interleave(engines, rounds),
+        **measured,
     }
     first = next(iter(policies))
     report["times_faster_than_defaults"] = {
@@ -129,7 +149,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure_here(options.measure, options.prompt, options.new)))
+        answer(options.measure, options.prompt, options.new)
         return
     from quantkit.bench.models.decode import models
     from quantkit.checkpoint.shards import write_json
