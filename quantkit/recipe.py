@@ -35,6 +35,12 @@ from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, 
 from quantkit.scheme import PRESETS, Scheme, integer
 from quantkit.transforms.config import TransformConfig
 
+# Presets that bits, group_size and symmetric say in full.
+_PRESETS = {
+    name: scheme
+    for name, scheme in PRESETS.items()
+    if scheme.inputs is None and scheme.weights.number.kind == "int"
+}
 SCHEME_KEYS = tuple(inspect.signature(integer).parameters)  # bits, group_size, symmetric
 
 
@@ -70,7 +76,7 @@ def _clean(text: str) -> str:
 if TYPE_CHECKING:
     PresetName = str
 else:
-    PresetName = Literal[tuple(PRESETS)]
+    PresetName = Literal[tuple(_PRESETS)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_clean)]
 Algorithm = Annotated[AlgorithmConfig, BeforeValidator(lambda value: _named(value, "algorithm"))]
 Transform = Annotated[TransformConfig, BeforeValidator(lambda value: _named(value, "transform"))]
@@ -93,8 +99,8 @@ class _SchemePart(_Part):
             return value
         value = dict(value)
         name = value.get("preset")
-        if isinstance(name, str) and name in PRESETS:
-            base = PRESETS[value.pop("preset")].weights
+        if isinstance(name, str) and name in _PRESETS:
+            base = _PRESETS[value.pop("preset")].weights
             value = {key: getattr(base, key) for key in SCHEME_KEYS} | value
         if value.get("group_size") in ("channel", -1):
             value["group_size"] = None
@@ -239,7 +245,7 @@ class Recipe(_Part):
             )
         if not isinstance(value, str):
             return value
-        preset = (meant_value(value, PRESETS) or "").strip("`")
+        preset = (meant_value(value, _PRESETS) or "").strip("`")
         algorithm = (meant_value(value, ALGORITHMS) or "").strip("`")
         example = f"{{preset: {preset or 'W4A16'}, algorithm: {algorithm or 'gptq'}}}"
         raise ValueError(f"expected a mapping, for instance `weights: {example}`, got {value!r}")

@@ -3,7 +3,7 @@
     Number   how one value is coded: int4, fp8_e4m3, nf4, ...
     Grid     a Number and which values share a scale
     Scheme   the Grid of a linear's weights and, if its inputs are quantized too, of those
-    KVScheme the Grids of a cache's keys and values
+    KVScheme the Grids of a cache's keys and values, and which tokens stay exact
 
 The words are those of compressed-tensors: bits is its num_bits, kind its type, granularity its strategy.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["int", "float", "table"]
 Granularity = Literal["tensor", "channel", "group", "token", "block", "head"]
@@ -75,11 +75,14 @@ NUMBERS: dict[str, Number] = {
 class Grid:
     """The values a tensor is rounded to: a number format, and which elements share a scale.
 
-    granularity: one scale per tensor, channel (row of a weight), group (`group_size` columns of a row), block
-    (`group_size` rows by `group_size` columns), token (row of the inputs), or head (of a KV cache).
+    granularity of a weight: one scale per tensor, channel (row), group (`group_size` columns of a row) or block
+    (`group_size` rows by `group_size` columns). Of inputs: tensor, token, or group (`group_size` columns of a token).
+    Of a KV cache: tensor, head, token (one per token and head; with a group_size: per `group_size` channels of it) or
+    channel (one per head, channel and `group_size` tokens).
     symmetric: no zero point is stored, `midpoint` is the code of 0. Only integers can be asymmetric.
     dynamic: the scale is taken from the values when they are quantized, not stored. Weights never are.
-    scale: the number format the scale itself is stored in; None: the float type of the model.
+    scale: what the scale is stored as; None: the float type of the model. "e8m0": a power of two (MX formats).
+    "fp8_e4m3": FP8, times one float32 scale for the whole tensor (NVFP4).
     """
 
     number: Number
@@ -90,12 +93,14 @@ class Grid:
     scale: str | None = None
 
     def __post_init__(self) -> None:
-        sized = self.granularity in ("group", "block")
-        if sized != (self.group_size is not None):
+        sized, given = self.granularity in ("group", "block"), self.group_size is not None
+        if sized != given and not (given and self.granularity in ("token", "channel")):
             raise ValueError(
                 f"granularity {self.granularity!r} {'needs a' if sized else 'has no'} group_size, "
                 f"got {self.group_size}"
             )
+        if self.scale not in (None, "e8m0", "fp8_e4m3"):
+            raise ValueError(f"a scale is stored as a float, 'e8m0' or 'fp8_e4m3', got {self.scale!r}")
         if not self.symmetric and self.number.kind != "int":
             raise ValueError(f"only integers can be asymmetric, got {self.number.name}")
 
@@ -123,12 +128,16 @@ class Grid:
         return in_features % self.group(in_features) == 0
 
     @property
+    def two_level(self) -> bool:
+        """Whether the tensor has a float32 scale of its own beside those of its groups (NVFP4)."""
+        return self.scale == "fp8_e4m3"
+
+    @property
     def _shape(self) -> str:
-        return (
-            f"{'b' if self.granularity == 'block' else 'g'}{self.group_size}"
-            if self.group_size
-            else self.granularity
-        )
+        if self.group_size is None:
+            return self.granularity
+        size = f"{'b' if self.granularity == 'block' else 'g'}{self.group_size}"
+        return size if self.granularity in ("group", "block") else f"{self.granularity} {size}"
 
     def __str__(self) -> str:
         zero = "" if self.symmetric else " asym"
@@ -152,13 +161,28 @@ class Scheme:
 
 @dataclass(frozen=True)
 class KVScheme:
-    """How a KV cache is quantized."""
+    """How a KV cache is quantized: keys after rotary embedding, values as projected, each entry once.
+
+    residual: the newest tokens, up to so many, stay exact (KIVI). sinks: the first so many tokens stay exact.
+    rotate: queries and keys are multiplied by one Hadamard matrix before keys are rounded, which leaves their products
+    as they are.
+    """
 
     keys: Grid
     values: Grid
+    residual: int = 0
+    sinks: int = 0
+    rotate: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are taken from the entries themselves; else they are calibrated and stored."""
+        return self.keys.dynamic
 
     def __str__(self) -> str:
-        return f"KV {self.keys}" if self.keys == self.values else f"K {self.keys}, V {self.values}"
+        grids = f"KV {self.keys}" if self.keys == self.values else f"K {self.keys}, V {self.values}"
+        exact = [f"{what} {n} exact" for what, n in (("first", self.sinks), ("last", self.residual)) if n]
+        return ", ".join([grids, *exact, *(["rotated"] if self.rotate else [])])
 
 
 def integer(bits: int = 4, group_size: int | None = 128, symmetric: bool = True) -> Grid:
@@ -166,6 +190,10 @@ def integer(bits: int = 4, group_size: int | None = 128, symmetric: bool = True)
     number = NUMBERS[f"int{bits}"]
     return Grid(number, "channel" if group_size is None else "group", group_size, symmetric)
 
+
+_FP8, _FP4 = NUMBERS["fp8_e4m3"], NUMBERS["fp4_e2m1"]
+INT8_TOKEN = Grid(NUMBERS["int8"], "token", dynamic=True)
+FP8_TOKEN = Grid(_FP8, "token", dynamic=True)
 
 PRESETS: dict[str, Scheme] = {
     "W8A16": Scheme(integer(8, None)),
@@ -176,4 +204,36 @@ PRESETS: dict[str, Scheme] = {
     "W3A16_ASYM": Scheme(integer(3, symmetric=False)),
     "W2A16": Scheme(integer(2, 64, symmetric=False)),
     "W2A16_SYM": Scheme(integer(2, 64)),
+    "W8A8": Scheme(integer(8, None), INT8_TOKEN),
+    "W8A8_STATIC": Scheme(integer(8, None), Grid(NUMBERS["int8"], "tensor", symmetric=False)),
+    "W4A8": Scheme(integer(4), INT8_TOKEN),
+    "FP8_DYNAMIC": Scheme(Grid(_FP8, "channel"), FP8_TOKEN),
+    "FP8": Scheme(Grid(_FP8, "tensor"), Grid(_FP8, "tensor")),
+    "FP8_BLOCK": Scheme(Grid(_FP8, "block", 128), Grid(_FP8, "group", 128, dynamic=True)),
+    "W8A16_FP8": Scheme(Grid(_FP8, "channel")),
+    "NVFP4A16": Scheme(Grid(_FP4, "group", 16, scale="fp8_e4m3")),
+    "MXFP4A16": Scheme(Grid(_FP4, "group", 32, scale="e8m0")),
+    "NF4": Scheme(Grid(NUMBERS["nf4"], "group", 64)),
+}
+
+
+def _same(grid: Grid, **more: Any) -> KVScheme:
+    return KVScheme(grid, grid, **more)
+
+
+KV_PRESETS: dict[str, KVScheme] = {
+    "FP8": _same(Grid(_FP8, "head")),
+    "FP8_TENSOR": _same(Grid(_FP8, "tensor")),
+    "INT8": _same(Grid(NUMBERS["int8"], "token", dynamic=True)),
+    "INT4": _same(Grid(NUMBERS["int4"], "token", dynamic=True), rotate=True),
+    "KIVI4": KVScheme(
+        Grid(NUMBERS["int4"], "channel", 32, symmetric=False, dynamic=True),
+        Grid(NUMBERS["int4"], "token", 32, symmetric=False, dynamic=True),
+        residual=128,
+    ),
+    "KIVI2": KVScheme(
+        Grid(NUMBERS["int2"], "channel", 32, symmetric=False, dynamic=True),
+        Grid(NUMBERS["int2"], "token", 32, symmetric=False, dynamic=True),
+        residual=128,
+    ),
 }

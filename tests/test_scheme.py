@@ -48,7 +48,7 @@ def test_different_schemes_have_different_names():
     ("fields", "reason"),
     [
         ((FP8, "group"), "needs a group_size"),
-        ((FP8, "channel", 128), "has no group_size"),
+        ((FP8, "tensor", 128), "has no group_size"),
         ((FP8, "channel", None, False), "only integers can be asymmetric"),
     ],
 )

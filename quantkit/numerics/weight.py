@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,15 +23,18 @@ class QuantizedWeight:
     """The codes of one linear weight [N, K] with K/G groups per row.
 
     codes: uint8 [N, K], 0..2^bits-1.
-    scale: stored dtype (the checkpoint's float dtype) [N, K/G]; the codes were computed from this rounded scale.
+    scale: [N, K/G] in its stored dtype: the checkpoint's float dtype, or float8_e4m3fn or float8_e8m0fnu where
+    `grid.scale` says so. Rows that share a scale (tensor, block) each have it. The codes were computed from it.
     zero:  uint8 [N, K/G] for asymmetric integers, None for the others (the zero point is `grid.midpoint`).
     grid:  the number format and the grouping.
+    global_scale: float32 [1] of a two-level grid (NVFP4), by which its scales are divided; else None.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     grid: Grid
+    global_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,7 +44,12 @@ class QuantizedWeight:
     def rows(self, rows: slice) -> QuantizedWeight:
         """Some output channels."""
         zero = None if self.zero is None else self.zero[rows]
-        return QuantizedWeight(self.codes[rows], self.scale[rows], zero, self.grid)
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+
+    def scales(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What a level is multiplied by, [N, K/G]; computed in `dtype`."""
+        scale = self.scale.to(dtype)
+        return scale if self.global_scale is None else scale / self.global_scale.to(dtype)
 
     @property
     def is_zero(self) -> bool:
@@ -75,4 +83,4 @@ class QuantizedWeight:
         groups = self.scale.shape[1]
         zero = None if self.zero is None else self.zero.to(work)[:, :, None]
         level = decode(self.codes.view(n, groups, k // groups), self.grid.number, zero, work)  # (N, K/G, G)
-        return level.mul_(self.scale.to(work)[:, :, None]).view(n, k).to(dtype)
+        return level.mul_(self.scales(work)[:, :, None]).view(n, k).to(dtype)

@@ -45,6 +45,10 @@ def packed(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
+def _id(scheme):
+    return getattr(scheme, "__name__", str(scheme))
+
+
 def mixed(name):
     """3 bits in groups, down projections in 8 bits per channel, the head asymmetric."""
     if name == "lm_head":
@@ -53,7 +57,7 @@ def mixed(name):
 
 
 @pytest.mark.parametrize(
-    "scheme", [SYM, ASYM, Scheme(integer(3, 16, False)), Scheme(integer(6, None, True)), mixed], ids=str
+    "scheme", [SYM, ASYM, Scheme(integer(3, 16, False)), Scheme(integer(6, None, True)), mixed], ids=_id
 )
 def test_logits_equal_the_dequantized_model(packed_llama, scheme):
     if scheme is mixed:
@@ -356,7 +360,7 @@ def symmetric_mixed(name):
 
 
 @pytest.mark.parametrize(
-    "scheme", [SYM, Scheme(integer(3, 32, True)), Scheme(integer(8, None, True)), symmetric_mixed], ids=str
+    "scheme", [SYM, Scheme(integer(3, 32, True)), Scheme(integer(8, None, True)), symmetric_mixed], ids=_id
 )
 def test_plain_transformers_loads_symmetric_checkpoints_equally(packed_llama, scheme):
     folder, _ = packed_llama(scheme)
