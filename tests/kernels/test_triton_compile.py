@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("compile")  # one process compiles everything
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 942: 64 << 10}
 # (arch, bits, activations, zeros, fp8, group, M, N, K), most instructions per weight
@@ -41,6 +42,26 @@ CASES = [
 ]
 
 
+# 8-bit products: (arch, number, activations, a zero point, group, M, N, K); a cache: (arch, number, activations, stored
+# scales, softcap, query heads per kv head, head dim). Most instructions per weight, or per number of the cache.
+EIGHT_BITS = [
+    (("scaled", 80, "int8", "bf16", False, 4096, 1, 4096, 4096), 2.4),
+    (("scaled", 80, "int8", "bf16", True, 4096, 16, 4096, 4096), 0.8),
+    (("scaled", 90, "int8", "bf16", False, 4096, 1, 4096, 4096), 2.5),
+    (("scaled", 90, "int8", "bf16", True, 4096, 16, 4096, 4096), 0.9),
+    (("scaled", 90, "int8", "bf16", False, 4096, 1024, 4096, 4096), 1.6),
+    (("scaled", 90, "fp8_e4m3", "bf16", False, 4096, 16, 4096, 4096), 0.9),
+    (("scaled", 90, "fp8_e4m3", "bf16", False, 4096, 1024, 4096, 4096), 1.6),
+    (("scaled", 90, "fp8_e4m3", "bf16", False, 128, 64, 4096, 4096), 3.2),
+    (("scaled", 100, "int8", "bf16", False, 4096, 16, 4096, 4096), 0.95),
+    (("scaled", 100, "fp8_e4m3", "bf16", False, 4096, 1024, 4096, 4096), 1.9),
+    (("decode", 80, "int8", "bf16", False, False, 4, 128), 8.0),
+    (("decode", 90, "int8", "bf16", False, False, 4, 128), 7.6),
+    (("decode", 90, "int8", "fp16", False, True, 8, 128), 8.4),
+    (("decode", 90, "fp8_e4m3", "bf16", True, False, 4, 128), 7.0),
+    (("decode", 100, "fp8_e4m3", "bf16", True, False, 4, 128), 5.4),
+]
+
 AMD = [
     (942, 4, "bf16", True, False, 128, 16, 4096, 4096),
     (942, 8, "fp16", False, True, 128, 128, 4096, 4096),
@@ -53,13 +74,14 @@ def reports():
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
-    cases = [case for case, _ in CASES] + AMD
+    linears = [case for case, _ in CASES] + AMD
+    cases = [("linear", *case) for case in linears] + [case for case, _ in EIGHT_BITS]
     done = subprocess.run(
         child, env=environment, input=json.dumps(cases), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    return dict(zip(cases, found, strict=True))
+    return dict(zip(linears + [case for case, _ in EIGHT_BITS], found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +98,18 @@ def test_compiled_kernel_fits(reports, case, limit):
         assert report["from_registers"], report
     if case[6] <= 16:  # two programs of four warps on a multiprocessor
         assert report["registers"] <= 224, report
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"), EIGHT_BITS, ids=lambda v: "-".join(map(str, v)) if type(v) is tuple else ""
+)
+def test_compiled_kernels_of_8_bits_fit(reports, case, limit):
+    report = reports[case]
+    assert report["stack"] == 0, report
+    assert report["shared"] <= SHARED[case[1]], report
+    assert report["tensor"] >= 2, report
+    assert 0.1 < report["per_weight"] <= limit, report
+    assert report["late_loads"] == 0, report
 
 
 @pytest.mark.parametrize("case", AMD, ids=lambda v: "-".join(map(str, v)))

@@ -1,8 +1,8 @@
-"""Compiles linear kernels for GPUs that are not here; run by `test_triton_compile.py`.
+"""Compiles kernels for GPUs that are not here; run by `test_triton_compile.py`.
 
-stdin: JSON [[arch, bits, activations, zeros, fp8, group, m, n, k], ...]; stdout: a JSON object per case with registers,
-stack (spilled bytes), shared (bytes) and, of the loop, tensor (products), per_weight (instructions per weight) and
-late_loads (from global memory into registers).
+stdin: JSON [[name of COMPILE, its arguments ...], ...]; stdout: a JSON object per case with registers, stack (spilled
+bytes), shared (bytes) and, of the loop, tensor (products), per_weight (instructions per weight, or per number of the
+cache) and late_loads (from global memory into registers).
 """
 
 import json
@@ -12,11 +12,15 @@ import sys
 import tempfile
 import warnings
 
+import torch
 import triton
+from quantkit_kernels.triton import kv_op, scaled_op
 from quantkit_kernels.triton.configs import rule
+from quantkit_kernels.triton.kv import decode_kernel
 from quantkit_kernels.triton.launch import constants
 from quantkit_kernels.triton.layout import geometry
 from quantkit_kernels.triton.linear import linear_kernel
+from quantkit_kernels.triton.scaled import scaled_linear_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -25,8 +29,22 @@ INTEGERS = ("n_m", "n", "k", "ldx", "words", "chunks", "trips")
 NOT_SIXTEENS = ("n_m", "words", "chunks", "trips")
 
 
-def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
-    """The kernel that `launch` would run, for sm_`arch` or gfx`arch`; and its configuration."""
+def compiled(kernel, arch, fixed, kinds, odd, warps, stages):
+    """A kernel for sm_`arch` or gfx`arch`. kinds: types of its arguments, all multiples of 16 but those named odd."""
+    amd, names = arch >= 900, kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: kinds.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in fixed.items()},
+        attrs={(names.index(a),): [["tt.divisibility", 16]] for a in kinds if a not in odd},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    target = GPUTarget("hip", f"gfx{arch}", 64) if amd else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_linear(arch, bits, activations, zeros, fp8, group, m, n, k):
+    """(the kernel that `launch` would run, its configuration, weights of a tile and trip)."""
     cut, amd = geometry(bits, group, k), arch >= 900
     config = rule(bits, m, n, cut, 132, 0 if amd else arch // 10)
     fixed = constants(bits, zeros, fp8, group, k, None if amd else activations, "bf16", arch // 10 == 10)
@@ -34,16 +52,50 @@ def compile_offline(arch, bits, activations, zeros, fp8, group, m, n, k):
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
     pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "parts": "*fp32", "tickets": "*i32"}
     kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations) | dict.fromkeys(INTEGERS, "i32")
-    names = linear_kernel.arg_names
-    source = ASTSource(
-        fn=linear_kernel,
-        signature={name: kinds.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={(names.index(a),): [["tt.divisibility", 16]] for a in kinds if a not in NOT_SIXTEENS},
-    )
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    target = GPUTarget("hip", f"gfx{arch}", 64) if amd else GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=options), config, cut
+    kernel = compiled(linear_kernel, arch, fixed, kinds, NOT_SIXTEENS, config.warps, config.stages)
+    return kernel, config, config.bn * cut.chunk * config.unroll
+
+
+def compile_scaled(arch, number, activations, zero, group, m, n, k):
+    """As `compile_linear`, of 8-bit products; inputs rounded inside with few tokens."""
+    config = scaled_op.rule(m, n, k, group, 132)
+    fused = m <= scaled_op.FUSED_TOKENS and group == k
+    fixed = scaled_op.constants(number, group, 1, k, fused, zero, True)
+    fixed |= {"BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.splits > 1, "EVEN_K": True}
+    fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
+    code = {"int8": "*i8", "fp8_e4m3": "*fp8e4nv"}[number]
+    kinds = dict.fromkeys(("bias", "y"), "*" + activations) | {
+        "x": "*" + activations if fused else code,
+        "w": code,
+    }
+    kinds |= dict.fromkeys(("x_scale", "w_scale", "parts"), "*fp32")
+    kinds |= dict.fromkeys(("x_zero", "sums", "tickets"), "*i32")
+    kinds |= dict.fromkeys(("n_m", "n", "k", "ldx", "x_scales", "groups", "trips"), "i32")
+    odd = ("n_m", "x_scales", "groups", "trips")
+    kernel = compiled(scaled_linear_kernel, arch, fixed, kinds, odd, config.warps, config.stages)
+    return kernel, config, config.bn * config.bk
+
+
+def compile_decode(arch, number, activations, stored, capped, group, d):
+    """As `compile_linear`, of attention over a quantized cache: 4,096 places, 64 sequences of 8 heads."""
+    config = kv_op.rule(4 * 8, 4096, 132)
+    dtype = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}[number]
+    fixed = kv_op.constants(dtype, group, d, stored, capped, arch >= 90)
+    fixed |= {"BS": config.bs, "SPLIT": config.splits > 1, "STAGES": config.stages}
+    code = "*i8" if number == "int8" else "*u8"
+    kinds = dict.fromkeys(("q", "out"), "*" + activations) | {"k": code, "v": code}
+    kinds |= dict.fromkeys(("k_scales", "v_scales", "parts"), "*fp32")
+    kinds |= dict.fromkeys(("first", "end", "tickets"), "*i32")
+    kinds |= dict.fromkeys(("kv_heads", "group", "places", "d"), "i32") | {
+        "factor": "fp32",
+        "softcap": "fp32",
+    }
+    odd = ("kv_heads", "group", "factor", "softcap")
+    kernel = compiled(decode_kernel, arch, fixed, kinds, odd, config.warps, config.stages)
+    return kernel, config, 2 * config.bs * d
+
+
+COMPILE = {"linear": compile_linear, "scaled": compile_scaled, "decode": compile_decode}
 
 
 def products(code: list[str]) -> int:
@@ -82,8 +134,8 @@ def usage(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     warnings.simplefilter("ignore")
     assert nvidia  # the backend is part of triton, no driver is needed
-    for case in json.load(sys.stdin):
-        kernel, config, cut = compile_offline(*case)
+    for name, *case in json.load(sys.stdin):
+        kernel, config, weights = COMPILE[name](*case)
         if "amdgcn" in kernel.asm:
             spills = int(re.search(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
             print(
@@ -92,7 +144,7 @@ def main() -> None:
             continue
         loop = main_loop(kernel.asm["sass"])
         registers, stack = usage(kernel.asm["cubin"])
-        weights = config.bn * cut.chunk * config.unroll / (32 * config.warps)
+        weights /= 32 * config.warps
         report = {
             "registers": registers,
             "stack": stack,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
+import triton_mended
 from quantkit_kernels import Spec, Stored, pack_bits
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
@@ -12,18 +12,9 @@ from quantkit_kernels.triton.configs import Config
 from quantkit_kernels.triton.launch import dequantize, launch
 from quantkit_kernels.triton.op import triton_linear
 from racing import race
-from triton.runtime import interpreter
 from wrong_arguments import refusals
 
-# It takes int() of an array of one element, which numpy 2.4 refuses.
-if triton.__version__.startswith("3.6."):
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_with_index
+assert triton_mended
 
 
 def exact_weight(bits, n, k, group, symmetric):

@@ -5,8 +5,7 @@ tensor cores through registers, never back to shared memory, and a tile of 8 or 
 become q - z exactly (`unpack.py`; plain arithmetic if ASM is False), a group's product is scaled in the fp32
 accumulator: acc += s * (q - z) x, so that nothing is rounded before the end and a zero point costs what none costs.
 
-K may be split over programs. Each stores its fp32 part, takes a ticket, and the last one sums the parts in order and
-puts the ticket counter back to 0: no second launch, and the same bits every time.
+K may be split over programs (`splits.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 
 from quantkit_kernels.triton.layout import HIGH_BITS
+from quantkit_kernels.triton.splits import leave_part, sum_parts
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS: tl.constexpr):
+def finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS: tl.constexpr):
     """y^T [rows, m] = acc + bias, rounded once."""
     if HAS_BIAS:
         acc += tl.load(bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
@@ -281,19 +281,12 @@ def linear_kernel(
         acc *= _float(tl.load(scales + stored), 0, SCALES)[:, None]
 
     if SPLIT:
-        place = tl.arange(0, BN)[:, None] + tl.arange(0, BM)[None, :] * BN
-        mine = parts + tile.to(tl.int64) * (splits * BN * BM) + place
-        tl.store(mine + split * (BN * BM), acc, mask=(m < n_m)[None, :], cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its ticket
-        ticket = tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu")
-        if ticket == splits - 1:
-            acc = tl.zeros([BN, BM], tl.float32)
-            for i in tl.range(0, splits):
-                acc += tl.load(mine + i * (BN * BM), mask=(m < n_m)[None, :], other=0.0, cache_modifier=".cg")
-            tl.store(tickets + tile, 0)
-            _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
+        mask = (m < n_m)[None, :]
+        if leave_part(acc, parts, tickets, tile, split, splits, mask, BN, BM) == splits - 1:
+            acc = sum_parts(parts, tickets, tile, splits, mask, BN, BM)
+            finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
     else:
-        _finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
+        finish(acc, bias, y, m, rows, n_m, n, HAS_BIAS)
 
 
 @triton.jit
