@@ -128,7 +128,8 @@ def _stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
     """Bytes of the hidden states of all windows: of the quantized model, and as far as needed of the original."""
     needs = _needs(plan.layers)
     every = recipe.calibration.samples
-    full = max((getattr(transform, "windows", 0) for transform in recipe.transforms), default=0)
+    looked = (getattr(transform, "windows", 0) for transform in recipe.transforms)
+    full = max((every if windows is None else windows for windows in looked), default=0)
     if "drift" in needs:
         full = max(full, -(-every // 2))
     quantized = every if "hessian" in needs else 0
@@ -194,7 +195,7 @@ def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
     kept = max(KEPT, SPARE - 3 * FLOAT * widest**2)
     length = recipe.calibration.sequence_length
     chunk = 3 * FLOAT * max(CHUNK, length * widest) * len(siblings)
-    observed = max((getattr(transform, "windows", 0) for transform in recipe.transforms), default=0)
+    observed = max((getattr(transform, "observed", 0) for transform in recipe.transforms), default=0)
     return stored + codes + matrices + copies + kept + chunk + 4 * FLOAT * observed * length * widest
 
 

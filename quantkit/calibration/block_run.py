@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from quantkit.calibration.calls import BlockCalls, mappings
 from quantkit.calibration.collect import Gatherer
@@ -40,6 +41,7 @@ class BlockRun:
     index, name: its number and module name ("model.layers.3"). plans: its planned linears; stored: the dtype on disk
     of every parameter; both by module or parameter name inside the block. trace: which tensor goes where.
     changed: parameters that a transform has changed and that are not quantized, in stored dtype, for the shard.
+    model_type: of the model's config, for what the literature says of a family.
     Statistics and outputs may be asked for as long as the block is loaded; `leave` ends that.
     """
 
@@ -62,6 +64,7 @@ class BlockRun:
         self.plans, self.stored, self.streams = plans, stored, streams
         self.calls, self.batch, self.device = calls, batch, device
         self.changed: dict[str, torch.Tensor] = {}
+        self.model_type = ""
         self.as_tuple = False
         self.seconds_once = (
             0.0  # of the time with this block, what the next ones of its structure will not need
@@ -220,20 +223,43 @@ class BlockRun:
 
             return hook
 
-        handles = [
-            self.module.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
-            for name in calls
-        ]
+        modules = {name: self.module.get_submodule(name) for name in calls}
+        handles = [m.register_forward_hook(note(name), with_kwargs=True) for name, m in modules.items()]
+        self._look(handles, windows)
+        return calls
+
+    @torch.no_grad()
+    def inputs_of(self, names: Iterable[str], field: str, windows: int | None) -> dict[str, torch.Tensor]:
+        """One field of `Statistics` over the inputs of linears, on the windows that `observe` looks at; None: on all.
+
+        One pass for all of them. No input is kept.
+        """
+        gatherers: dict[str, Gatherer] = {}
+
+        def note(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if name not in gatherers:
+                    gatherers[name] = Gatherer(frozenset({field}), args[0].shape[-1], self.device)
+                gatherers[name].update(args[0])
+
+            return hook
+
+        modules = {name: self.module.get_submodule(name) for name in names}
+        self._look([m.register_forward_pre_hook(note(name)) for name, m in modules.items()], windows)
+        return {name: getattr(gatherer.finish(), field) for name, gatherer in gatherers.items()}
+
+    def _look(self, handles: list[RemovableHandle], windows: int | None) -> None:
+        """Run the first windows of the full stream (or the only one) for hooks, which are removed afterwards."""
+        full = self.streams.full is not None
         try:
             for chunk in self.chunks():
-                full = self.streams.full is not None
-                if chunk.start >= windows or not self.streams.has(full, chunk):
+                beyond = windows is not None and chunk.start >= windows
+                if beyond or not self.streams.has(full, chunk):
                     break
                 self.forward(chunk, full)
         finally:
             for handle in handles:
                 handle.remove()
-        return calls
 
     def gather(self, field: str, inputs: list[torch.Tensor]) -> torch.Tensor:
         """One field of `Statistics` over some inputs [..., K]."""

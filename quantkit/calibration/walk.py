@@ -140,7 +140,9 @@ def _open(
         skeleton.free_block(model, index, plan.blocks_prefix)
 
     with timed("calibrate"):
-        return BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free, now)
+        run = BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free, now)
+    run.model_type = source.headers.model_type
+    return run
 
 
 def _hold(module: nn.Module, plans: dict[str, LayerPlan]) -> None:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.numerics.grid import grouped, round_to_grid, scale_and_zero
-from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import dead_note, neutral
 from quantkit.scheme import Grid
 from quantkit.transforms.config import AwqConfig
+from quantkit.transforms.groups import by_channel, left_out, planned, rounded
 from quantkit.transforms.registry import register
 
 if TYPE_CHECKING:
     from quantkit.calibration.block_run import BlockRun
-    from quantkit.plan import LayerPlan
     from quantkit.structure.fold import ScalingGroup
 
 INSTEAD = "leave out the awq transform"
@@ -50,13 +49,6 @@ def candidate(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
         return torch.ones_like(s)
     s = s / (s[fires].max() * s[fires].min()).sqrt()
     return torch.where(fires & torch.isfinite(s), s, torch.ones_like(s))
-
-
-def rounded(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` [N, K] on the plain min-max grid of `grid`."""
-    scale, zero = search_grid(weight, grid, dtype)
-    w = grouped(weight, grid.group(weight.shape[1]))
-    return round_to_grid(w, scale[:, :, None], zero[:, :, None], grid).view(weight.shape)
 
 
 def search_scale(
@@ -132,13 +124,14 @@ def apply(run: BlockRun, config: AwqConfig) -> list[dict[str, Any]]:
         held.weight.data = held.weight.data.float()
     if config.scale:
         proved, refused = run.scaling_groups(INSTEAD)
-        groups = [g for g in proved if _planned(g, run.plans)]
+        groups = [g for g in proved if planned(g, run.plans)]
         names = {n for g in groups for n in (g.inspect, g.consumers[0])}
         # one pass serves all groups: a group's own fold is all that changes its consumers' input
         seen = run.observe(names, config.windows)
         report += [_scale(run, g, seen, config) for g in groups]
         del seen
-        report += _left_out(run.trace.siblings, proved, refused, run.plans)
+        others = left_out(run.trace.siblings, proved, refused, run.plans)
+        report += [{"exponent": None} | entry for entry in others]
     rounds_only = all(p.algorithm.name == "rtn" for p in run.plans.values())
     if config.clip is True or (config.clip == "auto" and rounds_only):
         _clip(run, config)
@@ -151,9 +144,7 @@ def _scale(
     """Search the scales of one group and fold them in, if they are better than none."""
     held = [run.held[n] for n in group.consumers]
     inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
-    mean_abs = run.gather("mean_abs", inputs)
-    if group.expand is not None:
-        mean_abs = _by_channel(mean_abs, group.expand)
+    mean_abs = by_channel(run.gather("mean_abs", inputs), group.expand, "mean")
     loss = _output_error(run, group, seen)
     run.select(full=True)
     found = search_scale(
@@ -224,39 +215,3 @@ def _output_error(
         return total / count
 
     return of_module
-
-
-def _planned(group: ScalingGroup, plans: dict[str, LayerPlan]) -> bool:
-    """Whether all a fold would change is quantized here, or is a norm."""
-    return all(n in plans for n in group.consumers) and (group.form != "rows" or group.producer in plans)
-
-
-def _left_out(
-    sets: tuple[tuple[str, ...], ...],
-    proved: list[ScalingGroup],
-    refused: list[tuple[str, str]],
-    plans: dict[str, LayerPlan],
-) -> list[dict[str, Any]]:
-    """One entry for every set of planned siblings that no group scales, with the reason."""
-    entries = []
-    for siblings in sets:
-        group = next((g for g in proved if set(g.consumers) == set(siblings)), None)
-        if not any(n in plans for n in siblings) or (group and _planned(group, plans)):
-            continue
-        if group:
-            changes = (*siblings, group.producer) if group.form == "rows" else siblings
-            others = [n for n in changes if n not in plans]
-            why = f"{', '.join(others)} would change too and the recipe leaves it as it is"
-        else:
-            tried = [f"{pair}: {why}" for pair, why in refused if pair.endswith(f"-> {', '.join(siblings)}")]
-            why = "; ".join(tried) or "nothing before it can take the inverse scale"
-        entries.append({"producer": None, "consumers": list(siblings), "exponent": None, "left_out": why})
-    return entries
-
-
-def _by_channel(values: torch.Tensor, expand: torch.Tensor) -> torch.Tensor:
-    """Mean of the columns that share a channel: [K] -> [channels]."""
-    expand = expand.to(values.device)
-    channels = int(expand.max()) + 1
-    total = torch.zeros(channels, device=values.device).index_add_(0, expand, values)
-    return total / torch.bincount(expand, minlength=channels)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# SmoothQuant's alpha by model type, where its authors publish one that differs from 0.5 (arXiv 2211.10438, table 9, and
+# the README of their code: Llama 0.8 to 0.9, Mistral and Mixtral 0.8, Falcon 0.6 to 0.7).
+ALPHAS = {"llama": 0.8, "mistral": 0.8, "mixtral": 0.8, "falcon": 0.6}
+ALPHA = 0.5
 
 
 class AwqConfig(BaseModel):
@@ -22,5 +27,32 @@ class AwqConfig(BaseModel):
     windows: int = Field(8, ge=1)
     scale: bool = True
 
+    @property
+    def observed(self) -> int:
+        """Calibration windows whose inputs are in memory together."""
+        return self.windows
 
-TransformConfig = AwqConfig
+
+class SmoothQuantConfig(BaseModel):
+    """SmoothQuant: move the range of large input channels into the weights, and fold the inverse into their producer.
+
+    alpha: how much of it, 0 to 1; "family": what the literature says of this family of models (`ALPHAS`), else 0.5.
+    windows: calibration windows over which the largest inputs are taken; None: all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    name: Literal["smoothquant"]
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["family"] = "family"
+    windows: int | None = Field(None, ge=1)
+
+    @property
+    def observed(self) -> int:
+        """Calibration windows whose inputs are in memory together."""
+        return 0
+
+    def strength(self, model_type: str) -> float:
+        """alpha for a family of models."""
+        return ALPHAS.get(model_type, ALPHA) if self.alpha == "family" else self.alpha
+
+
+TransformConfig = Annotated[AwqConfig | SmoothQuantConfig, Field(discriminator="name")]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+EVERY = 10_000_000  # more calibration windows than a recipe may have
 Apply = Callable[[Any, Any], list[dict[str, Any]]]
 
 

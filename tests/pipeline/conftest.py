@@ -53,6 +53,7 @@ def arguments(inputs):
         "gptq": {"weights": gptq},
         "gptq with head": {"weights": gptq, "rules": [{"match": "lm_head", "bits": 8}]},
         "awq": {"weights": gptq, "transforms": [{"name": "awq", "grid": 3, "windows": 4}]},
+        "smoothquant": {"weights": gptq, "transforms": ["smoothquant"]},
     }
     calibration = {"data": [str(inputs / "text")], "samples": 8, "sequence_length": 32}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quantkit.scheme import integer
-from quantkit.transforms.awq import candidate, clip, rounded, search_scale
+from quantkit.transforms.awq import candidate, clip, search_scale
+from quantkit.transforms.groups import rounded
 
 SCHEME = integer(3, 32, False)
 
