@@ -73,7 +73,7 @@ def package(tmp_path):
 def test_what_a_stranger_adds_is_one_file_its_options_and_one_import(package, tmp_path):
     touched = applied(package)
     assert touched.count("quantkit/algorithms/catalog.py") == 1
-    assert len(touched) == 10
+    assert len(touched) == 9
     model = tiny_models.save(tiny_models.build("llama-gqa"), tmp_path / "model", torch.bfloat16)
     roots = [str(package), str(ROOT / "kernels"), str(ROOT / "eval")]
     script = f"import sys; sys.path[:0] = {roots!r}\n{RUN}"
