@@ -54,7 +54,10 @@ def packing_of(path: Path, stored: Any) -> tuple[Codec | None, SchemeOf | None]:
         return None, None
     try:
         codec = codec_of(stored)
-        return codec, codec.parse(stored)
+        scheme_of = codec.parse(stored)
+        if codec.kv_scheme(stored) is not None:
+            raise ModelError("this checkpoint has a kv_cache_scheme, which quantkit does not read yet")
+        return codec, scheme_of
     except ModelError as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from error
 

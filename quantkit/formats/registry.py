@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantkit_kernels import Spec, Stored
 
     from quantkit.numerics.weight import QuantizedWeight
-    from quantkit.scheme import Scheme
+    from quantkit.scheme import KVScheme, Scheme
 
 SHIPPED = {
     "compressed-tensors": "quantkit.formats.compressed_tensors"
@@ -59,8 +59,13 @@ class Codec(ABC):
         """(N, K) of the weight that these tensors are; looks at as few of them as it can."""
 
     @abstractmethod
-    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config` of config.json. schemes: by module name; ignore: the linears left as they are."""
+    def config(
+        self, schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
+    ) -> dict[str, Any]:
+        """`quantization_config` of config.json. schemes: by module name; ignore: the linears left as they are.
+
+        kv: of a cache whose scales are stored.
+        """
 
     @abstractmethod
     def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
@@ -68,6 +73,10 @@ class Codec(ABC):
 
         ModelError naming what is corrupt in it, or what it asks for that quantkit does not read.
         """
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
+        """How `config` quantizes the KV cache with stored scales; None: not at all."""
+        return None
 
     def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Stored:
         """The weight as kernels take it. A format that stores these very tensors overrides it and copies nothing."""

@@ -125,7 +125,10 @@ INT8 = FP8 | {"type": "int"}
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"format": "float-quantized", "config_groups": {"g": {"targets": ["Linear"], "weights": FP8}}},
+        {
+            "format": "float-quantized",
+            "config_groups": {"g": {"targets": ["Linear"], "weights": FP8 | {"symmetric": False}}},
+        },
         {
             "format": "int-quantized",
             "config_groups": {

@@ -1,0 +1,70 @@
+"""Rounding of a linear's inputs: x [..., K] becomes the nearest value its grid has.
+
+As compressed-tensors computes it, in the type of x, with rne = round half to even:
+
+    int8 token           s = max|x| / 127.5                         x_hat = clamp(rne(x / s), -128, 127) s
+    int8 token, asym     lo = min(x, 0), hi = max(x, 0), s = (hi - lo) / 255, z = rne(clamp(-128 - lo / s, -128, 127))
+                                                                    x_hat = (clamp(rne(x / s + z), -128, 127) - z) s
+    int8 tensor          the same with a stored s and z
+    fp8 token or group   s = max|x| / 448                           x_hat = e4m3(clamp(x / s, -448, 448)) s
+    fp8 tensor           the same with a stored s
+
+A token is a row of x whatever the rank of x, so results do not depend on how tokens are batched. A row of zeros stays
+zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.scheme import Grid
+
+FP8_LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """Stored range of a linear's inputs. scale: [1] in its stored dtype. zero: int8 [1], None on a symmetric grid.
+
+    value = (code - zero) * scale with codes -128..127.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+
+def round_inputs(x: torch.Tensor, grid: Grid, static: InputScale | None = None) -> torch.Tensor:
+    """`x` [..., K] on the grid, in its own dtype. static: the stored range of a grid that is not dynamic."""
+    if not grid.dynamic:
+        if static is None:
+            raise ValueError(f"inputs {grid} need their stored scale")
+        scale = static.scale.to(x)
+        return _rounded(x, scale, None if static.zero is None else static.zero.to(x), grid)
+    rows = x if grid.group_size is None else x.unflatten(-1, (-1, grid.group_size))  # (..., K/G, G)
+    return _rounded(rows, *_range(rows, grid), grid).view(x.shape)
+
+
+def _range(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point [..., 1] of every row."""
+    if grid.symmetric:
+        largest = rows.abs().amax(-1, keepdim=True)
+        return _positive(largest / (127.5 if grid.number.kind == "int" else FP8_LARGEST)), None
+    lo, hi = rows.amin(-1, keepdim=True).clamp_(max=0), rows.amax(-1, keepdim=True).clamp_(min=0)
+    scale = _positive((hi - lo) / 255)
+    return scale, (-128 - lo / scale).clamp_(-128, 127).round_()
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """The scale of a row of zeros is any number that divides."""
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+def _rounded(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    levels = x / scale
+    if grid.number.kind == "float":
+        return levels.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype).mul_(scale)
+    if zero is None:
+        return levels.round_().clamp_(-128, 127).mul_(scale)
+    return levels.add_(zero).round_().clamp_(-128, 127).sub_(zero).mul_(scale)

@@ -1,0 +1,109 @@
+"""Configs of llm-compressor (0.14, as it wrote them) are understood, and ours have the same keys and values."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import ModelError
+from quantkit.formats.registry import codec
+from quantkit.scheme import KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme, integer
+
+CONFIGS = json.loads(Path(__file__).with_name("llmcompressor_configs.json").read_text())
+CT = codec("compressed-tensors")
+INT8 = NUMBERS["int8"]
+SCHEMES = {
+    "w8a8-int8-dynamic": PRESETS["W8A8"],
+    "w8a8-int8-static-asym": PRESETS["W8A8_STATIC"],
+    "w4a8-int8": Scheme(integer(4, 32), PRESETS["W8A8"].inputs),
+    "fp8-dynamic": PRESETS["FP8_DYNAMIC"],
+    "fp8-block": PRESETS["FP8_BLOCK"],
+    "mxfp4a16": PRESETS["MXFP4A16"],
+    "model-free-fp8-dynamic": PRESETS["FP8_DYNAMIC"],
+    "w4a16-sym": Scheme(integer(4, 32)),
+    "w8a16-channel": PRESETS["W8A16"],
+    "gptq-actorder": Scheme(integer(4, 32)),
+}
+CACHES = {
+    "kv-fp8-tensor": KV_PRESETS["FP8_TENSOR"],
+    "kv-fp8-head": KV_PRESETS["FP8"],
+    "kv-int8-tensor": KVScheme(Grid(INT8, "tensor"), Grid(INT8, "tensor")),
+}
+
+
+@pytest.mark.parametrize(("name", "scheme"), SCHEMES.items())
+def test_schemes_of_llmcompressor(name, scheme):
+    assert CT.parse(CONFIGS[name])("model.layers.0.mlp.down_proj") == scheme
+    assert CT.parse(CONFIGS[name])("lm_head") is None
+    assert CT.kv_scheme(CONFIGS[name]) is None
+
+
+@pytest.mark.parametrize(("name", "scheme"), CACHES.items())
+def test_caches_of_llmcompressor(name, scheme):
+    assert CT.kv_scheme(CONFIGS[name]) == scheme
+    assert CT.parse(CONFIGS[name])("model.layers.0.self_attn.q_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nvfp4", "inputs as fp4_e2m1"), ("mxfp8", "'mxfp8-quantized' is not one quantkit reads")],
+)
+def test_what_is_not_run_is_refused_by_name(name, says):
+    with pytest.raises(ModelError, match=says):
+        CT.parse(CONFIGS[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w8a8-int8-dynamic", "w8a8-int8-static-asym", "w4a8-int8", "fp8-dynamic", "fp8-block", "mxfp4a16"],
+)
+def test_ours_are_what_llmcompressor_writes(name):
+    assert CT.config({"a": SCHEMES[name]}, ["lm_head"]) == CONFIGS[name]
+
+
+def test_a_cache_alone():
+    ours = CT.config({}, [], KV_PRESETS["FP8"])
+    assert ours == CONFIGS["kv-fp8-head"]
+    with pytest.raises(ModelError, match="FP8 with stored scales only, not for KV int8 token"):
+        CT.config({}, [], KV_PRESETS["INT8"])
+
+
+STORED = {name: scheme for name, scheme in PRESETS.items() if name != "NF4"}
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("kv", [None, KV_PRESETS["FP8"]])
+def test_every_preset_comes_back(name, kv):
+    config = CT.config({"a": STORED[name]}, ["lm_head"], kv)
+    assert CT.parse(config)("a") == STORED[name]
+    assert CT.kv_scheme(config) == kv
+
+
+def test_mixed_formats_come_back():
+    schemes = dict(zip("abcdefghijklmnopqrstuvwxyz", STORED.values(), strict=False))
+    config = CT.config(schemes, [])
+    assert config["format"] == "mixed-precision"
+    assert {name: CT.parse(config)(name) for name in schemes} == schemes
+    keys = {frozenset(group) for group in config["config_groups"].values()}
+    assert keys == {frozenset(CONFIGS["fp8-block"]["config_groups"]["group_0"])}
+
+
+def test_a_minimal_config_of_another_tool():
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"x": group}}
+    assert CT.parse(config)("a") == PRESETS["W8A8"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "says"),
+    [
+        (PRESETS["NF4"], "no format for W4A16 nf4 g64"),
+        (Scheme(Grid(NUMBERS["fp4_e2m1"], "group", 64, scale="e8m0")), "no format for"),
+        (Scheme(integer(4, symmetric=False), PRESETS["W4A8"].inputs), "no format for"),
+    ],
+)
+def test_what_has_no_format(scheme, says):
+    with pytest.raises(ModelError, match=says):
+        CT.config({"a": scheme}, [])

@@ -1,0 +1,70 @@
+"""Inputs rounded as compressed-tensors rounds them."""
+
+import pytest
+import torch
+
+from quantkit.numerics.inputs import InputScale, round_inputs
+from quantkit.scheme import FP8_TOKEN, INT8_TOKEN, NUMBERS, Grid
+
+X = (
+    torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    * torch.tensor([1e-4, 1.0, 30.0])[:, None, None]
+)
+INT8, FP8 = NUMBERS["int8"], NUMBERS["fp8_e4m3"]
+ASYM = Grid(INT8, "token", symmetric=False, dynamic=True)
+DYNAMIC = [
+    INT8_TOKEN,
+    FP8_TOKEN,
+    ASYM,
+    Grid(INT8, "group", 32, dynamic=True),
+    Grid(FP8, "group", 16, dynamic=True),
+]
+
+
+def test_int8_by_token_is_the_formula():
+    s = X.abs().amax(-1, keepdim=True) / 127.5
+    assert torch.equal(round_inputs(X, INT8_TOKEN), (X / s).round().clamp(-128, 127) * s)
+    assert float((X / s).abs().max()) > 127  # both ends of the range are used
+
+
+def test_fp8_by_group_is_the_formula():
+    x = X.view(3, 5, 4, 16)
+    s = x.abs().amax(-1, keepdim=True) / 448
+    wanted = ((x / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s).view(X.shape)
+    assert torch.equal(round_inputs(X, Grid(FP8, "group", 16, dynamic=True)), wanted)
+
+
+def test_asymmetric_rows_use_their_whole_range():
+    x = X.abs() + 1  # the range still includes 0
+    rounded = round_inputs(x, ASYM)
+    s = x.amax(-1, keepdim=True) / 255
+    assert float(((rounded - x).abs() / s).max()) <= 0.501
+    assert torch.equal(round_inputs(-x, ASYM).sign(), -torch.ones_like(x))
+
+
+@pytest.mark.parametrize("grid", DYNAMIC, ids=str)
+def test_a_row_is_rounded_by_itself(grid):
+    together = round_inputs(X, grid)
+    assert torch.equal(together.flatten(0, 1), round_inputs(X.flatten(0, 1), grid))
+    assert torch.equal(together[1, 2], round_inputs(X[1, 2], grid))
+
+
+@pytest.mark.parametrize("grid", DYNAMIC, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_stay_and_nothing_finite_is_lost(grid, dtype):
+    x = X.to(dtype)
+    x[0, 0] = 0
+    rounded = round_inputs(x, grid)
+    assert rounded.dtype == dtype
+    assert not rounded[0, 0].any()
+    assert rounded.isfinite().all()
+
+
+@pytest.mark.parametrize(("zero", "low", "high"), [(None, -128, 127), (-100, -28, 227)])
+def test_a_stored_range_cuts_off(zero, low, high):
+    grid = Grid(INT8, "tensor", symmetric=zero is None)
+    stored = InputScale(torch.tensor([0.5]), None if zero is None else torch.tensor([zero], dtype=torch.int8))
+    x = torch.tensor([[-1000.0, -0.3, 0.0, 0.24, 0.26, 3.1, 1000.0]])
+    assert round_inputs(x, grid, stored).tolist() == [[0.5 * low, -0.5, 0.0, 0.0, 0.5, 3.0, 0.5 * high]]
+    with pytest.raises(ValueError, match="need their stored scale"):
+        round_inputs(x, grid)
