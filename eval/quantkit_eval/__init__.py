@@ -11,6 +11,8 @@ from typing import Any
 
 _LAZY = {
     "evaluate": "quantkit_eval.measure",
+    "long_generation": "quantkit_eval.long_texts",
+    "LongGeneration": "quantkit_eval.long_texts",
     "Report": "quantkit_eval.report",
     "Fit": "quantkit_eval.report",
     "table": "quantkit_eval.report",

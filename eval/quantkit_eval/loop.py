@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from quantkit_eval.decoding import CacheFactory, same_cache
 from quantkit_eval.errors import EvalError
 from quantkit_eval.model import check_vocabulary, device_of, inference, longest_context
 from quantkit_eval.protocols import CausalLM, Tokenizer
@@ -48,16 +49,19 @@ def decode(
         given = torch.tensor([[token]])
 
 
-def model_step(model: CausalLM) -> Step:
-    """The step of a causal LM with its own key-value cache; no gradients, eval mode during the call."""
+def model_step(model: CausalLM, make: CacheFactory | None = None) -> Step:
+    """The step of a causal LM with a key-value cache of its own, or of `make`; no gradients, eval mode in the call."""
     kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     device = device_of(model)
 
     def step(tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        cache = make() if cache is None and make is not None else cache
         with inference(model):
             out = model(input_ids=tokens.to(device), past_key_values=cache, use_cache=True, **kept)
         if out.past_key_values is None:
             raise EvalError("the model returns no key-value cache; it cannot be run token by token")
+        if make is not None:
+            same_cache(out.past_key_values, cache)
         return out.logits[0, -1], out.past_key_values
 
     return step

@@ -17,6 +17,7 @@ import torch
 
 from quantkit_eval.baseline import KeptBaseline
 from quantkit_eval.cache import Cache
+from quantkit_eval.decoding import CacheFactory, Decoding
 from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, inference, run
@@ -59,6 +60,8 @@ def evaluate(
     baseline_tokenizer: Tokenizer | None = None,
     kl_error: float | None = None,
     baseline_cache: Cache | None = None,
+    cache: CacheFactory | None = None,
+    cache_step: int | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -69,10 +72,12 @@ def evaluate(
     each batch. baseline_tokenizer: given, it must give the same tokens. kl_error: stop before the end of the text
     once the standard error of the mean KL is at most this share of it, after LEAST_WINDOWS windows at the earliest;
     the report says so. baseline_cache: keeps what the baseline computed for later evaluations on the same windows;
-    results are the same bit for bit with and without it.
+    results are the same bit for bit with and without it. cache: makes the key-value caches that the model, not the
+    baseline, runs with: each token sees the earlier ones as the cache holds them. cache_step: tokens per forward then;
+    default what the cache says is exact (`decoding`).
 
-    Raises EvalError for text that is too short, tokenizers or vocabularies that differ, and logits that are not
-    finite.
+    Raises EvalError for text that is too short, tokenizers or vocabularies that differ, a model that ignores the
+    cache, and logits that are not finite.
     """
     for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
@@ -89,9 +94,8 @@ def evaluate(
     windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
     size = batch_size or _batch_size(model, context)
-    runs: list[Run] = [partial(run, each) for each in models]
-    if baseline is not None and baseline_cache is not None:
-        runs[1] = KeptBaseline(baseline, baseline_cache).logits
+    decoding = None if cache is None else Decoding(model, cache, cache_step)
+    runs = _runs(models, decoding, baseline_cache)
     with inference(*models):
         sums = _score(runs, windows, compared, size, progress, kl_error)
     planned, windows = len(windows), windows[: len(sums.model)]
@@ -104,10 +108,22 @@ def evaluate(
         text_sha256=digest,
         max_tokens=max_tokens,
         stopped_early=len(windows) < planned,
+        cache=None if decoding is None else decoding.description,
+        cache_step=None if decoding is None else decoding.step,
         **_figures(sums, windows),
     )
     _check_finite(report.to_json())
     return report
+
+
+def _runs(models: list[CausalLM], decoding: Decoding | None, kept: Cache | None) -> list[Run]:
+    """What gives the logits of the model, through its cache if it has one, and of the baseline if there is one."""
+    runs: list[Run] = [partial(run, each) for each in models]
+    if decoding is not None:
+        runs[0] = decoding.logits
+    if len(models) > 1 and kept is not None:
+        runs[1] = KeptBaseline(models[1], kept).logits
+    return runs
 
 
 def _check_finite(numbers: dict[str, Any], of: str = "") -> None:

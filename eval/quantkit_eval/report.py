@@ -27,7 +27,8 @@ class Report:
     windows. top1_agreement: share of those tokens with the same likeliest token. *_se: standard errors over
     windows, None with a single window. max_tokens: the tokens of the text that were to be used, None: all of it.
     stopped_early: whether windows were left out because the standard error of kl_mean had fallen to the share of it
-    that was asked for.
+    that was asked for. cache: the key-value cache the model ran with, None: without one. cache_step: tokens it was
+    given at a time, None: a window at once.
     """
 
     tokens: int
@@ -50,6 +51,8 @@ class Report:
     top1_agreement_se: float | None = None
     max_tokens: int | None = None
     stopped_early: bool = False
+    cache: str | None = None
+    cache_step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema "quantkit-eval/1" (docs/evaluation.md)."""
@@ -70,6 +73,9 @@ def table(report: Report) -> str:
     early = ", stopped early: the KL is known well enough" if report.stopped_early else ""
     rows.append(("tokens", f"{report.tokens} in {report.windows} windows{early}"))
     rows.append(("context, stride", f"{report.context}, {report.stride}"))
+    if report.cache:
+        step = f"{report.cache_step} tokens at a time" if report.cache_step else "a window at once"
+        rows.append(("cache", f"{report.cache}, {step}"))
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
 

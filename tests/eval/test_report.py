@@ -53,6 +53,8 @@ def test_the_schema():
         "top1_agreement_se",
         "max_tokens",
         "stopped_early",
+        "cache",
+        "cache_step",
     ]
     assert PAIRED.to_json()["schema"] == "quantkit-eval/1"
     assert PAIRED.to_json()["quantized"] == {
