@@ -74,7 +74,7 @@ def table(report: Report) -> str:
     rows.append(("tokens", f"{report.tokens} in {report.windows} windows{early}"))
     rows.append(("context, stride", f"{report.context}, {report.stride}"))
     if report.cache:
-        step = f"{report.cache_step} tokens at a time" if report.cache_step else "a window at once"
+        step = f"{report.cache_step} token(s) at a time" if report.cache_step else "a window at once"
         rows.append(("cache", f"{report.cache}, {step}"))
     wide = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)

@@ -86,3 +86,12 @@ def test_the_table_of_a_comparison():
     assert lines[3].endswith("0.01000 ± 0.00100")
     assert lines[4].endswith("0.00800 / 0.05000 / 0.20000")
     assert lines[5].endswith("0.9375 ± 0.0100")
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(None, "two bits, a window at once"), (1, "two bits, 1 token(s) at a time")]
+)
+def test_the_table_says_how_the_cache_was_filled(step, told):
+    lines = table(dataclasses.replace(PAIRED, cache="two bits", cache_step=step)).splitlines()
+    assert told in lines[-1]
+    assert "cache" not in table(PAIRED)
