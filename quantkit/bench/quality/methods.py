@@ -1,6 +1,7 @@
-"""Compare the quantization methods at equal bits on the embedded model, and write docs/results.md.
+"""Compare the quantization methods at equal bits on the embedded model.
 
-    python -m quantkit.bench.quality.methods --work DIR --json docs/benchmarks/methods.json --markdown docs/results.md
+    python -m quantkit.bench.quality.methods --work DIR --json docs/benchmarks/methods.json
+    python -m quantkit.bench.quality.results                      # writes docs/results.md from what was measured
 
 Each row is one complete run of `quantkit quantize`: calibrate on 128 windows of 512 tokens, write and verify the packed
 checkpoint, load it again, and evaluate the packed weights in fp32. The evaluation uses windows of 512 tokens of the
@@ -22,7 +23,7 @@ from quantkit_eval.cache import Cache
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_atomically, write_json
+from quantkit.checkpoint.shards import write_json
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
@@ -61,48 +62,73 @@ def runs() -> list[tuple[str, str, int, int, bool, dict[str, Any]]]:
     ]
 
 
+class Measured:
+    """One model and its evaluation in fp32: called with a recipe, quantizes it and returns the numbers of a row."""
+
+    def __init__(self, work: Path, model: Path) -> None:
+        self.work, self.model = work, model
+        self.original = load(model, device="cpu")
+        self.tokenizer = open_tokenizer(model)
+        digest = Source(read_checkpoint(model)).digest()
+        self.cache = Cache(work / "baseline", 1 << 32, digest)
+
+    def __call__(self, recipe: str | dict[str, Any], label: str) -> dict[str, Any]:
+        """label: names the folder of the checkpoint inside the scratch folder."""
+        result = quantize(recipe, str(self.model), self.work / label, evaluate=False, device="cpu")
+        report = quantkit_eval.evaluate(
+            load(result.output, device="cpu"),
+            self.tokenizer,
+            assets.evaluation_text(),
+            baseline=self.original,
+            context=CONTEXT,
+            max_tokens=CONTEXT * WINDOWS,
+            kl_windows=KL_WINDOWS,
+            baseline_cache=self.cache,
+        ).to_json()
+        report.pop("text")
+        return {
+            "bits_per_weight": result.report.size.linear_bits_per_weight,
+            "cpu_seconds": result.report.cpu_seconds["calibrate_quantize"],
+            "evaluation": report,
+        }
+
+
+def finished(cache: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier run has left in a file of JSON lines."""
+    return [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+
+
+def keep(cache: Path, row: dict[str, Any], done: list[dict[str, Any]]) -> None:
+    """Add a row to the file and to the list."""
+    done.append(row)
+    with cache.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def measure(work: Path, cache: Path, share: tuple[int, int]) -> list[dict[str, Any]]:
     """Measure all rows that `cache` (JSON lines) does not hold yet. share: (i, n) takes every n-th row from row i."""
-    done = [json.loads(line) for line in cache.read_text().splitlines()] if cache.exists() else []
+    done = finished(cache)
     known = {(r["table"], r["method"], r["bits"], r["symmetric"]) for r in done}
-    original = load(assets.default_model(), device="cpu")
-    kept = Cache(work / "baseline", 1 << 32, Source(read_checkpoint(assets.default_model())).digest())
-    tokenizer = open_tokenizer(assets.default_model())
+    measured = Measured(work, assets.default_model())
     for table, name, bits, group, symmetric, recipe in runs()[share[0] :: share[1]]:
         if (table, name, bits, symmetric) in known:
             continue
         weights = recipe["weights"] | {"bits": bits, "group_size": group, "symmetric": symmetric}
         label = f"{table}-{name}-{bits}-{symmetric}".replace(" ", "").replace("+", "")
-        result = quantize(recipe | {"weights": weights}, output=work / label, evaluate=False, device="cpu")
-        report = quantkit_eval.evaluate(
-            load(result.output, device="cpu"),
-            tokenizer,
-            assets.evaluation_text(),
-            baseline=original,
-            context=CONTEXT,
-            max_tokens=CONTEXT * WINDOWS,
-            kl_windows=KL_WINDOWS,
-            baseline_cache=kept,
-        ).to_json()
-        report.pop("text")
         row = {
             "table": table,
             "method": name,
             "bits": bits,
             "group": group,
             "symmetric": symmetric,
-            "bits_per_weight": result.report.size.linear_bits_per_weight,
-            "cpu_seconds": result.report.cpu_seconds["calibrate_quantize"],
-            "evaluation": report,
         }
-        done.append(row)
-        with cache.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row |= measured(recipe | {"weights": weights}, label)
+        keep(cache, row, done)
         print(_line(row), flush=True)
     return done
 
 
-def _pm(fit: dict[str, Any]) -> str:
+def plus_minus(fit: dict[str, Any]) -> str:
     return f"{fit['perplexity']:.3f} ± {fit['perplexity_se']:.2f}"
 
 
@@ -111,20 +137,20 @@ def _line(row: dict[str, Any]) -> str:
     q = e["quantized"]
     scheme = f"W{row['bits']} g{row['group']} {'sym' if row['symmetric'] else 'asym'}"
     return (
-        f"| {scheme} | {row['method']} | {row['bits_per_weight']:.2f} | {_pm(q)} "
+        f"| {scheme} | {row['method']} | {row['bits_per_weight']:.2f} | {plus_minus(q)} "
         f"| {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f} | {1e3 * e['kl_mean']:.2f} ± {1e3 * e['kl_mean_se']:.2f} "
         f"| {1 - e['top1_agreement']:.1%} | {row['cpu_seconds']:.0f} |"
     )
 
 
 def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
-    """The text of docs/results.md."""
+    """The first part of docs/results.md."""
     head = (
         "| scheme | method | bits/weight | perplexity | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
     base = rows[0]["evaluation"]["original"]
-    first = f"| bf16 | original, run in fp32 | 16.00 | {_pm(base)} | | | | |\n"
+    first = f"| bf16 | original, run in fp32 | 16.00 | {plus_minus(base)} | | | | |\n"
     order = [(t, n, b, s) for t, n, b, _, s, _ in runs()]
     rows = sorted(rows, key=lambda r: order.index((r["table"], r["method"], r["bits"], r["symmetric"])))
     tables = {t: "\n".join(_line(r) for r in rows if r["table"] == t) for t in ("methods", "levers")}
@@ -150,7 +176,6 @@ def main() -> None:
         "--work", type=Path, required=True, help="scratch folder; a stopped run continues there"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--share", type=int, nargs=2, default=(0, 1), help="i n: every n-th row, for n processes"
@@ -162,8 +187,6 @@ def main() -> None:
     where = machine() | {"threads": arguments.threads}
     if arguments.json:
         write_json(arguments.json, {"schema": "quantkit-methods/1", "machine": where, "rows": rows})
-    if arguments.markdown:
-        write_atomically(arguments.markdown, iter([markdown(rows, where).encode()]))
 
 
 if __name__ == "__main__":

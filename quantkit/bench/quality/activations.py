@@ -1,0 +1,132 @@
+"""What quantized activations and the number formats cost: shipped recipes on the embedded model, and outlier channels.
+
+    python -m quantkit.bench.quality.activations --work DIR --json docs/benchmarks/activations.json
+    python -m quantkit.bench.quality.results                      # writes docs/results.md from what was measured
+
+Runs and evaluation are those of the tables above. The model with outlier channels (`quantkit.bench.quality.outliers`)
+computes exactly what the embedded model does, in weights of which a few input channels are 32 or 64 times larger. There,
+one scale for all activations of a layer leaves the other channels next to nothing, until SmoothQuant moves the range of
+the large ones into the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit import assets
+from quantkit.bench.machine import machine
+from quantkit.bench.quality.methods import Measured, finished, keep, plus_minus
+from quantkit.bench.quality.outliers import inject
+from quantkit.checkpoint.shards import write_json
+from quantkit.recipe import load_recipe, parse_recipe
+
+SHIPPED = (
+    "w8a8-int8-smoothquant",
+    "w8a8-int8-dynamic",
+    "w8a8-fp8-dynamic",
+    "w8a8-fp8-static",
+    "w8a8-fp8-block",
+    "w4a8-gptq",
+    "nvfp4a16-gptq",
+    "mxfp4a16-rtn",
+)
+
+
+class Case(NamedTuple):
+    """One row. model: "embedded" or "outliers". recipe: a shipped one's name or a mapping."""
+
+    model: str
+    name: str
+    recipe: str | dict[str, Any]
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of the linears in words."""
+        parsed = load_recipe(self.recipe) if isinstance(self.recipe, str) else parse_recipe(self.recipe)
+        return str(parsed.weights.scheme)
+
+
+def _rounded(preset: str, *transforms: str) -> dict[str, Any]:
+    return {"weights": {"preset": preset, "algorithm": "rtn"}, "transforms": list(transforms)}
+
+
+CASES = (
+    *(Case("embedded", name, name) for name in SHIPPED),
+    Case("outliers", "RTN, inputs static per tensor", _rounded("W8A8_STATIC")),
+    Case("outliers", "SmoothQuant, inputs static per tensor", _rounded("W8A8_STATIC", "smoothquant")),
+    Case("outliers", "RTN, inputs per token", _rounded("W8A8")),
+    Case("outliers", "SmoothQuant, inputs per token", _rounded("W8A8", "smoothquant")),
+    Case("outliers", "w8a8-int8-smoothquant", "w8a8-int8-smoothquant"),
+)
+
+
+def measure(work: Path, cache: Path) -> list[dict[str, Any]]:
+    """Measure all cases that `cache` (JSON lines) does not hold yet."""
+    done = finished(cache)
+    known = {(row["model"], row["name"]) for row in done}
+    models = {"embedded": assets.default_model(), "outliers": work / "outliers"}
+    if not models["outliers"].exists():
+        inject(models["outliers"], assets.default_model())
+    measured = {name: Measured(work, path) for name, path in models.items()}
+    for number, case in enumerate(CASES):
+        if (case.model, case.name) not in known:
+            row = {"model": case.model, "name": case.name, "scheme": case.scheme}
+            keep(cache, row | measured[case.model](case.recipe, f"{number}-{case.model}"), done)
+            print(_line(done[-1]), flush=True)
+    return done
+
+
+def _line(row: dict[str, Any]) -> str:
+    e = row["evaluation"]
+    q, base = e["quantized"], e["original"]
+    return (
+        f"| {row['name']} | {row['scheme']} | {row['bits_per_weight']:.2f} | {plus_minus(q)} "
+        f"| {q['perplexity'] / base['perplexity'] - 1:+.2%} | {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f} "
+        f"| {1e3 * e['kl_mean']:.2f} ± {1e3 * e['kl_mean_se']:.2f} | {1 - e['top1_agreement']:.1%} "
+        f"| {row['cpu_seconds']:.0f} |"
+    )
+
+
+def section(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """The part of docs/results.md that these rows make."""
+    head = (
+        "| recipe | scheme | bits/weight | perplexity | over fp32 | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    order = [(case.model, case.name) for case in CASES]
+    rows = sorted(rows, key=lambda row: order.index((row["model"], row["name"])))
+    tables = {m: "\n".join(_line(r) for r in rows if r["model"] == m) for m in ("embedded", "outliers")}
+    return (
+        "## Activations and number formats\n\n"
+        f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
+        f"Made by `python -m quantkit.bench.quality.activations` on {where['cpu']}, torch {where['torch']}, "
+        f"{where['threads']} thread(s), commit {where['commit']}, {where['date'][:10]}.\n\n"
+        f"The embedded model:\n\n{head}{tables['embedded']}\n\n"
+        f"The model with outlier channels:\n\n{head}{tables['outliers']}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="scratch folder; a stopped run continues there"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = measure(arguments.work, arguments.work / "rows.jsonl")
+    if arguments.json:
+        where = machine() | {"threads": arguments.threads}
+        write_json(arguments.json, {"schema": "quantkit-activations/1", "machine": where, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
