@@ -35,6 +35,18 @@ class InputScale:
     zero: torch.Tensor | None = None
 
 
+def input_scale(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float32
+) -> InputScale:
+    """The stored form of inputs from `low` to `high`, fp32 [1] each. dtype: of the scale, which is rounded first."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.symmetric:
+        steps = 127.5 if grid.number.kind == "int" else FP8_LARGEST
+        return InputScale(_positive((torch.maximum(-low, high) / steps).to(dtype)))
+    scale = _positive(((high - low) / 255).to(dtype))
+    return InputScale(scale, (-128 - low / scale.float()).clamp_(-128, 127).round_().to(torch.int8))
+
+
 def round_inputs(x: torch.Tensor, grid: Grid, static: InputScale | None = None) -> torch.Tensor:
     """`x` [..., K] on the grid, in its own dtype. static: the stored range of a grid that is not dynamic."""
     if not grid.dynamic:

@@ -36,23 +36,28 @@ class AwqConfig(BaseModel):
 class SmoothQuantConfig(BaseModel):
     """SmoothQuant: move the range of large input channels into the weights, and fold the inverse into their producer.
 
-    alpha: how much of it, 0 to 1; "family": what the literature says of this family of models (`ALPHAS`), else 0.5.
-    windows: calibration windows over which the largest inputs are taken; None: all.
+    alpha: how much of it, 0 to 1; "family": what the literature says of this family of models (`ALPHAS`), else 0.5;
+    "auto": searched per scaling group. windows: calibration windows over which the largest inputs are taken; None: all.
+    grid, search_windows: of "auto", steps from 0 to 1 and the calibration windows to measure on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     name: Literal["smoothquant"]
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["family"] = "family"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["family", "auto"] = "family"
     windows: int | None = Field(None, ge=1)
+    grid: int = Field(20, ge=1, le=1000)
+    search_windows: int = Field(8, ge=1)
 
     @property
     def observed(self) -> int:
         """Calibration windows whose inputs are in memory together."""
-        return 0
+        return self.search_windows if self.alpha == "auto" else 0
 
-    def strength(self, model_type: str) -> float:
-        """alpha for a family of models."""
-        return ALPHAS.get(model_type, ALPHA) if self.alpha == "family" else self.alpha
+    def strengths(self, model_type: str) -> list[float]:
+        """The values of alpha to try for a family of models; only those of "auto" are several."""
+        if self.alpha == "auto":
+            return [step / self.grid for step in range(self.grid + 1)]
+        return [ALPHAS.get(model_type, ALPHA) if self.alpha == "family" else self.alpha]
 
 
 TransformConfig = Annotated[AwqConfig | SmoothQuantConfig, Field(discriminator="name")]

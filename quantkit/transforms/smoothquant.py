@@ -7,17 +7,22 @@ have no such channels, can bear the rest. A transform: it returns ordinary weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from quantkit.numerics.inputs import input_scale, round_inputs
 from quantkit.numerics.statistics import dead_note
+from quantkit.scheme import Grid
 from quantkit.transforms.config import SmoothQuantConfig
-from quantkit.transforms.groups import by_channel, left_out, planned
+from quantkit.transforms.groups import by_channel, left_out, planned, rounded
 from quantkit.transforms.registry import EVERY, register
 
 if TYPE_CHECKING:
-    from quantkit.calibration.block_run import BlockRun
+    from quantkit.calibration.block_run import BlockRun, Observed
     from quantkit.structure.fold import ScalingGroup
 
 INSTEAD = "leave out the smoothquant transform"
@@ -44,25 +49,95 @@ def apply(run: BlockRun, config: SmoothQuantConfig) -> list[dict[str, Any]]:
     proved, refused = run.scaling_groups(INSTEAD)
     groups = [g for g in proved if planned(g, run.plans)]
     input_max = run.inputs_of([g.consumers[0] for g in groups], "amax", config.windows)
-    alpha = config.strength(run.model_type)
-    report = [_smooth(run, g, input_max[g.consumers[0]], alpha) for g in reversed(groups)][::-1]
+    # one pass serves all groups: a group's own fold is all that changes its consumers' input
+    names = {n for g in groups for n in (g.inspect, g.consumers[0])} if config.alpha == "auto" else set()
+    seen = run.observe(names, config.search_windows) if names else {}
+    report = [_smooth(run, g, input_max[g.consumers[0]], seen, config) for g in reversed(groups)][::-1]
     others = left_out(run.trace.siblings, proved, refused, run.plans)
     return report + [{"alpha": None} | entry for entry in others]
 
 
-def _smooth(run: BlockRun, group: ScalingGroup, input_max: torch.Tensor, alpha: float) -> dict[str, Any]:
+def _smooth(
+    run: BlockRun, group: ScalingGroup, input_max: torch.Tensor, seen: Observed, config: SmoothQuantConfig
+) -> dict[str, Any]:
     """Fold the scales of one group. input_max: [K], max|x| of every column of its consumers."""
-    weights = [run.held[n].weight.abs().amax(0) for n in group.consumers]
-    weight_max = by_channel(torch.stack(weights).amax(0), group.expand, "amax")
-    channels = by_channel(input_max, group.expand, "amax")
-    s = scales(channels, weight_max, alpha)
-    report = {
-        "producer": group.producer,
-        "consumers": list(group.consumers),
-        "alpha": alpha,
-        "input_max": float(channels.amax()),
-        "smoothed_max": float((channels / s).amax()),
-    }
+    weights = torch.stack([run.held[n].weight.abs().amax(0) for n in group.consumers]).amax(0)
+    channels, weight_max = (by_channel(t, group.expand, "amax") for t in (input_max, weights))
+    candidates = {alpha: scales(channels, weight_max, alpha) for alpha in config.strengths(run.model_type)}
+    alpha: float | None = next(iter(candidates))
+    report: dict[str, Any] = {"producer": group.producer, "consumers": list(group.consumers)}
+    if config.alpha == "auto":
+        losses = _losses(run, group, candidates | {None: torch.ones_like(channels)}, seen)
+        alpha = min(losses, key=lambda each: losses[each])
+        report |= {"loss": losses[alpha], "identity_loss": losses[None]}
+    report |= {"alpha": alpha, "input_max": float(channels.amax())}
     if note := dead_note(int((channels == 0).sum()), len(channels), "not smoothed"):
         report["note"] = note
+    if alpha is None:
+        return report
+    s = candidates[alpha]
+    report["smoothed_max"] = float((channels / s).amax())
     return report | {"output_change": run.fold(group, s, INSTEAD)}
+
+
+# the search of alpha -----------------------------------------------------------------------------------------------
+
+
+def _losses(
+    run: BlockRun, group: ScalingGroup, candidates: Mapping[float | None, torch.Tensor], seen: Observed
+) -> dict[float | None, float]:
+    """Mean squared error of the inspected module's output for each candidate s, weights and inputs rounded."""
+    run.select(full=True)
+    inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
+    inputs = [args[0].flatten(0, -2) for args, _, _ in seen[group.consumers[0]]]
+    range_ = (
+        torch.stack([x.amin(0) for x in inputs]).amin(0),
+        torch.stack([x.amax(0) for x in inputs]).amax(0),
+    )
+    found: dict[float | None, float] = {}
+    for alpha, s in candidates.items():
+        columns = s if group.expand is None else s[group.expand.to(s.device)]
+        total, count = 0.0, 0
+        with _rounded(run, group.consumers, columns, range_):
+            for args, kwargs, wanted in seen[group.inspect]:
+                total += float((run.output(inspected, args, kwargs) - wanted).square().sum())
+                count += wanted.numel()
+        found[alpha] = total / count
+    return found
+
+
+@contextmanager
+def _rounded(
+    run: BlockRun,
+    consumers: tuple[str, ...],
+    columns: torch.Tensor,
+    range_: tuple[torch.Tensor, torch.Tensor],
+) -> Iterator[None]:
+    """Inside, consumers multiply x / columns and W diag(columns), both on their grids. range_: min and max [K] of x."""
+    handles = []
+    for name in consumers:
+        held, scheme = run.held[name], run.plans[name].scheme
+        held.override = rounded(held.weight * columns, scheme.weights, run.stored[f"{name}.weight"])
+        handles.append(held.register_forward_pre_hook(_rounding(scheme.inputs, columns, range_)))
+    try:
+        yield
+    finally:
+        for name, handle in zip(consumers, handles, strict=True):
+            run.held[name].override = None
+            handle.remove()
+
+
+def _rounding(
+    grid: Grid | None, columns: torch.Tensor, range_: tuple[torch.Tensor, torch.Tensor]
+) -> Callable[..., Any]:
+    """A hook that divides a linear's input by `columns` and rounds it to `grid`; None leaves it as it is."""
+    static = None
+    if grid is not None and not grid.dynamic:
+        low, high = range_[0] / columns, range_[1] / columns
+        static = input_scale(low.amin(0, keepdim=True), high.amax(0, keepdim=True), grid)
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        x = args[0] / columns
+        return (x if grid is None else round_inputs(x, grid, static),)
+
+    return hook

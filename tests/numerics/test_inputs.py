@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.numerics.inputs import InputScale, round_inputs
+from quantkit.numerics.inputs import InputScale, input_scale, round_inputs
 from quantkit.scheme import FP8_TOKEN, INT8_TOKEN, NUMBERS, Grid
 
 X = (
@@ -68,3 +68,27 @@ def test_a_stored_range_cuts_off(zero, low, high):
     assert round_inputs(x, grid, stored).tolist() == [[0.5 * low, -0.5, 0.0, 0.0, 0.5, 3.0, 0.5 * high]]
     with pytest.raises(ValueError, match="need their stored scale"):
         round_inputs(x, grid)
+
+
+@pytest.mark.parametrize("low", [-3.0, -0.5, 0.25], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_range_reaches_from_end_to_end(low, dtype):
+    """The zero point belongs to the scale as it is stored: no value of the range is off by more than half a step."""
+    grid = Grid(INT8, "tensor", symmetric=False)
+    static = input_scale(torch.tensor([low]), torch.tensor([4.0]), grid, dtype)
+    x = torch.linspace(low, 4.0, 101)
+    assert static.scale.dtype == dtype
+    assert static.zero.dtype == torch.int8
+    step = float(static.scale)
+    assert step == pytest.approx((4 - min(low, 0)) / 255, rel=2**-8)
+    assert float((round_inputs(x, grid, static) - x).abs().max()) <= step * (
+        0.501 if dtype == torch.float32 else 1
+    )
+
+
+@pytest.mark.parametrize("number", [INT8, FP8], ids=str)
+def test_a_symmetric_range_is_that_of_its_larger_end(number):
+    static = input_scale(torch.tensor([-8.0]), torch.tensor([4.0]), Grid(number, "tensor"))
+    assert static.zero is None
+    assert float(static.scale) == pytest.approx(8 / (127.5 if number is INT8 else 448))
+    assert float(input_scale(torch.zeros(1), torch.zeros(1), Grid(number, "tensor")).scale) > 0

@@ -1,5 +1,7 @@
 """SmoothQuant: equation 4 on every group of a block, which computes what it did."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_models
 import torch
@@ -8,9 +10,12 @@ from quantkit.calibration.walk import Wanted, walk
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.numerics.inputs import round_inputs
 from quantkit.plan import build_plan
 from quantkit.recipe import TRANSFORMS, parse_recipe
+from quantkit.scheme import PRESETS
 from quantkit.transforms.catalog import transform
+from quantkit.transforms.groups import rounded
 from quantkit.transforms.smoothquant import scales
 
 RECIPE = {"weights": {"algorithm": "rtn", "preset": "W8A16"}, "calibration": {"sequence_length": 24}}
@@ -34,6 +39,14 @@ def opened(tmp_path):
     yield make
     for each in walks:
         each.close()
+
+
+def outliers(model):
+    """Two channels of the MLP's input are 64 times larger in all blocks, which compute what they did."""
+    for block in model.model.layers:
+        block.post_attention_layernorm.weight[[3, 40]] *= 64
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+            linear.weight[:, [3, 40]] /= 64
 
 
 def smooth(block, **options):
@@ -130,12 +143,6 @@ def test_a_group_that_would_change_a_linear_outside_the_plan_is_left_out_and_sai
 
 
 def test_inputs_with_outliers_lose_less_to_8_bits_per_tensor(opened):
-    def outliers(model):
-        for block in model.model.layers:
-            block.post_attention_layernorm.weight[[3, 40]] *= 64
-            for linear in (block.mlp.gate_proj, block.mlp.up_proj):
-                linear.weight[:, [3, 40]] /= 64
-
     def error(block):
         """Relative error of gate_proj's output with its input rounded to 8 bits of the largest."""
         (args, _, out), *_ = block.observe(["mlp.gate_proj"], 4)["mlp.gate_proj"]
@@ -159,3 +166,38 @@ def test_a_norm_takes_what_its_dtype_can_hold(opened):
 def test_alpha_is_by_default_what_the_literature_says_of_the_family(opened):
     assert {entry["alpha"] for entry in smooth(opened("llama-gqa"))} == {0.8}
     assert {entry["alpha"] for entry in smooth(opened("opt"))} == {0.5}
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W8A8_STATIC", "W8A16"])
+def test_alpha_is_searched_on_the_output_with_rounded_inputs(opened, preset):
+    """The choice is never worse than doing nothing. Of a scheme without inputs only the weights are rounded."""
+    block = opened("llama-gqa", change=outliers)
+    block.plans = {n: replace(plan, scheme=PRESETS[preset]) for n, plan in block.plans.items()}
+    report = {entry["producer"]: entry for entry in smooth(block, alpha="auto", grid=4)}
+    assert len(report) == 4
+    assert all(entry["loss"] <= entry["identity_loss"] for entry in report.values())
+    mlp = report["post_attention_layernorm"]
+    assert mlp["alpha"] is not None
+    assert mlp["loss"] < 0.1 * mlp["identity_loss"]
+    assert all(held.override is None for held in block.held.values())
+
+
+def test_a_search_measures_what_then_runs(opened):
+    """The loss that is reported is the error of the MLP with the folded weights and inputs on their grids."""
+    block = opened("llama-gqa", change=outliers)
+    block.plans = {n: replace(plan, scheme=PRESETS["W8A8"]) for n, plan in block.plans.items()}
+    calls = block.observe(["mlp"], 4)["mlp"]
+    before = block.module.post_attention_layernorm.weight.clone()
+    entry = next(
+        e for e in smooth(block, alpha="auto", grid=2) if e["producer"] == "post_attention_layernorm"
+    )
+    total = count = 0
+    for name in entry["consumers"]:
+        held = block.held[name]
+        held.override = rounded(held.weight, PRESETS["W8A8"].weights, torch.float32)
+        held.register_forward_pre_hook(lambda module, args: round_inputs(args[0], PRESETS["W8A8"].inputs))
+    norm = block.module.post_attention_layernorm.weight / before
+    for args, kwargs, wanted in calls:
+        out = block.output(block.module.mlp, (args[0] * norm,), kwargs)
+        total, count = total + float((out - wanted).square().sum()), count + wanted.numel()
+    assert entry["loss"] == pytest.approx(total / count, rel=1e-3)

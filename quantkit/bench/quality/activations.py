@@ -4,9 +4,9 @@
     python -m quantkit.bench.quality.results                      # writes docs/results.md from what was measured
 
 Runs and evaluation are those of the tables above. The model with outlier channels (`quantkit.bench.quality.outliers`)
-computes exactly what the embedded model does, in weights of which a few input channels are 32 or 64 times larger. There,
-one scale for all activations of a layer leaves the other channels next to nothing, until SmoothQuant moves the range of
-the large ones into the weights.
+computes exactly what the embedded model does, with inputs of which a few channels are 32 or 64 times larger. One scale
+for all inputs of a layer then leaves next to nothing of the other channels, until SmoothQuant moves the range of the
+large ones into the weights.
 """
 
 from __future__ import annotations
