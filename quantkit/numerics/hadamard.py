@@ -13,9 +13,11 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     d = x.shape[-1]
     if d < 1 or d & (d - 1):
         raise ValueError(f"a Hadamard rotation needs a power of two of channels, got {d}")
-    out, half = x.float(), 1
+    out: torch.Tensor = x.float()
+    half = 1
     while half < d:
         left, right = out.unflatten(-1, (d // (2 * half), 2, half)).unbind(-2)  # (..., d / 2 half, half)
         out = torch.stack((left + right, left - right), -2).flatten(-3)
         half *= 2
-    return (out * d**-0.5).to(x.dtype)
+    scaled: torch.Tensor = out * d**-0.5
+    return scaled.to(x.dtype)

@@ -6,8 +6,8 @@ Computed in fp32, whatever the dtype of the entries:
     integer per token and head         s = max(max|x| / (2^(b-1) - 1), 1e-6), halves away from zero: what vLLM's
                                        int8_per_token_head does; 8 and 4 bits
     integer, asymmetric (KIVI)         per token and `group_size` channels, or per channel and `group_size` tokens:
-                                       s = (max - min) / (2^b - 1), code = rne((x - min) / s); s and min are kept in fp16
-                                       (Liu et al. 2024)
+                                       s = (max - min) / (2^b - 1), code = rne((x - min) / s), with s and min kept
+                                       in fp16 (Liu et al. 2024)
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def decode(entries: KVCodes, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
 def rounded(
     keys: torch.Tensor, values: torch.Tensor, scheme: KVScheme, scales: KVScales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(keys, values), [B, H, T, d] from the first token on, as tokens read them from a cache that rounds each entry once.
+    """(keys, values), [B, H, T, d] from the first token on, as they are read from a cache that rounds each once.
 
     Rotated keys are rotated back, which gives the same products with queries that are not rotated. ValueError for a
     scheme with a residual window: which of its entries are rounded depends on who reads them.
@@ -104,8 +104,8 @@ def rounded(
         return out
 
     return (
-        read(keys, scheme.keys, scales and scales.keys, scheme.rotate),
-        read(values, scheme.values, scales and scales.values, False),
+        read(keys, scheme.keys, None if scales is None else scales.keys, scheme.rotate),
+        read(values, scheme.values, None if scales is None else scales.values, False),
     )
 
 
@@ -121,7 +121,8 @@ def _grouped(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     if x.shape[dim] % size:
         what = "channels" if dim == -1 else "tokens"
         raise ValueError(f"{x.shape[dim]} {what} are not whole groups of {size}")
-    return x.unflatten(dim, (-1, size))
+    groups: torch.Tensor = x.unflatten(dim, (-1, size))
+    return groups
 
 
 def _ungrouped(x: torch.Tensor, grid: Grid) -> torch.Tensor:
