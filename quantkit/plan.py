@@ -20,8 +20,9 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
-from quantkit.recipe import Recipe, Rule
-from quantkit.scheme import Grid, Scheme
+from quantkit.recipe import Recipe
+from quantkit.recipe_schemes import Rule, Weights
+from quantkit.scheme import Grid, KVScheme, Scheme
 
 ENGINE_GROUPS = (128, 64, 32)  # group sizes that the kernels of vLLM and SGLang take, and ours
 OTHER_GROUPS = (16, 48, 96, 192, 256, 512, 1024)
@@ -44,19 +45,32 @@ class LayerPlan:
     scheme: Scheme
     algorithm: AlgorithmConfig
 
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether its inputs have one scale, found on calibration text."""
+        return self.scheme.inputs is not None and not self.scheme.inputs.dynamic
+
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks_prefix: module name of the block list. skipped: (module, reason) of weights left as they are."""
+    """blocks_prefix: module name of the block list. skipped: (module, reason) of weights left as they are.
+
+    kv: how the KV cache is quantized; None: it is exact.
+    """
 
     blocks_prefix: str
     n_blocks: int
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
+    kv: KVScheme | None = None
 
     def needs_text(self, recipe: Recipe) -> bool:
-        """Whether calibration text is run through the model: for a transform, or for statistics of an algorithm."""
-        return bool(recipe.transforms) or any(layer.algorithm.needs for layer in self.layers)
+        """Whether calibration text is run through the model: for a transform, for statistics of an algorithm, or for
+        calibrated scales of inputs or of the cache.
+        """
+        if recipe.transforms or (self.kv is not None and not self.kv.dynamic):
+            return True
+        return any(layer.algorithm.needs or layer.calibrates_inputs for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -94,13 +108,16 @@ def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | Non
             skipped.append((linear.name, f"rule {last.match!r}"))
         elif last is None and linear.aside is not None:
             skipped.append((linear.name, linear.aside))
+        elif recipe.weights is None:
+            skipped.append((linear.name, "weights: none"))
         else:
-            layers.append(_layer(linear, recipe, last))
+            layers.append(_layer(linear, recipe, recipe.weights, last))
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, skipped)
-    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped))
+    kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
+    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped), kv)
     problems += _window_problems(recipe, plan, headers)
-    if not layers and not problems:
+    if not layers and recipe.weights is not None and not problems:
         problems.append("the rules skip every linear; nothing is left to quantize")
     groups = _group_problems(layers)
     if problems:
@@ -110,9 +127,12 @@ def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | Non
     return plan
 
 
-def _layer(linear: _Linear, recipe: Recipe, rule: Rule | None) -> LayerPlan:
-    weights = recipe.weights
-    scheme, algorithm = rule.apply(weights) if rule else (weights.scheme, weights.algorithm)
+def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None) -> LayerPlan:
+    if rule:
+        scheme, algorithm = rule.apply(weights, recipe.inputs)
+    else:
+        inputs = None if recipe.inputs is None else recipe.inputs.grid
+        scheme, algorithm = Scheme(weights.scheme.weights, inputs), weights.algorithm
     return LayerPlan(linear.name, linear.shape, linear.transposed, linear.block, scheme, algorithm)
 
 
@@ -221,17 +241,18 @@ def _window_problems(recipe: Recipe, plan: Plan, headers: Headers) -> list[str]:
 
 
 def _group_problems(layers: Sequence[LayerPlan]) -> list[str]:
-    """One problem for every kind of layer whose in_features are not whole groups."""
-    bad: dict[tuple[str, int, Grid], int] = {}
+    """One problem for every kind of layer whose in_features are not whole groups of weights or of inputs."""
+    bad: dict[tuple[str, int, Grid, bool], int] = {}
     for layer in layers:
-        grid = layer.scheme.weights
-        if not grid.divides(layer.shape[1]):
-            key = (_starred(layer.name), layer.shape[1], grid)
-            bad[key] = bad.get(key, 0) + 1
+        for grid in (layer.scheme.weights, layer.scheme.inputs):
+            if grid is not None and not grid.divides(layer.shape[1]):
+                fixed = grid.number.kind != "int" or grid is layer.scheme.inputs
+                key = (_starred(layer.name), layer.shape[1], grid, fixed)
+                bad[key] = bad.get(key, 0) + 1
     return [
         f"in_features={k} is not divisible by group_size={grid.group(k)} in {name} ({count} of them); use "
-        f"{_fitting_groups(k)}, or a rule {{match: '{name}', skip: true}}"
-        for (name, k, grid), count in bad.items()
+        f"{'another preset' if fixed else _fitting_groups(k)}, or a rule {{match: '{name}', skip: true}}"
+        for (name, k, grid, fixed), count in bad.items()
     ]
 
 

@@ -7,157 +7,43 @@ this machine (what a manifest stores), `identity()` what decides the result.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from quantkit import assets
-from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
 from quantkit.formats import registry
 from quantkit.paths import user_path
-from quantkit.recipe_errors import configs_by_name, problems
+from quantkit.recipe_errors import problems
+from quantkit.recipe_schemes import (
+    ALGORITHMS,
+    TRANSFORMS,
+    UNUSUAL,
+    WEIGHT_KEYS,
+    Inputs,
+    KVCache,
+    MaybeInputs,
+    Part,
+    Rule,
+    Text,
+    Weights,
+    named,
+    none_is_none,
+    scheme_of,
+)
 from quantkit.recipe_words import did_you_mean, meant_value
-from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, is_clean, read
-from quantkit.scheme import PRESETS, Scheme, integer
+from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, read
+from quantkit.scheme import PRESETS
 from quantkit.transforms.config import TransformConfig
 
-# Presets that bits, group_size and symmetric say in full.
-_PRESETS = {
-    name: scheme
-    for name, scheme in PRESETS.items()
-    if scheme.inputs is None and scheme.weights.number.kind == "int"
-}
-SCHEME_KEYS = tuple(inspect.signature(integer).parameters)  # bits, group_size, symmetric
-
-
-ALGORITHMS = configs_by_name(AlgorithmConfig)
-TRANSFORMS = configs_by_name(TransformConfig)
-
-
-def _named(value: Any, kind: str) -> Any:
-    """`gptq` is short for {name: gptq}; ValueError for a name that no config has."""
-    if isinstance(value, str):
-        value = {"name": value}
-    name = value.get("name") if isinstance(value, Mapping) else None
-    ours, others = (ALGORITHMS, TRANSFORMS) if kind == "algorithm" else (TRANSFORMS, ALGORITHMS)
-    if not isinstance(name, str) or name in ours:
-        return value
-    known = f"known: {', '.join(map(repr, ours))}"
-    elsewhere = meant_value(name, others)
-    if elsewhere and not meant_value(name, ours):
-        other = elsewhere.strip("`")
-        said = f"{other} is an algorithm: `algorithm: {other}` in weights"
-        if kind == "algorithm":
-            said = f"{other} is a transform: `transforms: [{other}]`, beside an algorithm"
-        raise ValueError(f"{said}; {known}, got {name!r}")
-    raise ValueError(f"unknown {kind}{did_you_mean(meant_value(name, ours))}; {known}, got {name!r}")
-
-
-def _clean(text: str) -> str:
-    if not is_clean(text):
-        raise ValueError("holds a NUL character or half of a surrogate pair; remove it")
-    return text
-
-
-if TYPE_CHECKING:
-    PresetName = str
-else:
-    PresetName = Literal[tuple(_PRESETS)]
-Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_clean)]
-Algorithm = Annotated[AlgorithmConfig, BeforeValidator(lambda value: _named(value, "algorithm"))]
-Transform = Annotated[TransformConfig, BeforeValidator(lambda value: _named(value, "transform"))]
-Bits = Annotated[int, Field(ge=2, le=8)]
-GroupSize = Annotated[int, Field(ge=16)] | None
+Transform = Annotated[TransformConfig, BeforeValidator(lambda value: named(value, "transform"))]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _SchemePart(_Part):
-    """What `weights` and a rule have in common: `preset` and `group_size: channel` are short for other values."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        value = dict(value)
-        name = value.get("preset")
-        if isinstance(name, str) and name in _PRESETS:
-            base = _PRESETS[value.pop("preset")].weights
-            value = {key: getattr(base, key) for key in SCHEME_KEYS} | value
-        if value.get("group_size") in ("channel", -1):
-            value["group_size"] = None
-        return value
-
-
-class Weights(_SchemePart):
-    """What happens to every linear of the decoder blocks. A preset fills bits, group_size and symmetric."""
-
-    algorithm: Algorithm
-    preset: PresetName | None = Field(None, exclude=True)
-    bits: Bits = 4
-    group_size: GroupSize = 128
-    symmetric: bool = True
-
-    @property
-    def scheme(self) -> Scheme:
-        return Scheme(integer(**{key: getattr(self, key) for key in SCHEME_KEYS}))
-
-
-class Rule(_SchemePart):
-    """An exception for the modules whose name fits the glob `match`: skip them, or replace these keys of `weights`.
-
-    Only keys that were written count; of several fitting rules the last alone is used.
-    """
-
-    match: Annotated[Text, Field(max_length=200)]
-    skip: bool = False
-    algorithm: Algorithm | None = None
-    preset: PresetName | None = Field(None, exclude=True)
-    bits: Bits | None = None
-    group_size: GroupSize = None
-    symmetric: bool | None = None
-
-    @model_validator(mode="after")
-    def _skip_stands_alone(self) -> Self:
-        extra = self.model_fields_set - {"match", "skip"}
-        if self.skip and extra:
-            raise ValueError(f"skip: true leaves nothing for {', '.join(sorted(extra))}; remove one of them")
-        if any(key in extra and getattr(self, key) is None for key in ("algorithm", "bits", "symmetric")):
-            raise ValueError(
-                "algorithm, bits and symmetric need a value; leave the key out to keep that of weights"
-            )
-        return self
-
-    def fits(self, name: str) -> bool:
-        """Whether the module name fits; `*` also spans dots, case counts."""
-        return fnmatchcase(name, self.match)
-
-    def apply(self, weights: Weights) -> tuple[Scheme, AlgorithmConfig]:
-        """The scheme and algorithm of a module under this rule."""
-        chosen = {key: getattr(self, key) for key in SCHEME_KEYS if key in self.model_fields_set}
-        scheme = weights.model_copy(update=chosen).scheme
-        return scheme, self.algorithm or weights.algorithm
-
-
-class DataSource(_Part):
+class DataSource(Part):
     """One source of text: a file, a dataset folder or a dataset id; `samples` windows are cut from it."""
 
     source: Text
@@ -178,7 +64,7 @@ class DataSource(_Part):
         return {"source": value}
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """`samples` windows of `sequence_length` tokens; no data means the embedded text."""
 
     data: Annotated[tuple[DataSource, ...], Field(strict=False)] = ()
@@ -219,36 +105,62 @@ def _known_format(name: str) -> str:
 Format = Annotated[str, AfterValidator(_known_format)]
 
 
-class Output(_Part):
+class Output(Part):
     """allow_split_fusion: let {q, k, v} or {gate, up} of a block differ; inference engines fuse these."""
 
     format: Format = registry.DEFAULT
     allow_split_fusion: bool = False
 
 
-class Recipe(_Part):
-    """What a run does. model: a folder or a hub id[@revision]; None = the embedded default."""
+class Recipe(Part):
+    """What a run does. model: a folder or a hub id[@revision]; None = the embedded default.
+
+    weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
+    keeps it exact.
+    """
 
     model: Text | None = None
-    weights: Weights
+    weights: Weights | None
+    inputs: MaybeInputs = None
+    kv_cache: KVCache | None = None
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     calibration: Calibration = Calibration()
     output: Output = Output()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_says_inputs(cls, value: Any) -> Any:
+        """A preset of the weights says the inputs too, unless the recipe does."""
+        weights = value.get("weights") if isinstance(value, Mapping) else None
+        name = weights.get("preset") if isinstance(weights, Mapping) else None
+        if isinstance(name, str) and name in PRESETS and "inputs" not in value:
+            grid = PRESETS[name].inputs
+            return value if grid is None else {**value, "inputs": Inputs.written(grid)}
+        return value
+
     @field_validator("weights", mode="before")
     @classmethod
     def _weights_are_a_mapping(cls, value: Any) -> Any:
-        if value == "none":
-            raise ValueError(
-                "a recipe without weights is not available yet; give a mapping with an algorithm"
-            )
-        if not isinstance(value, str):
-            return value
-        preset = (meant_value(value, _PRESETS) or "").strip("`")
+        if not isinstance(value, str) or value == "none":
+            return none_is_none(value)
+        preset = (meant_value(value, PRESETS) or "").strip("`")
         algorithm = (meant_value(value, ALGORITHMS) or "").strip("`")
         example = f"{{preset: {preset or 'W4A16'}, algorithm: {algorithm or 'gptq'}}}"
         raise ValueError(f"expected a mapping, for instance `weights: {example}`, got {value!r}")
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.weights is None:
+            given = {"inputs": self.inputs, "transforms": self.transforms, "rules": self.rules}
+            useless = [key for key, part in given.items() if part]
+            if useless:
+                raise ValueError(f"weights: none leaves nothing for {', '.join(useless)}; remove them")
+            if self.kv_cache is None:
+                raise ValueError("weights: none leaves only the KV cache to quantize; give a kv_cache")
+        else:
+            _refuse_unstorable(self, self.weights)
+        return self
 
     @field_validator("transforms", mode="before")
     @classmethod
@@ -262,6 +174,18 @@ class Recipe(_Part):
         for written, rule in zip(data["rules"], self.rules, strict=True):
             if rule.algorithm is not None:
                 written["algorithm"] = rule.algorithm.model_dump(mode="json")
+            if "inputs" in written and written["inputs"] is None:
+                written["inputs"] = "none"
+        if self.weights is None:
+            data["weights"] = "none"
+        for part, keys in (
+            (data["weights"], UNUSUAL),
+            (data["kv_cache"], KVCache.model_fields),
+            (data, ("inputs", "kv_cache")),
+        ):
+            for key in keys if isinstance(part, dict) else ():
+                if part[key] is None:
+                    del part[key]
         return data
 
     def published(self) -> dict[str, Any]:
@@ -280,6 +204,16 @@ class Recipe(_Part):
         data = self.resolved()
         del data["calibration"]["data"]
         return data | {"model": None}
+
+
+def _refuse_unstorable(recipe: Recipe, weights: Weights) -> None:
+    """ValueError for weights, with the inputs of the recipe or of a rule, that the output's format cannot store."""
+    schemes = [scheme_of({key: getattr(weights, key) for key in WEIGHT_KEYS}, recipe.inputs)]
+    schemes += [rule.apply(weights, recipe.inputs)[0] for rule in recipe.rules if not rule.skip]
+    for scheme in schemes:
+        why = registry.unstorable(recipe.output.format, scheme)
+        if why:
+            raise ValueError(why)
 
 
 def _without_folders(written: str | None) -> str | None:

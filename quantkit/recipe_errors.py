@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from quantkit.recipe_words import did_you_mean, meant_key, meant_value
 from quantkit.recipe_yaml import Path
 
-NOT_YET = ("inputs", "kv_cache", "target")  # keys of docs/design.md that no code stands behind yet
+NOT_YET = ("target",)  # keys of docs/design.md that no code stands behind yet
 _LONGEST = 500  # characters of one message
 
 Configs = Mapping[str, type[BaseModel]]
@@ -32,10 +32,10 @@ def problems(
 
 
 def _members(union: Any) -> tuple[Any, ...]:
-    """The types of `A | B`, of Annotated[A | B, ...], or of A alone."""
+    """The types of `A | B`, of Annotated[A | B, ...], or of A alone; without None."""
     while get_origin(union) is Annotated:
         union = get_args(union)[0]
-    return get_args(union) or (union,)
+    return tuple(each for each in get_args(union) or (union,) if each is not type(None))
 
 
 def _parts(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], type[BaseModel]]:

@@ -9,6 +9,7 @@ from quantkit import assets
 from quantkit.checkpoint.loaders import Loader, loaders
 from quantkit.cli.output import make_console
 from quantkit.recipe import load_recipe
+from quantkit.scheme import Scheme
 
 
 @click.command("recipes")
@@ -31,7 +32,10 @@ def command() -> None:
 
 def _loaders(recipe: str) -> list[Loader]:
     """What loads the result of a recipe beside quantkit, as far as its scheme decides."""
-    found = loaders("", {"linear": load_recipe(recipe).weights.scheme})
+    read = load_recipe(recipe)
+    weights = read.weights
+    inputs = None if read.inputs is None else read.inputs.grid
+    found = loaders("", {} if weights is None else {"linear": Scheme(weights.scheme.weights, inputs)})
     return [loader for loader in found if loader.name != "quantkit"]
 
 

@@ -121,6 +121,18 @@ def names() -> list[str]:
     return sorted({*SHIPPED, *CODECS})
 
 
+def unstorable(name: str, scheme: Scheme) -> str | None:
+    """Why the format called `name` cannot store a scheme, or None; without torch for the shipped ones."""
+    from quantkit.formats.compressed_tensors_config import format_of
+
+    try:
+        if name == DEFAULT:
+            format_of(scheme)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
 def codec(name: str = DEFAULT) -> Codec:
     """The format called `name`; an unknown name is a KeyError that lists the known ones."""
     if name not in CODECS and name in SHIPPED:

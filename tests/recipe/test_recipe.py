@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,7 +7,7 @@ from quantkit import assets, recipe_words
 from quantkit.errors import RecipeError
 from quantkit.recipe import ALGORITHMS, TRANSFORMS, Recipe, load_recipe, parse_recipe
 from quantkit.recipe_errors import NOT_YET, _parts
-from quantkit.scheme import PRESETS, Scheme, integer
+from quantkit.scheme import KV_PRESETS, PRESETS, Scheme, integer
 
 LEAST = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
 
@@ -73,17 +74,17 @@ def test_all_errors_come_at_once_with_path_and_line(tmp_path):
     assert where == [
         "2: weights.algorithm.dampng",
         "3: weights.bits",
+        "4: inputs.dtype",
+        "9: kv_cache.dtype",
         "8: transforms.0",
         "6: rules.0",
         "7: rules.1.match",
         "7: rules.1.bits",
-        "4: inputs",
-        "9: kv_cache",
         "10: speed",
     ]
     assert "known here: name, order, groups" in found[0]
-    assert "not available yet" in found[6]
-    assert "not available yet" in found[7]
+    assert "known here: number, granularity" in found[2]
+    assert "known here: preset, number" in found[3]
     assert "known here: model, weights" in found[8]
 
 
@@ -121,11 +122,72 @@ def test_unknown_recipe_lists_the_shipped_ones():
         load_recipe("w4a16-gptk")
 
 
+STORED = [name for name in PRESETS if name != "NF4"]
+
+
+def of(recipe):
+    """The scheme of a recipe without rules."""
+    return Scheme(recipe.weights.scheme.weights, None if recipe.inputs is None else recipe.inputs.grid)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_preset_fills_the_scheme_and_comes_back(name):
+    recipe = parse_recipe({"weights": {"algorithm": "rtn", "preset": name}})
+    assert of(recipe) == PRESETS[name]
+    assert parse_recipe(recipe.resolved()) == recipe
+
+
+def test_inputs_of_a_preset_can_be_replaced_and_removed():
+    weights = {"algorithm": "rtn", "preset": "FP8_DYNAMIC"}
+    removed = parse_recipe({"weights": weights, "inputs": "none"})
+    assert of(removed) == PRESETS["W8A16_FP8"]
+    other = parse_recipe({"weights": weights, "inputs": {"number": "int8"}})
+    assert of(other).inputs == PRESETS["W8A8"].inputs
+    assert parse_recipe(other.resolved()) == other
+
+
 @pytest.mark.parametrize(
-    "name", [n for n, s in PRESETS.items() if s.weights.number.kind == "int" and not s.inputs]
+    ("rule", "scheme"),
+    [
+        ({"preset": "W8A16"}, PRESETS["W8A16"]),
+        ({"preset": "NVFP4A16"}, PRESETS["NVFP4A16"]),
+        ({"inputs": "none"}, PRESETS["W8A16_FP8"]),
+        ({"bits": 8, "group_size": "channel"}, PRESETS["W8A8"].weights),
+    ],
 )
-def test_preset_fills_the_scheme(name):
-    assert with_weights(preset=name).scheme == PRESETS[name]
+def test_a_rule_replaces_the_number(rule, scheme):
+    recipe = parse_recipe(
+        {"weights": {"algorithm": "rtn", "preset": "FP8_DYNAMIC"}, "rules": [{"match": "a"} | rule]}
+    )
+    found, _ = recipe.rules[0].apply(recipe.weights, recipe.inputs)
+    assert found == (scheme if isinstance(scheme, Scheme) else Scheme(scheme, PRESETS["FP8_DYNAMIC"].inputs))
+    assert parse_recipe(recipe.resolved()) == recipe
+
+
+@pytest.mark.parametrize("name", KV_PRESETS)
+def test_a_cache_by_name(name):
+    recipe = parse_recipe({"weights": "none", "kv_cache": name})
+    assert recipe.kv_cache.scheme == KV_PRESETS[name]
+    assert parse_recipe(recipe.resolved()) == recipe
+
+
+def test_a_cache_by_its_keys():
+    cache = {"number": "int4", "sinks": 4, "rotate": True}
+    scheme = parse_recipe(LEAST | {"kv_cache": cache}).kv_cache.scheme
+    assert scheme == replace(KV_PRESETS["INT4"], sinks=4)
+    assert parse_recipe(LEAST | {"kv_cache": {"number": "fp8_e4m3"}}).kv_cache.scheme == KV_PRESETS["FP8"]
+
+
+def test_what_is_usual_is_not_written():
+    assert parse_recipe(LEAST).resolved().keys() == {
+        *("model", "weights", "transforms", "rules", "calibration", "output")
+    }
+    assert parse_recipe(LEAST).resolved()["weights"].keys() == {
+        "algorithm",
+        "bits",
+        "group_size",
+        "symmetric",
+    }
 
 
 def test_other_keys_override_the_preset():
@@ -140,7 +202,7 @@ def test_group_size_spells_channel(channel):
 def test_rule_replaces_only_written_keys():
     rule = {"match": "*.down_proj", "group_size": "channel", "algorithm": "rtn"}
     recipe = parse_recipe(LEAST | {"rules": [rule]})
-    scheme, algorithm = recipe.rules[0].apply(recipe.weights)
+    scheme, algorithm = recipe.rules[0].apply(recipe.weights, None)
     assert scheme == Scheme(integer(4, None, True))
     assert algorithm.name == "rtn"
     assert recipe.rules[0].fits("model.layers.3.mlp.down_proj")
@@ -253,16 +315,34 @@ def test_overrides_alone_make_a_recipe(tmp_path):
         ("weights: {algorithm: rtn, scheme: W4A16}", "did you mean `preset`?"),
         ("weights: w4a16", "`weights: {preset: W4A16, algorithm: gptq}`"),
         ("weights: rtn", "`weights: {preset: W4A16, algorithm: rtn}`"),
-        ("weights: none", "not available yet"),
+        ("weights: none", "leaves only the KV cache to quantize; give a kv_cache"),
+        ("{weights: none, kv_cache: FP8, transforms: [awq]}", "leaves nothing for transforms"),
         ("{weights: {algorithm: rtn}, calibration: {num_samples: 8}}", "did you mean `samples`?"),
         ("{weights: {algorithm: rtn}, calibration: {nsamples: 8}}", "did you mean `samples`?"),
         ("{weights: {algorithm: rtn}, nsamples: 8}", "did you mean `calibration.samples`?"),
         ("{weights: {algorithm: rtn}, calibration: {seqlen: 8}}", "did you mean `sequence_length`?"),
         ("{weights: {algorithm: rtn}, ignore: [lm_head]}", "`{match: NAME, skip: true}`"),
         ("{weights: {algorithm: rtn}, rules: [{targets: a}]}", "did you mean `match`?"),
-        ("{weights: {algorithm: rtn}, activations: {}}", "`inputs` would be its name here"),
-        ("{weights: {algorithm: rtn}, inputs: {}}", "not available yet"),
-        ("{weights: {algorithm: rtn}, kv_cache: {}}", "not available yet"),
+        ("{weights: {algorithm: rtn}, activations: {}}", "did you mean `inputs`?"),
+        (
+            "{weights: {algorithm: rtn}, inputs: {granularity: tensor, dynamic: true}}",
+            "goes with dynamic: false",
+        ),
+        ("{weights: {algorithm: rtn}, inputs: {dynamic: false}}", "goes with dynamic: true"),
+        ("{weights: {algorithm: rtn}, inputs: {range: mse}}", "for calibrated scales"),
+        (
+            "{weights: {algorithm: rtn}, inputs: {number: fp8_e4m3, symmetric: false}}",
+            "only integers can be asymmetric",
+        ),
+        ("{weights: {algorithm: rtn}, inputs: {granularity: group}}", "needs a group_size"),
+        ("{weights: {algorithm: rtn}, kv_cache: {}}", "give a preset (FP8, FP8_TENSOR, INT8"),
+        ("{weights: {algorithm: rtn}, kv_cache: {number: int8, granularity: head}}", "granularity: token"),
+        ("{weights: {algorithm: rtn}, kv_cache: int9}", "'INT8'"),
+        ("weights: {algorithm: rtn, preset: NF4}", "no format for W4A16 nf4 g64"),
+        ("weights: {algorithm: rtn, preset: FP8, bits: 4}", "preset: FP8 has fp8_e4m3 weights, got bits: 4"),
+        ("weights: {algorithm: rtn, number: fp8_e4m3, symmetric: false}", "only integers can be asymmetric"),
+        ("weights: {algorithm: rtn, number: fp4_e2m1, group_size: 64, scale: e8m0}", "no format for"),
+        ("{weights: {algorithm: rtn, preset: W8A8}, rules: [{match: a, symmetric: false}]}", "no format for"),
         ("{weights: {algorithm: rtn}, target: {engine: vllm}}", "not available yet"),
         ("{weights: {algorithm: rtn}, output: {format: compressed_tensors}}", "`compressed-tensors`"),
     ],
