@@ -122,6 +122,13 @@ def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None, model_t
         raise ModelError(
             f"NaN or infinity in {named(bad)}; the checkpoint is damaged, fetch it again or quantize again"
         )
+    above = [info for info in chosen if codec is not None and info.name.rpartition(".")[2] in codec.positive]
+    bad = [info.name for info in above if not _is_positive(info)]
+    if bad:
+        raise ModelError(
+            f"a scale of 0 or below in {named(bad)}: it was never calibrated, or the checkpoint is damaged; quantize "
+            "again"
+        )
     return len(chosen)
 
 
@@ -149,16 +156,21 @@ def _is_weights(name: str) -> bool:
 
 
 def _is_small(info: TensorInfo, codec: Codec | None) -> bool:
+    is_scale = codec is not None and info.name.rpartition(".")[2] == codec.scale
     if info.dtype not in FLOATS:
-        return False
-    return (codec is not None and info.name.rpartition(".")[2] == codec.scale) or (
-        len(info.shape) <= 1 and info.nbytes <= _LARGE
-    )
+        return is_scale and info.dtype == "F8_E4M3"
+    return is_scale or (len(info.shape) <= 1 and info.nbytes <= _LARGE)
 
 
 def _is_finite(info: TensorInfo) -> bool:
     dtype = torch_dtype(info.dtype)
-    return all(bool(torch.frombuffer(piece, dtype=dtype).isfinite().all()) for piece in _pieces(info))
+    values = (torch.frombuffer(piece, dtype=dtype) for piece in _pieces(info))
+    return all(bool((v.float() if v.element_size() == 1 else v).isfinite().all()) for v in values)
+
+
+def _is_positive(info: TensorInfo) -> bool:
+    dtype = torch_dtype(info.dtype)
+    return all(bool((torch.frombuffer(piece, dtype=dtype) > 0).all()) for piece in _pieces(info))
 
 
 def crc32(info: TensorInfo) -> str:

@@ -95,12 +95,15 @@ def _packed_layers(
         module, _, leaf = name.rpartition(".")
         if leaf in codec.leaves:
             found.setdefault(module, {})[leaf] = info
+    found = {
+        module: infos for module, infos in found.items() if infos.keys() != {"weight"}
+    }  # others are dense
     layers, schemes = [], {}
     for module, infos in found.items():
         if scheme := scheme_of(module):
             schemes[module] = scheme
             layers.append(_packed(codec, module, scheme, infos, errors.get(module)))
-        elif infos.keys() - {"weight"}:
+        else:
             raise ModelError(
                 f"{module} is packed ({', '.join(sorted(infos))}), but config.json gives no scheme for it; "
                 "fetch the checkpoint again"
@@ -116,7 +119,7 @@ def _packed(
         n, k = codec.dimensions(parts, scheme)
     except ModelError as reason:
         raise ModelError(f"{module}: {reason}") from None
-    scale = parts[codec.scale].float()
+    scale = codec.scale_values(parts, scheme)
     nbytes = sum(info.nbytes for info in infos.values())
     grid = scheme.weights
     return {

@@ -8,6 +8,7 @@ back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +62,12 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}
         # Some families (GPT-2) initialize the `c_proj.weight` of their blocks before loading: an empty stand-in.
         for _, module in packed_linears(model):
-            module.weight = torch.empty(0)
+            if "weight" not in module.tensors:
+                module.weight = torch.empty(0)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):
-            del module.weight
+            module.__dict__.pop("weight", None)
         return model
 
     def get_state_dict_and_metadata(
@@ -91,6 +93,10 @@ class PackedQuantizer(HfQuantizer):
         if any(module.offloaded for _, module in packed_linears(model)):
             raise BackendError("dequantize needs every layer in memory; load the model without a device_map")
         wanted = dtype if isinstance(dtype, torch.dtype) else model.dtype
+        if any(module.scheme.inputs is not None for _, module in packed_linears(model)):
+            warnings.warn(
+                "dequantize keeps the weights only: inputs of linears are not rounded any more", stacklevel=3
+            )
         for name, module in packed_linears(model):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _dense(module, wanted))
@@ -130,12 +136,27 @@ def swap(
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         scheme = scheme_of(name)
-        if scheme is None:
+        if scheme is None or _left_dense(name, packing, tensors):
             continue
         n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         packed = _packed(name, (n, k), scheme, module, packing, tensors)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
+
+
+def _left_dense(name: str, packing: Codec, tensors: Tensors) -> bool:
+    """Whether a linear that the config counts as quantized is stored as floats, without scales.
+
+    Some tools forget the head in `ignore`; plain transformers then runs it on uninitialised scales.
+    """
+    dtype, _ = tensors.get(f"{name}.weight", ("", ()))
+    if dtype not in WEIGHT_DTYPES or f"{name}.{packing.scale}" in tensors:
+        return False
+    warnings.warn(
+        f"{name} is stored as {dtype} although the config counts it as quantized; it is used as it is",
+        stacklevel=2,
+    )
+    return True
 
 
 def _packed(
@@ -146,7 +167,9 @@ def _packed(
         raise ModelError(
             f"{name} has {k} columns, which its groups of {scheme.weights.group_size} do not divide"
         )
-    stored, _ = tensors.get(f"{name}.{packing.scale}", ("BF16", ()))
+    stored = "BF16"
+    if packing.dtypes(scheme)[packing.scale] is None:
+        stored, _ = tensors.get(f"{name}.{packing.scale}", ("BF16", ()))
     if stored not in WEIGHT_DTYPES:
         raise ModelError(
             f"{name}.{packing.scale} has the dtype {stored}; a scale is {', '.join(WEIGHT_DTYPES)}"
@@ -185,7 +208,7 @@ def check_shapes(model: nn.Module, packing: Codec, tensors: Tensors) -> None:
             continue  # missing ones are what loading reports
         dtype, shape = tensors[name]
         owner, _, leaf = name.rpartition(".")
-        own = packing.leaves.get(leaf) if owner in linears else None
+        own = packing.dtypes(linears[owner].scheme).get(leaf) if owner in linears else None
         kind = stored_dtype(own) if own else dtype
         if tuple(shape) != tuple(place.shape):
             problems.append(f"{name} is {list(shape)}, the model has {list(place.shape)}")

@@ -9,6 +9,7 @@ digests, names, shapes and the account of every tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,14 +24,29 @@ from quantkit.formats.registry import Codec
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX, named
+from quantkit.numerics.inputs import InputScale, round_inputs
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid, Scheme
 
+_PARTS = ("codes", "scale", "zero", "global_scale")
 _PROBE = 4  # tokens of the packed product
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of its root mean square
 
 
-def verify_shard(path: Path, weights: dict[str, QuantizedWeight], codec: Codec) -> None:
+@dataclass(frozen=True)
+class Rounding:
+    """What was written for a linear beside its weight: the grid of its inputs, and their range if it is stored."""
+
+    inputs: Grid | None = None
+    scale: InputScale | None = None
+
+
+def verify_shard(
+    path: Path,
+    weights: Mapping[str, QuantizedWeight],
+    codec: Codec,
+    inputs: Mapping[str, Rounding] | None = None,
+) -> None:
     """Re-open a written shard and compare every quantized linear with `weights` (by module name)."""
     try:
         file = safe_open(path, "pt")
@@ -41,35 +57,57 @@ def verify_shard(path: Path, weights: dict[str, QuantizedWeight], codec: Codec) 
             prefix = f"{name}."
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
             stored.pop("bias", None)
+            rounding = (inputs or {}).get(name, Rounding())
+            scheme = Scheme(wanted.grid, rounding.inputs)
             try:
-                found = codec.unpack(stored, Scheme(wanted.grid))
+                found = codec.unpack(stored, scheme)
             except ModelError as error:
                 raise VerificationError(f"{path.name}: {name}: {error}") from error
-            same = torch.equal(found.codes, wanted.codes.cpu()) and torch.equal(
-                found.scale, wanted.scale.cpu()
-            )
-            if wanted.zero is not None:
-                same = same and found.zero is not None and torch.equal(found.zero, wanted.zero.cpu())
-            if not same:
+            pairs = [(getattr(found, part), getattr(wanted, part)) for part in _PARTS]
+            scale, read = rounding.scale, codec.inputs_of(stored)
+            if scale is not None and read is not None:
+                pairs += [(read.scale, scale.scale), (read.zero, scale.zero)]
+            if not all(map(_same, *zip(*pairs, strict=True))) or (scale is None) != (read is None):
                 raise VerificationError(f"{path.name}: what was read back for {name} is not what was written")
-            _verify_forward(name, stored, found, wanted, codec)
+            _verify_forward(name, stored, scheme, wanted, rounding, codec)
+
+
+def _same(read: torch.Tensor | None, written: torch.Tensor | None) -> bool:
+    """Whether two tensors have the same bytes."""
+    if read is None or written is None:
+        return read is written
+    written = written.cpu()
+    if read.dtype != written.dtype or read.shape != written.shape:
+        return False
+    small = read.element_size() == 1  # float8 has no comparison
+    return (
+        torch.equal(read.view(torch.uint8), written.view(torch.uint8))
+        if small
+        else torch.equal(read, written)
+    )
 
 
 @torch.no_grad()
 def _verify_forward(
-    name: str, stored: dict[str, torch.Tensor], found: QuantizedWeight, wanted: QuantizedWeight, codec: Codec
+    name: str,
+    stored: dict[str, torch.Tensor],
+    scheme: Scheme,
+    wanted: QuantizedWeight,
+    rounding: Rounding,
+    codec: Codec,
 ) -> None:
     """Run the tensors of the file on the device and backend that `load` chooses, against the dense product."""
     where = find_device(None)
-    scale = wanted.scale.dtype
-    dtype = torch.float32 if where.type == "cpu" else scale
-    n, k = found.shape
-    linear = QuantLinear(k, n, Scheme(wanted.grid), False, scale, None, "meta", codec.name)
+    scale = stored[codec.scale].dtype
+    dtype = torch.float32 if where.type == "cpu" else scale if scale in _TOLERANCE else torch.bfloat16
+    n, k = wanted.shape
+    linear = QuantLinear(k, n, scheme, False, scale, None, "meta", codec.name)
     for leaf, tensor in stored.items():
         setattr(linear, leaf, tensor.to(where))
     linear.prepare(None, dtype)
     x = torch.randn(_PROBE, k, generator=torch.Generator().manual_seed(0)).to(dtype)
-    dense = torch.nn.functional.linear(x.float(), wanted.dequantize().cpu())
+    given = x if rounding.inputs is None else round_inputs(x, rounding.inputs, rounding.scale)
+    dense = torch.nn.functional.linear(given.float(), wanted.dequantize().cpu())
     off = (linear(x.to(where)).float().cpu() - dense).square().mean().sqrt()
     size = dense.square().mean().sqrt()
     if not float(off) <= _TOLERANCE[dtype] * float(size) + 1e-12:

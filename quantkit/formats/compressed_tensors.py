@@ -1,32 +1,54 @@
-"""compressed-tensors `pack-quantized`, the format that vLLM, SGLang and transformers load.
+"""compressed-tensors, the format that vLLM, SGLang and transformers load: the tensors of a linear.
 
-Tensors of a linear P with weight [N, K] and K/G groups per row (channel: one):
-    P.weight_packed      int32 [N, ceil(K bits / 32)]     unsigned codes, dense, lowest bits first
-    P.weight_scale       model dtype [N, K/G]
-    P.weight_shape       int64 [2] = (N, K)
-    P.weight_zero_point  int32 [ceil(N bits / 32), K/G]   asymmetric only; the same packing along N
-The format counts codes from -2^(bits-1) and adds 2^(bits-1) when it packs them: the words hold our unsigned codes.
+A linear P with weight [N, K] and K/G groups per row stores, by the format of its config group (channel: one group per
+row; scales in the dtype of the model unless said otherwise):
+
+pack-quantized       P.weight_packed  int32 [N, ceil(K bits / 32)]   unsigned codes, dense, lowest bits first
+(integer weights)    P.weight_scale   [N, K/G]
+                     P.weight_shape   int64 [2] = (N, K)
+                     P.weight_zero_point  int32 [ceil(N bits / 32), K/G]   asymmetric only; the same packing along N
+int-quantized        P.weight         int8 [N, K]     one code a byte, from -2^(bits-1)
+(inputs rounded too) P.weight_scale   [N, K/G]; [1] for the whole tensor
+float-quantized      P.weight         float8_e4m3fn [N, K]
+                     P.weight_scale   [N, 1]; [1]; or [ceil(N/B), K/B] for blocks of B x B
+nvfp4-pack-quantized P.weight_packed  uint8 [N, K/2]          even columns in the low half
+                     P.weight_scale   float8_e4m3fn [N, K/16]
+                     P.weight_global_scale  float32 [1]       w = fp4 * weight_scale / weight_global_scale
+mxfp4-pack-quantized P.weight_packed  uint8 [N, K/2]
+                     P.weight_scale   uint8 [N, K/32]         e, for the scale 2^(e - 127)
+and for inputs with a calibrated scale:
+                     P.input_scale    [1]
+                     P.input_zero_point  int8 [1]             asymmetric only
+
+pack-quantized counts codes from -2^(bits-1) and adds 2^(bits-1) when it packs them: the words hold our unsigned codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits, words
 
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors_config import (
-    CORRUPT,
-    METHOD,
-    kv_scheme,
-    parsed_config,
-    written_config,
-)
+from quantkit.formats import compressed_tensors_config as configs
+from quantkit.formats.compressed_tensors_config import CORRUPT, FLOAT, INT, MXFP4, NVFP4, PACKED, format_of
 from quantkit.formats.registry import Codec, Shape, register
+from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import KVScheme, Scheme
+from quantkit.scheme import Grid, KVScheme, Scheme
+
+Shapes = dict[str, tuple[int, ...]]
+_CODES = {
+    PACKED: torch.int32,
+    INT: torch.int8,
+    FLOAT: torch.float8_e4m3fn,
+    NVFP4: torch.uint8,
+    MXFP4: torch.uint8,
+}
+_SCALES = {NVFP4: torch.float8_e4m3fn, MXFP4: torch.uint8}
 
 
 @register
@@ -34,38 +56,87 @@ class CompressedTensors(Codec):
     """The codec of this format."""
 
     name = "compressed-tensors"
-    method = METHOD
+    method = configs.METHOD
     leaves: ClassVar[dict[str, torch.dtype | None]] = {
-        "weight_packed": torch.int32,
+        "weight": None,
+        "weight_packed": None,
         "weight_scale": None,
         "weight_shape": torch.int64,
         "weight_zero_point": torch.int32,
+        "weight_global_scale": torch.float32,
+        "input_scale": None,
+        "input_zero_point": torch.int8,
     }
     scale = "weight_scale"
+    apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point"})
+    positive = frozenset({"weight_global_scale", "input_scale"})
 
-    def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-        grid = scheme.weights
-        groups = k // grid.group(k)
-        shapes = {
-            "weight_packed": (n, words(k, grid.bits)),
-            "weight_scale": (n, groups),
-            "weight_shape": (2,),
+    def dtypes(self, scheme: Scheme) -> dict[str, torch.dtype | None]:
+        kind = format_of(scheme)
+        return self.leaves | {
+            "weight": _CODES[kind],
+            "weight_packed": _CODES[kind],
+            "weight_scale": _SCALES.get(kind),
         }
-        return shapes if grid.symmetric else shapes | {"weight_zero_point": (words(n, grid.bits), groups)}
+
+    def shapes(self, n: int, k: int, scheme: Scheme) -> Shapes:
+        kind, grid = format_of(scheme), scheme.weights
+        groups = k // grid.group(k)
+        if kind == PACKED:
+            shapes: Shapes = {
+                "weight_packed": (n, words(k, grid.bits)),
+                "weight_scale": (n, groups),
+                "weight_shape": (2,),
+            }
+            if not grid.symmetric:
+                shapes["weight_zero_point"] = (words(n, grid.bits), groups)
+        elif kind in (INT, FLOAT):
+            shapes = {"weight": (n, k), "weight_scale": _scale_shape(n, k, grid)}
+        else:
+            shapes = {"weight_packed": (n, k // 2), "weight_scale": (n, groups)}
+        if grid.two_level:
+            shapes["weight_global_scale"] = (1,)
+        if scheme.inputs is not None and not scheme.inputs.dynamic:
+            shapes["input_scale"] = (1,)
+            if not scheme.inputs.symmetric:
+                shapes["input_zero_point"] = (1,)
+        return shapes
 
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        bits = weight.grid.bits
-        tensors = {
-            "weight_packed": pack_bits(weight.codes, bits),
-            "weight_scale": weight.scale.contiguous(),
-            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-        }
-        if weight.zero is not None:
-            tensors["weight_zero_point"] = pack_bits(weight.zero.T.contiguous(), bits).T.contiguous()
-        return tensors
+        return self.pack_scheme(weight, Scheme(weight.grid))
+
+    def pack_scheme(
+        self, weight: QuantizedWeight, scheme: Scheme, inputs: InputScale | None = None
+    ) -> dict[str, torch.Tensor]:
+        grid = weight.grid
+        kind = format_of(scheme)
+        scale = weight.scale.contiguous()
+        if kind == PACKED:
+            tensors = {
+                "weight_packed": pack_bits(weight.codes, grid.bits),
+                "weight_scale": scale,
+                "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            }
+            if weight.zero is not None:
+                tensors["weight_zero_point"] = pack_bits(weight.zero.T.contiguous(), grid.bits).T.contiguous()
+        elif kind == INT:
+            codes = (weight.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
+            tensors = {"weight": codes, "weight_scale": _narrowed(scale, grid)}
+        elif kind == FLOAT:
+            tensors = {
+                "weight": weight.codes.contiguous().view(torch.float8_e4m3fn),
+                "weight_scale": _narrowed(scale, grid),
+            }
+        else:
+            halves = weight.codes.view(len(weight.codes), -1, 2)  # (N, K/2, 2)
+            tensors = {"weight_packed": halves[..., 0] | (halves[..., 1] << 4)}
+            tensors["weight_scale"] = scale if kind == NVFP4 else scale.view(torch.uint8)
+        if weight.global_scale is not None:
+            tensors["weight_global_scale"] = weight.global_scale
+        return tensors | _packed_inputs(inputs)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-        grid = scheme.weights
+        grid, kind = scheme.weights, format_of(scheme)
         n, k = self.dimensions(tensors, scheme)
         shapes = self.shapes(n, k, scheme)
         if tensors.keys() != shapes.keys():
@@ -76,48 +147,127 @@ class CompressedTensors(Codec):
                     f"{leaf} of a {scheme} [{n}, {k}] linear is {shape}, got {tuple(tensors[leaf].shape)}"
                 )
         zero = tensors.get("weight_zero_point")
+        scale = tensors["weight_scale"]
+        if kind == PACKED:
+            codes = unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous()
+        elif kind == INT:
+            codes = (tensors["weight"].to(torch.int16) + grid.midpoint).to(torch.uint8)
+        elif kind == FLOAT:
+            codes = tensors["weight"].view(torch.uint8)
+        else:
+            pairs = tensors["weight_packed"]
+            codes = torch.stack([pairs & 15, pairs >> 4], -1).view(n, k)
+            scale = scale if kind == NVFP4 else scale.view(torch.float8_e8m0fnu)
         return QuantizedWeight(
-            codes=unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous(),
-            scale=tensors["weight_scale"],
+            codes=codes,
+            scale=_widened(scale, n, k, grid),
             zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
             grid=grid,
+            global_scale=tensors.get("weight_global_scale"),
         )
 
-    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Stored:
-        """The very same tensors."""
+    def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+        scale = tensors["weight_scale"]
+        if format_of(scheme) == MXFP4:
+            return scale.view(torch.float8_e8m0fnu).float()
+        whole = tensors["weight_global_scale"] if scheme.weights.two_level else 1.0
+        return scale.float() / whole
+
+    def inputs_of(self, tensors: Mapping[str, torch.Tensor]) -> InputScale | None:
+        scale = tensors.get("input_scale")
+        return None if scale is None else InputScale(scale, tensors.get("input_zero_point"))
+
+    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec, scheme: Scheme) -> Stored:
+        """The very same tensors where they are packed as kernels take them."""
+        if format_of(scheme) != PACKED:
+            return super().stored(tensors, spec, scheme)
         zero = tensors.get("weight_zero_point")
         return Stored(tensors["weight_packed"], tensors["weight_scale"], zero, spec)
 
+    def narrowed(self, weight: QuantizedWeight, apart: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        if weight.grid.scale == "e8m0":
+            return replace(weight, scale=weight.scale.to(torch.float8_e8m0fnu))
+        if weight.grid.two_level:
+            whole = apart["weight_global_scale"]
+            scale = (weight.scale * whole).to(
+                torch.float8_e4m3fn
+            )  # the product is one rounding away from the code
+            return replace(weight, scale=scale, global_scale=whole)
+        return weight
+
     def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
-        if "weight_shape" not in tensors or "weight_scale" not in tensors:
+        kind, grid = format_of(scheme), scheme.weights
+        codes = "weight_shape" if kind == PACKED else "weight" if kind in (INT, FLOAT) else "weight_packed"
+        if codes not in tensors or "weight_scale" not in tensors:
             raise ModelError(
-                f"a {scheme} linear lacks its weight_shape or weight_scale, got {sorted(tensors)}; {CORRUPT}"
+                f"a {scheme} linear lacks its {codes} or weight_scale, got {sorted(tensors)}; {CORRUPT}"
             )
-        said = tensors["weight_shape"]
-        sizes = said.tolist() if said.dtype == torch.int64 and tuple(said.shape) == (2,) else None
-        scales = tuple(tensors["weight_scale"].shape)
-        grid = scheme.weights
+        said = tensors[codes]
+        if kind == PACKED:
+            sizes = said.tolist() if said.dtype == torch.int64 and tuple(said.shape) == (2,) else None
+            shown = said.flatten()[:4].tolist()
+        else:
+            shown = list(said.shape)
+            packed = 1 if kind in (INT, FLOAT) else 2
+            sizes = [shown[0], packed * shown[1]] if len(shown) == 2 else None
         if sizes is None or min(sizes) < 1 or not grid.divides(sizes[1]):
-            raise ModelError(f"weight_shape is {said.flatten()[:4].tolist()}, no shape of a {scheme} weight")
-        if scales != (sizes[0], sizes[1] // grid.group(sizes[1])):
+            raise ModelError(f"{codes} is {shown}, no shape of a {scheme} weight")
+        n, k = sizes
+        scales = tuple(tensors["weight_scale"].shape)
+        if scales != self.shapes(n, k, scheme)["weight_scale"]:
             raise ModelError(
-                f"weight_shape says {sizes}, which does not fit {list(scales)} scales of a {scheme} weight; {CORRUPT}"
+                f"{codes} says {sizes}, which does not fit {list(scales)} scales of a {scheme} weight; {CORRUPT}"
             )
-        return sizes[0], sizes[1]
+        return n, k
 
     def config(
         self, schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
     ) -> dict[str, Any]:
-        return written_config(schemes, ignore, kv)
+        return configs.written_config(schemes, ignore, kv)
 
     def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
-        return parsed_config(config)
+        return configs.parsed_config(config)
 
     def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
-        return kv_scheme(config)
+        return configs.kv_scheme(config)
 
     def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
         older = -(-k // (32 // scheme.weights.bits))
-        if leaf == "weight_packed" and shape and shape[-1] == older != words(k, scheme.weights.bits):
+        packed = format_of(scheme) == PACKED and leaf == "weight_packed" and shape
+        if packed and shape[-1] == older != words(k, scheme.weights.bits):
             return "words that hold whole codes only (compressed-tensors of before May 2026) are not read"
         return None
+
+
+def _scale_shape(n: int, k: int, grid: Grid) -> tuple[int, ...]:
+    """The shape of the stored scales of a weight [N, K]."""
+    if grid.granularity == "tensor":
+        return (1,)
+    rows = grid.group_size if grid.granularity == "block" and grid.group_size else 1
+    return -(-n // rows), k // grid.group(k)
+
+
+def _narrowed(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Scales [N, K/G] without the repetitions of rows that share one."""
+    if grid.granularity == "tensor":
+        return scale[0].contiguous()
+    if grid.granularity == "block":
+        return scale[:: grid.group_size].contiguous()
+    return scale
+
+
+def _widened(scale: torch.Tensor, n: int, k: int, grid: Grid) -> torch.Tensor:
+    """The inverse of `_narrowed`: [N, K/G], views where rows share a scale."""
+    if grid.granularity == "tensor":
+        return scale.view(1, 1).expand(n, 1)
+    if grid.granularity == "block":
+        assert grid.group_size is not None
+        return scale.repeat_interleave(grid.group_size, 0)[:n]
+    return scale
+
+
+def _packed_inputs(inputs: InputScale | None) -> dict[str, torch.Tensor]:
+    if inputs is None:
+        return {}
+    tensors = {"input_scale": inputs.scale}
+    return tensors if inputs.zero is None else tensors | {"input_zero_point": inputs.zero}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from quantkit_kernels import Spec, Stored
 
+    from quantkit.numerics.inputs import InputScale
     from quantkit.numerics.weight import QuantizedWeight
     from quantkit.scheme import KVScheme, Scheme
 
@@ -32,8 +33,9 @@ class Codec(ABC):
     """One on-disk format. The tensors of a linear called P are stored as "P." + leaf; a bias stays "P.bias".
 
     name: what a recipe's `output.format` says. method: `quant_method` of its `quantization_config`. container: the
-    kind of file that holds the tensors. leaves: dtype of every leaf; None: the float type of the model. scale: the
-    leaf with the scales.
+    kind of file that holds the tensors. leaves: dtype of every leaf; None: the float type of the model, or what the
+    scheme says (`dtypes`). scale: the leaf with the scales. apart: leaves that stay beside the packed weight that a
+    kernel is given. positive: leaves whose values are above 0.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,12 @@ class Codec(ABC):
     container: ClassVar[str] = "safetensors"
     leaves: ClassVar[Mapping[str, torch.dtype | None]]
     scale: ClassVar[str]
+    apart: ClassVar[frozenset[str]] = frozenset()
+    positive: ClassVar[frozenset[str]] = frozenset()
+
+    def dtypes(self, scheme: Scheme) -> Mapping[str, torch.dtype | None]:
+        """Dtype of every leaf of a scheme; None: the float type of the model."""
+        return self.leaves
 
     @abstractmethod
     def shapes(self, n: int, k: int, scheme: Scheme) -> dict[str, tuple[int, ...]]:
@@ -48,7 +56,7 @@ class Codec(ABC):
 
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """The stored tensors of one linear, by leaf."""
+        """The stored tensors of one linear whose inputs are not quantized, by leaf."""
 
     @abstractmethod
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
@@ -74,25 +82,41 @@ class Codec(ABC):
         ModelError naming what is corrupt in it, or what it asks for that quantkit does not read.
         """
 
+    def pack_scheme(
+        self, weight: QuantizedWeight, scheme: Scheme, inputs: InputScale | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`pack`, of a linear whose inputs may be quantized; inputs: their range, if it is calibrated."""
+        if scheme.inputs is not None:
+            raise ModelError(f"the format {self.name} stores weights only, not {scheme}")
+        return self.pack(weight)
+
+    def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+        """What the stored scales of a weight stand for, fp32, in their stored shape."""
+        return tensors[self.scale].float()
+
+    def inputs_of(self, tensors: Mapping[str, torch.Tensor]) -> InputScale | None:
+        """The calibrated range of the inputs among the stored tensors of a linear, None if they have none."""
+        return None
+
     def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
         """How `config` quantizes the KV cache with stored scales; None: not at all."""
         return None
 
-    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Stored:
+    def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec, scheme: Scheme) -> Stored:
         """The weight as kernels take it. A format that stores these very tensors overrides it and copies nothing."""
         from quantkit_kernels import Stored, pack_bits
 
-        from quantkit.scheme import Scheme, integer
-
-        group = None if spec.group_size == spec.k else spec.group_size
-        weight = self.unpack(tensors, Scheme(integer(spec.bits, group, spec.symmetric)))
+        weight = self.unpack(tensors, scheme)
         zero = (
             None if weight.zero is None else pack_bits(weight.zero.T.contiguous(), spec.bits).T.contiguous()
         )
-        return Stored(pack_bits(weight.codes, spec.bits), weight.scale, zero, spec)
+        scale = weight.scale if scheme.weights.scale is None else weight.scales()
+        return Stored(pack_bits(weight.codes, spec.bits), scale.contiguous(), zero, spec)
 
-    def from_stored(self, stored: Stored, scheme: Scheme) -> dict[str, torch.Tensor]:
-        """The inverse of `stored`: the tensors of the file."""
+    def from_stored(
+        self, stored: Stored, scheme: Scheme, apart: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The inverse of `stored`: the tensors of the file. apart: those that were kept beside it."""
         from quantkit_kernels import unpack_bits
 
         from quantkit.numerics.weight import QuantizedWeight
@@ -100,7 +124,12 @@ class Codec(ABC):
         spec, zero = stored.spec, stored.zero_packed
         zero = None if zero is None else unpack_bits(zero.T, spec.bits, spec.n).T.contiguous()
         codes = unpack_bits(stored.packed, spec.bits, spec.k).contiguous()
-        return self.pack(QuantizedWeight(codes, stored.scale, zero, scheme.weights))
+        weight = QuantizedWeight(codes, stored.scale, zero, scheme.weights)
+        return self.pack_scheme(self.narrowed(weight, apart), scheme, self.inputs_of(apart))
+
+    def narrowed(self, weight: QuantizedWeight, apart: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """A weight whose scales are floats, as kernels take them, with the scales that the format stores."""
+        return weight
 
     def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
         """A known reason why a tensor is stored in a shape that is not its own, such as an older packing."""
@@ -125,9 +154,10 @@ def unstorable(name: str, scheme: Scheme) -> str | None:
     """Why the format called `name` cannot store a scheme, or None; without torch for the shipped ones."""
     from quantkit.formats.compressed_tensors_config import format_of
 
+    if name != DEFAULT:
+        return None if scheme.inputs is None else f"the format {name} stores weights only, not {scheme}"
     try:
-        if name == DEFAULT:
-            format_of(scheme)
+        format_of(scheme)
     except ModelError as error:
         return str(error)
     return None

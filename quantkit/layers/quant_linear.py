@@ -17,16 +17,18 @@ from torch.compiler import is_compiling
 
 from quantkit.errors import BackendError
 from quantkit.formats.registry import DEFAULT, codec
+from quantkit.numerics.inputs import InputScale, round_inputs
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import Scheme
+from quantkit.scheme import Grid, Scheme
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias with a packed W [N, K].
+    """y = x W^T + bias with a packed W [N, K], x rounded first if the scheme says so.
 
-    Not an nn.Linear: there is no `weight`. Its buffers are the tensors of a file format until `prepare` builds the
-    layout of a backend, which replaces them; layouts are not in the state dict. bias: Parameter [N] or None.
-    x [..., K] of any float dtype; y has x's dtype. Gradients reach x and the bias, codes and scales get none.
+    Not an nn.Linear: there is no float `weight`. Its buffers are the tensors of a file format until `prepare` builds
+    the layout of a backend, which replaces those of the weight; layouts are not in the state dict. bias: Parameter [N]
+    or None. x [..., K] of any float dtype; y has x's dtype. Gradients reach x, as if it was not rounded, and the bias;
+    codes and scales get none.
     """
 
     replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
@@ -47,9 +49,10 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.file_format = file_format
-        for leaf, shape in codec(file_format).shapes(out_features, in_features, scheme).items():
-            kind = codec(file_format).leaves[leaf] or scale_dtype
-            self.register_buffer(leaf, torch.empty(shape, dtype=kind, device=device))
+        format_ = codec(file_format)
+        dtypes = format_.dtypes(scheme)
+        for leaf, shape in format_.shapes(out_features, in_features, scheme).items():
+            self.register_buffer(leaf, torch.empty(shape, dtype=dtypes[leaf] or scale_dtype, device=device))
         self._leaves = tuple(self._buffers)  # of the file; none once a backend has its layout
         shift = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", shift)
@@ -62,13 +65,18 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: torch.Tensor | None, file_format: str = DEFAULT
+        cls,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        file_format: str = DEFAULT,
+        inputs: Grid | None = None,
+        input_range: InputScale | None = None,
     ) -> QuantLinear:
-        """A layer from codes in memory."""
+        """A layer from codes in memory. inputs: their grid, input_range: theirs if the grid is not dynamic."""
         n, k = weight.shape
-        scheme, dtype = Scheme(weight.grid), weight.scale.dtype
+        scheme, dtype = Scheme(weight.grid, inputs), weight.scale.dtype
         module = cls(k, n, scheme, False, dtype, device="meta", file_format=file_format)
-        for leaf, tensor in codec(file_format).pack(weight).items():
+        for leaf, tensor in codec(file_format).pack_scheme(weight, scheme, input_range).items():
             setattr(module, leaf, tensor)
         if bias is not None:
             module.bias = nn.Parameter(bias, requires_grad=False)
@@ -81,7 +89,7 @@ class QuantLinear(nn.Module):
 
     @property
     def leaves(self) -> dict[str, torch.Tensor]:
-        """The file's tensors by name; empty once a layout has replaced them."""
+        """The file's tensors by name; only those beside the weight once a layout has replaced it."""
         return {leaf: self.tensors[leaf] for leaf in self._leaves}
 
     @property
@@ -120,9 +128,11 @@ class QuantLinear(nn.Module):
         except ValueError as error:
             raise BackendError(str(error)) from error
         self.backend, self.dtype = name, dtype
+        apart = codec(self.file_format).apart
         for leaf in self._leaves:
-            delattr(self, leaf)
-        self._leaves = ()
+            if leaf not in apart:
+                delattr(self, leaf)
+        self._leaves = tuple(leaf for leaf in self._leaves if leaf in apart)
         for part, tensor in layout.tensors.items():
             self.register_buffer(part, tensor, persistent=False)
         self.prepared, self._facts = tuple(layout.tensors), dict(layout.facts)
@@ -131,7 +141,8 @@ class QuantLinear(nn.Module):
     def layout(self) -> Layout:
         """What the backend multiplies by: its own layout, or the stored tensors."""
         if not self.prepared:
-            return Layout(codec(self.file_format).stored(self.leaves, self.spec).tensors(), self.spec, {})
+            stored = codec(self.file_format).stored(self.leaves, self.spec, self.scheme)
+            return Layout(stored.tensors(), self.spec, {})
         return Layout({part: self.tensors[part] for part in self.prepared}, self.spec, self._facts)
 
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -149,11 +160,21 @@ class QuantLinear(nn.Module):
 
     def on_disk(self) -> dict[str, torch.Tensor]:
         """The tensors of the file, given back by the layout if there is one. BackendError if it cannot."""
-        if self._leaves:
+        if not self.prepared:
             return self.leaves
-        return codec(self.file_format).from_stored(self.stored(), self.scheme)
+        return codec(self.file_format).from_stored(self.stored(), self.scheme, self.leaves)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs as the scheme rounds them; as they are if it does not, or if the kernel rounds them itself."""
+        grid = self.scheme.inputs
+        if grid is None or self.spec.inputs != "float":
+            return x
+        rounded = round_inputs(x.detach(), grid, codec(self.file_format).inputs_of(self.leaves))
+        return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scheme.inputs is not None:
+            x = self.rounded(x)
         if not self.prepared or is_compiling():
             return self._by_op(x)
         call = self._call or self._bind()

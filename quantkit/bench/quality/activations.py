@@ -47,7 +47,7 @@ class Case(NamedTuple):
     def scheme(self) -> str:
         """The scheme of the linears in words."""
         parsed = load_recipe(self.recipe) if isinstance(self.recipe, str) else parse_recipe(self.recipe)
-        return str(parsed.weights.scheme)
+        return str(None if parsed.weights is None else parsed.weights.scheme)
 
 
 def _rounded(preset: str, *transforms: str) -> dict[str, Any]:
