@@ -8,7 +8,7 @@ from quantkit_kernels.backend import Backend, BackendMissing, Call
 from quantkit_kernels.backends import Choice, available, backend, backends, select
 from quantkit_kernels.bits import pack_bits, unpack_bits, words
 from quantkit_kernels.ops import wna16_linear
-from quantkit_kernels.stored import INPUTS, Layout, Spec, Stored
+from quantkit_kernels.stored import INPUTS, InputRange, Layout, Spec, Stored
 
 __all__ = [
     "INPUTS",
@@ -16,6 +16,7 @@ __all__ = [
     "BackendMissing",
     "Call",
     "Choice",
+    "InputRange",
     "Layout",
     "Spec",
     "Stored",

@@ -12,6 +12,7 @@ are right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch
 from quantkit_kernels.bits import words
 
 TABLES = {"nf4": 4, "fp8_e4m3": 8}  # numbers whose codes index a table, and their bits
-INPUTS = ("float", "int8", "int8-token")  # in the order of the native library's numbers
+INPUTS = ("float", "int8", "int8-token", "int8-range")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,7 +33,8 @@ class Spec:
     number: "int2" to "int8", or "nf4" and "fp8_e4m3", whose codes index a table. group_size: columns that share a
     scale, K if a row has one scale. symmetric: there are no stored zero points. inputs: "float", the activations as
     they are; "int8", rounded to int8 with one scale per token and group of columns; "int8-token", with one scale per
-    token.
+    token; "int8-range", as a checkpoint with quantized inputs means it (compressed-tensors): q = rne(x / s + z) within
+    -128..127, s and z those of `Stored.inputs` or, without it, s = max|x| / 127.5 of the token and z = 0.
     """
 
     number: str
@@ -90,17 +92,37 @@ class Spec:
         return shapes if self.symmetric else shapes | {"zero_packed": (words(self.n, self.bits), self.groups)}
 
 
+class InputRange(NamedTuple):
+    """The stored range of a weight's inputs: x = (q - zero) * scale with q in -128..127."""
+
+    scale: float
+    zero: int = 0
+
+    def check(self) -> None:
+        """ValueError for what is no range."""
+        if not (0 < self.scale < math.inf and -128 <= self.zero <= 127):
+            raise ValueError(
+                f"a range of inputs has a positive scale and a zero of -128 to 127, got {self.scale} and {self.zero}"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A packed weight: the canonical tensors (see the top of this file) and what they mean."""
+    """A packed weight: the canonical tensors (see the top of this file) and what they mean.
+
+    inputs: the stored range of its inputs, if it has one.
+    """
 
     packed: torch.Tensor
     scale: torch.Tensor
     zero_packed: torch.Tensor | None
     spec: Spec
+    inputs: InputRange | None = None
 
     def __post_init__(self) -> None:
         spec, packed = self.spec, self.packed
+        if self.inputs is not None:
+            self.inputs.check()
         if (self.zero_packed is None) != spec.symmetric:
             if spec.symmetric:
                 raise ValueError("a symmetric weight has no zero points, got zero_packed")

@@ -3,6 +3,7 @@
 // Included by one source per instruction set, so everything here is in an unnamed namespace.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -105,6 +106,21 @@ inline int32_t to_int8(const float *x, int count, float inverse, int8_t *out) {
     return sum;
 }
 
+// rne(x / scale + zero) within -128..127; 0 from `valid` on. A scale that is no positive number gives zeros.
+inline int32_t to_range(const float *x, int count, int valid, float scale, int32_t zero, int8_t *out) {
+    const bool any = scale > 0 && scale < INFINITY;
+    const float step = any ? scale : 1.f, shift = float(zero);
+    int32_t sum = 0;
+    for (int i = 0; i < count; ++i) {
+        float level = x[i] / step + shift;
+        level = level < -128.f ? -128.f : level < 127.f ? level : 127.f;
+        const int8_t q = int8_t(any && i < valid ? round_to_int(level) : 0);
+        out[i] = q;
+        sum += q;
+    }
+    return sum;
+}
+
 // Where column c goes when the columns of each four are in the order 0, 2, 1, 3: a pair of them then belongs to the
 // even or the odd bytes of four codes.
 inline int place(int c) { return (c & ~3) | (c & 1) << 1 | (c >> 1 & 1); }
@@ -150,7 +166,7 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
         const int i = int(item % h.chunks), start = i * h.columns;
         const int valid = w.k - start < h.columns ? w.k - start : h.columns;
         const char *row = static_cast<const char *>(x) + t * ldx * size;
-        if (compute == INT8_TOKEN && h.kind == A8 && token != t) {
+        if ((compute == INT8_TOKEN || compute == INT8_RANGE) && h.kind == A8 && token != t) {
             token = t;
             token_largest = 0;
             for (int k = 0; k < w.k; k += 128) {
@@ -176,6 +192,10 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
             }
             std::memcpy(to, bits, 2 * h.columns);
             *scale = total;
+        } else if (compute == INT8_RANGE) {
+            const float own = token_largest / 127.5f;
+            *scale = !w.input_scale ? own : token_largest != token_largest ? token_largest : w.input_scale;
+            *sum = to_range(buffer, h.columns, valid, *scale, w.input_zero, reinterpret_cast<int8_t *>(to));
         } else if (h.kind == A8) {
             const float most = compute == INT8_TOKEN ? token_largest : largest(buffer, h.columns);
             *scale = most / 127.f;

@@ -10,6 +10,7 @@ from torch._C._functorch import peek_interpreter_stack
 from quantkit_kernels.backend import Backend, BackendMissing, Call
 from quantkit_kernels.cpu import layout as native
 from quantkit_kernels.cpu import library, ops
+from quantkit_kernels.reference.wna16_linear import dequantize
 from quantkit_kernels.stored import INPUTS, Layout, Spec, Stored
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -35,15 +36,20 @@ class CpuBackend(Backend):
         return native.refuses(spec.bits, spec.group_size, spec.k)
 
     def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
-        return layout_of(native.pack(stored))
+        layout = layout_of(native.pack(stored))
+        if stored.inputs is None or stored.spec.inputs != "int8-range" or not stored.inputs.zero:
+            return layout
+        sums = dequantize(stored, torch.float32).sum(1, dtype=torch.float64)
+        shift = (-stored.inputs.zero * stored.inputs.scale * sums).float()
+        return Layout({**layout.tensors, "shift": shift}, layout.spec, layout.facts)
 
     def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ops.linear(packed_of(layout), x, bias, INPUTS.index(layout.spec.inputs))
+        return ops.linear(packed_of(layout), x, _shifted(layout, bias), ops.COMPUTES[layout.spec.inputs])
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
         """As in `Backend`. For speed, one Python frame before the C call: the checks of `ops` are repeated inline."""
-        tensors, compute = layout.tensors, INPUTS.index(layout.spec.inputs)
-        linear, plain = self.linear, ops.plain
+        tensors, compute = layout.tensors, ops.COMPUTES[layout.spec.inputs]
+        linear, plain, shifted = self.linear, ops.plain, "shift" in tensors
         # The units, their address, the product on them; replaced whole: threads share it.
         bound: tuple[torch.Tensor | None, int, Call] = (None, 0, _unbound)
 
@@ -69,7 +75,7 @@ class CpuBackend(Backend):
                     return linear(layout, x, bias)
                 product = ops.bind_trusting(packed_of(layout), dtype, compute)
                 bound = units, units.data_ptr(), product
-            return product(x, bias)
+            return product(x, _shifted(layout, bias) if shifted else bias)
 
         return call
 
@@ -81,9 +87,17 @@ def _unbound(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     raise AssertionError("no units have been seen yet")
 
 
+def _shifted(layout: Layout, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias, and what a stored zero point of the inputs takes from every output: zero times scale times row sum."""
+    if "shift" not in layout.tensors:
+        return bias
+    shift = layout.tensors["shift"]
+    return shift if bias is None else shift + bias
+
+
 def layout_of(packed: native.Packed) -> Layout:
-    """A packed weight as a layout: the tensor `units` and three facts."""
-    facts = {name: getattr(packed, name) for name in ("scale_factor", "wide_scales", "scale_dtype")}
+    """A packed weight as a layout: the tensor `units` and four facts."""
+    facts = {name: getattr(packed, name) for name in ("scale_factor", "wide_scales", "scale_dtype", "inputs")}
     return Layout({"units": packed.units}, packed.spec, facts)
 
 

@@ -11,11 +11,12 @@ enum Compute : int {
     INT8_GROUP = 1,  // int8 activations, one scale per token and chunk of min(group, 128) columns
     INT8_TOKEN = 2,  // int8 activations, one scale per token
     HALVES = 3,      // as FLOAT, but fp32 activations stand for halves (a bf16 or fp16 model's) and keep 15 bits
+    INT8_RANGE = 4,  // int8 activations, one scale per token or a stored one, as compressed-tensors rounds
 };
 enum Table : int { INTEGERS = 0, NF4 = 1, FP8 = 2 };
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
-inline bool is_int8(int compute) { return compute == INT8_GROUP || compute == INT8_TOKEN; }
+inline bool is_int8(int compute) { return compute == INT8_GROUP || compute == INT8_TOKEN || compute == INT8_RANGE; }
 
 using Weight = ::qk_weight;
 

@@ -20,7 +20,7 @@ from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 _MOST = 2**31 - 1  # of an int in C
-COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3}  # qk::Compute
+COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3, "int8-range": 4}  # qk::Compute
 
 
 class _Matrix(ctypes.Structure):

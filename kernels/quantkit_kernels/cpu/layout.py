@@ -13,20 +13,24 @@ import torch
 
 from quantkit_kernels.bits import pack_bits, words
 from quantkit_kernels.cpu import library
-from quantkit_kernels.stored import TABLES, Spec, Stored
+from quantkit_kernels.stored import TABLES, InputRange, Spec, Stored
 
 BITS = (2, 3, 4, 8)
 _TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2}  # qk::Table; 0 for integers
 
 
 class Packed(NamedTuple):
-    """A weight [N, K] in the native layout. scale_factor multiplies every stored scale."""
+    """A weight [N, K] in the native layout. scale_factor multiplies every stored scale.
+
+    inputs: the stored range of its inputs for compute "int8-range"; None: each token has its own.
+    """
 
     units: torch.Tensor  # uint8 [B]
     spec: Spec
     scale_factor: float
     wide_scales: bool
     scale_dtype: torch.dtype
+    inputs: InputRange | None = None
 
     @property
     def table(self) -> int:
@@ -49,6 +53,7 @@ class Packed(NamedTuple):
             spec.bits,
             self.wide_scales,
             self.table,
+            *(self.inputs or ()),
         )
 
 
@@ -76,7 +81,7 @@ def pack(stored: Stored) -> Packed:
         raise ValueError(f"the native layout is built on the CPU, the weight is on {stored.device}")
     factor, wide = _storage(stored.scale)
     units = torch.empty(units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide), dtype=torch.uint8)
-    out = Packed(units, spec, factor, wide, stored.scale.dtype)
+    out = Packed(units, spec, factor, wide, stored.scale.dtype, stored.inputs)
     c, weight = library.required(), out.weight()
     if c.qk_weight_bytes(weight) != units.numel():
         raise ValueError(f"the native kernels take no weight of {spec.bits} bits [{spec.n}, {spec.k}]")
@@ -116,7 +121,7 @@ def unpack(weight: Packed) -> Stored:
     library.required().qk_unpack(
         weight.weight(), packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     )
-    return Stored(packed, (scale * weight.scale_factor).to(weight.scale_dtype), zero, spec)
+    return Stored(packed, (scale * weight.scale_factor).to(weight.scale_dtype), zero, spec, weight.inputs)
 
 
 def _storage(scale: torch.Tensor) -> tuple[float, bool]:

@@ -31,6 +31,8 @@ class Weight(ctypes.Structure):
         ("bits", c_int32),
         ("wide_scales", c_int32),
         ("table", c_int32),
+        ("input_scale", c_float),
+        ("input_zero", c_int32),
     ]
 
 

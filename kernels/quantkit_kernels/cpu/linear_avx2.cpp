@@ -53,7 +53,7 @@ QK_UNROLL(8)
         __m256i code[H], upper[H];
         for (int h = 0; h < H; ++h) {
             code[h] = quad<BITS, Half>(codes, columns, c, q, h * 32);
-            if (KIND == A8 && BITS == 8) {  // 255 * 127 twice would overflow
+            if (KIND == A8 && BITS == 8) {  // 255 * 128 twice would overflow
                 upper[h] = Half::bits(Half::right(code[h], 4), 15);
                 code[h] = Half::bits(code[h], 15);
             } else if (KIND == A16) {
@@ -83,7 +83,7 @@ QK_UNROLL(8)
             }
         }
     }
-    if constexpr (KIND == A8) {  // 8 products of at most 2 * 15 * 127 fit in 16 bits
+    if constexpr (KIND == A8) {  // 8 products of at most 2 * 15 * 128 fit in 16 bits
         for (int h = 0; h < H; ++h)
             for (int t = 0; t < T; ++t) {
                 sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(narrow[h][t], _mm256_set1_epi16(1)));

@@ -1,10 +1,12 @@
 """The torch op on the native layout, its gradient, and direct calls that bypass torch's dispatcher.
 
-`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)`
+`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table,
+input_scale, input_zero)`
     x [..., K] fp32, bf16 or fp16; units uint8 [B] from `layout.pack`; bias fp32 [N] or None; returns [..., N] in
     x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token, 3 as float, but fp32 activations
-    keep 15 bits. table: 0, or 1 NF4 and 2 FP8 E4M3, whose codes index a table (`layout.pack_codes`); they take compute
-    float only.
+    keep 15 bits, 4 int8 of a range (`Spec.inputs`): a stored one has input_scale and input_zero, and bias holds what
+    input_zero adds to y. table: 0, or 1 NF4 and 2 FP8 E4M3, whose codes index a table (`layout.pack_codes`); they take
+    compute float only.
 `quantkit::cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype)`
     the weight [N, K] in fp32, bf16 or fp16.
 
@@ -38,16 +40,22 @@ from quantkit_kernels.cpu.layout import (
 )
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.registration import define
-from quantkit_kernels.stored import TABLES, Spec
+from quantkit_kernels.stored import TABLES, InputRange, Spec
 
-FLOAT, INT8_GROUP, INT8_TOKEN, HALVES = range(4)  # qk::Compute
+FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE = range(5)  # qk::Compute
+COMPUTES = {
+    "float": FLOAT,
+    "int8": INT8_GROUP,
+    "int8-token": INT8_TOKEN,
+    "int8-range": INT8_RANGE,
+}  # of `Spec.inputs`
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TABLE_NAMES = {table_number(Spec(name, bits, 1, True, 1, 1)): name for name, bits in TABLES.items()}
 _WEIGHT = "int bits, int group_size, int n, int k, bool symmetric"
 _LINEAR = (
     f"(Tensor x, Tensor units, Tensor? bias, {_WEIGHT}, int compute, float scale_factor, bool wide_scales, "
-    "int table=0) -> Tensor"
+    "int table=0, float input_scale=0, int input_zero=0) -> Tensor"
 )
 _DEQUANTIZE = (
     f"(Tensor units, {_WEIGHT}, float scale_factor, bool wide_scales, int table, ScalarType dtype) -> Tensor"
@@ -66,7 +74,8 @@ def linear(
     past = direct(x) and plain(units) and (bias is None or plain(bias))
     call: Callable[..., torch.Tensor] = _run if past else cpu_linear
     facts = (spec.bits, spec.group_size, spec.n, spec.k, spec.symmetric)
-    return call(x, units, bias, *facts, compute, weight.scale_factor, weight.wide_scales, table_number(spec))
+    kind = (weight.scale_factor, weight.wide_scales, table_number(spec), *(weight.inputs or ()))
+    return call(x, units, bias, *facts, compute, *kind)
 
 
 def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
@@ -102,6 +111,7 @@ def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> C
         compute,
         weight.scale_factor,
         weight.wide_scales,
+        *(weight.inputs or ()),
     )
 
 
@@ -126,10 +136,24 @@ def _run(
     scale_factor: float,
     wide_scales: bool,
     table: int = 0,
+    input_scale: float = 0.0,
+    input_zero: int = 0,
 ) -> torch.Tensor:
     if bias is not None and bias.dtype is not torch.float32:
         check_bias(bias, n)
-    facts = (bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table)
+    facts = (
+        bits,
+        group_size,
+        n,
+        k,
+        symmetric,
+        compute,
+        scale_factor,
+        wide_scales,
+        table,
+        input_scale,
+        input_zero,
+    )
     call: Call | None = None
     if units.dtype is torch.uint8 and units.is_cpu and units.is_contiguous():
         call = _bound_flat(library.required(), units.data_ptr(), units.numel(), x.dtype, *facts)
@@ -154,12 +178,14 @@ def _bound_flat(
     scale_factor: float,
     wide_scales: bool,
     table: int,
+    input_scale: float,
+    input_zero: int,
 ) -> Call | None:
     """`_bound` for units of a given size at an address; None if a weight of this kind has another size."""
     spec = _spec(bits, group_size, n, k, symmetric, table)
     if refuses(bits, group_size, k) or size != units_bytes(bits, group_size, n, k, wide_scales):
         return None
-    return _bound(c, at, dtype, spec, compute, scale_factor, wide_scales)
+    return _bound(c, at, dtype, spec, compute, scale_factor, wide_scales, input_scale, input_zero)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,11 +197,16 @@ def _bound(
     compute: int,
     scale_factor: float,
     wide_scales: bool,
+    input_scale: float = 0.0,
+    input_zero: int = 0,
 ) -> Call:
     """call(x, bias) on the units at an address, which were checked. Cached: the C struct takes longer than the call."""
     _check_kind(dtype, compute, spec)
+    if input_scale or input_zero:
+        InputRange(input_scale, input_zero).check()
     kind, n, k = _TYPES[dtype], spec.n, spec.k
-    numbers = (scale_factor, n, k, spec.group_size, spec.bits, wide_scales, table_number(spec))
+    weight = (scale_factor, n, k, spec.group_size, spec.bits, wide_scales, table_number(spec))
+    numbers = (*weight, input_scale, input_zero)
     # Without argtypes ctypes converts nothing, which is half the cost of the call. A Python int is a C int then.
     native, pointer, threads = c["qk_linear"], ctypes.c_void_p, torch.get_num_threads
     bare = ctypes.byref(library.Weight(at, None, *numbers))
@@ -240,9 +271,10 @@ def run(
 def _check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
     if dtype not in _TYPES:
         raise TypeError(f"x must be fp32, bf16 or fp16, got {dtype}")
-    if compute not in (FLOAT, INT8_GROUP, INT8_TOKEN, HALVES):
-        raise ValueError(f"unknown compute {compute}; known: 0 (float), 1 (int8), 2 (int8-token), 3 (halves)")
-    if not spec.integers and compute in (INT8_GROUP, INT8_TOKEN):
+    if compute not in (FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE):
+        known = ", ".join(f"{number} ({name})" for name, number in COMPUTES.items())
+        raise ValueError(f"unknown compute {compute}; known: {known}, {HALVES} (halves)")
+    if not spec.integers and compute in (INT8_GROUP, INT8_TOKEN, INT8_RANGE):
         raise ValueError(f"weights stored by table ({spec.number}) have no compute int8; use compute float")
 
 
@@ -283,6 +315,8 @@ def _fake(
     scale_factor: float,
     wide_scales: bool,
     table: int = 0,
+    input_scale: float = 0.0,
+    input_zero: int = 0,
 ) -> torch.Tensor:
     spec = _spec(bits, group_size, n, k, symmetric, table)
     _check_kind(x.dtype, compute, spec)
@@ -348,6 +382,8 @@ def _weight_of(
     scale_factor: float,
     wide_scales: bool,
     table: int = 0,
+    input_scale: float = 0.0,
+    input_zero: int = 0,
 ) -> torch.Tensor:
     """W for the gradient, which treats rounded activations as unrounded."""
     return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, x.dtype)

@@ -19,10 +19,13 @@ typedef struct qk_weight {
     int32_t bits;        /* 2, 3, 4, 8 */
     int32_t wide_scales; /* scales are fp32 instead of fp16 */
     int32_t table;       /* 0 integers, 1 nf4, 2 fp8 e4m3: the code indexes a table, z = 0 */
+    float input_scale;   /* of compute 4: the stored scale of x; 0: every token has its own */
+    int32_t input_zero;  /* and its zero point, -128..127 */
 } qk_weight;
 
 /* x_type, y_type: 0 fp32, 1 bf16, 2 fp16. compute: 0 float, 1 int8 per token and group, 2 int8 per
-   token, 3 float, 15 bits of fp32. */
+   token, 3 float, 15 bits of fp32, 4 int8 as compressed-tensors has it: q = rne(x / s + input_zero) within -128..127,
+   s = input_scale or max|x| / 127.5 of the token, and y = s sum of q w: the caller's bias holds what input_zero adds. */
 
 /* y [m, n] = x [m, k] W^T + bias, rows contiguous. 0, or 1: this weight or compute is not supported. */
 int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads);

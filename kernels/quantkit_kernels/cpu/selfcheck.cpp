@@ -106,9 +106,9 @@ bool agrees_with_portable(const Path &path) {
     }
     const int codes[][2] = {{2, INTEGERS}, {3, INTEGERS}, {4, INTEGERS}, {8, INTEGERS}, {4, NF4}, {8, FP8}};
     for (const auto &[bits, table] : codes) {
-        Weight w{nullptr, nullptr, 1.f, N, K, 128, bits, 0, table};
+        Weight w{nullptr, nullptr, 1.f, N, K, 128, bits, 0, table, 0.f, 0};
         const std::vector<uint8_t> units = random_units(w);
-        for (int compute : {FLOAT, INT8_GROUP}) {
+        for (int compute : {FLOAT, INT8_GROUP, INT8_RANGE}) {
             if (table && compute != FLOAT) continue;
             if (!agrees(path, w, x.data(), F32, compute)) return false;
             if (!agrees(path, w, halves.data(), BF16, compute)) return false;
