@@ -14,6 +14,7 @@ from quantkit.calibration.calls import BlockCalls, mappings
 from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.forward import Call, Stop, patched, refusing
 from quantkit.calibration.held import HeldLinear
+from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.memory import give_back
 from quantkit.calibration.replay import Replay
 from quantkit.calibration.streams import Streams, kept
@@ -41,6 +42,7 @@ class BlockRun:
     index, name: its number and module name ("model.layers.3"). plans: its planned linears; stored: the dtype on disk
     of every parameter; both by module or parameter name inside the block. trace: which tensor goes where.
     changed: parameters that a transform has changed and that are not quantized, in stored dtype, for the shard.
+    kv: how the block's KV cache is quantized, for the quantized stream; None: it is exact.
     model_type: of the model's config, for what the literature says of a family.
     Statistics and outputs may be asked for as long as the block is loaded; `leave` ends that.
     """
@@ -112,7 +114,8 @@ class BlockRun:
         """(the block's output for the windows of `chunk`, the call that was made)."""
         self.select(full)
         hidden = self.streams.of(full)[chunk].to(self.device)
-        call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)))
+        cache = self.kv.cache() if self.kv is not None and self.kv.ready and not full else None
+        call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)), cache)
         with patched(self._replay.forwards(chunk, full)):
             out = self.module(hidden, *call.args, **call.kwargs)
         self.as_tuple = isinstance(out, tuple | list)

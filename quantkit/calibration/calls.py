@@ -103,20 +103,23 @@ class BlockCalls:
     """The calls of one block.
 
     by_size: the recorded call for each number of windows. varying: places of the tensors that depend on the tokens.
-    values: those tensors, by the first window of a chunk.
+    values: those tensors, by the first window of a chunk. cache_at: where the model puts a key-value cache; None: not
+    looked for, or nowhere.
     """
 
     by_size: dict[int, Call]
     varying: tuple[Place, ...] = ()
     values: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    cache_at: Place | None = None
 
-    def at(self, chunk: slice, windows: int, shared: Shared | None = None) -> Call:
+    def at(self, chunk: slice, windows: int, shared: Shared | None = None, cache: Any = None) -> Call:
         """The call for `windows` windows that begin where `chunk` does: with their own values of what depends on the
-        tokens, and with a copy of every dictionary, filled with what earlier blocks have `shared`.
+        tokens, and with a copy of every dictionary, filled with what earlier blocks have `shared`. cache: an object to
+        call it with where the model puts its key-value cache.
         """
         call = self.by_size[windows]
         own = dict(zip(self.varying, self.values.get(chunk.start, ()), strict=False))
-        if not own and not self.mutable:
+        if not own and not self.mutable and cache is None:
             return call
         whole, device = windows == chunk.stop - chunk.start, self.device
 
@@ -126,6 +129,8 @@ class BlockCalls:
         def change(at: Place, value: Any) -> Any:
             if at in own:
                 return part(own[at])
+            if cache is not None and at == self.cache_at:
+                return cache
             if isinstance(value, MutableMapping) and len(at) > 1 and shared:
                 for key, held in shared.get(spelled(at), {}).items():
                     tensors = tuple(map(part, held)) if isinstance(held, tuple) else part(held)
@@ -156,10 +161,12 @@ def record(
     batch: int,
     device: torch.device,
     hidden: bool,
+    cached: bool = False,
 ) -> tuple[list[BlockCalls], torch.Tensor | None]:
     """(the calls of every block, hidden states before block 0) for token ids [windows, length] in chunks of `batch`.
 
-    What lies before the blocks is loaded. hidden: whether the hidden states are wanted.
+    What lies before the blocks is loaded. hidden: whether the hidden states are wanted. cached: whether the blocks will
+    be called with a key-value cache; ModelError if the model hands them none.
     """
     per_size = {}
     for size in {1, batch, len(ids) % batch or batch}:
@@ -167,8 +174,11 @@ def record(
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device))[1]
     varying = [differing(call, twin) for call, twin in zip(per_size[1], other, strict=True)]
+    cache_at = (
+        _cache_places(model, blocks, ids[:1].to(device), per_size[1]) if cached else [None] * len(blocks)
+    )
     calls = [
-        BlockCalls({size: each[i] for size, each in per_size.items()}, places)
+        BlockCalls({size: each[i] for size, each in per_size.items()}, places, cache_at=cache_at[i])
         for i, places in enumerate(varying)
     ]
     states = []
@@ -180,3 +190,22 @@ def record(
                 found = dict(leaves(_tree(call))) if block.varying else {}
                 block.values[number * batch] = [found[at].cpu() for at in block.varying]
     return calls, torch.cat(states) if hidden else None
+
+
+def _cache_places(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, without: list[Call]
+) -> list[Place | None]:
+    """Where each block is given the model's key-value cache, in the calls `without` one too; ModelError if nowhere."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    found: list[Place | None] = []
+    for number, (call, plain) in enumerate(zip(embed(model, blocks, ids, cache)[1], without, strict=True)):
+        places = [at for at, value in leaves(_tree(call)) if value is cache]
+        if len(places) != 1 or places[0] not in dict(leaves(_tree(plain))):
+            raise ModelError(
+                f"{type(model).__name__} hands no key-value cache to decoder block {number}, so its cache cannot be "
+                "quantized; leave kv_cache out of the recipe"
+            )
+        found.append(places[0])
+    return found

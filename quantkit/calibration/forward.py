@@ -100,9 +100,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, cache: Any = None
 ) -> tuple[torch.Tensor, list[Call]]:
-    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape."""
+    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape.
+
+    cache: a key-value cache that the model is to hand to its blocks; None: it uses none.
+    """
+    given = {} if cache is None else {"past_key_values": cache}
     hidden: list[torch.Tensor] = []
     calls: list[Call] = []
 
@@ -116,7 +120,7 @@ def embed(
 
     with refusing(type(model).__name__), patched((b, record) for b in blocks):
         try:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=cache is not None, **given)
         except Stop:
             if hidden[0].dim() != 3 or hidden[0].shape[:2] != ids.shape:
                 raise ValueError(

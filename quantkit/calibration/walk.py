@@ -85,7 +85,9 @@ def walk(
         skeleton.load_outside(
             model, source, prefix, skeleton.head_tensors(model), device=device
         )  # an untied head gives nothing that is needed here
-        calls, hidden = record(model, blocks, windows, batch, device, hidden=streams is None)
+        calls, hidden = record(
+            model, blocks, windows, batch, device, hidden=streams is None, cached=plan.kv is not None
+        )
         if streams is None:
             assert hidden is not None
             full = min(len(windows), -(-wanted.full // batch) * batch)
