@@ -55,7 +55,7 @@ class LayerPlan:
 class Plan:
     """blocks_prefix: module name of the block list. skipped: (module, reason) of weights left as they are.
 
-    kv: how the KV cache is quantized; None: it is exact.
+    kv: how the KV cache is quantized; None: it is exact. widest: rows or columns of the largest weight in a block.
     """
 
     blocks_prefix: str
@@ -63,12 +63,18 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
     kv: KVScheme | None = None
+    widest: int = 1
+
+    @property
+    def calibrates_cache(self) -> bool:
+        """Whether the KV cache has stored scales, found on calibration text."""
+        return self.kv is not None and not self.kv.dynamic
 
     def needs_text(self, recipe: Recipe) -> bool:
         """Whether calibration text is run through the model: for a transform, for statistics of an algorithm, or for
         calibrated scales of inputs or of the cache.
         """
-        if recipe.transforms or (self.kv is not None and not self.kv.dynamic):
+        if recipe.transforms or self.calibrates_cache:
             return True
         return any(layer.algorithm.needs or layer.calibrates_inputs for layer in self.layers)
 
@@ -115,7 +121,8 @@ def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | Non
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, skipped)
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
-    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped), kv)
+    widest = max((max(linear.shape) for linear in linears if linear.block is not None), default=1)
+    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped), kv, widest)
     problems += _window_problems(recipe, plan, headers)
     if not layers and recipe.weights is not None and not problems:
         problems.append("the rules skip every linear; nothing is left to quantize")

@@ -116,7 +116,7 @@ def _hidden(plan: Plan, headers: Headers) -> int:
             value = config.get(key) if isinstance(config, dict) else None
             if type(value) is int and value > 0:
                 return value
-    return min(layer.shape[1] for layer in plan.layers)
+    return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
 
 
 def _needs(layers: Iterable[LayerPlan]) -> frozenset[str]:
@@ -132,7 +132,7 @@ def _stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
     full = max((every if windows is None else windows for windows in looked), default=0)
     if "drift" in needs:
         full = max(full, -(-every // 2))
-    quantized = every if "hessian" in needs else 0
+    quantized = every if "hessian" in needs or plan.calibrates_cache else 0
     if needs and not quantized:
         full = every
     if full:  # whole chunks of windows, of which one may be half empty
@@ -150,7 +150,8 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
       a block: its weights as stored, their codes (a byte each), three matrices [K, K] in fp32 (the Hessian, its
         factor, the drift) and one for reordering, the inputs kept for replay, four copies in fp32 of the largest set of
         linears with one input, and three times the inputs and outputs of one chunk in fp32;
-      the head, if it is quantized: the same with the head as the block.
+      the head, if it is quantized: the same with the head as the block;
+      a block whose cache is calibrated: its weights in fp32 and a chunk.
     Without text five copies of the largest linear in fp32 and two of a block's codes remain. Against measurements: see
     tests/test_predict.py (the embedded model, and docs/benchmarks/memory-*.json).
     """
@@ -170,9 +171,13 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         elif name != f"{families.HEAD}.weight":
             outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
     working = max(
-        _block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()
+        (_block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()),
+        default=0,
     )
-    if not (_needs(plan.layers) or recipe.transforms):
+    if plan.calibrates_cache:  # blocks without quantized linears are loaded in fp32, from 16 bits at most
+        chunk = 4 * FLOAT * max(CHUNK, recipe.calibration.sequence_length * plan.widest)
+        working = max(working, 2 * max(block_bytes.values()) + chunk)
+    if not plan.needs_text(recipe):
         return PROCESS + MODEL + working
     return PROCESS + MODEL + _stream_bytes(recipe, plan, headers) + max(outside, working)
 

@@ -301,7 +301,13 @@ class KVCache(Part):
             raise ValueError(
                 "int8 and int4 have granularity: token, fp8_e4m3 has head or tensor; no engine reads others"
             )
-        _ = self.scheme
+        scheme = self.scheme
+        given = {"sinks": scheme.sinks, "residual": scheme.residual, "rotate": scheme.rotate}
+        if not scheme.dynamic and any(given.values()):
+            named = ", ".join(key for key, value in given.items() if value)
+            raise ValueError(
+                f"calibrated scales go without {named}: no file format says so; remove it, or use int8 or int4"
+            )
         return self
 
     @property

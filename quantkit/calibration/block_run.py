@@ -67,6 +67,7 @@ class BlockRun:
         self.calls, self.batch, self.device = calls, batch, device
         self.changed: dict[str, torch.Tensor] = {}
         self.model_type = ""
+        self.kv: BlockKV | None = None
         self.as_tuple = False
         self.seconds_once = (
             0.0  # of the time with this block, what the next ones of its structure will not need

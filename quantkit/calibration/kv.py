@@ -68,11 +68,13 @@ def check_scale(name: str, scale: torch.Tensor) -> None:
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])
         raise NumericalError(
-            f"{name}: the calibrated scale of head {at} is {float(scale.flatten()[at]):g}: keys or values are all zero or "
-            "not finite on the calibration text; use other text, or another kv_cache scheme"
+            f"{name}: the calibrated scale of head {at} is {float(scale.flatten()[at]):g}: keys or values are all "
+            "zero or not finite on the calibration text; use other text, or another kv_cache scheme"
         )
     if bool((scale == 1).all()):
-        raise NumericalError(f"{name}: the scale is 1.0, which readers take for one that was never calibrated")
+        raise NumericalError(
+            f"{name}: the scale is 1.0, which readers take for one that was never calibrated"
+        )
 
 
 def _largest(x: torch.Tensor, grid: Grid) -> torch.Tensor:

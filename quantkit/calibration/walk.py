@@ -109,7 +109,7 @@ def walk(
 
 def chunk_windows(plan: Plan, windows: torch.Tensor) -> int:
     """How many windows run at once."""
-    widest = max([*(max(layer.shape) for layer in plan.layers), 1])
+    widest = max((max(layer.shape) for layer in plan.layers), default=plan.widest)
     return max(1, min(len(windows), CHUNK_ELEMENTS // (windows.shape[1] * widest)))
 
 

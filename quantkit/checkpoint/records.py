@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from quantkit_eval.report import Report
+
+from quantkit.scheme import NUMBERS, Grid, KVScheme
 
 Record = TypeVar("Record")
 
@@ -28,7 +30,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What became of a source tensor. how: quantized, copied, rescaled or dropped; dropped ones have a `reason`."""
+    """What became of a source tensor. how: quantized, copied, rescaled or dropped; dropped ones have a `reason`.
+
+    "added": no source tensor but a new one, a scale of the KV cache.
+    """
 
     how: str
     became: list[str] | None = None
@@ -96,6 +101,69 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridRecord:
+    """A `scheme.Grid` of a KV cache."""
+
+    number: str
+    granularity: Literal["tensor", "head", "token", "channel"]
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(NUMBERS[self.number], self.granularity, self.group_size, self.symmetric, self.dynamic)
+
+    @classmethod
+    def of(cls, grid: Grid) -> GridRecord:
+        """The record of a grid."""
+        keys = ("granularity", "group_size", "symmetric", "dynamic")
+        return cls(number=grid.number.name, **{key: getattr(grid, key) for key in keys})
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVRecord:
+    """How the KV cache is quantized: a `scheme.KVScheme`. engine: what vLLM is started with for the same, or None."""
+
+    keys: GridRecord
+    values: GridRecord
+    residual: int = 0
+    sinks: int = 0
+    rotate: bool = False
+    engine: str | None = None
+
+    @property
+    def scheme(self) -> KVScheme:
+        return KVScheme(self.keys.grid, self.values.grid, self.residual, self.sinks, self.rotate)
+
+    @classmethod
+    def of(cls, scheme: KVScheme) -> KVRecord:
+        """The record of a scheme."""
+        return cls(
+            keys=GridRecord.of(scheme.keys),
+            values=GridRecord.of(scheme.values),
+            residual=scheme.residual,
+            sinks=scheme.sinks,
+            rotate=scheme.rotate,
+            engine=engine_flag(scheme),
+        )
+
+
+def engine_flag(scheme: KVScheme) -> str | None:
+    """What makes vLLM run a cache as quantkit does; None: nothing.
+
+    Its caches have no exact tokens, and its 4-bit one always rotates keys. Stored scales it finds in the checkpoint.
+    """
+    if scheme.keys != scheme.values or scheme.sinks or scheme.residual:
+        return None
+    if not scheme.dynamic:
+        return "--kv-cache-dtype fp8"
+    kind = (scheme.keys.number.name, scheme.rotate)
+    known = {("int8", False): "int8_per_token_head", ("int4", True): "int4_per_token_head"}
+    return f"--kv-cache-dtype {known[kind]}" if kind in known and scheme.keys.group_size is None else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The record of a finished checkpoint (`quantkit.json`)."""
 
@@ -113,6 +181,7 @@ class Manifest:
     calibration: Calibration | None = None
     left_out: dict[str, str] | None = None
     evaluation: Report | None = None
+    kv_cache: KVRecord | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the file says `null` where nothing was calibrated or evaluated."""

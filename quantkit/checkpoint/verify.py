@@ -46,13 +46,20 @@ def verify_shard(
     weights: Mapping[str, QuantizedWeight],
     codec: Codec,
     inputs: Mapping[str, Rounding] | None = None,
+    scales: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Re-open a written shard and compare every quantized linear with `weights` (by module name)."""
+    """Re-open a written shard and compare every quantized linear with `weights` (by module name).
+
+    scales: of the KV cache, by tensor name; they must be there, bit for bit.
+    """
     try:
         file = safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise VerificationError(f"{path} cannot be opened again: {error}") from error
     with file:
+        for name, written in (scales or {}).items():
+            if not _same(file.get_tensor(name) if name in file.keys() else None, written):  # noqa: SIM118
+                raise VerificationError(f"{path.name}: what was read back for {name} is not what was written")
         for name, wanted in weights.items():
             prefix = f"{name}."
             stored = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118

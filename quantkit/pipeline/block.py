@@ -17,8 +17,10 @@ from quantkit.errors import NumericalError
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.kv import CacheCalibration
 from quantkit.pipeline.run import needs
 from quantkit.plan import LayerPlan
+from quantkit.scheme import KVScheme
 
 
 @dataclass
@@ -26,13 +28,15 @@ class BlockResult:
     """What one block became. Keys are full module or parameter names.
 
     weights: the quantized linears. changed: other parameters a transform has changed, in their stored dtype.
-    layers: one record per quantized linear. scaling: one per scaling group a transform has looked at.
+    layers: one record per quantized linear. scaling: one per scaling group a transform has looked at. cache: calibrated
+    scales of the KV cache, as they are stored.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
+    cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
         """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
@@ -110,11 +114,11 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> Soundness:
     return Soundness(weight_error, objective, float(rows.max()), notes)
 
 
-def quantize_block(run: BlockRun, clock: Clock) -> BlockResult:
+def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> BlockResult:
     """Quantize the planned linears of one block, one set of siblings (linears that share an input) after the other.
 
     The block keeps the quantized weights, so the statistics of each set see the sets before it already quantized
-    ("true sequential"), unless every algorithm declines that.
+    ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized.
     """
     result, plans = BlockResult(), run.plans
     sets = [s for s in run.trace.siblings if any(n in plans for n in s)]
@@ -127,6 +131,7 @@ def quantize_block(run: BlockRun, clock: Clock) -> BlockResult:
         passes = [[s] for s in sets]
     else:
         passes = [sets]
+    cache = CacheCalibration(run, kv, clock)
     for together in passes:
         with clock("calibrate"):
             statistics = run.collect(together, fields)
@@ -134,6 +139,8 @@ def quantize_block(run: BlockRun, clock: Clock) -> BlockResult:
         with clock("quantize"):
             for siblings in together:
                 _quantize_siblings(run, siblings, statistics.pop(siblings, Statistics()), result)
+        cache.quantized(name for siblings in together for name in siblings)
+    result.cache = cache.stored()
     return result
 
 

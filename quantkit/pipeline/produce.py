@@ -87,7 +87,7 @@ def _worked_on(run: Run, block: BlockRun) -> BlockResult:
         with run.clock("transform"):
             report = transform(config.name).apply(block, config)
             scaling += [{"transform": config.name} | entry for entry in report]
-    result = quantize_block(block, run.clock)
+    result = quantize_block(block, run.clock, run.plan.kv)
     result.changed = {f"{block.name}.{n}": t for n, t in block.changed.items()}
     result.scaling = scaling
     return result

@@ -22,12 +22,14 @@ from quantkit.checkpoint.records import (
     Calibration,
     Code,
     FileRecord,
+    KVRecord,
     LayerRecord,
     Manifest,
     Origin,
     RunFacts,
     Size,
     TensorRecord,
+    engine_flag,
 )
 from quantkit.checkpoint.shards import shard_name, write_json
 from quantkit.checkpoint.verify import verify_checkpoint
@@ -75,6 +77,7 @@ def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> Manifes
         tensors=account,
         files=files,
         left_out=companions.left,
+        kv_cache=None if run.plan.kv is None else KVRecord.of(run.plan.kv),
         notes=_notes(run, layers, scaling),
     )
     write_run_facts(run, manifest, resumed)
@@ -105,9 +108,12 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
     config = dict(source.headers.config)
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
     linears = {n for n, module in run.model.named_modules() if is_linear(module)}
-    config["quantization_config"] = codec(run.recipe.output.format).config(
-        schemes, sorted(linears - schemes.keys())
-    )
+    kv = run.plan.kv if run.plan.calibrates_cache else None
+    config.pop("quantization_config", None)
+    if schemes or kv is not None:
+        config["quantization_config"] = codec(run.recipe.output.format).config(
+            schemes, sorted(linears - schemes.keys()) if schemes else [], kv
+        )
     write_json(output / "config.json", config)
     written = (INDEX, "config.json")
     return copied | {n: FileRecord(digest_file(output / n), (output / n).stat().st_size) for n in written}
@@ -141,6 +147,11 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
     known = loaders(run.source.headers.model_type, schemes)
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
+    if run.plan.kv is not None:
+        flag = engine_flag(run.plan.kv)
+        notes.append(
+            f"KV cache in vLLM: {flag}" if flag else f"no option of vLLM is the KV cache {run.plan.kv}"
+        )
     return notes + (list(run.windows.notes) if run.windows else [])
 
 

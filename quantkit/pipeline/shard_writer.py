@@ -65,7 +65,7 @@ class ShardWriter:
             written = write_shard(path, tensors)
             del tensors
         with run.clock("verify"):
-            verify_shard(path, result.weights, self.codec)
+            verify_shard(path, result.weights, self.codec, scales=result.cache)
         kept: Written | None = None
         if streams is not None and run.needs_streams(part + 1):
             with run.clock("write"):
@@ -102,4 +102,6 @@ class ShardWriter:
         lost = {f"{n}.weight" for n in result.weights} - sources.keys()
         if lost:
             raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")
+        tensors |= result.cache
+        account |= {name: TensorRecord("added", [name]) for name in result.cache}
         return tensors, account
