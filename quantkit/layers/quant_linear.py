@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import quantkit_kernels
 import torch
-from quantkit_kernels import Call, Layout, Spec, Stored
+from quantkit_kernels import Call, InputRange, Layout, Spec, Stored
 from quantkit_kernels.backends import ENVIRONMENT
 from quantkit_kernels.cpu import layout as native
 from quantkit_kernels.cpu import library
@@ -104,7 +105,7 @@ class QuantLinear(nn.Module):
 
     @property
     def compute(self) -> str:
-        """How its inputs are multiplied: "float", "int8" or "int8-token" (`quantkit_kernels.Spec`)."""
+        """How its inputs are multiplied, one of `quantkit_kernels.INPUTS`."""
         return self.spec.inputs
 
     def prepare(self, backend: str | None, dtype: torch.dtype, compute: str = "float") -> None:
@@ -118,13 +119,15 @@ class QuantLinear(nn.Module):
             spec = self.spec.with_inputs(compute)
             name, _ = quantkit_kernels.select(spec, next(self.buffers()).device, backend, dtype)
             chosen = quantkit_kernels.backend(name)
+            if compute == "float" and self._kernel_rounds(name):
+                spec = spec.with_inputs("int8-range")
             if name != self.backend and self.prepared:
                 raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
             self.spec = spec
             self.forget()
             if name == self.backend or chosen.keeps_stored:
                 return
-            layout = chosen.prepare(self.stored(), dtype)
+            layout = chosen.prepare(replace(self.stored(), inputs=self._input_range()), dtype)
         except ValueError as error:
             raise BackendError(str(error)) from error
         self.backend, self.dtype = name, dtype
@@ -136,6 +139,22 @@ class QuantLinear(nn.Module):
         for part, tensor in layout.tensors.items():
             self.register_buffer(part, tensor, persistent=False)
         self.prepared, self._facts = tuple(layout.tensors), dict(layout.facts)
+
+    def _kernel_rounds(self, backend: str) -> bool:
+        """Whether a backend's integer kernels round the inputs as the scheme says: to int8 per token, or stored."""
+        grid = self.scheme.inputs
+        if grid is None or "int8-range" not in quantkit_kernels.backend(backend).inputs:
+            return False
+        by_token = grid.dynamic and grid.symmetric and grid.granularity == "token" and grid.group_size is None
+        stored = not grid.dynamic and grid.granularity == "tensor"
+        return self.spec.integers and grid.number.name == "int8" and (by_token or stored)
+
+    def _input_range(self) -> InputRange | None:
+        """The stored range of the inputs, as kernels take it."""
+        found = codec(self.file_format).inputs_of(self.leaves)
+        if found is None or self.spec.inputs != "int8-range":
+            return None
+        return InputRange(float(found.scale), 0 if found.zero is None else int(found.zero))
 
     @property
     def layout(self) -> Layout:

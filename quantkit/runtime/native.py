@@ -127,7 +127,9 @@ def native(
     with _making:
         made, stamp = _made.setdefault(model, {}), _stamp(model)
         try:
-            key = compute or _compute(model), cache_dtype
+            loaded = _compute(model)
+            own = compute in (None, "float") and loaded == "int8-range"  # what the checkpoint says
+            key = loaded if own or compute is None else compute, cache_dtype
             if key not in made or made[key][0] != stamp:
                 made[key] = stamp, NativeDecoder(model, *key)
         except NotNative as reason:

@@ -138,10 +138,9 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 def _packed(name: str, module: QuantLinear) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
-    if module.scheme.inputs is not None:
-        raise NotNative(
-            f"{name} rounds its inputs to {module.scheme.inputs}, which the native path does not do yet"
-        )
+    inputs = module.scheme.inputs
+    if inputs is not None and (module.compute == "float" or not inputs.dynamic):
+        raise NotNative(f"{name} rounds its inputs to {inputs}, which the native path does not do yet")
     if module.backend == "cpu":
         return Matrix(packed_of(module.layout), _bias(module))
     try:

@@ -18,7 +18,7 @@ from torch import nn
 from quantkit.algorithms.rtn import rtn
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import NativeDecoder, native
-from quantkit.scheme import Grid, integer
+from quantkit.scheme import INT8_TOKEN, Grid, integer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
@@ -94,6 +94,23 @@ def quantized(model: nn.Module, grid: Grid, dtype=torch.bfloat16) -> nn.Module:
             bias = None if module.bias is None else module.bias.data
             model.set_submodule(name, QuantLinear.from_quantized(rtn(module.weight.data, grid, dtype), bias))
     return model.requires_grad_(False)
+
+
+def test_inputs_in_int8_per_token_are_rounded_as_the_layers_do():
+    model, ids = tiny_models.FAMILIES["llama-gqa"](), tiny_models.ids(40)[0]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = rtn(module.weight.data, integer(8, None), torch.bfloat16)
+            model.set_submodule(name, QuantLinear.from_quantized(weight, None, inputs=INT8_TOKEN))
+    assert "rounds its inputs" in native(model)  # by torch, which the decoder does not call
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.prepare("cpu", torch.float32)
+    got = decoder(model).start().append(ids, keep=40)
+    truth, other = eager(model, ids), decoder(model, compute="int8").start().append(ids, keep=40)
+    off, apart = ((logits - truth).square().mean().sqrt() for logits in (got, other))
+    assert off < 0.3 * apart  # a code may flip, but they are not rounded another way
+    assert torch.equal(decoder(model, compute="float").start().append(ids, keep=40), got)
 
 
 @pytest.mark.parametrize("name", KNOWN)
