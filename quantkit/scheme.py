@@ -127,6 +127,21 @@ class Grid:
         """Whether `in_features` columns are whole groups."""
         return in_features % self.group(in_features) == 0
 
+    def rows(self, out_features: int) -> int:
+        """Rows per scale of a weight with `out_features` rows; the last block may have fewer."""
+        per_scale = {"tensor": out_features, "block": self.group_size or 1}
+        return per_scale.get(self.granularity, 1)
+
+    @property
+    def rows_share(self) -> bool:
+        """Whether rows of a weight have a scale in common, so that they are not quantized independently."""
+        return self.granularity in ("tensor", "block") or self.two_level
+
+    @property
+    def whole_share(self) -> bool:
+        """Whether all of a weight has a scale in common, which siblings that engines fuse must share as well."""
+        return self.granularity == "tensor" or self.two_level
+
     @property
     def two_level(self) -> bool:
         """Whether the tensor has a float32 scale of its own beside those of its groups (NVFP4)."""

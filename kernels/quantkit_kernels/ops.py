@@ -1,9 +1,9 @@
 """The torch ops of the reference: schema, implementation, fake kernel for tracing, gradient.
 
-`quantkit::wna16_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k)`
+`quantkit::wna16_linear(x, packed, scale, zero_packed, bias, bits, group_size, n, k, table="")`
     x [..., K] float; packed, scale and zero_packed as in `stored.py`; bias [N] or None; returns [..., N] in x's dtype,
-    also under autocast (a traced graph and eager must agree).
-`quantkit::wna16_dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype)`
+    also under autocast (a traced graph and eager must agree). table: the number whose codes they are, if not integers.
+`quantkit::wna16_dequantize(packed, scale, zero_packed, bits, group_size, n, k, dtype, table="")`
     the weight [N, K].
 """
 
@@ -21,9 +21,16 @@ from quantkit_kernels.registration import define
 from quantkit_kernels.stored import Spec, Stored
 
 _WEIGHT = "int bits, int group_size, int n, int k"
-_LINEAR = f"(Tensor x, Tensor packed, Tensor scale, Tensor? zero_packed, Tensor? bias, {_WEIGHT}) -> Tensor"
-_DEQUANTIZE = f"(Tensor packed, Tensor scale, Tensor? zero_packed, {_WEIGHT}, ScalarType dtype) -> Tensor"
-_spec = lru_cache(maxsize=4096)(Spec.integer)
+_TABLE = 'str table=""'
+_LINEAR = f"(Tensor x, Tensor packed, Tensor scale, Tensor? zero_packed, Tensor? bias, {_WEIGHT}, {_TABLE}) -> Tensor"
+_DEQUANTIZE = (
+    f"(Tensor packed, Tensor scale, Tensor? zero_packed, {_WEIGHT}, ScalarType dtype, {_TABLE}) -> Tensor"
+)
+
+
+@lru_cache(maxsize=4096)
+def _spec(bits: int, group_size: int, symmetric: bool, n: int, k: int, table: str) -> Spec:
+    return Spec(table or f"int{bits}", bits, group_size, symmetric, n, k)
 
 
 def _stored(
@@ -34,9 +41,10 @@ def _stored(
     group_size: int,
     n: int,
     k: int,
+    table: str = "",
 ) -> Stored:
     """The weight, which checks that its parts fit together."""
-    return Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k))
+    return Stored(packed, scale, zero_packed, _spec(bits, group_size, zero_packed is None, n, k, table))
 
 
 def _linear(
@@ -49,8 +57,9 @@ def _linear(
     group_size: int,
     n: int,
     k: int,
+    table: str = "",
 ) -> torch.Tensor:
-    stored = _stored(packed, scale, zero_packed, bits, group_size, n, k)
+    stored = _stored(packed, scale, zero_packed, bits, group_size, n, k, table)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return reference.wna16_linear(x, stored, bias)
@@ -67,8 +76,9 @@ def _fake_linear(
     group_size: int,
     n: int,
     k: int,
+    table: str = "",
 ) -> torch.Tensor:
-    check_product(x, bias, n, k, _stored(packed, scale, zero_packed, bits, group_size, n, k).device)
+    check_product(x, bias, n, k, _stored(packed, scale, zero_packed, bits, group_size, n, k, table).device)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -81,8 +91,9 @@ def _dequantize(
     n: int,
     k: int,
     dtype: torch.dtype,
+    table: str = "",
 ) -> torch.Tensor:
-    return reference.dequantize(_stored(packed, scale, zero_packed, bits, group_size, n, k), dtype)
+    return reference.dequantize(_stored(packed, scale, zero_packed, bits, group_size, n, k, table), dtype)
 
 
 def _fake_dequantize(
@@ -94,9 +105,10 @@ def _fake_dequantize(
     n: int,
     k: int,
     dtype: torch.dtype,
+    table: str = "",
 ) -> torch.Tensor:
     check_float(dtype)
-    _stored(packed, scale, zero_packed, bits, group_size, n, k)
+    _stored(packed, scale, zero_packed, bits, group_size, n, k, table)
     return packed.new_empty((n, k), dtype=dtype)
 
 
@@ -110,9 +122,10 @@ def _weight_of(
     group_size: int,
     n: int,
     k: int,
+    table: str = "",
 ) -> torch.Tensor:
     op: Callable[..., torch.Tensor] = torch.ops.quantkit.wna16_dequantize
-    return op(packed, scale, zero_packed, bits, group_size, n, k, x.dtype)
+    return op(packed, scale, zero_packed, bits, group_size, n, k, x.dtype, table)
 
 
 define("wna16_dequantize", _DEQUANTIZE, {"CompositeExplicitAutograd": _dequantize}, _fake_dequantize)

@@ -21,7 +21,7 @@ import torch
 
 from quantkit_kernels.bits import words
 
-TABLES = {"nf4": 4, "fp8_e4m3": 8}  # numbers whose codes index a table, and their bits
+TABLES = {"nf4": 4, "fp8_e4m3": 8, "fp4_e2m1": 4}  # numbers whose codes index a table, and their bits
 INPUTS = ("float", "int8", "int8-token", "int8-range")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Spec:
     """What a weight [N, K] is: its number format, its grid and how its inputs are multiplied. No tensors.
 
-    number: "int2" to "int8", or "nf4" and "fp8_e4m3", whose codes index a table. group_size: columns that share a
+    number: "int2" to "int8", or a key of TABLES, whose codes index a table. group_size: columns that share a
     scale, K if a row has one scale. symmetric: there are no stored zero points. inputs: "float", the activations as
     they are; "int8", rounded to int8 with one scale per token and group of columns; "int8-token", with one scale per
     token; "int8-range", as a checkpoint with quantized inputs means it (compressed-tensors): q = rne(x / s + z) within

@@ -17,11 +17,15 @@ from quantkit.scheme import Grid, Number
 
 @dataclass
 class ColumnGrid:
-    """The grid of every column: rows [G, N] of scales and zero points, and which of them a column uses."""
+    """The grid of every column: rows [G, N] of scales and zero points, and which of them a column uses.
+
+    global_scale: of a two-level grid.
+    """
 
     scale: torch.Tensor
     zero: torch.Tensor
     group_of: list[int]
+    global_scale: torch.Tensor | None = None
 
     def values(self, levels: torch.Tensor) -> torch.Tensor:
         """w_hat [K, N] of levels."""
@@ -40,7 +44,7 @@ def solve(
 
     Returns levels [K, N] and the scaled errors Err [K, N], for which
     tr((W - Q) H (W - Q)^T) = sum Err^2 holds exactly (H as damped).
-    dynamic: stored dtype of scales, if a group's grid is to be taken from the weight as updated when it is reached.
+    dynamic: dtype of the model, if a group's grid is to be taken from the weight as updated when it is reached.
     """
     k = weight.shape[0]
     group, round_ = grid.group(k), nearest(grid.number)
@@ -52,7 +56,8 @@ def solve(
         end = min(start + block, k)
         if dynamic is not None:
             lo, hi = weight[start:end].amin(0), weight[start:end].amax(0)
-            grids.scale[start // group], grids.zero[start // group] = scale_and_zero(lo, hi, grid, dynamic)
+            found = scale_and_zero(lo, hi, grid, dynamic, grids.global_scale)
+            grids.scale[start // group], grids.zero[start // group] = found
         low, high = bounds(grids.zero, grid.number)
         back = slice(k - end, k - start)
         u = factor[back, back].flip(0, 1)

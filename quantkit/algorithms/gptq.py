@@ -20,8 +20,9 @@ from quantkit.algorithms.columns import ColumnGrid, quadratic, solve, sweep
 from quantkit.algorithms.config import GptqConfig
 from quantkit.algorithms.registry import Outcome, register
 from quantkit.algorithms.rtn import rtn
+from quantkit.numerics.grid import to_stored
 from quantkit.numerics.number import encode
-from quantkit.numerics.range_search import search_grid
+from quantkit.numerics.range_search import search_global, search_grid
 from quantkit.numerics.statistics import Statistics, dead_note
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Grid
@@ -136,7 +137,7 @@ def quantize(
     details: dict[str, float | int | str] = {
         "dead_columns": _report_silent(silent, statistics.fired, fallbacks)
     }
-    n, k = weight.shape
+    k = weight.shape[1]
     order = column_order(hessian.diagonal(), grid.group(k), config.order)
     pull = None
     if config.retarget:
@@ -156,9 +157,7 @@ def quantize(
 
     problem = _Problem(h, factor, order, grid, dtype, config, statistics.mean_square)
     del h, factor
-    rows = max(1, CHUNK_ELEMENTS // k)
-    pulls = [None] * -(-n // rows) if pull is None else pull.split(rows)
-    parts = [problem.solve(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
+    parts = problem.solve_all(weight, pull, max(1, CHUNK_ELEMENTS // k))
     counts = {"codes_changed_by_sweeps": torch.cat([p.changed for p in parts])} if config.refine else {}
     return Outcome(
         QuantizedWeight(
@@ -166,6 +165,7 @@ def quantize(
             scale=torch.cat([p.scale for p in parts]),
             zero=None if grid.symmetric else torch.cat([p.zero for p in parts]),
             grid=grid,
+            global_scale=problem.global_scale,
         ),
         torch.cat([p.error for p in parts]),
         torch.cat([p.norm for p in parts]),
@@ -206,7 +206,10 @@ class _Rows:
 
 @dataclass
 class _Problem:
-    """What all rows of a weight share. hessian (damped) and factor are in quantization order."""
+    """What all rows of a weight share. hessian (damped) and factor are in quantization order.
+
+    global_scale: of a two-level grid, known when the rows are solved.
+    """
 
     hessian: torch.Tensor
     factor: torch.Tensor
@@ -215,21 +218,64 @@ class _Problem:
     dtype: torch.dtype
     config: GptqConfig
     importance: torch.Tensor | None
+    global_scale: torch.Tensor | None = None
 
-    def solve(self, weight: torch.Tensor, pull: torch.Tensor | None) -> _Rows:
-        """Quantize rows [n, K]: rows do not depend on each other, so a chunk bounds the memory, not the result.
+    def solve_all(self, weight: torch.Tensor, pull: torch.Tensor | None, rows: int) -> list[_Rows]:
+        """Quantize a weight [N, K], `rows` at a time: a chunk bounds the memory, not the result.
 
-        pull: W D [n, K] in quantization order, if the rows are to be re-targeted.
+        pull: W D [N, K] in quantization order, if the weight is to be re-targeted. Only scales that rows share are
+        found for all of the (re-targeted) weight before.
         """
-        config, grid, h = self.config, self.grid, self.hessian
+        pulls = [None] * -(-len(weight) // rows) if pull is None else list(pull.split(rows))
+        if not self.grid.rows_share:
+            return [self.solve(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
+        if pull is not None:
+            targets = [self._target(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
+            weight = self._in_order_of_columns(torch.cat(targets, 1))
+            del targets
+        method = self.config.range
+        self.global_scale = search_global(weight, self.grid, method, self.importance)
+        found = self._search(weight)
+        scales, zeros = (each.split(rows) for each in found)
+        return [
+            self.solve(*part)
+            for part in zip(weight.split(rows), [None] * len(scales), scales, zeros, strict=True)
+        ]
+
+    def _search(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return search_grid(
+            weight, self.grid, self.dtype, self.config.range, self.importance, self.global_scale
+        )
+
+    def _target(self, weight: torch.Tensor, pull: torch.Tensor | None) -> torch.Tensor:
+        """What the rows [n, K] aim at, [K, n] in quantization order."""
         target = weight.T[self.order].contiguous()  # (K, n)
         if pull is not None:
-            target.add_(retarget_shift(pull, self.factor).T, alpha=config.retarget)
-            weight = torch.empty_like(weight)
-            weight[:, self.order] = target.T
-        scale, zero = search_grid(weight, grid, self.dtype, config.range, self.importance)  # (n, K/G)
+            target.add_(retarget_shift(pull, self.factor).T, alpha=self.config.retarget)
+        return target
+
+    def _in_order_of_columns(self, target: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_target` without a pull: [n, K]."""
+        weight = target.new_empty(target.shape[1], target.shape[0])
+        weight[:, self.order] = target.T
+        return weight
+
+    def solve(
+        self,
+        weight: torch.Tensor,
+        pull: torch.Tensor | None,
+        scale: torch.Tensor | None = None,
+        zero: torch.Tensor | None = None,
+    ) -> _Rows:
+        """Quantize rows [n, K]. pull: as in `solve_all`. scale, zero [n, K/G]: None: found here."""
+        config, grid, h = self.config, self.grid, self.hessian
+        target = self._target(weight, pull)
+        if pull is not None:
+            weight = self._in_order_of_columns(target)
+        if scale is None or zero is None:
+            scale, zero = self._search(weight)
         groups = (self.order // grid.group(len(h))).tolist()
-        grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups)
+        grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups, self.global_scale)
         dynamic = self.dtype if config.groups == "dynamic" else None
         levels, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
         error = errors.square_().sum(0)
@@ -243,7 +289,7 @@ class _Problem:
         codes[:, self.order] = encode(levels, grid.number, shift).T
         return _Rows(
             codes,
-            grids.scale.T.contiguous().to(self.dtype),
+            to_stored(grid, grids.scale.T.contiguous(), self.dtype, self.global_scale),
             grids.zero.T.contiguous().to(torch.uint8),
             error,
             quadratic(h, target),

@@ -6,18 +6,24 @@ import torch
 
 from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.registry import Outcome, register
-from quantkit.numerics.grid import grouped
+from quantkit.numerics.grid import grouped, to_stored
 from quantkit.numerics.number import encode
-from quantkit.numerics.range_search import refit_scale, search_grid
+from quantkit.numerics.range_search import search_global, search_grid
+from quantkit.numerics.refit import refit_scale
 from quantkit.numerics.statistics import Statistics, dead_note
 from quantkit.numerics.weight import QuantizedWeight, row_chunks
 from quantkit.scheme import Grid
 
 
 def on_grid(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, dtype: torch.dtype
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    global_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Round `weight` [N, K] to the grids (scale, zero) [N, K/G]."""
+    """Round `weight` [N, K] to the grids (scale, zero) [N, K/G] of a model of type `dtype`."""
     out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(*weight.shape):
         w = grouped(weight[rows], grid.group(weight.shape[1]))
@@ -25,9 +31,10 @@ def on_grid(
         out[rows] = q.view(-1, weight.shape[1])
     return QuantizedWeight(
         codes=out,
-        scale=scale.to(dtype),
+        scale=to_stored(grid, scale, dtype, global_scale),
         zero=None if grid.symmetric else zero.to(torch.uint8),
         grid=grid,
+        global_scale=global_scale,
     )
 
 
@@ -39,11 +46,12 @@ def rtn(
     refit: int = 0,
     importance: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize `weight` [N, K]; `dtype` is the stored dtype of the scale, importance the mean square input [K]."""
-    scale, zero = search_grid(weight, grid, dtype, method, importance)
+    """Quantize `weight` [N, K]; `dtype` is the model's, importance the mean square input [K]."""
+    global_scale = search_global(weight, grid, method, importance)
+    scale, zero = search_grid(weight, grid, dtype, method, importance, global_scale)
     if refit:
-        scale = refit_scale(weight, scale, zero, grid, dtype, refit, importance)
-    return on_grid(weight, scale, zero, grid, dtype)
+        scale = refit_scale(weight, scale, zero, grid, dtype, refit, importance, global_scale)
+    return on_grid(weight, scale, zero, grid, dtype, global_scale)
 
 
 @register("rtn", lambda config: config.needs)

@@ -2,15 +2,26 @@
 
 `mse`: for p in 1, 0.98, ... the range (p lo, p hi) with the least sum |w - w_hat|^2.5;
 `weighted`: the same with each column's error weighted by E[x^2] (llama.cpp's imatrix, llm-compressor's imatrix_mse).
+Floats are tried with wider ranges too: their levels are not equidistant, so that a group may fit better if its largest
+weight takes 4 of FP4 instead of 6. Scales of one byte are tried as they are stored: the FP8 numbers around that of the
+plain range, for several global scales; the neighbouring powers of two.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.range_errors import range_errors
 
-from quantkit.numerics.grid import grouped, levels, round_to_grid, scale_and_zero, smallest_scale
+from quantkit.numerics.grid import (
+    abs_max_global,
+    grouped,
+    scale_and_zero,
+    to_stored,
+)
 from quantkit.numerics.number import bounds, nearest
 from quantkit.numerics.statistics import neutral
 from quantkit.scheme import Grid
@@ -18,11 +29,17 @@ from quantkit.scheme import Grid
 STRIDE = 0.02
 STEPS = {2: 35, 3: 28, 4: 20}  # shrink factors tried, STRIDE apart: fewer bits clip deeper
 STEPS_WIDE = 12
+WIDER = (2**0.125, 2**0.25, 2**0.375, 2**0.5, 2**0.625, 2**0.75, 2**0.875)  # also tried for floats
+EXPONENTS = (1.0, 0.5, 2.0, 0.25)  # tried for scales that are powers of two
+FP8_STEPS = tuple(step for step in range(-7, 7) if step)  # FP8 numbers around that of the plain range
+GLOBALS = 8  # global scales tried, over one octave
+_GLOBAL_SAMPLE = 1 << 18  # weights that a global scale is chosen on
 _CHUNK = 1 << 17  # elements per pass, so that the temporaries stay in the second-level cache
 _WORTH_GATHERING = 0.6  # share of the groups up to which copying them out costs less than trying all
 _POWER = 2.5  # of `mse`
 _SMALL = 1e-30  # sums between this and its inverse are far from where fp32 ends
 _ALIGNED = 64  # groups: torch's vectors take a multiple of this without a rest
+_LAST_FP8 = 126  # the code of 448
 _SURE = 0.99  # a lower bound of an error is taken this much lower, for rounding
 
 
@@ -32,23 +49,33 @@ def search_grid(
     dtype: torch.dtype,
     method: str = "minmax",
     importance: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of every group of `weight` [N, K]: two float tensors [N, K/G].
 
-    dtype: the stored dtype of the scale. method: minmax | mse | weighted; `weighted` needs importance [K] >= 0, where
-    0 means that nothing is known and counts as the mean.
+    dtype: the model's, in which scales are stored if the grid says nothing else. method: minmax | mse | weighted;
+    `weighted` needs importance [K] >= 0, where 0 means that nothing is known and counts as the mean. global_scale: of
+    a two-level grid, from `search_global`; None: the one of the largest weight. Rows that share a scale have the same.
     """
-    group = grid.group(weight.shape[1])
-    if method == "minmax":
-        w = grouped(weight, group)
-        return scale_and_zero(w.amin(2), w.amax(2), grid, dtype)
-    if method == "weighted":
-        if importance is None:
-            raise ValueError("range search 'weighted' needs the mean square of the inputs")
-        column = neutral(importance.to(weight.dtype)).reshape(-1, group).contiguous()
-    else:
-        column = None
     n, k = weight.shape
+    group = grid.group(k)
+    if grid.two_level and global_scale is None:
+        global_scale = search_global(weight, grid, "minmax")
+    if method == "minmax":
+        lo, hi = _ranges(weight, grid)
+        return scale_and_zero(lo, hi, grid, dtype, global_scale)
+    column = _columns(weight, grid, method, importance)
+    if grid.granularity == "tensor":
+        return _search_whole(weight, grid, dtype, column)
+    if grid.granularity == "block":
+        return _search_blocks(weight, grid, dtype, column)
+    if grid.two_level:
+        parts = [
+            _search(chunk.reshape(-1, group), grid, dtype, column, global_scale)
+            for chunk in torch.split(weight, max(1, _CHUNK // k))
+        ]
+        scale, zero = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in (0, 1))
+        return scale, zero
     search = _search_natively if _is_native(weight, grid, group) else _search
     parts = [
         search(chunk.reshape(-1, group), grid, dtype, column)
@@ -58,13 +85,130 @@ def search_grid(
     return scale, zero
 
 
+def search_global(
+    weight: torch.Tensor, grid: Grid, method: str = "minmax", importance: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The global scale, fp32 [1], of a two-level grid for `weight` [N, K]; None for another grid.
+
+    minmax: the largest group gets the largest FP8 scale. Else the one, among GLOBALS smaller by up to an octave, with
+    which the groups of a sample of rows have the least error, each with its best scale.
+    """
+    if not grid.two_level:
+        return None
+    lo, hi = weight.aminmax()
+    plain = abs_max_global(torch.maximum(-lo, hi), grid)
+    if method == "minmax" or plain is None:
+        return plain
+    k = weight.shape[1]
+    w = weight[:: max(1, weight.numel() // _GLOBAL_SAMPLE)].reshape(-1, grid.group(k))
+    column = _columns(weight, grid, method, importance)
+    columns = None if column is None else column.repeat(len(w) // len(column), 1)
+    best, least = plain, math.inf
+    for step in range(GLOBALS):
+        candidate = plain * 2 ** (-step / GLOBALS)
+        scale, zero = _search(w, grid, weight.dtype, column, candidate)
+        error = float(
+            (_in_steps(w, scale, zero, grid, columns) * _step(scale, columns)).sum(dtype=torch.float64)
+        )
+        if error < least:
+            best, least = candidate, error
+    return best
+
+
+def _columns(
+    weight: torch.Tensor, grid: Grid, method: str, importance: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The weights of the columns (K/G, G) for `weighted`, None for `mse`."""
+    if method != "weighted":
+        return None
+    if importance is None:
+        raise ValueError("range search 'weighted' needs the mean square of the inputs")
+    return neutral(importance.to(weight.dtype)).reshape(-1, grid.group(weight.shape[1])).contiguous()
+
+
+def _ranges(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest weight [N, K/G] among those that have a scale in common with each row's groups."""
+    n, k = weight.shape
+    w = grouped(weight, grid.group(k))
+    lo, hi = w.amin(2), w.amax(2)
+    rows = grid.rows(n)
+    if rows == 1:
+        return lo, hi
+    lo = torch.cat([part.amin(0, keepdim=True).expand(len(part), -1) for part in lo.split(rows)])
+    hi = torch.cat([part.amax(0, keepdim=True).expand(len(part), -1) for part in hi.split(rows)])
+    return lo, hi
+
+
+def _search_whole(
+    weight: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero [N, 1] of a weight with one scale: the range with the least error of all of it."""
+    n, k = weight.shape
+    lo, hi = (each.reshape(1) for each in weight.aminmax())
+    found = [scale_and_zero(lo * shrink, hi * shrink, grid, dtype) for shrink in _shrinks(grid)]
+    errors = []
+    for scale, zero in found:
+        error = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for chunk in torch.split(weight, max(1, _CHUNK // k)):
+            s, z = scale.expand(len(chunk)), zero.expand(len(chunk))
+            columns = None if column is None else column.expand(len(chunk), -1)
+            error += _in_steps(chunk, s, z, grid, columns).sum(dtype=torch.float64)
+        errors.append(float(error * _step(scale, column)))
+    scale, zero = found[errors.index(min(errors))]
+    return scale.expand(n, 1).contiguous(), zero.expand(n, 1).contiguous()
+
+
+def _search_blocks(
+    weight: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero [N, K/G] of a weight in blocks of G rows and columns; the last rows may be fewer."""
+    size = grid.group(weight.shape[1])
+    scales, zeros = [], []
+    for rows in weight.split(size):
+        n = len(rows)
+        w = rows.view(n, -1, size).transpose(0, 1).reshape(-1, n * size)  # (K/G, n G)
+        columns = None if column is None else column[:, None].expand(-1, n, -1).reshape(-1, n * size)
+        scale, zero = _search(w, grid, dtype, columns)
+        scales.append(scale.expand(n, -1))
+        zeros.append(zero.expand(n, -1))
+    return torch.cat(scales), torch.cat(zeros)
+
+
 def _shrinks(grid: Grid) -> list[float]:
     """The factors that a group's range is tried with, the plain range first."""
-    return [1 - step * STRIDE for step in range(STEPS.get(grid.bits, STEPS_WIDE))]
+    if grid.scale == "e8m0":
+        return list(EXPONENTS)
+    shrinks = [1 - step * STRIDE for step in range(STEPS.get(grid.bits, STEPS_WIDE))]
+    return shrinks + list(WIDER) if grid.number.kind == "float" else shrinks
+
+
+def _others(
+    lo: torch.Tensor,
+    hi: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    plain: torch.Tensor,
+    global_scale: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Scale and zero of every group for every range that is tried after the plain one, whose scale is `plain`."""
+    if not grid.two_level:
+        for shrink in _shrinks(grid)[1:]:
+            yield scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
+        return
+    assert global_scale is not None
+    short = to_stored(grid, plain, dtype, global_scale).view(torch.uint8).int()
+    zero = torch.full_like(plain, grid.midpoint)
+    for step in FP8_STEPS:
+        near = (short + step).clamp_(1, _LAST_FP8).to(torch.uint8).view(torch.float8_e4m3fn)
+        yield near.to(plain.dtype) / global_scale.to(plain.dtype), zero
 
 
 def _search(
-    w: torch.Tensor, grid: Grid, dtype: torch.dtype, column: torch.Tensor | None
+    w: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    column: torch.Tensor | None,
+    global_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero (groups) for w (groups, G); column (K/G, G): the weights of a row of groups, see `_in_steps`.
 
@@ -74,11 +218,10 @@ def _search(
     lo, hi = w.amin(1), w.amax(1)
     if column is not None:
         column = column.repeat(len(w) // len(column), 1)
-    best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype)
+    best_scale, best_zero = scale_and_zero(lo, hi, grid, dtype, global_scale)
     ends = nearest(grid.number)
     least = _in_steps(w, best_scale, best_zero, grid, column) * _step(best_scale, column)
-    for shrink in _shrinks(grid)[1:]:
-        scale, zero = scale_and_zero(lo * shrink, hi * shrink, grid, dtype)
+    for scale, zero in _others(lo, hi, grid, dtype, best_scale, global_scale):
         active = None
         if column is None:
             limits = bounds(zero, grid.number)
@@ -212,39 +355,3 @@ def _step(scale: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
     Of all groups of a chunk at once: torch's `pow` rounds the last few numbers of a tensor otherwise than the rest.
     """
     return scale.pow(_POWER) if column is None else scale.square()
-
-
-def refit_scale(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    grid: Grid,
-    dtype: torch.dtype,
-    rounds: int,
-    importance: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Alternate rounding and the closed-form scale s* = sum v w (q - z) / sum v (q - z)^2.
-
-    A refit is kept for a group only where it lowers that group's error, so the result is never worse.
-    Returns the scale [N, K/G], already rounded to `dtype`.
-    """
-    group = grid.group(weight.shape[1])
-    w = grouped(weight, group)
-    v = torch.ones(1) if importance is None else neutral(importance.to(w.dtype)).view(1, -1, group)
-
-    def error(s: torch.Tensor) -> torch.Tensor:
-        off = round_to_grid(w, s[:, :, None], zero[:, :, None], grid) - w
-        return (off.square_() * v).sum(2)
-
-    least = error(scale)
-    for _ in range(rounds):
-        q = levels(w, scale[:, :, None], zero[:, :, None], grid)
-        norm = (v * q * q).sum(2)
-        fitted = torch.where(norm > 0, (v * w * q).sum(2) / norm.clamp(min=1e-30), scale)
-        fitted = torch.where(fitted >= smallest_scale(dtype), fitted.to(dtype).to(w.dtype), scale)
-        now = error(fitted)
-        better = now < least
-        if not bool(better.any()):
-            break
-        scale, least = torch.where(better, fitted, scale), torch.where(better, now, least)
-    return scale

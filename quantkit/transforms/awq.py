@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.numerics.grid import grouped, round_to_grid, scale_and_zero
+from quantkit.numerics.range_search import search_global
 from quantkit.numerics.statistics import dead_note, neutral
 from quantkit.scheme import Grid
 from quantkit.transforms.config import AwqConfig
@@ -86,7 +87,11 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
     """Clamp each (row, group) of `weight` [N, K] to the range with the least error of its partial sum over `sample`.
 
     sample: inputs [tokens, K]. The error of a group is delta (X_g^T X_g) delta^T; no clipping is a candidate.
+    Rows that share a scale stay as they are: clamped each for itself, none would get the scale it is tried with.
     """
+    if grid.rows(weight.shape[0]) > 1:
+        return weight
+    global_scale = search_global(weight, grid)
     group = grid.group(weight.shape[1])
     x = sample.view(sample.shape[0], -1, group).transpose(0, 1)  # (K/G, tokens, G)
     gram = _with_signal(x.transpose(1, 2) @ x)  # (K/G, G, G)
@@ -96,7 +101,7 @@ def clip(weight: torch.Tensor, sample: torch.Tensor, grid: Grid, dtype: torch.dt
     for step in range(CLIP_STEPS):
         bound = limit * (1 - step / 20)
         clamped = w.clamp(-bound[:, :, None], bound[:, :, None])
-        scale, zero = scale_and_zero(clamped.amin(2), clamped.amax(2), grid, dtype)
+        scale, zero = scale_and_zero(clamped.amin(2), clamped.amax(2), grid, dtype, global_scale)
         off = (round_to_grid(clamped, scale[:, :, None], zero[:, :, None], grid) - w).transpose(0, 1)
         error = ((off @ gram) * off).sum(2).T  # (N, K/G)
         better = error < least

@@ -11,12 +11,16 @@ from quantkit.algorithms.rtn import rtn
 from quantkit.numerics.number import decode, encode
 from quantkit.numerics.range_search import search_grid
 from quantkit.numerics.statistics import Statistics
-from quantkit.scheme import NUMBERS, Grid
+from quantkit.scheme import NUMBERS, PRESETS, Grid
 from quantkit.transforms.awq import clip, rounded
 
 NAMES = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4")
-GRIDS = [Grid(NUMBERS[name], "group", 32) for name in NAMES] + [
-    Grid(NUMBERS[name], "channel") for name in NAMES
+GRIDS = [
+    *(Grid(NUMBERS[name], "group", 32) for name in NAMES),
+    *(Grid(NUMBERS[name], "channel") for name in NAMES),
+    *(PRESETS[name].weights for name in ("NVFP4A16", "MXFP4A16", "FP8")),
+    Grid(NUMBERS["fp8_e4m3"], "block", 32),  # of 48 rows: the last are half a block
+    Grid(NUMBERS["int8"], "tensor"),
 ]
 each = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
@@ -62,7 +66,7 @@ def test_rtn_takes_the_nearest_value_of_its_grid(grid):
     w = weight_of(8, dtype=torch.float32)
     q = rtn(w, grid, torch.bfloat16)
     levels = decode(torch.arange(2**grid.bits), grid.number)
-    values = levels[torch.isfinite(levels)] * q.scale.float()[:, :, None]  # (N, K/G, levels)
+    values = levels[torch.isfinite(levels)] * q.scales()[:, :, None]  # (N, K/G, levels)
     off = (w.view(8, -1, grid.group(128), 1) - values[:, :, None]).abs().amin(3)
     torch.testing.assert_close((q.dequantize() - w).abs().view(off.shape), off, rtol=1e-4, atol=1e-6)
 
@@ -71,7 +75,7 @@ def test_rtn_takes_the_nearest_value_of_its_grid(grid):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_rounding_again_changes_nothing(grid, dtype):
     q = rtn(weight_of(dtype=torch.float32), grid, dtype)
-    s = q.scale.float().repeat_interleave(grid.group(128), 1)
+    s = q.scales().repeat_interleave(grid.group(128), 1)
     assert torch.equal(encode(q.dequantize() / s, grid.number), q.codes)
     assert q.zero is None
 

@@ -6,7 +6,8 @@ from quantkit_kernels.cpu import library
 
 from quantkit.numerics import range_search
 from quantkit.numerics.grid import round_to_grid, scale_and_zero
-from quantkit.numerics.range_search import refit_scale, search_grid
+from quantkit.numerics.range_search import search_grid
+from quantkit.numerics.refit import refit_scale
 from quantkit.numerics.statistics import neutral
 from quantkit.scheme import NUMBERS, Grid, integer
 

@@ -31,6 +31,8 @@ class CpuBackend(Backend):
             library.isa()
         except RuntimeError as error:  # QUANTKIT_ISA names a path that cannot run: also "auto" must not go on
             raise BackendMissing(str(error)) from error
+        if not spec.integers and spec.number not in native.TABLE_NUMBERS:
+            return f"the native kernels have no table of {spec.number}"
         if not spec.integers and spec.inputs != "float":
             return f"weights stored by table ({spec.number}) have no compute int8"
         return native.refuses(spec.bits, spec.group_size, spec.k)

@@ -16,7 +16,7 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.stored import TABLES, InputRange, Spec, Stored
 
 BITS = (2, 3, 4, 8)
-_TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2}  # qk::Table; 0 for integers
+TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2}  # qk::Table; 0 for integers
 
 
 class Packed(NamedTuple):
@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
 def table_number(spec: Spec) -> int:
     """`qk::Table` of a number: 0 for integers."""
-    return _TABLE_NUMBERS.get(spec.number, 0)
+    return TABLE_NUMBERS.get(spec.number, 0)
 
 
 def refuses(bits: int, group_size: int, k: int) -> str | None:

@@ -30,6 +30,7 @@ from quantkit_kernels import gradient
 from quantkit_kernels.checks import check_features, check_float
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.layout import (
+    TABLE_NUMBERS,
     Packed,
     check_bias,
     check_units,
@@ -40,7 +41,7 @@ from quantkit_kernels.cpu.layout import (
 )
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.registration import define
-from quantkit_kernels.stored import TABLES, InputRange, Spec
+from quantkit_kernels.stored import InputRange, Spec
 
 FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE = range(5)  # qk::Compute
 COMPUTES = {
@@ -51,7 +52,7 @@ COMPUTES = {
 }  # of `Spec.inputs`
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TABLE_NAMES = {table_number(Spec(name, bits, 1, True, 1, 1)): name for name, bits in TABLES.items()}
+_TABLE_NAMES = {number: name for name, number in TABLE_NUMBERS.items()}
 _WEIGHT = "int bits, int group_size, int n, int k, bool symmetric"
 _LINEAR = (
     f"(Tensor x, Tensor units, Tensor? bias, {_WEIGHT}, int compute, float scale_factor, bool wide_scales, "

@@ -10,14 +10,14 @@ from quantkit_kernels.stored import Layout, Spec, Stored
 
 
 class ReferenceBackend(Backend):
-    """Dequantizes the weight at every call. Takes integers of any width and every float type of activations."""
+    """Dequantizes the weight at every call. Takes every number, group size and float type of activations."""
 
     name = "reference"
     dtypes = None
     keeps_stored = True
 
     def _refuses(self, spec: Spec, device: torch.device) -> str | None:
-        return None if spec.integers else f"the reference takes integer codes, not {spec.number}"
+        return None
 
     def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
         return Layout(stored.tensors(), stored.spec, {})
@@ -25,7 +25,8 @@ class ReferenceBackend(Backend):
     def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tensors, spec = layout.tensors, layout.spec
         stored = (tensors["packed"], tensors["scale"], tensors.get("zero_packed"))
-        return wna16_linear(x, *stored, bias, spec.bits, spec.group_size, spec.n, spec.k)
+        number = "" if spec.integers else spec.number
+        return wna16_linear(x, *stored, bias, spec.bits, spec.group_size, spec.n, spec.k, number)
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
         """As in `Backend`, computed in the type of x."""
