@@ -21,6 +21,7 @@ FLOAT = 4  # bytes; weights, statistics and hidden states are computed in fp32
 PROCESS = 450_000_000  # Python with torch and transformers, before a model is read (427 MB measured)
 MODEL = 100_000_000  # the model's code and empty modules, and what the allocator keeps (45 MB measured)
 KEPT, SPARE = 128 << 20, 480 << 20  # inputs that calibration keeps for replay: the bounds of calibration/
+LOGITS = 1 << 22  # elements of the logits that a search compares at once
 CHUNK = 1 << 20  # elements of the largest tensor in one forward of a chunk of windows
 EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
 _SHAPE = 16  # int64 [2], the shape stored beside every packed weight
@@ -151,7 +152,8 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         factor, the drift) and one for reordering, the inputs kept for replay, four copies in fp32 of the largest set of
         linears with one input, and three times the inputs and outputs of one chunk in fp32;
       the head, if it is quantized: the same with the head as the block;
-      a block whose cache is calibrated: its weights in fp32 and a chunk.
+      a block whose cache is calibrated: its weights in fp32 and a chunk;
+    or what a search before them takes (`_search_memory`).
     Without text five copies of the largest linear in fp32 and two of a block's codes remain. Against measurements: see
     tests/test_predict.py (the embedded model, and docs/benchmarks/memory-*.json).
     """
@@ -179,7 +181,33 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         working = max(working, 2 * max(block_bytes.values()) + chunk)
     if not plan.needs_text(recipe):
         return PROCESS + MODEL + working
-    return PROCESS + MODEL + _stream_bytes(recipe, plan, headers) + max(outside, working)
+    streams = _stream_bytes(recipe, plan, headers)
+    needed = PROCESS + MODEL + streams + max(outside, working)
+    return max(needed, PROCESS + MODEL + _search_memory(recipe, plan, headers, block_bytes, outside))
+
+
+def _search_memory(
+    recipe: Recipe, plan: Plan, headers: Headers, block_bytes: dict[int | None, int], outside: int
+) -> int:
+    """Bytes beside the process that a search before the first block takes; 0 without one.
+
+    Hidden states of all windows of the original model and of the windows of each trial; beside them a block as stored
+    and its linears in fp32, one of them three times while it is rounded, and a chunk; or, with what lies outside the
+    blocks, the logits.
+    """
+    trials = max((getattr(transform, "searched", 0) for transform in recipe.transforms), default=0)
+    if not trials:
+        return 0
+    length = recipe.calibration.sequence_length
+    streams = (recipe.calibration.samples + trials) * length * _hidden(plan, headers) * FLOAT
+    sizes: dict[int | None, int] = {}
+    for layer in plan.layers:
+        sizes[layer.block] = sizes.get(layer.block, 0) + math.prod(layer.shape)
+    largest = max(math.prod(layer.shape) for layer in plan.layers)
+    widest = max(max(layer.shape) for layer in plan.layers)
+    chunk = 6 * FLOAT * max(CHUNK, length * widest)
+    block = max(block_bytes.values(), default=0) + FLOAT * (max(sizes.values()) + 3 * largest)
+    return streams + max(block + chunk, outside + 6 * FLOAT * LOGITS)
 
 
 def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:

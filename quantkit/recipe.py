@@ -162,6 +162,17 @@ class Recipe(Part):
             _refuse_unstorable(self, self.weights)
         return self
 
+    @field_validator("transforms")
+    @classmethod
+    def _search_sees_the_model_as_it_is(cls, value: tuple[Transform, ...]) -> tuple[Transform, ...]:
+        for number, each in enumerate(value):
+            if number and getattr(each, "searched", 0):
+                raise ValueError(
+                    f"{each.name} searches its strength on the model as it is, so it must be the first transform, got "
+                    f"it behind {value[number - 1].name}; put it first, or give it a strength"
+                )
+        return value
+
     @field_validator("transforms", mode="before")
     @classmethod
     def _none_is_an_empty_list(cls, value: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -291,12 +292,45 @@ class BlockRun:
             self.seconds_once += self._now() - begin
         return self._groups[shape]
 
+    @contextmanager
+    def trial(self, groups: Iterable[ScalingGroup]) -> Iterator[None]:
+        """Inside, the planned linears have copies of their weights in fp32 and the producers of `groups` copies of
+        theirs, to be changed at will; afterwards the block is what it was.
+        """
+        modules = [*self.held.values(), *(self.module.get_submodule(g.producer) for g in groups)]
+        kept = {p: p.data for module in modules for p in module.parameters(recurse=False)}
+        changed, self.changed = self.changed, {}
+        try:
+            weights = {id(held.weight) for held in self.held.values()}
+            for parameter, value in kept.items():
+                dtype = torch.float32 if id(parameter) in weights else value.dtype
+                parameter.data = value.to(dtype, copy=True)
+            yield
+        finally:
+            for parameter, value in kept.items():
+                parameter.data = value
+            self.changed = changed
+
     @torch.no_grad()
-    def fold(self, group: ScalingGroup, scale: torch.Tensor, instead: str) -> float:
+    def carry(self, streams: Streams) -> None:
+        """Bring another full-precision stream to this block's output, with the weights that the block has now."""
+        own, self.streams = self.streams, streams
+        try:
+            for chunk in self.chunks():
+                self._step(chunk, full=True)
+        finally:
+            self.streams = own
+
+    @torch.no_grad()
+    def fold(self, group: ScalingGroup, scale: torch.Tensor, instead: str, proved: bool = True) -> float:
         """Fold `scale` [channels] into a group for good; the change of the block's output, relative to its RMS.
 
-        What is not quantized and has changed goes into `changed`. NumericalError if the output moved.
+        What is not quantized and has changed goes into `changed`. NumericalError if the output moved. proved: False in
+        a trial, where the output is not compared and 0 is returned.
         """
+        if not proved:
+            fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
+            return 0.0
         chunk = self.chunks()[0]
         full = self.streams.full is not None
         before = self.forward(chunk, full)

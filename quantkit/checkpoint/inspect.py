@@ -9,6 +9,7 @@ The report, schema `quantkit-inspect/1`:
     totals: {bytes, quantized_bytes, weights, quantized_weights, quantized_layers,
              linear_bits_per_weight or None, model_bits_per_weight}
     loaders: [{name, loads, how}]
+    searches: [{transform, strength, windows, tokens, walks, trials}], see `quantkit.checkpoint.records.SearchRecord`
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
+from quantkit.checkpoint.records import plain
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
 from quantkit.models.config import read_config
@@ -46,7 +48,9 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     _, tensors = read_tensors(path)
     quantization = config.get("quantization_config")
     codec, scheme_of = packing_of(path, quantization)
-    errors = _stored_errors(path)
+    manifest = read_manifest(path, ModelError, REMOVE) if (path / MANIFEST).is_file() else None
+    # layer -> relative squared weight error, if quantkit wrote this checkpoint
+    errors = {layer.name: layer.weight_error for layer in manifest.layers} if manifest else {}
     layers: list[dict[str, Any]] = []
     schemes: dict[str, Scheme] = {}
     parts: set[str] = set()
@@ -67,6 +71,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
         "loaders": [each.report() for each in loaders(model_type, schemes)],
+        "searches": plain(manifest.searches or []) if manifest else [],
     }
 
 
@@ -168,14 +173,6 @@ def _totals(layers: list[dict[str, Any]], tensors: dict[str, TensorInfo], parts:
         "linear_bits_per_weight": 8 * linear_bytes / linear_weights if linear_weights else None,
         "model_bits_per_weight": 8 * total_bytes / (linear_weights + others),
     }
-
-
-def _stored_errors(path: Path) -> dict[str, float | None]:
-    """Layer -> relative squared weight error, from quantkit.json if quantkit wrote this checkpoint."""
-    if not (path / MANIFEST).is_file():
-        return {}
-    layers = read_manifest(path, ModelError, REMOVE).layers
-    return {layer.name: layer.weight_error for layer in layers}
 
 
 def _read(info: TensorInfo) -> torch.Tensor:

@@ -4,7 +4,8 @@
 the files it is going to write, then one line per finished shard. Each line is a JSON object behind its checksum, which
 covers the number of the line too. A line is appended, flushed and synced only after the shard's rename. A last line
 without an end is the trace of a kill and is dropped; from a line with a wrong checksum on the journal is cut, and the
-run says so. Beside the journal lie the hidden states at the input of the next block, when the run needs them.
+run says so. Beside the journal lie the hidden states at the input of the next block, when the run needs them, and what
+a search has found before the first block.
 
 Starting over deletes what the journal or the manifest names, and nothing else.
 """
@@ -21,12 +22,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.manifest import MANIFEST, inside, recorded
+from quantkit.checkpoint.manifest import MANIFEST, inside, read_sealed, recorded, write_sealed
 from quantkit.checkpoint.shards import check_numbers, output_error, sync_folder
 from quantkit.errors import OutputError
 from quantkit.models.json_reader import parse_json
 
 FOLDER = ".quantkit"
+SEARCH = "search.json"
 START_OVER = "start over with --no-resume, or choose another --output"
 _SUM = 32  # hex digits of a line's checksum
 
@@ -98,6 +100,7 @@ class Journal:
             self._delete({MANIFEST} & known)
             self._delete({*known, *(f"{name}.tmp" for name in known)})
             self.drop_streams(None)
+            (self.folder / SEARCH).unlink(missing_ok=True)
         self._rewrite([first, *self.entries])
 
     def _refuse_foreign(self, writes: Iterable[str], known: set[str]) -> None:
@@ -163,6 +166,16 @@ class Journal:
         for file in self.folder.glob("streams-*"):
             if keep is None or file != self.streams(keep):
                 file.unlink()
+
+    def kept(self) -> dict[str, Any] | None:
+        """What a search has found before the first block; None if nothing is kept, or it is damaged."""
+        with contextlib.suppress(OutputError):
+            return read_sealed(self.folder / SEARCH, OutputError) if (self.folder / SEARCH).exists() else None
+        return None
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """Keep what a search has found, durably, for the run that goes on after an interruption."""
+        write_sealed(self.folder / SEARCH, found)
 
     def close(self) -> None:
         self._lock.close()

@@ -164,6 +164,47 @@ def engine_flag(scheme: KVScheme) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One strength that a search has tried; None is the model as it is.
+
+    loss: mean KL of the quantized model's logits to the original's, nats per token; loss_se: its standard error over
+    windows. over_chosen: how much larger the loss is than that of the strength that was chosen, window by window, and
+    its standard error.
+    """
+
+    strength: float | None = None
+    loss: float
+    loss_se: float
+    over_chosen: float
+    over_chosen_se: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """The search of a setting for the whole model. windows: how many of the calibration windows, the first ones, it was
+    measured on. walks: how often the checkpoint was read. trials: by strength.
+    """
+
+    transform: str
+    strength: float | None = None
+    windows: int
+    tokens: int
+    walks: int
+    trials: list[Trial]
+
+    def __str__(self) -> str:
+        """What was found, in words."""
+        chosen = next(each for each in self.trials if each.strength == self.strength)
+        found = "no smoothing" if self.strength is None else f"strength {self.strength:g}"
+        said = f"{self.transform}: {found}, KL {1e3 * chosen.loss:.3f} ± {1e3 * chosen.loss_se:.3f} x 1e-3"
+        for plain in self.trials:
+            if plain.strength is None and self.strength is not None:
+                said += f" ({1e3 * plain.loss:.3f} without, larger by {1e3 * plain.over_chosen:.3f} "
+                said += f"± {1e3 * plain.over_chosen_se:.3f})"
+        return f"{said}; {len(self.trials)} tried on {self.windows} windows"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The record of a finished checkpoint (`quantkit.json`)."""
 
@@ -180,6 +221,7 @@ class Manifest:
     code: Code | None = None
     calibration: Calibration | None = None
     left_out: dict[str, str] | None = None
+    searches: list[SearchRecord] | None = None
     evaluation: Report | None = None
     kv_cache: KVRecord | None = None
 

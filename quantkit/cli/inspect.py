@@ -48,6 +48,8 @@ def command(
 
 def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool = False) -> None:
     """The table of a `quantkit-inspect/1` report, its totals, and who can load the checkpoint."""
+    from quantkit.checkpoint.records import SearchRecord, parse
+
     layers = report["layers"]
     console.print(_table(report["path"], [[layer] for layer in layers] if every_layer else kinds(layers)))
     totals = report["totals"]
@@ -56,6 +58,8 @@ def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool 
         f"{totals['model_bits_per_weight']:.3f} bits per weight"
     )
     console.print(_checks(report["checks"]))
+    for search in report["searches"]:
+        console.print(str(parse(SearchRecord, search)))
     for loader in report["loaders"]:
         console.print(f"{'yes' if loader['loads'] else 'no':<3}  {loader['name']}: {loader['how']}")
 

@@ -86,6 +86,8 @@ def print_report(report: RunReport, console: Screen) -> None:
     if evaluation:
         console.print(evaluation_footer(evaluation))
     console.print(_cost(report))
+    for search in report.searches:
+        console.print(str(search))
     for note in report.notes:
         console.print(f"note: {note}")
     console.print(f"files: {report.output}", soft_wrap=True)
@@ -110,7 +112,8 @@ def _cost(report: RunReport) -> str:
     seconds = report.seconds
     if "total" not in seconds:
         return "time and memory of the run are not recorded here"
-    names = {"calibrate_quantize": "calibrate and quantize", "verify": "verify", "evaluate": "evaluate"}
+    names = {"search": "search", "calibrate_quantize": "calibrate and quantize"}
+    names |= {"verify": "verify", "evaluate": "evaluate"}
     steps = ", ".join(f"{text} {seconds[key]:.1f} s" for key, text in names.items() if key in seconds)
     resumed = f"; {report.resumed_blocks} blocks were already done" if report.resumed_blocks else ""
     memory = "" if report.peak_rss_bytes is None else f"; peak memory: {size(report.peak_rss_bytes)}"

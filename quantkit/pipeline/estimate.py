@@ -1,8 +1,8 @@
 """How long the rest of a run takes: a model of what its parts cost, scaled by what the finished ones took.
 
 The cost of a block is in any unit; one finished block gives the seconds per unit, more of them a better mean. Work that
-is done once for all blocks (finding out which linears can be scaled together) is counted apart. Phases after the blocks
-are expected in seconds, and once one of them reports how far it is, its own pace replaces what was expected.
+is done once for all blocks (finding out which linears can be scaled together) is counted apart. Phases before and after
+the blocks are expected in seconds, and once one of them reports how far it is, its own pace replaces what was expected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Estimate:
         self._spent += self._costs[index]
 
     def expect(self, phase: str, seconds: float | None) -> None:
-        """A phase after the blocks will take about `seconds`; None: nothing is known about it yet."""
+        """A phase beside the blocks will take about `seconds`; None: nothing is known about it yet."""
         self._after[phase] = seconds
 
     def progressed(self, phase: str, share: float, seconds: float) -> None:

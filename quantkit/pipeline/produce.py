@@ -11,30 +11,36 @@ from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import inputs_after_blocks, walk
+from quantkit.checkpoint.records import SearchRecord
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.run import Run, needs
+from quantkit.pipeline.search import searched, settled
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.transforms.catalog import transform
+from quantkit.transforms.config import TransformConfig
 
 
-def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker]:
-    """Write all shards; returns how many blocks an earlier run had already finished, and what follows the run."""
+def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker, list[SearchRecord]]:
+    """Write all shards; returns how many blocks an earlier run had already finished, what follows the run, and what was
+    searched before the first block.
+    """
     done, total = writer.finished(), run.plan.n_blocks
     tracker = Tracker(run, done)
     run.progress.start(total, f"{run.source.headers.name} -> {run.output}")
     if done:
         tracker.told(min(done, total) - 1)
-    if done <= total:
-        with _full_precision():
+    with _full_precision():
+        found = searched(run, writer.journal, tracker)
+        if done <= total:
             if run.needs_streams(done):
-                _calibrated(run, writer, tracker, done)
+                _calibrated(run, writer, tracker, done, settled(run, found))
             else:
                 _data_free(run, writer, tracker, done)
-    return min(done, total), tracker
+    return min(done, total), tracker, found
 
 
 def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
@@ -48,7 +54,9 @@ def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> No
         tracker.finished(part)
 
 
-def _calibrated(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
+def _calibrated(
+    run: Run, writer: ShardWriter, tracker: Tracker, done: int, transforms: list[TransformConfig]
+) -> None:
     """With calibration: block by block, each behind the quantized ones before it."""
     assert run.windows is not None
     total = run.plan.n_blocks
@@ -67,7 +75,7 @@ def _calibrated(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> N
     )
     for block in blocks:
         tracker.opened(block)
-        result = _worked_on(run, block)
+        result = _worked_on(run, block, transforms)
         tracker.computed(result.weights, block)
         with run.clock("calibrate"):
             block.leave()  # now, as packing needs the memory
@@ -80,10 +88,10 @@ def _calibrated(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> N
         tracker.finished(total)
 
 
-def _worked_on(run: Run, block: BlockRun) -> BlockResult:
+def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig]) -> BlockResult:
     """Transform and quantize one block."""
     scaling = []
-    for config in run.recipe.transforms:
+    for config in transforms:
         with run.clock("transform"):
             report = transform(config.name).apply(block, config)
             scaling += [{"transform": config.name} | entry for entry in report]

@@ -8,6 +8,7 @@ import math
 import platform
 import resource
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from quantkit.checkpoint.records import (
     Manifest,
     Origin,
     RunFacts,
+    SearchRecord,
     Size,
     TensorRecord,
     engine_flag,
@@ -43,8 +45,12 @@ from quantkit.pipeline.run import Run
 from quantkit.structure.trace import is_linear
 
 
-def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> Manifest:
+def publish(
+    run: Run, entries: list[dict[str, Any]], found: Sequence[SearchRecord] = (), *, resumed: int
+) -> Manifest:
     """Finish the checkpoint in `run.output`, whose shards are journalled in `entries`; returns the manifest.
+
+    found: what was searched before the first block.
 
     The manifest is written last: a folder that holds it is finished. It has no evaluation yet (`evaluate_published`).
     """
@@ -78,6 +84,7 @@ def publish(run: Run, entries: list[dict[str, Any]], *, resumed: int) -> Manifes
         files=files,
         left_out=companions.left,
         kv_cache=None if run.plan.kv is None else KVRecord.of(run.plan.kv),
+        searches=list(found) or None,
         notes=_notes(run, layers, scaling),
     )
     write_run_facts(run, manifest, resumed)

@@ -104,9 +104,9 @@ def quantize(
         try:
             if journal.cut:
                 run.progress.message(journal.cut)
-            resumed, tracker = produce(run, ShardWriter(run, journal))
+            resumed, tracker, found = produce(run, ShardWriter(run, journal))
             tracker.phase(VERIFY, 0.0, 0.0)
-            manifest = publish(run, journal.entries, resumed=resumed)
+            manifest = publish(run, journal.entries, found, resumed=resumed)
             journal.remove()
             tracker.phase(VERIFY, 1.0, 0.0)
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 from quantkit_eval.report import Report
 
 from quantkit.checkpoint.manifest import RUN, read_facts
-from quantkit.checkpoint.records import Manifest, RunFacts, Size, plain
+from quantkit.checkpoint.records import Manifest, RunFacts, SearchRecord, Size, plain
 
 RUN_SCHEMA = "quantkit-run/1"
 
@@ -20,7 +20,8 @@ class RunReport:
 
     evaluation: None if none was asked for, or it failed. seconds, cpu_seconds: by phase, of the run that made the
     checkpoint; calibrating, transforming and quantizing are one, `calibrate_quantize`. Both are empty, and
-    peak_rss_bytes None, where the folder has lost `quantkit.run.json`.
+    peak_rss_bytes None, where the folder has lost `quantkit.run.json`. searches: settings that were searched for the
+    whole model.
     """
 
     output: Path
@@ -31,6 +32,7 @@ class RunReport:
     peak_rss_bytes: int | None
     notes: list[str]
     resumed_blocks: int
+    searches: list[SearchRecord]
 
     @classmethod
     def of(cls, output: Path, manifest: Manifest) -> RunReport:
@@ -45,6 +47,7 @@ class RunReport:
             peak_rss_bytes=facts.peak_rss_bytes,
             notes=manifest.notes,
             resumed_blocks=facts.resumed_blocks,
+            searches=manifest.searches or [],
         )
 
     def to_json(self) -> dict[str, Any]:

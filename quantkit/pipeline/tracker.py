@@ -21,7 +21,7 @@ from quantkit.pipeline.evaluation import CONTEXT, TOKENS
 from quantkit.pipeline.run import Run
 from quantkit.predict import predict
 
-VERIFY, EVALUATE = "verifying the checkpoint", "evaluating"
+SEARCH, VERIFY, EVALUATE = "searching", "verifying the checkpoint", "evaluating"
 PROBE_TOKENS = 512  # with fewer, a call to the packed kernels costs several times as much per token
 PROBE_BYTES = 16 << 20
 # Windows after which an evaluation that may stop early is expected to stop. The least is 16, which is what two models
@@ -48,6 +48,13 @@ class Tracker:
             self.estimate.expect(VERIFY, written * _hashing(self.now))
         if run.request is not None:
             self.estimate.expect(EVALUATE, None)
+
+    def searched(self, share: float, seconds: float) -> None:
+        """The search before the first block has come to `share`, 0 to 1, in `seconds`."""
+        if not share:
+            self.estimate.expect(SEARCH, None)
+        self.phase(SEARCH, share, seconds)
+        self._began = self.now()
 
     def opened(self, block: BlockRun) -> None:
         """Called with a block before it is quantized: the first one is run to see how long that takes."""
@@ -88,7 +95,7 @@ class Tracker:
         self.run.progress.block(part, name, left=self.estimate.left)
 
     def phase(self, name: str, share: float, seconds: float) -> None:
-        """A phase after the blocks has come to `share` in `seconds`."""
+        """A phase beside the blocks has come to `share` in `seconds`."""
         self.estimate.progressed(name, share, seconds)
         self.run.progress.phase(name, share, self.estimate.left)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.transforms import awq, smoothquant  # noqa: F401  (importing registers)
+from quantkit.transforms import awq, smoothquant, smoothquant_plus  # noqa: F401  (importing registers)
 from quantkit.transforms.registry import TRANSFORMS, Transform
 
 

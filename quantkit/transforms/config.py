@@ -60,4 +60,34 @@ class SmoothQuantConfig(BaseModel):
         return [ALPHAS.get(model_type, ALPHA) if self.alpha == "family" else self.alpha]
 
 
-TransformConfig = Annotated[AwqConfig | SmoothQuantConfig, Field(discriminator="name")]
+class SmoothQuantPlusConfig(BaseModel):
+    """SmoothQuant+: SmoothQuant with one strength for the whole model, chosen by what the quantized model loses.
+
+    strength: 0 to 1, "none" for no smoothing, or "search". search: "coarse" tries 0, 0.25, ... 1 and no smoothing, then
+    steps of 0.05 around the best; "full" tries every step of 0.05. search_windows: calibration windows on which the
+    quantized models are compared. beside: how many of them travel through the model together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    name: Literal["smoothquant_plus"]
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["none", "search"] = "search"
+    search: Literal["coarse", "full"] = "coarse"
+    search_windows: int = Field(32, ge=1)
+    beside: int = Field(6, ge=1, le=64)
+
+    @property
+    def windows(self) -> int | None:
+        """Calibration windows over which the largest inputs are taken: all (None), if anything is smoothed; a walk
+        carries at least one.
+        """
+        return 1 if self.strength == "none" else None
+
+    @property
+    def searched(self) -> int:
+        """Windows of hidden states that the search carries beside those of the original model."""
+        return self.beside * self.search_windows if self.strength == "search" else 0
+
+
+TransformConfig = Annotated[
+    AwqConfig | SmoothQuantConfig | SmoothQuantPlusConfig, Field(discriminator="name")
+]

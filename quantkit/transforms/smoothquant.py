@@ -18,7 +18,8 @@ from quantkit.numerics.inputs import input_scale, round_inputs
 from quantkit.numerics.statistics import dead_note
 from quantkit.scheme import Grid
 from quantkit.transforms.config import SmoothQuantConfig
-from quantkit.transforms.groups import by_channel, left_out, planned, rounded
+from quantkit.transforms.equalize import channel_maxima, scales
+from quantkit.transforms.groups import left_out, planned, rounded
 from quantkit.transforms.registry import EVERY, register
 
 if TYPE_CHECKING:
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from quantkit.structure.fold import ScalingGroup
 
 INSTEAD = "leave out the smoothquant transform"
-FLOOR = 1e-5  # of the largest weight of a channel, as in the authors' code
-LIMITS = (1e-4, 1e4)  # of s: what a norm in float16 can still hold
-
-
-def scales(input_max: torch.Tensor, weight_max: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s [channels] from max|x| and max|w| of each channel; 1 for a channel that is always 0 or that no weight reads."""
-    s = input_max.pow(alpha) / weight_max.clamp(min=FLOOR).pow(1 - alpha)
-    return torch.where((input_max > 0) & (weight_max > 0), s.clamp(*LIMITS), 1.0)
 
 
 @register("smoothquant", windows=lambda config: config.windows or EVERY)
@@ -61,8 +54,7 @@ def _smooth(
     run: BlockRun, group: ScalingGroup, input_max: torch.Tensor, seen: Observed, config: SmoothQuantConfig
 ) -> dict[str, Any]:
     """Fold the scales of one group. input_max: [K], max|x| of every column of its consumers."""
-    weights = torch.stack([run.held[n].weight.abs().amax(0) for n in group.consumers]).amax(0)
-    channels, weight_max = (by_channel(t, group.expand, "amax") for t in (input_max, weights))
+    channels, weight_max = channel_maxima(run, group, input_max)
     candidates = {alpha: scales(channels, weight_max, alpha) for alpha in config.strengths(run.model_type)}
     alpha: float | None = next(iter(candidates))
     report: dict[str, Any] = {"producer": group.producer, "consumers": list(group.consumers)}

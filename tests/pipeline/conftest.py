@@ -54,6 +54,10 @@ def arguments(inputs):
         "gptq with head": {"weights": gptq, "rules": [{"match": "lm_head", "bits": 8}]},
         "awq": {"weights": gptq, "transforms": [{"name": "awq", "grid": 3, "windows": 4}]},
         "smoothquant": {"weights": gptq, "transforms": ["smoothquant"]},
+        "smoothquant_plus": {
+            "weights": weights | {"algorithm": {"name": "rtn", "range": "minmax"}},
+            "transforms": [{"name": "smoothquant_plus", "search_windows": 4}],
+        },
     }
     calibration = {"data": [str(inputs / "text")], "samples": 8, "sequence_length": 32}
 

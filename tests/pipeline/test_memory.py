@@ -17,6 +17,7 @@ RECIPES = {
     "gptq with re-target": {"weights": WEIGHTS | {"algorithm": "gptq"}},
     "awq": {"weights": WEIGHTS | {"algorithm": "rtn"}, "transforms": ["awq"]},
     "awq and gptq": {"weights": WEIGHTS | {"algorithm": "gptq"}, "transforms": ["awq"]},
+    "smoothquant_plus": {"weights": WEIGHTS | {"algorithm": "rtn"}, "transforms": ["smoothquant_plus"]},
     "weighted rtn": {"weights": WEIGHTS | {"algorithm": {"name": "rtn", "range": "weighted"}}},
 }
 

@@ -35,7 +35,8 @@ def test_shipped_recipe_loads_and_says_its_command(name):
     assert (recipe.calibration.samples, recipe.calibration.sequence_length) == (128, 512)
     assert recipe.weights.bits == int(name[1])
     assert recipe.weights.algorithm.name == ("gptq" if "gptq" in name else "rtn")
-    assert [t.name for t in recipe.transforms] == (["awq"] if "awq" in name else [])
+    named = {"awq": "awq", "smoothquant-plus": "smoothquant_plus"}
+    assert [t.name for t in recipe.transforms] == [named[each] for each in named if each in name]
     assert lines[1].endswith("asymmetric.") is not recipe.weights.symmetric
     if name.endswith("-sym"):
         assert recipe.weights.symmetric

@@ -15,8 +15,8 @@ from quantkit.plan import build_plan
 from quantkit.recipe import TRANSFORMS, parse_recipe
 from quantkit.scheme import PRESETS
 from quantkit.transforms.catalog import transform
+from quantkit.transforms.equalize import scales
 from quantkit.transforms.groups import rounded
-from quantkit.transforms.smoothquant import scales
 
 RECIPE = {"weights": {"algorithm": "rtn", "preset": "W8A16"}, "calibration": {"sequence_length": 24}}
 FAMILIES = ("llama-gqa", "gemma2", "opt", "phi3-gqa", "gpt2", "falcon-new")
