@@ -3,6 +3,7 @@
 Computed in fp32, whatever the dtype of the entries:
 
     FP8, stored scale (tensor, head)   code = e4m3(clamp(x / s, -448, 448)), x_hat = code s; calibrated s = max|x| / 448
+    int8, stored scale                 code = clamp(rne(x / s), -128, 127); read from files of other tools only
     integer per token and head         s = max(max|x| / (2^(b-1) - 1), 1e-6), halves away from zero: what vLLM's
                                        int8_per_token_head does; 8 and 4 bits
     integer, asymmetric (KIVI)         per token and `group_size` channels, or per channel and `group_size` tokens:
@@ -52,9 +53,11 @@ def encode(x: torch.Tensor, grid: Grid, scale: torch.Tensor | None = None) -> KV
     if not grid.dynamic:
         if scale is None:
             raise ValueError(f"a cache {grid} needs stored scales")
-        if grid.number.name != "fp8_e4m3":
-            raise ValueError(f"a cache with stored scales is FP8, got {grid}")
         levels = x.float() / scale.float()
+        if grid.number.name == "int8" and grid.symmetric:
+            return KVCodes(levels.round_().clamp_(-128, 127).to(torch.int8), scale.float())
+        if grid.number.name != "fp8_e4m3":
+            raise ValueError(f"a cache with stored scales is FP8 or symmetric int8, got {grid}")
         return KVCodes(levels.clamp_(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), scale.float())
     if grid.number.kind != "int":
         raise ValueError(f"a cache with scales of its own is of integers, got {grid}")
