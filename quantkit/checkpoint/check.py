@@ -54,10 +54,8 @@ def packing_of(path: Path, stored: Any) -> tuple[Codec | None, SchemeOf | None]:
         return None, None
     try:
         codec = codec_of(stored)
-        scheme_of = codec.parse(stored)
-        if codec.kv_scheme(stored) is not None:
-            raise ModelError("this checkpoint has a kv_cache_scheme, which quantkit does not read yet")
-        return codec, scheme_of
+        codec.kv_scheme(stored)
+        return codec, codec.parse(stored)
     except ModelError as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from error
 
@@ -156,7 +154,8 @@ def _is_weights(name: str) -> bool:
 
 
 def _is_small(info: TensorInfo, codec: Codec | None) -> bool:
-    is_scale = codec is not None and info.name.rpartition(".")[2] == codec.scale
+    leaf = info.name.rpartition(".")[2]
+    is_scale = codec is not None and (leaf == codec.scale or leaf in codec.positive)
     if info.dtype not in FLOATS:
         return is_scale and info.dtype == "F8_E4M3"
     return is_scale or (len(info.shape) <= 1 and info.nbytes <= _LARGE)

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.checkpoint import kv
 from quantkit.checkpoint.check import check_files, check_values, packing_of
 from quantkit.checkpoint.saving import remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
 from quantkit.formats.registry import Codec, codec
+from quantkit.layers.kv_cache import attach
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.config import check_sizes, open_config, read_config
 from quantkit.models.headers import resolve_model
 from quantkit.models.tensors import TensorInfo, named, read_tensors
+from quantkit.scheme import KVScheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +45,7 @@ def load(
     offload_folder: str | Path | None = None,
     compute: str = "float",
     verify: bool = False,
+    kv_cache: KVScheme | str | None = None,
 ) -> PreTrainedModel:
     """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
 
@@ -51,7 +55,8 @@ def load(
     for every packed linear. compute: "float", or "int8" (activations rounded per token and group, as llama.cpp does)
     or "int8-token" for the native CPU kernels; what int8 costs is in docs/kernels.md. The sizes of the weight files
     and whether scales, norms and biases are finite are always checked; verify: the sha256 of every file that
-    quantkit.json lists, too.
+    quantkit.json lists, too. kv_cache: instead of what the checkpoint says about its KV cache, a name of
+    `quantkit.scheme.KV_PRESETS`, a `KVScheme`, or "exact"; a warning says so where they differ.
 
     ModelError: a folder that is corrupt, tensors that are missing, foreign or of the wrong shape (named), a
     device that is not there. BackendError: a backend that cannot run this model here. Remote code never runs.
@@ -64,6 +69,7 @@ def load(
     check_files(path, verify)
     stored = raw.get("quantization_config")
     packing, _ = packing_of(path, stored)
+    cache = kv.chosen_scheme(kv_cache, kv.stored_scheme(path, packing, stored))
     _, tensors = read_tensors(path)
     check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)
@@ -77,6 +83,8 @@ def load(
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
         )
+    if cache is not None:
+        attach(model, cache, None if cache.dynamic else kv.scales_of(model))
     model.eval()
     return model
 

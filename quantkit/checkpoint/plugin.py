@@ -19,6 +19,7 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantkit.checkpoint import kv
 from quantkit.checkpoint.saving import all_as_stored
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
@@ -57,6 +58,8 @@ class PackedQuantizer(HfQuantizer):
         stored = self.quantization_config.stored
         packing = codec_of(stored)
         swap(model, packing, packing.parse(stored), tensors)
+        if packing.kv_scheme(stored) is not None:
+            kv.place_scales(model, tensors)
         check_shapes(model, packing, tensors)
         # What is left lives as long as the model: the types to save in.
         self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}

@@ -69,7 +69,7 @@ class CompressedTensors(Codec):
     }
     scale = "weight_scale"
     apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point"})
-    positive = frozenset({"weight_global_scale", "input_scale"})
+    positive = frozenset({"weight_global_scale", "input_scale", "k_scale", "v_scale"})
 
     def dtypes(self, scheme: Scheme) -> dict[str, torch.dtype | None]:
         kind = format_of(scheme)

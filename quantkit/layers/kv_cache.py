@@ -211,7 +211,9 @@ def _prepare(
         assert make is not None
         model_kwargs["past_key_values"] = make()
         return None
-    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *rest, **more)
+    return type(model)._prepare_cache_for_generation(  # type: ignore[attr-defined]
+        model, generation_config, model_kwargs, *rest, **more
+    )
 
 
 def _give(

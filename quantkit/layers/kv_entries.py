@@ -217,6 +217,6 @@ def _unpacked(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     shifts = torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=codes.device)
     several = ((codes[..., None] >> shifts) & (1 << grid.bits) - 1).flatten(-2)
     if not grid.symmetric:
-        return several
+        return torch.as_tensor(several)
     half = 1 << grid.bits - 1
     return ((several ^ half).to(torch.int8) - half).to(torch.int8)

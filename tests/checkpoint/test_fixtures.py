@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import quantkit
 from quantkit.formats.registry import codec
+from quantkit.layers.kv_attention import NAME
+from quantkit.layers.kv_cache import cache_of
 from quantkit.layers.quant_linear import QuantLinear
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -43,6 +45,21 @@ def test_logits_are_those_of_its_own_loader(name):
     size = recorded["logits"].square().mean().sqrt()
     off = (logits - recorded["logits"]).square().mean().sqrt()
     assert float(off) < 1e-2 * float(size), f"{float(off / size):.3g}"
+
+
+@pytest.mark.parametrize("name", ["kv-fp8-tensor", "kv-fp8-head", "kv-int8-tensor"])
+@pytest.mark.parametrize("attention", ["eager", NAME])
+def test_caches_give_the_logits_of_their_own_loader(name, attention):
+    model, recorded = opened(name)
+    model.set_attn_implementation(attention)
+    ids = recorded["input_ids"]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = cache_of(model)()
+        steps = [model(part, past_key_values=cache).logits for part in ids.split([20, 1, 1, 1, 1], 1)]
+    for logits in (whole, torch.cat(steps, 1)):
+        off = (logits - recorded["logits"]).square().mean().sqrt() / recorded["logits"].square().mean().sqrt()
+        assert float(off) < 1e-2, f"{float(off):.3g}"
 
 
 @pytest.mark.parametrize("name", [*EXACT, "mxfp4a16"])
