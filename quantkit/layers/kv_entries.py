@@ -207,7 +207,7 @@ def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
         )
     several = codes.view(torch.uint8).unflatten(-1, (-1, 8 // bits)) & (1 << bits) - 1
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (several << shifts).sum(-1, dtype=torch.uint8)
+    return torch.as_tensor((several << shifts).sum(-1, dtype=torch.uint8))
 
 
 def _unpacked(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -217,6 +217,6 @@ def _unpacked(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     shifts = torch.arange(0, 8, grid.bits, dtype=torch.uint8, device=codes.device)
     several = ((codes[..., None] >> shifts) & (1 << grid.bits) - 1).flatten(-2)
     if not grid.symmetric:
-        return torch.as_tensor(several)
+        return several
     half = 1 << grid.bits - 1
     return ((several ^ half).to(torch.int8) - half).to(torch.int8)
