@@ -21,7 +21,7 @@ from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.recipe import Recipe
-from quantkit.recipe_schemes import Rule, Weights
+from quantkit.recipe_schemes import InputRange, Rule, Weights
 from quantkit.scheme import Grid, KVScheme, Scheme
 
 ENGINE_GROUPS = (128, 64, 32)  # group sizes that the kernels of vLLM and SGLang take, and ours
@@ -35,7 +35,7 @@ class LayerPlan:
     """One linear to quantize.
 
     name: module name. shape: (N, K), whatever the layout on disk. transposed: on disk it is Conv1D's [K, N].
-    block: number of its decoder block, None outside of them.
+    block: number of its decoder block, None outside of them. input_range: how a calibrated range of inputs is chosen.
     """
 
     name: str
@@ -44,6 +44,7 @@ class LayerPlan:
     block: int | None
     scheme: Scheme
     algorithm: AlgorithmConfig
+    input_range: InputRange = "minmax"
 
     @property
     def calibrates_inputs(self) -> bool:
@@ -69,6 +70,18 @@ class Plan:
     def calibrates_cache(self) -> bool:
         """Whether the KV cache has stored scales, found on calibration text."""
         return self.kv is not None and not self.kv.dynamic
+
+    @property
+    def follows_quantized(self) -> bool:
+        """Whether calibration carries the hidden states behind the quantized layers, for all windows.
+
+        GPTQ compensates for what was quantized before; the scales of a cache and of inputs are those of the model that
+        will run; and whatever is measured of rounded inputs is measured behind rounded inputs.
+        """
+        needs = frozenset().union(*(layer.algorithm.needs for layer in self.layers))
+        rounded = any(layer.scheme.inputs for layer in self.layers)
+        static = any(layer.calibrates_inputs for layer in self.layers)
+        return "hessian" in needs or self.calibrates_cache or static or bool(needs and rounded)
 
     def needs_text(self, recipe: Recipe) -> bool:
         """Whether calibration text is run through the model: for a transform, for statistics of an algorithm, or for
@@ -135,12 +148,21 @@ def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | Non
 
 
 def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None) -> LayerPlan:
+    inputs, algorithm = recipe.inputs, weights.algorithm
     if rule:
-        scheme, algorithm = rule.apply(weights, recipe.inputs)
+        scheme, algorithm = rule.apply(weights, inputs)
+        inputs = rule.inputs_instead_of(inputs)
     else:
-        inputs = None if recipe.inputs is None else recipe.inputs.grid
-        scheme, algorithm = Scheme(weights.scheme.weights, inputs), weights.algorithm
-    return LayerPlan(linear.name, linear.shape, linear.transposed, linear.block, scheme, algorithm)
+        scheme = Scheme(weights.scheme.weights, None if inputs is None else inputs.grid)
+    return LayerPlan(
+        name=linear.name,
+        shape=linear.shape,
+        transposed=linear.transposed,
+        block=linear.block,
+        scheme=scheme,
+        algorithm=algorithm,
+        input_range="minmax" if inputs is None else inputs.range,
+    )
 
 
 def _linears(headers: Headers, others: Mapping[str, str]) -> tuple[str, int, list[_Linear], dict[str, str]]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quantkit.formats.compressed_tensors_config import PACKED, format_of
 from quantkit.models import families
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
@@ -71,12 +72,27 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
 
 
 def packed_bytes(layer: LayerPlan, scale_bytes: int) -> int:
-    """Bytes of one quantized linear: 32-bit words of codes per row, scales, packed zero points, the shape."""
+    """Bytes of one quantized linear: codes, scales, zero points and what else its format stores.
+
+    Packed integers: 32-bit words of codes per row, packed zero points, the shape; other formats store one code a byte,
+    or two of FP4.
+    """
     n, k = layer.shape
-    scheme = layer.scheme.weights
-    groups = k // scheme.group(k)
-    zeros = 0 if scheme.symmetric else _words(n, scheme.bits) * groups
-    return 4 * (n * _words(k, scheme.bits) + zeros) + n * groups * scale_bytes + _SHAPE
+    grid, inputs = layer.scheme.weights, layer.scheme.inputs
+    groups = k // grid.group(k)
+    if grid.granularity == "tensor":
+        scales = 1
+    elif grid.granularity == "block":
+        scales = -(-n // grid.group(k)) * groups
+    else:
+        scales = n * groups
+    stored = scales * (scale_bytes if grid.scale is None else 1) + (FLOAT if grid.two_level else 0)
+    if inputs is not None and not inputs.dynamic:
+        stored += scale_bytes + (0 if inputs.symmetric else 1)
+    if format_of(layer.scheme) != PACKED:
+        return stored + (n * k * grid.bits // 8 if grid.number.kind == "float" else n * k)
+    zeros = 0 if grid.symmetric else _words(n, grid.bits) * groups
+    return stored + 4 * (n * _words(k, grid.bits) + zeros) + _SHAPE
 
 
 def _words(count: int, bits: int) -> int:
@@ -133,7 +149,7 @@ def _stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
     full = max((every if windows is None else windows for windows in looked), default=0)
     if "drift" in needs:
         full = max(full, -(-every // 2))
-    quantized = every if "hessian" in needs or plan.calibrates_cache else 0
+    quantized = every if plan.follows_quantized else 0
     if needs and not quantized:
         full = every
     if full:  # whole chunks of windows, of which one may be half empty
@@ -220,7 +236,7 @@ def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
     for layer in layers:
         key = (layer.name.rpartition(".")[0], layer.shape[1])
         siblings[key] = siblings.get(key, 0) + layer.shape[0]
-    if not (needs or recipe.transforms):
+    if not (needs or recipe.transforms or any(layer.calibrates_inputs for layer in layers)):
         return 5 * FLOAT * max(math.prod(layer.shape) for layer in layers) + 2 * codes
     copies = 4 * FLOAT * max(n * k for (_, k), n in siblings.items())
     widest = max(k for _, k in siblings)

@@ -73,6 +73,7 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 GroupSize = Annotated[int, Field(ge=16)] | None
 Granularity = Literal["tensor", "channel", "group", "block"]
 ScaleName = Literal["fp8_e4m3", "e8m0"]
+InputRange = Literal["minmax", "percentile", "mse"]
 
 
 class Part(BaseModel):
@@ -92,7 +93,7 @@ class Inputs(Part):
     group_size: GroupSize = None
     symmetric: bool = True
     dynamic: bool = True
-    range: Literal["minmax", "percentile", "mse"] = "minmax"
+    range: InputRange = "minmax"
 
     @model_validator(mode="before")
     @classmethod
@@ -265,8 +266,11 @@ class Rule(SchemePart):
     def apply(self, weights: Weights, inputs: Inputs | None) -> tuple[Scheme, AlgorithmConfig]:
         """The scheme and algorithm of a module under this rule; ValueError if the keys are no scheme together."""
         keys = {key: getattr(self if key in self.model_fields_set else weights, key) for key in WEIGHT_KEYS}
-        scheme = scheme_of(keys, self.inputs if "inputs" in self.model_fields_set else inputs)
-        return scheme, self.algorithm or weights.algorithm
+        return scheme_of(keys, self.inputs_instead_of(inputs)), self.algorithm or weights.algorithm
+
+    def inputs_instead_of(self, inputs: Inputs | None) -> Inputs | None:
+        """The inputs of a module under this rule; inputs: those of the recipe."""
+        return self.inputs if "inputs" in self.model_fields_set else inputs
 
 
 class KVCache(Part):

@@ -24,7 +24,7 @@ DOORS: dict[str, set[str]] = {
     "structure": set(),
     "recipe": {"algorithms", "assets", "formats", "transforms"},
     "plan": {"algorithms", "models", "recipe"},
-    "predict": {"models", "plan", "recipe"},
+    "predict": {"formats", "models", "plan", "recipe"},
     "calibration": {"models", "numerics", "quantkit_eval", "structure"},
     "validation": {"calibration", "models", "plan", "predict", "recipe"},
     "layers": {"formats", "numerics", "quantkit_kernels"},

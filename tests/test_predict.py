@@ -15,7 +15,7 @@ from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, build_plan
 from quantkit.predict import PROCESS, packed_bytes, predict
 from quantkit.recipe import load_recipe
-from quantkit.scheme import Scheme, integer
+from quantkit.scheme import PRESETS, Scheme, integer
 
 RECORDS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -38,6 +38,17 @@ def test_a_packed_linear_has_the_predicted_bytes(bits, symmetric, n, k, group):
     stored = CompressedTensors().pack(rtn(torch.randn(n, k), grid, torch.bfloat16))
     layer = LayerPlan("a", (n, k), False, 0, Scheme(grid), load_recipe("w4a16-rtn").weights.algorithm)
     assert packed_bytes(layer, 2) == sum(t.nbytes for t in stored.values())
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "NF4"])
+def test_a_linear_of_every_preset_has_the_bytes_of_its_stored_shapes(preset):
+    from quantkit.formats.compressed_tensors import CompressedTensors
+
+    scheme, codec = PRESETS[preset], CompressedTensors()
+    dtypes, shapes = codec.dtypes(scheme), codec.shapes(192, 256, scheme)
+    wanted = sum((dtypes[leaf].itemsize if dtypes[leaf] else 2) * math.prod(shapes[leaf]) for leaf in shapes)
+    layer = LayerPlan("a", (192, 256), False, 0, scheme, load_recipe("w4a16-rtn").weights.algorithm)
+    assert packed_bytes(layer, 2) == wanted
 
 
 # A process of its own: its peak memory counts from what it needed before the run.

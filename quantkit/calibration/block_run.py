@@ -21,6 +21,7 @@ from quantkit.calibration.replay import Replay
 from quantkit.calibration.streams import Streams, kept
 from quantkit.errors import NumericalError
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
+from quantkit.numerics.input_range import InputRange
 from quantkit.numerics.statistics import Statistics
 from quantkit.structure.discover import discover
 from quantkit.structure.fold import ScalingGroup, fold
@@ -129,6 +130,8 @@ class BlockRun:
     ) -> dict[tuple[str, ...], Statistics]:
         """Statistics of the input that each set of siblings shares, in one pass over the chunks.
 
+        Inputs count as the siblings round them (see `rounded`), those of the full stream as they are.
+
         The forward stops at the last set's input; the full stream runs on when that was the block's last set, as its
         weights will not change, and so advances in the same pass.
         """
@@ -147,11 +150,38 @@ class BlockRun:
                 x = seen[False][siblings] if False in seen else seen[True][siblings]
                 if siblings not in gatherers:
                     gatherers[siblings] = Gatherer(needs[siblings], x.shape[-1], self.device)
-                gatherers[siblings].update(x, seen.get(True, {}).get(siblings))
+                gatherers[siblings].update(self.rounded(siblings, x), seen.get(True, {}).get(siblings))
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
         return {siblings: gatherers[siblings].finish() for siblings in sets}
+
+    def rounded(self, siblings: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        """The shared input [..., K] of siblings on the grid that all planned ones round it to; if they differ in it, as
+        it is.
+        """
+        held = [self.held[name] for name in siblings if name in self.plans]
+        if len({(linear.inputs, linear.in_features) for linear in held}) != 1:
+            return x
+        return held[0].rounded(x)
+
+    @torch.no_grad()
+    def ranges(self, sets: list[tuple[str, ...]], field: str) -> dict[tuple[str, ...], InputRange]:
+        """The range of the input that each set of siblings shares, in the stream that quantized layers will see.
+
+        field: "range" for the smallest and the largest input, "counts" for how often each value came too.
+        """
+        gatherers: dict[tuple[str, ...], Gatherer] = {}
+        full = self.streams.quantized is None
+        for chunk in self.chunks():
+            seen: Inputs = {}
+            self._forward_to(sets, chunk, full, seen, stop=True)
+            for siblings, x in seen.items():
+                if siblings not in gatherers:
+                    gatherers[siblings] = Gatherer(frozenset({field}), x.shape[-1], self.device)
+                gatherers[siblings].update(x)
+        found = {siblings: gatherer.finish().range for siblings, gatherer in gatherers.items()}
+        return {siblings: each for siblings, each in found.items() if each is not None}
 
     def _forward_to(
         self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: Inputs, stop: bool

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from quantkit.numerics.input_range import BINS, InputRange, count
 from quantkit.numerics.statistics import Statistics
 
 _TILE = 128
@@ -115,6 +116,37 @@ class Sample:
         statistics.sample = torch.cat(self.parts)
 
 
+class Range:
+    """The smallest and the largest input, of all channels."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.low = torch.full((1,), torch.inf, device=device)
+        self.high = -self.low
+
+    def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
+        if x.numel():
+            low, high = x.aminmax()
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
+    def finish(self, statistics: Statistics) -> None:
+        statistics.range = InputRange(self.low.cpu(), self.high.cpu())
+
+
+class Counts(Range):
+    """The same, and how often each value came."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+
+    def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
+        super().update(x, full)
+        self.counts += count(x)
+
+    def finish(self, statistics: Statistics) -> None:
+        statistics.range = InputRange(self.low.cpu(), self.high.cpu(), self.counts.cpu())
+
+
 COLLECTORS: dict[str, type] = {
     "hessian": Hessian,
     "drift": Drift,
@@ -122,6 +154,8 @@ COLLECTORS: dict[str, type] = {
     "mean_abs": MeanAbs,
     "mean_square": MeanSquare,
     "sample": Sample,
+    "range": Range,
+    "counts": Counts,
 }
 
 

@@ -155,7 +155,7 @@ def _hold(module: nn.Module, plans: dict[str, LayerPlan]) -> None:
         weight = weight.T.contiguous() if plan.transposed else weight
         parent = module.get_submodule(name.rpartition(".")[0])
         bias = None if linear.bias is None else linear.get_parameter("bias").data
-        setattr(parent, name.rpartition(".")[2], HeldLinear(weight, bias))
+        setattr(parent, name.rpartition(".")[2], HeldLinear(weight, bias, plan.scheme.inputs))
 
 
 @torch.no_grad()
@@ -168,8 +168,12 @@ def inputs_after_blocks(
     name: str,
     fields: frozenset[str],
     device: torch.device,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> Statistics:
-    """Statistics of the input of a linear that runs after the blocks (the head), from the streams behind them."""
+    """Statistics of the input of a linear that runs after the blocks (the head), from the streams behind them.
+
+    rounded: how the linear rounds its inputs.
+    """
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     batch = chunk_windows(plan, windows)
     skeleton.load_outside(model, source, prefix, skeleton.head_tensors(model), device=device)
@@ -205,7 +209,7 @@ def inputs_after_blocks(
                 )
         x = seen[False] if False in seen else seen[True]
         gatherer = gatherer or Gatherer(fields, x.shape[-1], device)
-        gatherer.update(x, seen.get(True))
+        gatherer.update(rounded(x), seen.get(True))
     skeleton.free_outside(model, prefix)
     assert gatherer is not None
     return gatherer.finish()

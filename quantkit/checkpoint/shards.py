@@ -75,7 +75,8 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
 
 
 def _own(path: Path, name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # torch.isfinite knows no FP8
+    if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
         raise NumericalError(
             f"{path.name}: {name} became NaN or infinite; look for extreme weights before it"
         )

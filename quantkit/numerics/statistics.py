@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.numerics.input_range import InputRange
+
 NOTED_DEAD = 0.05  # share of dead columns above which a note says so
 
 
@@ -41,6 +43,7 @@ class Statistics:
     fired: bool [K], whether the input was ever nonzero; comes with the hessian, whose squares may underflow.
     amax, mean_abs, mean_square: fp32 [K].
     sample: fp32 [rows, K], some of the inputs themselves.
+    range: the smallest and the largest input, and how often each value came if that was asked for.
     tokens: number of (unmasked) tokens seen.
     """
 
@@ -52,3 +55,4 @@ class Statistics:
     mean_abs: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+    range: InputRange | None = None

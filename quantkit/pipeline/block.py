@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.memory import give_back
 from quantkit.checkpoint.records import LayerRecord
 from quantkit.errors import NumericalError
+from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.inputs import CalibratedInputs, calibrate_inputs
 from quantkit.pipeline.kv import CacheCalibration
 from quantkit.pipeline.run import needs
 from quantkit.plan import LayerPlan
@@ -27,22 +30,35 @@ from quantkit.scheme import KVScheme
 class BlockResult:
     """What one block became. Keys are full module or parameter names.
 
-    weights: the quantized linears. changed: other parameters a transform has changed, in their stored dtype.
+    weights: the quantized linears; inputs: the stored ranges of those with static inputs. changed: other parameters a
+    transform has changed, in their stored dtype.
     layers: one record per quantized linear. scaling: one per scaling group a transform has looked at. cache: calibrated
     scales of the KV cache, as they are stored.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    inputs: dict[str, InputScale] = field(default_factory=dict)
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
     cache: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome) -> None:
-        """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K]."""
+    def add(
+        self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome, inputs: CalibratedInputs | None = None
+    ) -> None:
+        """Record one linear; NumericalError if it is not usable. weight: what was to be quantized, fp32 [N, K].
+
+        inputs: the range of static ones.
+        """
         sound = check_sound(plan.name, weight, outcome)
         fallbacks = outcome.fallbacks + sound.notes
+        details: dict[str, Any] = outcome.details | {
+            name: int(count.sum()) for name, count in outcome.counts.items()
+        }
         self.weights[plan.name] = outcome.weight
+        if inputs is not None:
+            self.inputs[plan.name] = inputs.scale
+            details |= inputs.details
         self.layers.append(
             LayerRecord(
                 name=plan.name,
@@ -51,7 +67,7 @@ class BlockResult:
                 weight_error=sound.weight_error,
                 relative_error=sound.objective,
                 worst_row_error=sound.worst_row,
-                details=outcome.details | {name: int(count.sum()) for name, count in outcome.counts.items()},
+                details=details,
                 fallbacks=fallbacks or None,
             )
         )
@@ -134,20 +150,27 @@ def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> B
     cache = CacheCalibration(run, kv, clock)
     for together in passes:
         with clock("calibrate"):
+            inputs = calibrate_inputs(run, together)
             statistics = run.collect(together, fields)
             give_back()
         with clock("quantize"):
             for siblings in together:
-                _quantize_siblings(run, siblings, statistics.pop(siblings, Statistics()), result)
+                _quantize_siblings(run, siblings, statistics.pop(siblings, Statistics()), inputs, result)
         cache.quantized(name for siblings in together for name in siblings)
     result.cache = cache.stored()
     return result
 
 
 def _quantize_siblings(
-    run: BlockRun, siblings: tuple[str, ...], statistics: Statistics, result: BlockResult
+    run: BlockRun,
+    siblings: tuple[str, ...],
+    statistics: Statistics,
+    inputs: Mapping[str, CalibratedInputs],
+    result: BlockResult,
 ) -> None:
-    """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian."""
+    """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian, and what the weights
+    of a layer share. inputs: static ones, by name inside the block.
+    """
     held, plans = run.held, run.plans
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name in siblings:
@@ -167,7 +190,7 @@ def _quantize_siblings(
             mine = slice(end - size, end)
             part = outcome.rows(mine)
             held[name].quantized = part.weight
-            result.add(plans[name], together[mine], part)
+            result.add(plans[name], together[mine], part, inputs.get(name))
             if run.streams.full is None:
                 held[name].forget()
     run.finished(siblings)

@@ -13,8 +13,10 @@ from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import inputs_after_blocks, walk
 from quantkit.checkpoint.records import SearchRecord
 from quantkit.models.tensors import torch_dtype
+from quantkit.numerics.inputs import round_inputs
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
+from quantkit.pipeline.inputs import CalibratedInputs, calibrated, statistic
 from quantkit.pipeline.run import Run, needs
 from quantkit.pipeline.search import searched, settled
 from quantkit.pipeline.shard_writer import ShardWriter
@@ -105,28 +107,47 @@ def _outside(run: Run, streams: Streams) -> BlockResult:
     """Linears outside the blocks that a rule names (an untied head)."""
     result, part = BlockResult(), run.plan.n_blocks
     for plan in run.plans(part):
-        statistics = Statistics()
-        if needs(plan):
-            assert run.windows is not None
-            with run.clock("calibrate"):
-                statistics = inputs_after_blocks(
-                    run.model,
-                    run.source,
-                    run.plan,
-                    run.windows.ids,
-                    streams,
-                    plan.name,
-                    needs(plan),
-                    run.device,
-                )
-        _quantize_alone(run, part, plan, statistics, result)
+        inputs = None
+        if plan.calibrates_inputs:
+            found = _after_blocks(run, streams, plan, frozenset({statistic(plan)})).range
+            assert found is not None
+            inputs = calibrated(plan, found, torch_dtype(run.parts[part][f"{plan.name}.weight"].dtype))
+        statistics = _after_blocks(run, streams, plan, needs(plan), inputs) if needs(plan) else Statistics()
+        _quantize_alone(run, part, plan, statistics, result, inputs)
     return result
 
 
+def _after_blocks(
+    run: Run,
+    streams: Streams,
+    plan: LayerPlan,
+    fields: frozenset[str],
+    inputs: CalibratedInputs | None = None,
+) -> Statistics:
+    """Statistics of the input of one linear outside the blocks, rounded as its scheme says once a range is known."""
+    assert run.windows is not None
+    grid = plan.scheme.inputs
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if grid is None or (inputs is None and not grid.dynamic):
+            return x
+        return round_inputs(x, grid, None if inputs is None else inputs.scale)
+
+    with run.clock("calibrate"):
+        return inputs_after_blocks(
+            run.model, run.source, run.plan, run.windows.ids, streams, plan.name, fields, run.device, rounded
+        )
+
+
 def _quantize_alone(
-    run: Run, part: int, plan: LayerPlan, statistics: Statistics, result: BlockResult
+    run: Run,
+    part: int,
+    plan: LayerPlan,
+    statistics: Statistics,
+    result: BlockResult,
+    inputs: CalibratedInputs | None = None,
 ) -> None:
-    """Read and quantize one linear that is not held in a block."""
+    """Read and quantize one linear that is not held in a block. inputs: the range of static ones."""
     with run.clock("load"):
         weight = run.source.tensor(f"{plan.name}.weight")
         weight = (weight.T.contiguous() if plan.transposed else weight).float()
@@ -137,7 +158,7 @@ def _quantize_alone(
         outcome = algorithm(plan.algorithm.name).quantize(
             weight, statistics, plan.scheme.weights, dtype, plan.algorithm
         )
-        result.add(plan, weight, outcome)
+        result.add(plan, weight, outcome, inputs)
 
 
 @contextmanager

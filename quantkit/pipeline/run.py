@@ -75,12 +75,11 @@ class Run:
         """Which hidden states the walk has to carry.
 
         full: what transforms look at, what re-targeting aims at (half the windows, see docs/LOG.md), and what
-        data-aware rounding weighs by. quantized: what GPTQ compensates for, and what the scales of a cache are
-        calibrated on.
+        data-aware rounding weighs by. quantized: see `Plan.follows_quantized`.
         """
         every = len(self.windows.ids) if self.windows else 0
         fields = frozenset().union(*(needs(layer) for layer in self.plan.layers))
-        quantized = "hessian" in fields or self.plan.calibrates_cache
+        quantized = self.plan.follows_quantized
         full = max((transform(t.name).windows(t) for t in self.recipe.transforms), default=0)
         if "drift" in fields:
             full = max(full, -(-every // 2))

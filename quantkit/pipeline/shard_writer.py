@@ -12,7 +12,7 @@ from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.records import TensorRecord, plain
 from quantkit.checkpoint.shards import Written, shard_name, write_shard
-from quantkit.checkpoint.verify import verify_shard
+from quantkit.checkpoint.verify import Rounding, verify_shard
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.models.tensors import TensorInfo
@@ -26,6 +26,7 @@ class ShardWriter:
     def __init__(self, run: Run, journal: Journal) -> None:
         self.run, self.journal = run, journal
         self.codec = codec(run.recipe.output.format)
+        self.schemes = {layer.name: layer.scheme for layer in run.plan.layers}
 
     def finished(self) -> int:
         """How many shards of an earlier run are still what the journal says, if the run can go on after them."""
@@ -65,7 +66,8 @@ class ShardWriter:
             written = write_shard(path, tensors)
             del tensors
         with run.clock("verify"):
-            verify_shard(path, result.weights, self.codec, scales=result.cache)
+            rounding = {n: Rounding(self.schemes[n].inputs, result.inputs.get(n)) for n in result.weights}
+            verify_shard(path, result.weights, self.codec, rounding, result.cache)
         kept: Written | None = None
         if streams is not None and run.needs_streams(part + 1):
             with run.clock("write"):
@@ -90,9 +92,12 @@ class ShardWriter:
         account: dict[str, TensorRecord] = {}
         sources = self.run.parts[part]
         for name, info in sources.items():
-            layer, _, leaf = name.rpartition(".")
-            if leaf == "weight" and layer in result.weights:
-                packed = {f"{layer}.{k}": t for k, t in self.codec.pack(result.weights[layer]).items()}
+            layer, _, own = name.rpartition(".")
+            if own == "weight" and layer in result.weights:
+                leaves = self.codec.pack_scheme(
+                    result.weights[layer], self.schemes[layer], result.inputs.get(layer)
+                )
+                packed = {f"{layer}.{leaf}": t for leaf, t in leaves.items()}
                 tensors |= packed
                 account[info.name] = TensorRecord("quantized", sorted(packed))
             else:

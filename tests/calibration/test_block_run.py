@@ -8,14 +8,17 @@ from quantkit.calibration.walk import Wanted, walk
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.numerics.inputs import InputScale
 from quantkit.plan import build_plan
 from quantkit.recipe import parse_recipe
+from quantkit.scheme import INT8_TOKEN, NUMBERS, Grid
 
 RECIPE = {
     "weights": {"algorithm": "gptq", "bits": 4, "group_size": 16},
     "calibration": {"sequence_length": 24},
 }
 NEEDS = frozenset({"hessian", "mean_abs"})
+COARSE = Grid(NUMBERS["int8"], "tensor")
 WINDOWS = tiny_models.ids(24, batch=5, vocabulary=100)
 
 
@@ -70,3 +73,29 @@ def test_both_streams_arrive_together_while_nothing_is_quantized(run):
     run.collect(sets, dict.fromkeys(sets, NEEDS))  # the full stream has advanced with this
     run.advance()
     torch.testing.assert_close(run.streams.full, run.streams.quantized[:4])
+
+
+def test_statistics_are_of_rounded_inputs_and_ranges_of_unrounded_ones(run):
+    siblings = run.trace.siblings[0]
+    plain = run.ranges([siblings], "range")[siblings]
+    seen = [args[0] for args, _, _ in run.observe([siblings[0]], 5)[siblings[0]]]
+    assert float(plain.high) >= max(float(x.amax()) for x in seen)
+    before = run.collect([siblings], {siblings: NEEDS})[siblings].hessian
+    for name in siblings:
+        run.held[name].inputs = COARSE
+        run.held[name].input_scale = InputScale(torch.tensor([1.0]))
+    after = run.collect([siblings], {siblings: NEEDS})[siblings].hessian
+    inputs = torch.cat([run.streams.quantized[c] for c in run.chunks()])
+    rounded = run.module.get_submodule("input_layernorm")(inputs).round().clamp(-128, 127).flatten(0, 1)
+    torch.testing.assert_close(after, 2 / len(rounded) * rounded.T @ rounded)
+    assert not torch.allclose(before, after, rtol=1e-3)
+    again = run.ranges([siblings], "counts")[siblings]
+    assert torch.equal(again.high, plain.high)
+    assert int(again.counts.sum()) == inputs.numel()
+
+
+def test_siblings_that_round_differently_get_statistics_of_unrounded_inputs(run):
+    siblings = run.trace.siblings[0]
+    before = run.collect([siblings], {siblings: NEEDS})[siblings].hessian
+    run.held[siblings[0]].inputs = INT8_TOKEN
+    assert torch.equal(run.collect([siblings], {siblings: NEEDS})[siblings].hessian, before)

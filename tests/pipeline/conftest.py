@@ -58,6 +58,7 @@ def arguments(inputs):
             "weights": weights | {"algorithm": {"name": "rtn", "range": "minmax"}},
             "transforms": [{"name": "smoothquant_plus", "search_windows": 4}],
         },
+        "static": {"weights": {"preset": "W8A8_STATIC", "algorithm": "gptq"}},
     }
     calibration = {"data": [str(inputs / "text")], "samples": 8, "sequence_length": 32}
 

@@ -144,7 +144,7 @@ def test_killed_at_named_moment(server, reference, arguments, computed, tmp_path
 @pytest.mark.parametrize(
     ("name", "seed"),
     [("gptq", s) for s in range(4)]
-    + [("awq", 4), ("gptq with head", 5), ("smoothquant", 6), ("smoothquant_plus", 7)],
+    + [("awq", 4), ("gptq with head", 5), ("smoothquant", 6), ("smoothquant_plus", 7), ("static", 8)],
 )
 def test_killed_twice_at_random(server, reference, arguments, computed, tmp_path, name, seed):
     wanted, labels = reference(name)
