@@ -17,6 +17,7 @@ from torch import nn
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
+from quantkit.layers.kv_cache import KEYS, VALUES
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.kv import KVScales
 from quantkit.scheme import KV_PRESETS, KVScheme
@@ -24,7 +25,6 @@ from quantkit.scheme import KV_PRESETS, KVScheme
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEYS, VALUES = "k_scale", "v_scale"
 EXACT = "exact"
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTRIBUTE = "quantkit_kv_cache"  # of a model: its `Attached`
+KEYS, VALUES = "k_scale", "v_scale"  # buffers of an attention module: its stored scales
 _LAYERS = (
     "full_attention",
     "sliding_attention",
@@ -242,3 +243,6 @@ def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8).index_select(0, index).view(tensor.dtype)
     return tensor.index_select(0, index)
+
+
+OWN_HOOKS = (_give, _keep)  # those that `attach` registers

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantkit.errors import ModelError
+from quantkit.layers.kv_cache import attached
 from quantkit.runtime.buffers import Buffers, CaptureFailed
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ def graphed(model: PreTrainedModel, room: int) -> GraphDecoder | str:
 def unfit(model: PreTrainedModel) -> str | None:
     """Why a model has no step of fixed shapes, wherever it is; None if it should have one."""
     name, attention = type(model).__name__, model.config._attn_implementation
+    if attached(model) is not None:
+        return "its KV cache is quantized, which captured graphs do not hold"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not support a static cache for {name}"
     if attention not in ("sdpa", "eager"):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from quantkit_kernels import INPUTS
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.decoder import Decoder, Tables
+from quantkit_kernels.cpu.decoder import CACHES, Cache, Decoder, Tables
 from torch import nn
 
 from quantkit.errors import BackendError
+from quantkit.layers.kv_cache import attached
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.rotary import Rotary
 from quantkit.runtime.tables import NotNative, tables
@@ -67,16 +68,16 @@ class NativeDecoder:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: PreTrainedModel, compute: str, cache_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, compute: str, cache: Cache) -> None:
         self.tables: Tables = tables(model)
         halves = compute == "float" and model.dtype in (torch.bfloat16, torch.float16)
-        self.compute, self.cache_dtype = "halves" if halves else compute, cache_dtype
+        self.compute, self.cache = "halves" if halves else compute, cache
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
         self._rotary = model.model.rotary_emb
         self.start()  # a model the decoder does not take says so here
 
     def start(self) -> Sequence:
-        return Sequence(Decoder(self.tables, self.compute, self.cache_dtype), Rotary(self._rotary))
+        return Sequence(Decoder(self.tables, self.compute, self.cache), Rotary(self._rotary))
 
     def forward(
         self,
@@ -114,7 +115,8 @@ def native(
     """The native decoder of a causal LM, or why there is none. Built once per model, and again if weights change.
 
     compute: how packed linears are multiplied, "float", "int8" (activations in int8, one scale per token and group)
-    or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16.
+    or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16, unless the model has
+    a quantized cache (`quantkit.layers.kv_cache`).
     """
     if compute is not None and compute not in INPUTS:
         raise ValueError(f"unknown compute {compute!r}; known: {', '.join(INPUTS)}")
@@ -129,12 +131,32 @@ def native(
         try:
             loaded = _compute(model)
             own = compute in (None, "float") and loaded == "int8-range"  # what the checkpoint says
-            key = loaded if own or compute is None else compute, cache_dtype
+            key = loaded if own or compute is None else compute, _cache(model, cache_dtype)
             if key not in made or made[key][0] != stamp:
                 made[key] = stamp, NativeDecoder(model, *key)
         except NotNative as reason:
             return str(reason)
         return made[key][1]
+
+
+def _cache(model: PreTrainedModel, dtype: torch.dtype) -> Cache:
+    """What the cache of a model holds. NotNative for a scheme that the decoder does not have."""
+    told = attached(model)
+    if told is None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"a cache is fp32 or bf16, not {dtype}")
+        return Cache("bf16" if dtype == torch.bfloat16 else "fp32")
+    scheme, kind = told.scheme, told.scheme.keys.number.name
+    plain = scheme.keys == scheme.values and scheme.keys.symmetric and scheme.keys.group_size is None
+    if (
+        not plain
+        or scheme.sinks
+        or scheme.residual
+        or kind not in CACHES
+        or (kind == "fp8_e4m3") == scheme.dynamic
+    ):
+        raise NotNative(f"the native path has no cache {scheme}")
+    return Cache(kind, scheme.rotate)
 
 
 def _compute(model: PreTrainedModel) -> str:

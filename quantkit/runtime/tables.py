@@ -17,6 +17,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from quantkit.errors import BackendError
+from quantkit.layers.kv_cache import KEYS, OWN_HOOKS, VALUES
 from quantkit.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _refuse_changed(model: PreTrainedModel) -> None:
     """Refuse hooks, replaced forwards and offloaded weights, which the native decoder would silently ignore."""
     for name, module in model.named_modules():
         name = name or type(model).__name__
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(hook not in OWN_HOOKS for hook in hooks):
             raise NotNative(f"{name} has forward hooks")
         if "forward" in vars(module):
             raise NotNative(f"the forward of {name} was replaced")
@@ -108,9 +110,18 @@ def _layer(name: str, block: Any, names: Names, config: Any) -> Layer:
         gate_up=linears(mlp, "mlp", names.gate_up),
         down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj),
         scale=attention.scaling,
+        kv_scales=_kv_scales(attention, config.num_key_value_heads),
         window=window,
         **per_head,
     )
+
+
+def _kv_scales(attention: Any, heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The stored scales of a layer's cache, fp32 [kv_heads] each, where it has them."""
+    k, v = (getattr(attention, leaf, None) for leaf in (KEYS, VALUES))
+    if not isinstance(k, torch.Tensor) or not isinstance(v, torch.Tensor):
+        return None
+    return _fp32(k.reshape(-1).expand(heads)), _fp32(v.reshape(-1).expand(heads))
 
 
 def _norm(name: str, module: Any) -> Norm:

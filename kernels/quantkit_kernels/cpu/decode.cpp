@@ -130,8 +130,9 @@ struct qk_decoder {
 
     explicit qk_decoder(const qk_model &tables)
         : model(tables), layers(tables.layers, tables.layers + tables.layer_count) {
-        const size_t value = model.cache_type == F32 ? 4 : 2;
-        layer_bytes = lines(value * model.kv_heads * PAGE * (model.head_dim + stride()));
+        const size_t numbers = size_t(model.kv_heads) * PAGE * (model.head_dim + stride());
+        const size_t scales = scaled_by_position(model.cache_type) ? 2 * sizeof(float) * model.kv_heads * PAGE : 0;
+        layer_bytes = lines(numbers * cache_bits(model.cache_type) / 8 + scales);
     }
     ~qk_decoder() {
         for (char *page : pages) ::operator delete(page, std::align_val_t(LINE));
@@ -201,6 +202,7 @@ void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offse
     a.q = qkv.floats(), a.ldq = ld;
     a.out = mixed.floats(), a.ldo = query_size();
     a.pages = pages.data(), a.offset = offset, a.type = model.cache_type;
+    a.k_scales = layer.k_scales, a.v_scales = layer.v_scales;
     a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = d, a.stride = stride();
     a.position = length, a.m = m, a.window = layer.window, a.scale = layer.scale;
 
@@ -212,6 +214,7 @@ void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offse
             float *head = qkv.floats() + t * ld + int64_t(h) * d;
             if (norm.weight) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
             math.rotate(head, cos + t * model.rotary_dim, sin + t * model.rotary_dim, model.rotary_dim);
+            if (model.rotate) math.hadamard(head, d);
             if (h >= model.heads) math.append(a, h - model.heads, length + t, head, head + kv_size());
         }
     }
@@ -265,7 +268,9 @@ bool sensible(const qk_model &m) {
     if (m.layer_count < 1 || m.heads <= 0 || m.kv_heads <= 0 || m.head_dim <= 0) return false;
     if (m.heads % m.kv_heads) return false;
     if (m.rotary_dim < 0 || m.rotary_dim % 2 || m.rotary_dim > m.head_dim) return false;
-    if (m.cache_type != F32 && m.cache_type != BF16) return false;
+    const int type = m.cache_type;
+    if (type != CACHE_F32 && type != CACHE_BF16 && type != CACHE_FP8 && !scaled_by_position(type)) return false;
+    if (m.rotate && (m.head_dim & (m.head_dim - 1))) return false;
     const auto is = [](const qk_matrix &matrix, int64_t n, int64_t k) {
         return matrix.weight.n == n && matrix.weight.k == k && (matrix.dense >= 0 || supported(matrix.weight));
     };
@@ -281,6 +286,7 @@ bool sensible(const qk_model &m) {
         if (!are(l.gate, m.intermediate, l.up, m.intermediate)) return false;
         if (!is(l.o, m.hidden, query) || !is(l.down, m.hidden, m.intermediate)) return false;
         if (l.window < 0) return false;
+        if (type == CACHE_FP8 && !(l.k_scales && l.v_scales)) return false;
     }
     const int64_t vocabulary = m.head.weight.n;
     return m.embedding.dense >= 0 && is(m.embedding, vocabulary, m.hidden) && is(m.head, vocabulary, m.hidden);

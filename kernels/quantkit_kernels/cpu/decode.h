@@ -33,6 +33,7 @@ typedef struct {
     qk_matrix o;
     qk_matrix gate, up;      // gate may hold the rows of both; then up.weight.n = 0
     qk_matrix down;
+    const float *k_scales, *v_scales;  // [kv_heads] of an FP8 cache, which divides by them; else null
     int32_t window;          // a token sees itself and the window - 1 before it; 0: all
     float scale;             // of q k^T
 } qk_layer;
@@ -46,7 +47,8 @@ typedef struct {
     int32_t heads, kv_heads, head_dim;
     int32_t rotary_dim;  // even; dimensions from here on are not rotated
     int32_t compute;     // qk::Compute of the packed matrices
-    int32_t cache_type;  // F32 or BF16
+    int32_t cache_type;  // qk::Cache
+    int32_t rotate;      // whether queries and keys are multiplied by a Hadamard matrix; head_dim is a power of two
 } qk_model;
 
 typedef struct qk_decoder qk_decoder;

@@ -11,7 +11,7 @@ void combine(const float *coefficient, int ldc, const T *rows, int ldr, int coun
         for (int w = 0; w < WIDE; w++) acc[r][w] = load(out + r * ldo + w * LANES);
     for (int i = 0; i < count; i++) {
         vf row[WIDE];
-        for (int w = 0; w < WIDE; w++) row[w] = load(rows + (int64_t)i * ldr + w * LANES);
+        for (int w = 0; w < WIDE; w++) row[w] = load(on(rows, (int64_t)i * ldr + w * LANES));
         for (int r = 0; r < R; r++) {
             const vf by = all(coefficient[r * ldc + i]);
             for (int w = 0; w < WIDE; w++) acc[r][w] = fused(row[w], by, acc[r][w]);
@@ -32,15 +32,15 @@ void combine_rows(int count_rows, const float *coefficient, int ldc, const T *ro
     for (; c + WIDE * LANES <= width; c += WIDE * LANES) {
         int r = 0;
         for (; r + R <= count_rows; r += R)
-            combine<R, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+            combine<R, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
         for (; r + 2 <= count_rows; r += 2)
-            combine<2, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+            combine<2, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
         for (; r < count_rows; r++)
-            combine<1, WIDE>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+            combine<1, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
     }
     for (; c < width; c += LANES)
         for (int r = 0; r < count_rows; r++)
-            combine<1, 1>(coefficient + r * ldc, ldc, rows + c, ldr, count, out + r * ldo + c, ldo);
+            combine<1, 1>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
 }
 
 // scores [PAGE] of one row, of which [low, high) count, become probabilities against the running maximum;
@@ -64,15 +64,33 @@ float soften(float *scores, int low, int high, float &maximum, float &mass) {
     return scale;
 }
 
+// Numbers of a page as floats, for a tile that goes over them many times.
+template <class T>
+void widened(const T *from, float *to, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(on(from, i)));
+}
+
+// scores[r][first..first + width) *= scales[...], width a multiple of LANES.
+inline void times(float *scores, int rows, const float *scales, int first, int width) {
+    for (int r = 0; r < rows; r++)
+        for (int i = first; i < first + width; i += LANES)
+            store(scores + r * PAGE + i, load(scores + r * PAGE + i) * load(scales + i));
+}
+
+constexpr int WIDENED_ROWS = 8;  // from so many rows on, a page of codes is widened once
+
 // Query heads [head, head + heads) of kv head `kv`, tokens [token, token + tokens).
 template <class T>
 void tile(const Attention &a, float *scratch, int kv, int head, int heads, int64_t token, int64_t tokens) {
     const int rows = (int)tokens * heads, d = a.head_dim;
+    const bool by_position = scaled_by_position(a.type), by_head = a.type == CACHE_FP8;
     float *q = scratch, *out = q + rows * d, *scores = out + rows * a.stride;
     float *maximum = scores + rows * PAGE, *mass = maximum + rows;
+    float *wide_keys = mass + rows, *wide_values = wide_keys + PAGE * d;
+    const float scale = a.scale * (by_head ? a.k_scales[kv] * 256.0f : 1.0f);
     for (int r = 0; r < rows; r++) {
         const float *from = a.q + (token + r / heads) * a.ldq + (int64_t)(kv * a.group + head + r % heads) * d;
-        for (int i = 0; i < d; i++) q[r * d + i] = from[i] * a.scale;
+        for (int i = 0; i < d; i++) q[r * d + i] = from[i] * scale;
         for (int i = 0; i < a.stride; i++) out[r * a.stride + i] = 0;
         maximum[r] = -1e30f;
         mass[r] = 0;
@@ -83,33 +101,48 @@ void tile(const Attention &a, float *scratch, int kv, int head, int heads, int64
         const int64_t start = p * PAGE;
         const int low = begin > start ? (int)(begin - start) : 0;
         const int high = end < start + PAGE ? (int)(end - start) : PAGE;
-        const T *page = (const T *)(a.pages[p] + a.offset);
-        const T *keys = page + (int64_t)kv * d * PAGE;
-        const T *values = page + (int64_t)a.kv_heads * d * PAGE + (int64_t)kv * PAGE * a.stride;
+        const Place at = place(a, p, kv);
+        const T *keys = (const T *)at.keys, *values = (const T *)at.values;
         const int left = low / LANES * LANES, width = (high - left + LANES - 1) / LANES * LANES;
+        const bool widen = cache_bits(a.type) < 16 && rows >= WIDENED_ROWS;
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < PAGE; i++) scores[r * PAGE + i] = 0;
-        combine_rows(rows, q, d, keys + left, PAGE, d, scores + left, PAGE, width);
+        if (widen) {
+            widened(keys, wide_keys, (int64_t)d * PAGE);
+            widened(values, wide_values, (int64_t)high * a.stride);
+            combine_rows(rows, q, d, wide_keys + left, PAGE, d, scores + left, PAGE, width);
+        } else {
+            combine_rows(rows, q, d, on(keys, left), PAGE, d, scores + left, PAGE, width);
+        }
+        if (by_position) times(scores, rows, at.k_scales, left, width);
         for (int r = 0; r < rows; r++) {
-            const int64_t at = first + r / heads;
-            const int64_t from = a.window && at >= a.window ? at - a.window + 1 - start : 0;
-            const int64_t to = at + 1 - start;
+            const int64_t position = first + r / heads;
+            const int64_t from = a.window && position >= a.window ? position - a.window + 1 - start : 0;
+            const int64_t to = position + 1 - start;
             const int row_low = from < low ? low : from > high ? high : (int)from;
             const int row_high = to > high ? high : to < row_low ? row_low : (int)to;
-            const float scale = soften(scores + r * PAGE, row_low, row_high, maximum[r], mass[r]);
+            const float shrink = soften(scores + r * PAGE, row_low, row_high, maximum[r], mass[r]);
             for (int i = 0; i < a.stride; i += LANES)
-                store(out + r * a.stride + i, load(out + r * a.stride + i) * scale);
+                store(out + r * a.stride + i, load(out + r * a.stride + i) * shrink);
         }
-        combine_rows(rows, scores + low, PAGE, values + (int64_t)low * a.stride, a.stride, high - low, out,
-                     a.stride, a.stride);
+        if (by_position) times(scores, rows, at.v_scales, left, width);
+        if (widen)
+            combine_rows(rows, scores + low, PAGE, wide_values + (int64_t)low * a.stride, a.stride, high - low, out,
+                         a.stride, a.stride);
+        else
+            combine_rows(rows, scores + low, PAGE, on(values, (int64_t)low * a.stride), a.stride, high - low, out,
+                         a.stride, a.stride);
     }
+    const float value_scale = by_head ? a.v_scales[kv] * 256.0f : 1.0f;
     for (int r = 0; r < rows; r++) {
         float *to = a.out + (token + r / heads) * a.ldo + (int64_t)(kv * a.group + head + r % heads) * d;
-        for (int i = 0; i < d; i++) to[i] = out[r * a.stride + i] / mass[r];
+        const float factor = value_scale / mass[r];
+        for (int i = 0; i < d; i++) to[i] = by_head ? out[r * a.stride + i] * factor : out[r * a.stride + i] / mass[r];
     }
 }
 
-void attend(const Attention &a, float *scratch, int part, int parts) {
+template <class T>
+void attend_to(const Attention &a, float *scratch, int part, int parts) {
     const int heads = a.kv_heads * a.m >= parts ? a.group : 1;  // too few tasks otherwise
     const int64_t tokens = heads >= TILE ? 1 : TILE / heads;
     const int64_t tiles = (a.m + tokens - 1) / tokens, splits = a.group / heads;
@@ -117,9 +150,16 @@ void attend(const Attention &a, float *scratch, int part, int parts) {
         const int kv = (int)(task % a.kv_heads), split = (int)(task / a.kv_heads % splits);
         const int64_t token = task / (a.kv_heads * splits) * tokens;
         const int64_t count = token + tokens <= a.m ? tokens : a.m - token;
-        if (a.type == BF16)
-            tile<bf16>(a, scratch, kv, split * heads, heads, token, count);
-        else
-            tile<float>(a, scratch, kv, split * heads, heads, token, count);
+        tile<T>(a, scratch, kv, split * heads, heads, token, count);
+    }
+}
+
+void attend(const Attention &a, float *scratch, int part, int parts) {
+    switch (a.type) {
+        case CACHE_BF16: return attend_to<bf16>(a, scratch, part, parts);
+        case CACHE_I8: return attend_to<i8>(a, scratch, part, parts);
+        case CACHE_I4: return attend_to<i4>(a, scratch, part, parts);
+        case CACHE_FP8: return attend_to<fp8>(a, scratch, part, parts);
+        default: return attend_to<float>(a, scratch, part, parts);
     }
 }

@@ -13,6 +13,13 @@
 #define FUSED _mm256_fmadd_ps
 #define WIDEN16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define WIDEN_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define WIDEN8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+inline __m256 qk_widen_fp8_avx2(const void *p) {
+    const __m128i w = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x7f)), 7);
+    return _mm256_cvtph_ps(_mm_or_si128(magnitude, _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x80)), 8)));
+}
+#define WIDEN_FP8(p) qk_widen_fp8_avx2(p)
 #define QK_PATH math_avx2
 #include "decode_path.h"
 #if defined(__clang__)

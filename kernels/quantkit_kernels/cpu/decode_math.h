@@ -10,8 +10,18 @@ namespace qk {
 constexpr int PAGE = 128;  // positions of one page of the cache
 constexpr int PAD = 16;    // a head's values are padded to a multiple: the widest vector, in floats
 
+// What a cache holds. CACHE_I8, CACHE_I4: integers with a scale per position and head, s = max(max|x| / 127 or 7, 1e-6),
+// halves rounded away from zero. CACHE_FP8: E4M3 of x / s with one s per head.
+enum Cache { CACHE_F32 = 0, CACHE_BF16 = 1, CACHE_I8 = 8, CACHE_I4 = 9, CACHE_FP8 = 10 };
+
+inline size_t cache_bits(int type) {
+    return type == CACHE_F32 ? 32 : type == CACHE_BF16 ? 16 : type == CACHE_I4 ? 4 : 8;
+}
+inline bool scaled_by_position(int type) { return type == CACHE_I8 || type == CACHE_I4; }
+
 // Attention of m tokens over one layer's cache. Page p holds positions [p PAGE, (p + 1) PAGE); at `offset` it
-// has K [kv_heads, head_dim, PAGE] and then V [kv_heads, PAGE, stride], both of `type`.
+// has K [kv_heads, head_dim, PAGE], V [kv_heads, PAGE, stride], both of `type`, and, where positions have scales, those
+// of K and of V, fp32 [kv_heads, PAGE] each. Codes of 4 bits are stored + 8, the even one in the low half of a byte.
 struct Attention {
     const float *q;  // [m, heads * head_dim] in rows of ldq
     int64_t ldq;
@@ -19,7 +29,8 @@ struct Attention {
     int64_t ldo;
     char *const *pages;
     size_t offset;
-    int type;                         // F32 or BF16
+    int type;                         // Cache
+    const float *k_scales, *v_scales;  // [kv_heads] of FP8
     int kv_heads, group, head_dim, stride;  // group: query heads of one kv head
     int64_t position, m;              // of the first token, which is in the cache already like the others
     int window;                       // 0: all
@@ -35,6 +46,8 @@ struct Math {
     void (*swiglu)(const float *gate, const float *up, float *out, int64_t n);
     // rotate x [dim] in place by cos, sin [dim], halves against each other
     void (*rotate)(float *x, const float *cos, const float *sin, int dim);
+    // x [dim] times the orthonormal Hadamard matrix of Sylvester's order; dim is a power of two
+    void (*hadamard)(float *x, int dim);
     // k, v [head_dim] of one head at `position`, to where Attention reads them
     void (*append)(const Attention &, int head, int64_t position, const float *k, const float *v);
     // rows [first, last) of y = x W^T + bias; W [n, k] of `type`
@@ -50,7 +63,7 @@ extern const Math math_portable, math_avx2, math_avx512;
 constexpr int TILE = 32;
 inline int tile_rows(int group) { return group > TILE ? group : TILE; }
 inline size_t attention_floats(int group, int head_dim, int stride) {
-    return (size_t)tile_rows(group) * (head_dim + stride + PAGE + 2);
+    return (size_t)tile_rows(group) * (head_dim + stride + PAGE + 2) + (size_t)PAGE * (head_dim + stride);
 }
 
 }  // namespace qk

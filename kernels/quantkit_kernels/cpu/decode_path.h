@@ -9,5 +9,5 @@ namespace {
 //
 #include "decode_attention.h"
 }  // namespace
-extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, append, dense, attend};
+extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, attend};
 }  // namespace qk

@@ -14,6 +14,22 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
 };
+struct i8 {
+    int8_t code;
+};
+struct fp8 {
+    uint8_t bits;
+};
+struct i4 {  // two codes
+    uint8_t bits;
+};
+
+// The address `count` elements on; count is even.
+template <class T>
+inline const T *on(const T *p, int64_t count) {
+    return p + count;
+}
+inline const i4 *on(const i4 *p, int64_t count) { return p + count / 2; }
 
 // FUSED, WIDEN16 and WIDEN_F16 are a path's instructions for what the compiler does not find by itself.
 inline vf load(const float *p) { return *(const vf_at *)p; }
@@ -33,6 +49,44 @@ inline vf load(const f16 *p) {
     return (vf)((vu)magnitude | (h & 0x8000) << 16);
 }
 #endif
+#if defined(WIDEN8)
+inline vf load(const i8 *p) { return (vf)WIDEN8(p); }
+#else
+inline vf load(const i8 *p) {
+    vi wide = {};
+    for (int i = 0; i < LANES; i++) wide[i] = p[i].code;
+    return __builtin_convertvector(wide, vf);
+}
+#endif
+// An FP8 number over 256: sign, exponent and mantissa in the place of fp16's, whose bias is 8 more. Exact.
+#if defined(WIDEN_FP8)
+inline vf load(const fp8 *p) { return (vf)WIDEN_FP8(p); }
+#else
+inline vf load(const fp8 *p) {
+    uint16_t halves[LANES];
+    for (int i = 0; i < LANES; i++) halves[i] = (uint16_t)((p[i].bits & 0x80) << 8 | (p[i].bits & 0x7f) << 7);
+    return load((const f16 *)halves);
+}
+#endif
+// LANES codes of 4 bits less 8: a word in every lane, shifted by another number of bits in each.
+inline vf load(const i4 *p) {
+#if LANES == 4
+    uint16_t word;
+    __builtin_memcpy(&word, p, 2);
+    const vu words = (vu){} + word, shifts = {0, 4, 8, 12};
+#elif LANES == 8
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    const vu words = (vu){} + word, shifts = {0, 4, 8, 12, 16, 20, 24, 28};
+#else
+    uint32_t a, b;
+    __builtin_memcpy(&a, p, 4);
+    __builtin_memcpy(&b, p + 4, 4);
+    const vu words = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+    const vu shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+#endif
+    return __builtin_convertvector((vi)((words >> shifts) & 15) - 8, vf);
+}
 inline void store(float *p, vf v) { *(vf_at *)p = v; }
 
 inline float from_bits(uint32_t bits) {

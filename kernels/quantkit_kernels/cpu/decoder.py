@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,20 @@ from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 _MOST = 2**31 - 1  # of an int in C
 COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3, "int8-range": 4}  # qk::Compute
+
+
+CACHES = {"fp32": 0, "bf16": 1, "int8": 8, "int4": 9, "fp8_e4m3": 10}  # qk::Cache
+
+
+class Cache(NamedTuple):
+    """What a decoder's cache holds.
+
+    kind: one of CACHES; integers have a scale per token and head, fp8_e4m3 those of the layers (`Layer.kv_scales`).
+    rotate: queries and keys are multiplied by a Hadamard matrix.
+    """
+
+    kind: str = "fp32"
+    rotate: bool = False
 
 
 class _Matrix(ctypes.Structure):
@@ -35,6 +49,8 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Norm) for name in ("input", "post", "q_norm", "k_norm")),
         *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("k_scales", ctypes.c_void_p),
+        ("v_scales", ctypes.c_void_p),
         ("window", ctypes.c_int32),
         ("scale", ctypes.c_float),
     )
@@ -49,7 +65,7 @@ class _Model(ctypes.Structure):
         ("embedding", _Matrix),
         ("head", _Matrix),
         ("final", _Norm),
-        *((name, ctypes.c_int32) for name in ("layer_count", *_SIZES, "compute", "cache_type")),
+        *((name, ctypes.c_int32) for name in ("layer_count", *_SIZES, "compute", "cache_type", "rotate")),
     )
 
 
@@ -104,7 +120,8 @@ class Norm:
 class Layer:
     """One block. qkv: (q, k, v) or one matrix with all rows; gate_up likewise; window: None sees everything.
 
-    q_norm, k_norm: per head, before rotary, or None. scale: of q k^T.
+    q_norm, k_norm: per head, before rotary, or None. scale: of q k^T. kv_scales: fp32 [kv_heads] of an FP8 cache's
+    keys and values, which are divided by them; or None.
     """
 
     input: Norm
@@ -117,9 +134,12 @@ class Layer:
     window: int | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _structure(self) -> _Layer:
         layer = _Layer(window=self.window or 0, scale=self.scale)
+        if self.kv_scales is not None:
+            layer.k_scales, layer.v_scales = (scale.data_ptr() for scale in self.kv_scales)
         matrices = dict(zip(("q", "k", "v"), self.qkv, strict=False))
         matrices |= dict(zip(("gate", "up"), self.gate_up, strict=False))
         matrices |= {"o": self.o, "down": self.down}
@@ -158,6 +178,11 @@ class Tables:
                 )
             if not 0 <= (layer.window or 0) <= _MOST:
                 raise ValueError(f"the window of layer {i} must be 0 to {_MOST} tokens, got {layer.window}")
+            for scale in layer.kv_scales or ():
+                if not _readable(scale, (torch.float32,)) or scale.shape != (self.kv_heads,):
+                    raise ValueError(
+                        f"scales of layer {i} are fp32 [{self.kv_heads}] on the CPU, got {_said(scale)}"
+                    )
             norms += [(f"layer {i} {name}", getattr(layer, name), self.hidden) for name in ("input", "post")]
             norms += [
                 (f"layer {i} {name}", getattr(layer, name), self.head_dim) for name in ("q_norm", "k_norm")
@@ -170,7 +195,7 @@ class Tables:
     def _array(self) -> ctypes.Array[Any]:
         return (_Layer * len(self.layers))(*(layer._structure() for layer in self.layers))
 
-    def _structure(self, compute: str, cache_dtype: torch.dtype) -> _Model:
+    def _structure(self, compute: str, cache: Cache) -> _Model:
         return _Model(
             self._array,
             self.embedding._structure(),
@@ -179,7 +204,8 @@ class Tables:
             len(self.layers),
             *(getattr(self, name) for name in _SIZES),
             COMPUTES[compute],
-            TYPES[cache_dtype],
+            CACHES[cache.kind],
+            cache.rotate,
         )
 
 
@@ -196,19 +222,20 @@ class Decoder:
     """One sequence. One thread at a time may use it; several decoders may share their tables and run concurrently.
 
     compute: how packed matrices are multiplied: "float", "int8", "int8-token", or "halves", float with 15 bits of
-    each activation, for models whose own type is bf16 or fp16. cache_dtype: fp32 or bf16.
+    each activation, for models whose own type is bf16 or fp16.
     """
 
-    def __init__(
-        self, tables: Tables, compute: str = "float", cache_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, tables: Tables, compute: str = "float", cache: Cache | None = None) -> None:
+        cache = cache or Cache()
         if compute not in COMPUTES:
             raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
-        if cache_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"a cache is fp32 or bf16, not {cache_dtype}")
+        if cache.kind not in CACHES:
+            raise ValueError(f"unknown cache {cache.kind!r}; known: {', '.join(CACHES)}")
+        if cache.kind == "fp8_e4m3" and any(layer.kv_scales is None for layer in tables.layers):
+            raise ValueError("an FP8 cache needs the scales of every layer")
         self._library = _load()
         self._tables = tables  # whose tensors the native side points at
-        self._handle = self._library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache_dtype)))
+        self._handle = self._library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache)))
         if not self._handle:
             raise ValueError("the decoder takes no model of these sizes, or memory is out")
         weakref.finalize(self, self._library.qk_decoder_free, self._handle)

@@ -1,0 +1,162 @@
+"""The native decoder with a quantized cache against transformers with the same one, on tiny random models.
+
+Both round entries that they compute in another order of sums, so now and then a code differs by one: errors are
+compared with what the rounding itself changes.
+"""
+
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+from quantkit_kernels.cpu import library
+from quantkit_kernels.cpu.decoder import Cache, Decoder
+
+from quantkit.layers.kv_cache import KEYS, VALUES, attach, cache_of
+from quantkit.layers.kv_entries import Entries
+from quantkit.numerics.kv import KVScales
+from quantkit.runtime import NativeDecoder, native
+from quantkit.runtime.dispatch import choose_runner
+from quantkit.runtime.graphs import unfit
+from quantkit.scheme import KV_PRESETS
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
+
+PATHS = [
+    name for i, name in enumerate(library.ISAS) if library.available() and library.load().qk_isa_available(i)
+]
+LONG = {"max_position_embeddings": 512}
+SCHEMES = {
+    "INT8": KV_PRESETS["INT8"],
+    "INT4": KV_PRESETS["INT4"],
+    "int4-plain": replace(KV_PRESETS["INT4"], rotate=False),
+    "FP8": KV_PRESETS["FP8"],
+    "FP8_TENSOR": KV_PRESETS["FP8_TENSOR"],
+}
+
+
+def quantized(name, family="llama-gqa", **overrides):
+    """(model with the cache, the same without)."""
+    model, plain = (tiny_models.FAMILIES[family](**LONG, **overrides) for _ in range(2))
+    scheme, scales = SCHEMES[name], None
+    if not scheme.dynamic:
+        heads = model.config.num_key_value_heads
+        shape = (heads, 1, 1) if name == "FP8" else (1,)
+        scales = {}
+        for i, layer in enumerate(model.model.layers):
+            k, v = (torch.linspace(low, 2 * low, shape[0]).view(shape) for low in (0.008, 0.004))
+            layer.self_attn.register_buffer(KEYS, k)
+            layer.self_attn.register_buffer(VALUES, v)
+            scales[i] = KVScales(k, v)
+    attach(model, scheme, scales)
+    return model, plain
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids[None]).logits[0]
+
+
+def off(one, other):
+    return float((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+
+
+def assert_same_cache(found, model, plain, ids):
+    """Far closer to the model with the quantized cache than that one is to the exact one."""
+    wanted = logits(model, ids)
+    moved = off(wanted, logits(plain, ids))
+    assert moved > 1e-4
+    assert off(found, wanted) < max(0.1 * moved, 1e-4), (off(found, wanted), moved)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_reads_the_same_cache(name, path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_ISA", path)
+    before = library.load().qk_isa()
+    library.load().qk_set_isa(library.ISAS.index(path))
+    try:
+        model, plain = quantized(name)
+        ids = tiny_models.ids(300)[0]
+        sequence = native(model).start()
+        found = [
+            sequence.append(part, len(part)) for part in (ids[:120], *ids[120:140].split(1), ids[140:290])
+        ]
+        found += [sequence.append(part) for part in ids[290:].split(1)]
+        assert_same_cache(torch.cat(found), model, plain, ids)
+    finally:
+        library.load().qk_set_isa(before)
+
+
+@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8"])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 100}),
+        ("qwen3", {"head_dim": 32}),
+        ("llama", {"hidden_size": 96, "num_attention_heads": 48, "num_key_value_heads": 1, "head_dim": 8}),
+    ],
+    ids=["mha", "window", "norms", "one-kv-head"],
+)
+def test_heads_windows_and_norms(name, family, overrides):
+    model, plain = quantized(name, family, **overrides)
+    ids = tiny_models.ids(160)[0]
+    sequence = native(model).start()
+    found = torch.cat([sequence.append(part, len(part)) for part in (ids[:130], *ids[130:].split(1))])
+    assert_same_cache(found, model, plain, ids)
+
+
+@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8"])
+def test_truncated_sequences_continue_as_if_nothing_had_been(name):
+    model, _ = quantized(name)
+    ids = tiny_models.ids(200)[0]
+    fresh, used = native(model).start(), native(model).start()
+    fresh.append(ids[:140])
+    used.append(ids[:190])
+    used.truncate(140)
+    assert torch.equal(fresh.append(ids[140:], 60), used.append(ids[140:], 60))
+
+
+@pytest.mark.parametrize(("name", "share"), [("INT8", 0.54), ("FP8", 0.5), ("INT4", 0.3)])
+def test_memory_is_that_of_codes_and_scales(name, share):
+    wide = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, plain = quantized(name, **wide)
+    sequences = [native(model).start(), native(plain, cache_dtype=torch.bfloat16).start()]
+    for sequence in sequences:
+        sequence.append(tiny_models.ids(256)[0])
+    ours, bf16 = (sequence.cache_bytes for sequence in sequences)
+    assert ours <= share * bf16, ours / bf16
+
+
+def test_codes_are_those_of_the_numerics():
+    """One layer, one head: what attention gives with a key that is one-hot shows the values of the cache."""
+    model, _ = quantized("INT8")
+    ids = tiny_models.ids(40)[0]
+    native_first = native(model).start().append(ids[:1])
+    assert off(native_first, logits(model, ids[:1])) < 1e-4
+    assert isinstance(cache_of(model)().layers[0].entries[0], Entries)
+
+
+def test_generation_runs_natively_and_says_what_it_cannot():
+    model, _ = quantized("INT8")
+    runner = choose_runner(model, 4)
+    assert (runner.way, runner.reason) == ("native", None)
+    assert isinstance(runner.model, NativeDecoder)
+    assert runner.model.cache == Cache("int8", False)
+    attach(model, replace(KV_PRESETS["INT8"], sinks=4))
+    runner = choose_runner(model, 4)
+    assert (runner.way, runner.reason) == (
+        "eager",
+        "the native path has no cache KV int8 token, first 4 exact",
+    )
+    assert "captured graphs do not hold" in unfit(model)
+
+
+def test_scales_that_are_missing_are_refused():
+    _, plain = quantized("INT8")
+    made = native(plain)
+    with pytest.raises(ValueError, match="an FP8 cache needs the scales of every layer"):
+        Decoder(made.tables, cache=Cache("fp8_e4m3"))
+    with pytest.raises(ValueError, match="unknown cache 'int3'"):
+        Decoder(made.tables, cache=Cache("int3"))
