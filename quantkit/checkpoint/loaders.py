@@ -62,6 +62,10 @@ def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
     kinds = set(schemes.values())
     reads = reads_weight(model_type, {name.rpartition(".")[2] for name in schemes})
     if all(scheme.weights.symmetric for scheme in kinds) and not reads:
+        if any(
+            scheme.weights.number.name == "fp4_e2m1" for scheme in kinds
+        ):  # its forward fails in other types
+            return Loader(TRANSFORMERS, True, f"{PLAIN[:-1]}, dtype=torch.bfloat16)", "in bfloat16 only")
         return Loader(TRANSFORMERS, True, PLAIN)
     if len(kinds) > 1:
         why = "several schemes: transformers 5.23 needs dequantize=True here, which gives a wrong model"
@@ -70,11 +74,24 @@ def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
         needs = f"the code of this family reads {reads}: transformers 5.17 no, 5.23 only with dequantize"
     else:
         needs = "transformers 5.17 to 5.22 plainly, 5.23 only with dequantize"
+    if any(scheme.inputs for scheme in kinds):
+        needs += ", which leaves inputs as they are"
     return Loader(TRANSFORMERS, True, DEQUANTIZED, needs)
 
 
 def _vllm(kinds: set[Scheme]) -> Loader:
-    """vLLM's own CUDA kernels (Marlin) take the common schemes; its optional ones (Humming) all of 2 to 8 bits."""
+    """vLLM's own CUDA kernels (Marlin) take the common schemes; its optional ones (Humming) all of 2 to 8 bits.
+
+    From its sources, of 8-bit inputs: FP8 with FP8 weights (older GPUs run the weights alone), int8 of a token or a
+    calibrated tensor with int8 weights; of 4-bit weights only those beside int8 tokens, for which few devices have
+    kernels.
+    """
+    strange = sorted(str(scheme) for scheme in kinds if scheme.inputs and not _rounds_inputs(scheme))
+    if strange:
+        return Loader("vLLM", False, f"it has no kernels for {', '.join(strange[:4])}")
+    few = sorted(str(scheme) for scheme in kinds if scheme.inputs and scheme.weights.bits != 8)
+    if few:
+        return Loader("vLLM", True, "vllm serve path", f"a device with kernels for {', '.join(few[:4])}")
     odd = sorted(str(scheme) for scheme in kinds if not _marlin(scheme))
     if not odd:
         return Loader("vLLM", True, "vllm serve path")
@@ -84,8 +101,22 @@ def _vllm(kinds: set[Scheme]) -> Loader:
 
 def _marlin(scheme: Scheme) -> bool:
     grid = scheme.weights
+    if grid.number.kind != "int" or scheme.inputs:
+        return True
     bits = (4, 8) if grid.symmetric else (4,)
     return grid.bits in bits and grid.group_size in MARLIN_GROUPS
+
+
+def _rounds_inputs(scheme: Scheme) -> bool:
+    """Whether vLLM has a scheme with quantized inputs."""
+    grid, inputs = scheme.weights, scheme.inputs
+    if inputs is None or inputs.number.kind != grid.number.kind or not grid.symmetric:
+        return False
+    if inputs.number.kind == "float":
+        return (inputs.granularity == "group") == (grid.granularity == "block")
+    return inputs.granularity in ("token", "tensor") and (
+        (grid.bits == 8 and grid.granularity != "group") or (grid.bits == 4 and inputs.dynamic)
+    )
 
 
 def reads_weight(model_type: str, linears: Iterable[str]) -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from quantkit.checkpoint.loaders import TRANSFORMERS, loaders, reads_weight
-from quantkit.scheme import Scheme, integer
+from quantkit.scheme import INT8_TOKEN, PRESETS, Grid, Scheme, integer
 
 LINEARS = ("q_proj", "o_proj", "c_proj", "c_attn", "query_key_value", "down_proj", "fc1", "dense")
 FOUR = Scheme(integer(4, 128))
@@ -76,3 +76,26 @@ def test_vllm_takes_all_of_2_to_8_bits_and_some_only_with_its_optional_kernels(g
 
 def test_without_quantized_layers_everyone_loads():
     assert [each.loads for each in loaders("llama", {})] == [True, True]
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16_FP8"])
+def test_eight_bit_inputs_and_fp8_weights_load_everywhere(preset):
+    found = by_name("llama", PRESETS[preset])
+    assert all(each.loads and each.needs is None for each in found.values())
+
+
+def test_fp4_weights_run_in_bfloat16_only_in_plain_transformers():
+    found = by_name("llama", PRESETS["NVFP4A16"])
+    assert found[TRANSFORMERS].needs == "in bfloat16 only"
+    assert found["vLLM"].needs is None
+
+
+def test_what_vllm_has_no_kernels_for_is_said():
+    assert "kernels for W4A8 g128 sym" in by_name("llama", PRESETS["W4A8"])["vLLM"].needs
+    grouped = Grid(INT8_TOKEN.number, "group", 128, dynamic=True)
+    for scheme in (Scheme(integer(8, None), grouped), Scheme(integer(4), PRESETS["FP8"].inputs)):
+        assert not by_name("llama", scheme)["vLLM"].loads
+
+
+def test_dequantize_drops_the_rounding_of_inputs():
+    assert "leaves inputs as they are" in by_name("nanochat", PRESETS["W8A8"])[TRANSFORMERS].needs
