@@ -98,7 +98,7 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> Soundness:
     out of all proportion. Single rows that are no better than zero are a note.
     """
     quantized = outcome.weight
-    if not bool(torch.isfinite(quantized.scale).all()):
+    if not bool(torch.isfinite(quantized.scales()).all()):
         raise NumericalError(
             f"{name}: non-finite scales; look for extreme weights or calibration inputs in this layer"
         )
@@ -168,16 +168,21 @@ def _quantize_siblings(
     inputs: Mapping[str, CalibratedInputs],
     result: BlockResult,
 ) -> None:
-    """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian, and what the weights
-    of a layer share. inputs: static ones, by name inside the block.
+    """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian.
+
+    So they also share what a weight has once (the scale of a tensor, NVFP4's global scale), as engines that fuse them
+    need it. A linear whose last block of rows is not a whole one is quantized for itself. inputs: static ones, by name
+    inside the block.
     """
     held, plans = run.held, run.plans
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name in siblings:
         if name in plans:
             dtype = run.stored[f"{name}.weight"]
-            alike.setdefault((plans[name].scheme, plans[name].algorithm, dtype), []).append(name)
-    for (scheme, config, dtype), names in alike.items():
+            scheme = plans[name].scheme
+            alone = name if held[name].out_features % scheme.weights.rows(1) else None
+            alike.setdefault((scheme, plans[name].algorithm, dtype, alone), []).append(name)
+    for (scheme, config, dtype, _), names in alike.items():
         rows = [held[n].out_features for n in names]
         together = torch.empty(sum(rows), held[names[0]].in_features, device=run.device)
         for part, name in zip(together.split(rows), names, strict=True):

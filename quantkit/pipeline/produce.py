@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import inputs_after_blocks, walk
 from quantkit.checkpoint.records import SearchRecord
+from quantkit.models import families
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.inputs import round_inputs
 from quantkit.numerics.statistics import Statistics
@@ -46,11 +48,11 @@ def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker, list[SearchRec
 
 
 def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
-    """Without calibration: one linear after the other, never a whole block."""
+    """Without calibration: one linear after the other, or those that share a scale; never a whole block."""
     for part in range(done, run.plan.n_blocks + 1):
         result = BlockResult()
-        for plan in run.plans(part):
-            _quantize_alone(run, part, plan, Statistics(), result)
+        for plans in _sharing(run, part):
+            _quantize_alone(run, part, plans, Statistics(), result)
         tracker.computed(result.weights)
         writer.commit(part, result)
         tracker.finished(part)
@@ -113,8 +115,25 @@ def _outside(run: Run, streams: Streams) -> BlockResult:
             assert found is not None
             inputs = calibrated(plan, found, torch_dtype(run.parts[part][f"{plan.name}.weight"].dtype))
         statistics = _after_blocks(run, streams, plan, needs(plan), inputs) if needs(plan) else Statistics()
-        _quantize_alone(run, part, plan, statistics, result, inputs)
+        _quantize_alone(run, part, [plan], statistics, result, inputs)
     return result
+
+
+def _sharing(run: Run, part: int) -> list[list[LayerPlan]]:
+    """The linears of a part: siblings that engines fuse together, if their weights have something once, else alone.
+
+    Engines take one scale for all of a fused weight and one global scale of NVFP4.
+    """
+    sets: dict[tuple[Any, ...], list[LayerPlan]] = {}
+    for plan in run.plans(part):
+        parent, _, leaf = plan.name.rpartition(".")
+        fused = next((members for members in families.SIBLINGS if leaf in members), None)
+        key: tuple[Any, ...] = (plan.name,)
+        if fused is not None and plan.scheme.weights.whole_share:
+            dtype = run.parts[part][f"{plan.name}.weight"].dtype
+            key = (parent, fused, plan.scheme, plan.algorithm, dtype)
+        sets.setdefault(key, []).append(plan)
+    return list(sets.values())
 
 
 def _after_blocks(
@@ -142,23 +161,32 @@ def _after_blocks(
 def _quantize_alone(
     run: Run,
     part: int,
-    plan: LayerPlan,
+    plans: Sequence[LayerPlan],
     statistics: Statistics,
     result: BlockResult,
     inputs: CalibratedInputs | None = None,
 ) -> None:
-    """Read and quantize one linear that is not held in a block. inputs: the range of static ones."""
+    """Read and quantize a linear that is not held in a block, or several alike as one matrix.
+
+    inputs: the range of static ones.
+    """
+    first, parts = plans[0], []
     with run.clock("load"):
-        weight = run.source.tensor(f"{plan.name}.weight")
-        weight = (weight.T.contiguous() if plan.transposed else weight).float()
-        if run.windows is not None:
-            weight = weight.to(run.device)
+        for plan in plans:
+            weight = run.source.tensor(f"{plan.name}.weight")
+            weight = (weight.T.contiguous() if plan.transposed else weight).float()
+            parts.append(weight.to(run.device) if run.windows is not None else weight)
     with run.clock("quantize"):
-        dtype = torch_dtype(run.parts[part][f"{plan.name}.weight"].dtype)
-        outcome = algorithm(plan.algorithm.name).quantize(
-            weight, statistics, plan.scheme.weights, dtype, plan.algorithm
+        dtype = torch_dtype(run.parts[part][f"{first.name}.weight"].dtype)
+        together = parts[0] if len(parts) == 1 else torch.cat(parts)
+        outcome = algorithm(first.algorithm.name).quantize(
+            together, statistics, first.scheme.weights, dtype, first.algorithm
         )
-        result.add(plan, weight, outcome, inputs)
+        end = 0
+        for plan, own in zip(plans, parts, strict=True):
+            end += len(own)
+            rows = outcome if len(plans) == 1 else outcome.rows(slice(end - len(own), end))
+            result.add(plan, own, rows, inputs)
 
 
 @contextmanager
