@@ -112,7 +112,10 @@ def _verify_forward(
     for leaf, tensor in stored.items():
         setattr(linear, leaf, tensor.to(where))
     linear.prepare(None, dtype)
-    x = torch.randn(_PROBE, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(_PROBE, k, generator=torch.Generator().manual_seed(0))
+    if rounding.scale is not None:  # a probe that a stored range rounds to zeros would show nothing
+        x *= 127 * rounding.scale.scale.float().cpu() / x.abs().max()
+    x = x.to(dtype)
     given = x if rounding.inputs is None else round_inputs(x, rounding.inputs, rounding.scale)
     dense = torch.nn.functional.linear(given.float(), wanted.dequantize().cpu())
     off = (linear(x.to(where)).float().cpu() - dense).square().mean().sqrt()

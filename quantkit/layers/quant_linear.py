@@ -165,9 +165,10 @@ class QuantLinear(nn.Module):
         return Layout({part: self.tensors[part] for part in self.prepared}, self.spec, self._facts)
 
     def move_layout(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace each tensor of the layout by place(tensor), a copy elsewhere."""
+        """Replace each tensor of packed bytes by place(tensor), a copy elsewhere."""
         for part in self.prepared:
-            self.tensors[part] = place(self.tensors[part])
+            if self.tensors[part].dtype == torch.uint8:
+                self.tensors[part] = place(self.tensors[part])
         self.forget()
 
     def stored(self) -> Stored:

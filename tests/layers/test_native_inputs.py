@@ -5,7 +5,7 @@ import torch
 from quantkit_kernels.cpu import library
 
 from quantkit.algorithms.rtn import rtn
-from quantkit.layers.quant_linear import QuantLinear
+from quantkit.layers.quant_linear import QuantLinear, huge_pages
 from quantkit.numerics.inputs import input_scale
 from quantkit.scheme import FP8_TOKEN, NUMBERS, PRESETS, Grid, Scheme, integer
 
@@ -42,6 +42,8 @@ def test_the_native_product_is_the_references(scheme, bias):
     truth = module(X)
     module.prepare("cpu", torch.float32)
     assert module.compute == "int8-range"
+    torch.testing.assert_close(module(X), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+    module.move_layout(huge_pages([module]).place)  # as `load` does
     torch.testing.assert_close(module(X), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
     kept = module.on_disk()
     assert kept.keys() == stored.keys()
