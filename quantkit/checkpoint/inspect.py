@@ -2,6 +2,7 @@
 
 The report, schema `quantkit-inspect/1`:
     path, model_type, format ("pack-quantized" or None)
+    kv_cache: {scheme, engine (what vLLM is started with for the same, or None)}, or None for an exact cache
     layers: [{name, scheme, bits, group_size, symmetric, dtype, shape [N, K], bytes, bits_per_weight,
               scale_range [min, max] or None, error}]; scheme .. symmetric are None for a layer that is not
               quantized, error is the relative squared weight error that quantkit.json holds, or None
@@ -24,14 +25,15 @@ import torch
 from safetensors import safe_open
 
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
+from quantkit.checkpoint.kv import stored_scheme
 from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
-from quantkit.checkpoint.records import plain
+from quantkit.checkpoint.records import engine_flag, plain
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
 from quantkit.models.config import read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
-from quantkit.scheme import Scheme
+from quantkit.scheme import KVScheme, Scheme
 
 SCHEMA = "quantkit-inspect/1"
 
@@ -70,9 +72,14 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "format": quantization.get("format") if quantization else None,
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
+        "kv_cache": _cache(stored_scheme(path, codec, quantization)),
         "loaders": [each.report() for each in loaders(model_type, schemes)],
         "searches": plain(manifest.searches or []) if manifest else [],
     }
+
+
+def _cache(scheme: KVScheme | None) -> dict[str, Any] | None:
+    return None if scheme is None else {"scheme": str(scheme), "engine": engine_flag(scheme)}
 
 
 class _Lazy(Mapping[str, torch.Tensor]):

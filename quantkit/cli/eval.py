@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from quantkit_eval.report import Report
@@ -10,9 +10,12 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
-from quantkit.cli.opening import open_model, opening_options, resolve
+from quantkit.cli.opening import kv_cache_option, open_model, opening_options, resolve
 from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from quantkit_eval.long_texts import LongGeneration
 
 
 @click.command("eval")
@@ -28,6 +31,19 @@ from quantkit.errors import ModelError
 @click.option("--context", type=click.IntRange(2), help="Tokens per window; default: min(2048, the model's).")
 @click.option("--stride", type=click.IntRange(1), help="Default: the context.")
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
+@kv_cache_option
+@click.option(
+    "--long-generation",
+    is_flag=True,
+    help="Instead, let the model write four texts with its KV cache, and compare it with an exact one by position.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="Of each text of --long-generation.",
+)
 @opening_options
 @json_option
 def command(
@@ -37,6 +53,9 @@ def command(
     context: int | None,
     stride: int | None,
     max_tokens: int | None,
+    kv_cache: str | None,
+    long_generation: bool,
+    new_tokens: int,
     backend: str,
     compute: str,
     verify: bool,
@@ -44,25 +63,70 @@ def command(
     dtype: str,
     json_file: str | None,
 ) -> None:
-    """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement."""
+    """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement.
+
+    A model with a quantized KV cache is measured as it decodes: every token sees the earlier ones as the cache holds
+    them. The baseline always has an exact cache.
+    """
     from quantkit_eval import evaluate
 
-    candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify)
+    from quantkit.layers.kv_cache import cache_of
+
+    candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify, kv_cache)
+    text = list(texts) or [str(assets.evaluation_text())]
+    if long_generation:
+        _long_generation(candidate, tokenizer, text, new_tokens, json_file)
+        return
     reference, its_tokenizer = (
-        open_model(baseline, device, dtype, verify=verify) if baseline else (None, None)
+        open_model(baseline, device, dtype, verify=verify, kv_cache="exact") if baseline else (None, None)
     )
     report = evaluate(
         candidate,
         tokenizer,
-        text=list(texts) or [str(assets.evaluation_text())],
+        text=text,
         baseline=reference,
         baseline_tokenizer=its_tokenizer,
         context=context,
         stride=stride,
         max_tokens=max_tokens,
         baseline_cache=_cache(baseline) if baseline else None,
+        cache=cache_of(candidate),
     )
     deliver(json_file, report.to_json(), lambda: print_evaluation(report, make_console()))
+
+
+def _long_generation(
+    model: Any, tokenizer: Any, text: list[str], new_tokens: int, json_file: str | None
+) -> None:
+    """Measure long texts, and print or write the report."""
+    from quantkit_eval import long_generation
+
+    from quantkit.layers.kv_cache import cache_of
+
+    cache = cache_of(model)
+    if cache is None:
+        raise click.UsageError(
+            "--long-generation compares a quantized KV cache with an exact one; add --kv-cache"
+        )
+    report = long_generation(model, tokenizer, text, cache, new_tokens=new_tokens)
+    deliver(json_file, report.to_json(), lambda: print_long_generation(report, make_console()))
+
+
+def print_long_generation(report: LongGeneration, console: Screen) -> None:
+    """The curve of the divergence, then what the texts repeat."""
+    table = Table("new tokens", "KL(exact || cache)", "top-1 agreement", title=report.cache)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for bucket in report.curve:
+        error = "" if bucket.kl_mean_se is None else f" ± {bucket.kl_mean_se:.5f}"
+        table.add_row(
+            f"{bucket.first} - {bucket.last}", f"{bucket.kl_mean:.5f}{error}", f"{bucket.top1_agreement:.2%}"
+        )
+    console.print(table)
+    console.print(
+        f"{report.sequences} texts of {report.new_tokens} tokens; repeated 4-grams: {report.repetition:.2%}, with an "
+        f"exact cache {report.repetition_exact:.2%}; ± is one standard error, over texts"
+    )
 
 
 def _cache(baseline: str) -> Any:

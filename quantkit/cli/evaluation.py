@@ -40,9 +40,10 @@ def evaluation_rows(evaluation: Report, names: tuple[str, str] = ("original", "q
 def evaluation_footer(evaluation: Report) -> str:
     """The line below the table: how much was measured, and whether the evaluation stopped early."""
     early = " (stopped early: the KL is known well enough)" if evaluation.stopped_early else ""
+    cache = f"; {evaluation.cache}, as decoding sees it" if evaluation.cache else ""
     return (
         f"evaluated on {evaluation.tokens:,} tokens in windows of {evaluation.context}{early}; "
-        "± is one standard error, over windows"
+        f"± is one standard error, over windows{cache}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from quantkit.cli.opening import open_model, opening_options
+from quantkit.cli.opening import kv_cache_option, open_model, opening_options
 from quantkit.cli.terminal import say
 
 
@@ -16,6 +16,7 @@ from quantkit.cli.terminal import say
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@kv_cache_option
 @opening_options
 def command(
     model: str,
@@ -25,6 +26,7 @@ def command(
     top_k: int,
     top_p: float,
     seed: int,
+    kv_cache: str | None,
     backend: str,
     compute: str,
     verify: bool,
@@ -40,7 +42,7 @@ def command(
 
     from quantkit.runtime import choose_runner
 
-    opened, tokenizer = open_model(model, device, dtype, backend, compute, verify)
+    opened, tokenizer = open_model(model, device, dtype, backend, compute, verify, kv_cache)
     runner = choose_runner(opened, max_new_tokens)
     if runner.reason:
         say(f"in transformers: {runner.reason}", err=True)

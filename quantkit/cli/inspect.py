@@ -57,6 +57,10 @@ def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool 
         f"{totals['quantized_layers']} quantized layers, {size(totals['bytes'])} of tensors, "
         f"{totals['model_bits_per_weight']:.3f} bits per weight"
     )
+    if report["kv_cache"]:
+        engine = report["kv_cache"]["engine"]
+        in_vllm = f"in vLLM: {engine}" if engine else "vLLM has no such cache"
+        console.print(f"KV cache: {report['kv_cache']['scheme']}; {in_vllm}")
     console.print(_checks(report["checks"]))
     for search in report["searches"]:
         console.print(str(parse(SearchRecord, search)))

@@ -38,6 +38,12 @@ compute_option = click.option(
     help="Activations in the native CPU kernels: as they are, or rounded per token and group, or per token.",
 )
 
+kv_cache_option = click.option(
+    "--kv-cache",
+    metavar="NAME",
+    help="Run with this KV cache: exact, INT8, INT4 or, with stored scales, FP8. Default: the checkpoint's own.",
+)
+
 
 def _use_threads(_context: click.Context, _option: click.Parameter, threads: int | None) -> None:
     """torch's setting, which the native kernels follow. Known before torch starts, it holds for every runtime."""
@@ -77,11 +83,13 @@ def open_model(
     backend: str = "auto",
     compute: str = "float",
     verify: bool = False,
+    kv_cache: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) through quantkit's loader, packed or not."""
     import torch
 
     from quantkit.checkpoint.load import load
+    from quantkit.layers.kv_cache import cache_of
     from quantkit.models.tokenizer import open_tokenizer
 
     path = resolve(path_or_id)
@@ -92,6 +100,9 @@ def open_model(
         backend=backend,
         compute=compute,
         verify=verify,
+        kv_cache=kv_cache,
     )
-    say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}", err=True)
+    cache = cache_of(model)
+    held = f", {cache().description}" if cache else ""
+    say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}{held}", err=True)
     return model, open_tokenizer(path)

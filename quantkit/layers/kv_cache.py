@@ -114,12 +114,17 @@ class QuantizedLayer(CacheLayerMixin):
 
 
 class QuantizedCache(Cache):
-    """The cache of a whole model. scales: by layer, of a scheme with stored ones."""
+    """The cache of a whole model. scales: by layer, of a scheme with stored ones.
+
+    description: in words. exact_chunk: tokens that one forward may add for what one token at a time gives, None: any
+    number. Entries are rounded when they come and read rounded, but for those of a residual window.
+    """
 
     def __init__(self, layers: int, scheme: KVScheme, scales: Mapping[int, KVScales] | None = None) -> None:
         made = [QuantizedLayer(scheme, None if scales is None else scales[i]) for i in range(layers)]
         super().__init__(layers=list(made))
-        self.scheme = scheme
+        self.scheme, self.description = scheme, str(scheme)
+        self.exact_chunk = 1 if scheme.residual else None
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from quantkit_eval.text import Text, check_sources
 from quantkit import assets
 from quantkit.checkpoint.load import load
 from quantkit.errors import DataError
+from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import Headers
 from quantkit.pipeline.cache import cache_limit, evaluation_cache
 
@@ -107,10 +108,11 @@ def evaluate_pair(
             "run `quantkit eval` where it fits"
         ]
     cache = evaluation_cache(digest)
-    original = load(headers.path, device=device)
+    original = load(headers.path, device=device, kv_cache="exact")
     longest = longest_context(original) or CONTEXT
+    quantized = load(output, device=device)
     report = quantkit_eval.evaluate(
-        load(output, device=device),
+        quantized,
         tokenizer,
         text=request.sources,
         baseline=original,
@@ -119,6 +121,7 @@ def evaluate_pair(
         kl_error=KL_ERROR if request.tokens is None else None,
         baseline_cache=cache,
         progress=progress,
+        cache=cache_of(quantized),
     )
     if cache and cache.found:
         message(
