@@ -48,3 +48,49 @@ def test_progress_bars_of_transformers_stay_out_of_logs(capsys):
 def test_bad_input_is_an_error_of_one_line(capsys, options, told):
     assert run(["eval", MODEL, "--context", "64", "--device", "cpu", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_another_cache_is_measured_as_it_decodes(capsys, tmp_path):
+    target = tmp_path / "report.json"
+    arguments = ["eval", MODEL, "--baseline", MODEL, "--kv-cache", "INT4", *SHORT]
+    assert run([*arguments, "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "KV int4 token, rotated, as decoding sees it" in " ".join(out.split())
+    report = json.loads(target.read_text())
+    assert (report["cache"], report["cache_step"]) == ("KV int4 token, rotated", None)
+    assert report["kl_mean"] > 1e-4
+
+
+def test_long_texts_are_compared_by_position(capsys, tmp_path):
+    target = tmp_path / "report.json"
+    arguments = [
+        "eval",
+        MODEL,
+        "--kv-cache",
+        "int8",
+        "--long-generation",
+        "--new-tokens",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    assert run([*arguments, "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "KL(exact || cache)" in out
+    assert "4 texts of 3 tokens" in " ".join(out.split())
+    report = json.loads(target.read_text())
+    assert report["schema"] == "quantkit-long-generation/1"
+    assert [bucket["last"] for bucket in report["curve"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--kv-cache", "FP8"], "needs calibrated scales"),
+        (["--kv-cache", "int9"], "unknown KV cache 'int9'"),
+        (["--long-generation"], "compares a quantized KV cache with an exact one; add --kv-cache"),
+    ],
+)
+def test_a_cache_that_cannot_be_had_is_an_error(capsys, options, told):
+    assert run(["eval", MODEL, *SHORT, *options]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
