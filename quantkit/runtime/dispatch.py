@@ -9,7 +9,6 @@ from quantkit_eval.model import device_of
 from quantkit_eval.protocols import CausalLM
 
 from quantkit.errors import BackendError
-from quantkit.layers.kv_cache import cache_of
 from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
 
@@ -53,10 +52,6 @@ def choose_runner(
     if way not in ("auto", *WAYS):
         raise BackendError(f"unknown way to run {way!r}; known: auto, {', '.join(WAYS)}")
     wanted = _FASTEST.get(device_of(model).type, "eager") if way == "auto" else way
-    if wanted != "eager" and cache_of(model) is not None:
-        if way != "auto":
-            raise BackendError(f"the model cannot run {way}: its KV cache is quantized")
-        return Runner(model, "eager", "its KV cache is quantized")
     if wanted == "eager":
         reason = None if way == "eager" else f"there is no faster way on {device_of(model)}"
         return Runner(model, "eager", reason)

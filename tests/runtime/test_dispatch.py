@@ -6,9 +6,7 @@ import torch
 from quantkit_kernels.cpu import library
 
 from quantkit.errors import BackendError
-from quantkit.layers.kv_cache import attach
 from quantkit.runtime import GraphDecoder, NativeDecoder, choose_runner, dispatch
-from quantkit.scheme import KV_PRESETS
 
 needs_library = pytest.mark.skipif(
     not library.available(), reason="needs the native library (a C++ compiler)"
@@ -70,12 +68,3 @@ def test_a_capture_that_failed_is_said_to_have_run_eager(llama, monkeypatch):
 def test_other_devices_run_eager_and_say_so(llama, monkeypatch):
     monkeypatch.setattr(dispatch, "device_of", lambda model: torch.device("mps"))
     assert choose_runner(llama, 4).reason == "there is no faster way on mps"
-
-
-def test_a_quantized_cache_runs_in_transformers():
-    model = tiny_models.FAMILIES["llama-gqa"]()
-    attach(model, KV_PRESETS["INT8"])
-    runner = choose_runner(model, 4)
-    assert (runner.way, runner.reason) == ("eager", "its KV cache is quantized")
-    with pytest.raises(BackendError, match="cannot run native: its KV cache is quantized"):
-        choose_runner(model, 4, "native")
