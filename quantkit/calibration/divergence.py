@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from quantkit_eval.divergence import token_kl
 
 from quantkit.calibration.forward import finish
 from quantkit.models import skeleton
@@ -20,6 +19,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = 1 << 22  # elements of one tensor of logits
+
+
+def token_kl(p: torch.Tensor, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL of each token [n], in nats; `other` is overwritten.
+
+    p: softmax of the original's `logits` [n, vocabulary]. With d = logits - other and m its mean under p,
+    KL = log sum p exp(m - d): no logarithms of the size of log p, whose rounding would be of the size of a small KL,
+    and one exponential for each model.
+    """
+    d = other.neg_().add_(logits)
+    mean = torch.linalg.vecdot(p, d)
+    d.neg_().add_(mean[:, None])
+    return torch.linalg.vecdot(p, d.expm1_()).log1p_()
 
 
 @torch.no_grad()
@@ -45,18 +57,18 @@ def window_kl(
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     step = max(1, min(length, LOGITS // vocabulary))
 
-    def log_p(hidden: torch.Tensor, window: int, tokens: slice) -> torch.Tensor:
+    def logits(hidden: torch.Tensor, window: int, tokens: slice) -> torch.Tensor:
         states = hidden[window : window + 1, tokens].to(device)
         given = ids[window : window + 1, tokens].to(device)
-        return (
-            finish(model, blocks, states, given, as_tuple)[0].float().log_softmax(-1)
-        )  # (tokens, vocabulary)
+        return finish(model, blocks, states, given, as_tuple)[0].float()  # (tokens, vocabulary)
 
     for window in range(windows):
         for start in range(0, length, step):
             tokens = slice(start, start + step)
-            base = log_p(original, window, tokens)
+            base = logits(original, window, tokens)
+            p = base.softmax(-1)
             for number, hidden in enumerate(others):
-                total[number, window] += float(token_kl(base, log_p(hidden, window, tokens)).double().sum())
+                kl = token_kl(p, base, logits(hidden, window, tokens))
+                total[number, window] += float(kl.double().sum())
     skeleton.free_outside(model, prefix)
     return total / length
