@@ -183,6 +183,20 @@ class BlockRun:
         found = {siblings: gatherer.finish().range for siblings, gatherer in gatherers.items()}
         return {siblings: each for siblings, each in found.items() if each is not None}
 
+    @torch.no_grad()
+    def largest_inputs(self, sets: list[tuple[str, ...]]) -> dict[tuple[str, ...], torch.Tensor]:
+        """max|x| [K] of the input of each set of siblings, not rounded, over the full stream, which goes on to the
+        block's output in the same pass.
+        """
+        found: dict[tuple[str, ...], torch.Tensor] = {}
+        for chunk in self.chunks():
+            seen: Inputs = {}
+            self._forward_to(sets, chunk, True, seen, stop=False)
+            for siblings, x in seen.items():
+                amax = x.abs().flatten(0, -2).amax(0).float()
+                found[siblings] = torch.maximum(found[siblings], amax) if siblings in found else amax
+        return found
+
     def _forward_to(
         self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: Inputs, stop: bool
     ) -> None:

@@ -124,7 +124,8 @@ class _Searching:
             original = block.streams.of(full=True)
             streams = streams or [Streams(original[: self.windows].clone(), None) for _ in strengths]
             if block.index == len(self.input_max):
-                self.input_max.append(_input_max(block))
+                planned = [s for s in block.trace.siblings if any(n in block.plans for n in s)]
+                self.input_max.append(block.largest_inputs(planned))
             for strength, stream in zip(strengths, streams, strict=True):
                 with self._tried(block, strength):
                     block.carry(stream)
@@ -168,16 +169,6 @@ class _Searching:
             finally:
                 for handle in handles:
                     handle.remove()
-
-
-def _input_max(block: BlockRun) -> InputMax:
-    """max|x| [K] of the input of each set of siblings that is planned, over all windows of the full stream.
-
-    The stream goes on to the block's output in the same pass, if the last set is among them.
-    """
-    sets = [s for s in block.trace.siblings if any(n in block.plans for n in s)]
-    found = block.collect(sets, dict.fromkeys(sets, frozenset({"amax"})))
-    return {siblings: s.amax for siblings, s in found.items() if s.amax is not None}
 
 
 def _rtn(config: AlgorithmConfig) -> RtnConfig:
