@@ -31,7 +31,8 @@ def token_kl(p: torch.Tensor, logits: torch.Tensor, other: torch.Tensor) -> torc
     d = other.neg_().add_(logits)
     mean = torch.linalg.vecdot(p, d)
     d.neg_().add_(mean[:, None])
-    return torch.linalg.vecdot(p, d.expm1_()).log1p_()
+    kl: torch.Tensor = torch.linalg.vecdot(p, d.expm1_()).log1p_()
+    return kl
 
 
 @torch.no_grad()
