@@ -62,7 +62,7 @@ def ratios(report: Mapping[str, Any], first: str, others: Mapping[str, Any] | li
     """{other engine: {kind: how many times faster `first` is}} for the engines that ran."""
     rows = report["engines"]
     return {
-        other: {kind: ratio(report, kind, first, other) for kind in rows[first]}
+        other: {kind: ratio(report, kind, first, other) for kind in rows[first] if kind in rows[other]}
         for other in others
         if other != first and other in rows and first in rows
     }

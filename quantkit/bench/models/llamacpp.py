@@ -147,6 +147,31 @@ def bench(program: Path, file: Path, threads: int, prompt: int, new: int) -> Mea
     return read_bench(_run(*command))
 
 
+def bench_depth(program: Path, file: Path, threads: int, depth: int, new: int, kind: str) -> Measured:
+    """One run of llama-bench behind a context: tokens per second of decode. kind: of its keys and values."""
+    command = [
+        program,
+        "-m",
+        file,
+        "-p",
+        0,
+        "-n",
+        new,
+        "-d",
+        depth,
+        "-ctk",
+        kind,
+        "-ctv",
+        kind,
+        "-fa",
+        1,
+        "-r",
+        1,
+    ]
+    found = json.loads(_run(*command, "-t", threads, "-o", "json"))
+    return {"decode": found[0]["avg_ts"]}
+
+
 def read_bench(text: str) -> Measured:
     """llama-bench's JSON: a test has either prompt tokens or generated ones."""
     found = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in json.loads(text)}

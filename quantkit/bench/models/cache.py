@@ -1,0 +1,129 @@
+"""Measure native decoding behind a long context, with exact and quantized KV caches.
+
+    python -m quantkit.bench.models.cache --work DIR --depth 8192 --json docs/benchmarks/cache.json
+
+The 1.1B Llama of quantkit.bench.models.decode (random weights, W4 g128, int8 activations per token and group), batch 1.
+Each cache is filled with `depth` random tokens once; a round then decodes `new` tokens behind them with every cache in
+turn, and forgets those again. Prefill is measured in the same rounds, on `prompt` tokens behind the context. With
+--llamacpp DIR (a folder of quantkit.bench.models.llamacpp) llama.cpp decodes Q4_0 weights with q8_0 and f16 keys and
+values at the same depth, in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantkit_kernels.cpu.decoder import CACHES, Cache
+
+from quantkit.bench.machine import machine, where
+from quantkit.bench.models import decode, llamacpp
+from quantkit.bench.rounds import Measured, interleave, ratios
+from quantkit.bench.synthetic import SHAPES
+from quantkit.checkpoint.shards import write_json
+from quantkit.runtime.native import NativeDecoder, Sequence
+
+ROTATED = ("int4",)  # caches that rotate keys
+FP8_SCALE = 0.02  # stored scale of random keys and values
+
+
+def filled(decoder: NativeDecoder, tokens: torch.Tensor) -> Sequence:
+    """A sequence with these tokens in its cache."""
+    sequence = decoder.start()
+    sequence.append(tokens, 0)
+    return sequence
+
+
+def measure(sequence: Sequence, prompt: torch.Tensor, new: int) -> Measured:
+    """Tokens per second of decoding and of a prompt behind what the sequence holds; it holds the same afterwards."""
+    depth = len(sequence)
+    start = time.perf_counter()
+    sequence.append(prompt)
+    prefill = len(prompt) / (time.perf_counter() - start)
+    sequence.truncate(depth)
+    token = prompt[:1]
+    sequence.append(token)
+    start = time.perf_counter()
+    for _ in range(new):
+        token = sequence.append(token).argmax(-1)
+    measured = {"decode": new / (time.perf_counter() - start), "prefill": prefill}
+    sequence.truncate(depth)
+    return measured
+
+
+def engines(
+    work: Path, caches: list[str], depth: int, prompt: int, new: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """({cache: function that measures once}, {cache: its bytes at this depth})."""
+    way = decode.WAYS["native W4A8"]
+    model = decode.open_model(decode.models(work)["packed"], way)
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (depth + prompt,), generator=random)
+    for layer in model.model.layers:  # an FP8 cache has stored scales
+        for leaf in ("k_scale", "v_scale"):
+            layer.self_attn.register_buffer(leaf, torch.full((1,), FP8_SCALE))
+    ready: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for kind in caches:
+        sequence = filled(NativeDecoder(model, way.compute, Cache(kind, kind in ROTATED)), tokens[:depth])
+        ready[kind] = partial(measure, sequence, tokens[depth:], new)
+        sizes[kind] = sequence.cache_bytes
+    return ready, sizes
+
+
+def peers(work: Path, folder: Path, threads: int, depth: int, new: int) -> dict[str, Callable[[], Measured]]:
+    """llama.cpp with keys and values of 8 and 16 bits; decoding only."""
+    built = llamacpp.build(folder)
+    file = llamacpp.files(built, decode.models(work)["dense"])["Q4_0"]
+    return {
+        f"llama.cpp {kind}": partial(llamacpp.bench_depth, built.bench, file, threads, depth, new, kind)
+        for kind in ("q8_0", "f16")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder with 3 GB free")
+    parser.add_argument("--llamacpp", type=Path, help="folder in which llama.cpp is built")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--depth", type=int, default=8192)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    depth, new = arguments.depth, arguments.new
+    ready, sizes = engines(arguments.work, arguments.caches, depth, arguments.prompt, new)
+    if arguments.llamacpp:
+        ready |= peers(arguments.work, arguments.llamacpp.resolve(), torch.get_num_threads(), depth, new)
+    report: dict[str, Any] = {
+        "schema": "quantkit-cache/1",
+        "machine": machine() | where("cpu"),
+        "model": SHAPES["1.1b"]._asdict()
+        | {"layers": decode.LAYERS, "scheme": "W4 g128 sym, head too, int8 inputs"},
+        "depth": depth,
+        "prompt_tokens": arguments.prompt,
+        "new_tokens": new,
+        "cache_bytes": sizes,
+        **interleave(ready, arguments.rounds),
+    }
+    report["times_faster"] = {name: ratios(report, name, list(ready)) for name in sizes}
+    for name, row in report["engines"].items():
+        print(
+            name,
+            *(f"{kind} {found['median']:.1f} tokens/s" for kind, found in row.items()),
+            sizes.get(name, ""),
+        )
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()
