@@ -23,6 +23,7 @@ from quantkit.bench.quality.methods import Measured, finished, keep, plus_minus
 from quantkit.bench.quality.outliers import inject
 from quantkit.checkpoint.shards import write_json
 from quantkit.recipe import load_recipe, parse_recipe
+from quantkit.scheme import Scheme
 
 SHIPPED = (
     "w8a8-int8-smoothquant",
@@ -47,7 +48,10 @@ class Case(NamedTuple):
     def scheme(self) -> str:
         """The scheme of the linears in words."""
         parsed = load_recipe(self.recipe) if isinstance(self.recipe, str) else parse_recipe(self.recipe)
-        return str(None if parsed.weights is None else parsed.weights.scheme)
+        assert parsed.weights is not None
+        return str(
+            Scheme(parsed.weights.scheme.weights, None if parsed.inputs is None else parsed.inputs.grid)
+        )
 
 
 def _rounded(preset: str, *transforms: str) -> dict[str, Any]:
