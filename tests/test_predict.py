@@ -149,3 +149,10 @@ def test_the_bounds_are_those_of_the_code_they_stand_for():
     assert (module.KEPT, module.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
     assert module.CHUNK == walk.CHUNK_ELEMENTS
     assert module.EVALUATION == evaluation._WORKING_SPACE
+
+
+def test_the_search_of_a_strength_needs_no_more_memory_than_gptq():
+    """What is predicted for the embedded model. Measured peaks: `python -m quantkit.bench.quality.strength --cost`."""
+    headers = read_checkpoint(assets.default_model())
+    plus, gptq = (predicted(name, headers).memory for name in ("w4a16-smoothquant-plus", "w4a16-gptq"))
+    assert plus <= gptq

@@ -43,13 +43,12 @@ from quantkit.checkpoint.shards import write_atomically, write_json
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize
 
-CONTEXT, WINDOWS, CALIBRATION = 512, 60, 128
+CONTEXT, WINDOWS, CALIBRATION = 512, 40, 128
 WEIGHTS = {"preset": "W4A16_ASYM", "algorithm": {"name": "rtn", "range": "minmax"}}
 PLUS = "SmoothQuant+"
 METHODS: dict[str, list[Any]] = {
     "RTN": [],
     "AWQ": ["awq"],
-    "AWQ, scales only": [{"name": "awq", "clip": False}],
     PLUS: [{"name": "smoothquant_plus", "search": "full"}],
 }
 
