@@ -53,18 +53,18 @@ METHODS: dict[str, list[Any]] = {
 }
 
 
-def measure(work: Path) -> list[dict[str, Any]]:
+def measure(work: Path, windows: int) -> list[dict[str, Any]]:
     """One row per model: its searched strengths, each method against the original, and SmoothQuant+ against each."""
-    models = {"embedded": assets.default_model(), "outliers": work / "outliers"}
+    models = {"outliers": work / "outliers", "embedded": assets.default_model()}
     if not models["outliers"].exists():
         inject(models["outliers"], assets.default_model())
-    return [_row(name, path, work) for name, path in models.items()]
+    return [_row(name, path, work, windows) for name, path in models.items()]
 
 
-def _row(name: str, path: Path, work: Path) -> dict[str, Any]:
-    tokens = first_tokens(open_tokenizer(path), Text([assets.evaluation_text()]), WINDOWS * CONTEXT)
+def _row(name: str, path: Path, work: Path, count: int) -> dict[str, Any]:
+    tokens = first_tokens(open_tokenizer(path), Text([assets.evaluation_text()]), count * CONTEXT)
     windows = torch.tensor(tokens).view(-1, CONTEXT)
-    original = load(path, device="cpu")
+    original = _logits(load(path, device="cpu"), windows)
     row: dict[str, Any] = {"model": name, "windows": len(windows), "methods": {}, "plus_minus": {}}
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for method, transforms in METHODS.items():
@@ -87,14 +87,21 @@ def _row(name: str, path: Path, work: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compared(original: Any, model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(KL to the original, how much larger the NLL is), the mean of each window, fp64 [windows]."""
+def _logits(model: Any, windows: torch.Tensor) -> list[torch.Tensor]:
+    """The logits [length - 1, vocabulary] of each window that predict its next tokens."""
+    return [model(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in windows]
+
+
+def _compared(
+    original: list[torch.Tensor], model: Any, windows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL to the original's logits, how much larger the NLL is), the mean of each window, fp64 [windows]."""
     kl, nll = [], []
-    for ids in windows:
-        z, other = (m(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for m in (original, model))
+    for z, ids in zip(original, windows, strict=True):
+        (other,) = _logits(model, ids[None])
         lost = [token_nll(each.log_softmax(-1), ids[1:]).double().mean() for each in (z, other)]
         nll.append(lost[1] - lost[0])
-        kl.append(token_kl(z.softmax(-1), z, other.clone()).double().mean())
+        kl.append(token_kl(z.softmax(-1), z, other).double().mean())
     return torch.stack(kl), torch.stack(nll)
 
 
@@ -170,6 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, nargs=2, metavar=("JSON", "SVG"), help="draw the curves of a file"
     )
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of the evaluation text")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -179,7 +187,7 @@ def main() -> None:
     if arguments.work is not None:
         arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.json:
-        rows = measure(arguments.work)
+        rows = measure(arguments.work, arguments.windows)
         write_json(arguments.json, {"schema": "quantkit-strength/1", "machine": where, "rows": rows})
         print(markdown(rows))
     if arguments.cost:
