@@ -58,8 +58,17 @@ def _rounded(preset: str, *transforms: str) -> dict[str, Any]:
     return {"weights": {"preset": preset, "algorithm": "rtn"}, "transforms": list(transforms)}
 
 
+def _fp4(preset: str, algorithm: str | dict[str, Any]) -> dict[str, Any]:
+    return {"weights": {"preset": preset, "algorithm": algorithm}}
+
+
+ABSMAX = {"name": "rtn", "range": "minmax"}  # compressed-tensors' own rounding
+
 CASES = (
     *(Case("embedded", name, name) for name in SHIPPED),
+    Case("embedded", "NVFP4A16, abs-max rounding", _fp4("NVFP4A16", ABSMAX)),
+    Case("embedded", "MXFP4A16, abs-max rounding", _fp4("MXFP4A16", ABSMAX)),
+    Case("embedded", "MXFP4A16, GPTQ", _fp4("MXFP4A16", "gptq")),
     Case("outliers", "RTN, inputs static per tensor", _rounded("W8A8_STATIC")),
     Case("outliers", "SmoothQuant, inputs static per tensor", _rounded("W8A8_STATIC", "smoothquant")),
     Case("outliers", "RTN, inputs per token", _rounded("W8A8")),
