@@ -218,11 +218,15 @@ class Recipe(Part):
 
 
 def _refuse_unstorable(recipe: Recipe, weights: Weights) -> None:
-    """ValueError for weights, with the inputs of the recipe or of a rule, that the output's format cannot store."""
-    schemes = [scheme_of({key: getattr(weights, key) for key in WEIGHT_KEYS}, recipe.inputs)]
-    schemes += [rule.apply(weights, recipe.inputs)[0] for rule in recipe.rules if not rule.skip]
-    for scheme in schemes:
+    """ValueError for a scheme, of the recipe or of a rule, that the output's format or the algorithm cannot make."""
+    whole = scheme_of({key: getattr(weights, key) for key in WEIGHT_KEYS}, recipe.inputs)
+    every = [(whole, weights.algorithm)]
+    every += [rule.apply(weights, recipe.inputs) for rule in recipe.rules if not rule.skip]
+    for scheme, algorithm in every:
         why = registry.unstorable(recipe.output.format, scheme)
+        shared = scheme.weights.granularity in ("tensor", "block")
+        if why is None and shared and getattr(algorithm, "groups", None) == "dynamic":
+            why = f"groups: dynamic takes a scale for each row, {scheme} shares them between rows; use groups: static"
         if why:
             raise ValueError(why)
 

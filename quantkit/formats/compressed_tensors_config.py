@@ -43,7 +43,8 @@ def format_of(scheme: Scheme) -> str:
         found = {("fp8_e4m3", 16): NVFP4, ("e8m0", 32): MXFP4}.get((str(grid.scale), grid.group_size or 0))
     if found is None:
         raise ModelError(
-            f"compressed-tensors has no format for {scheme}; its formats are {', '.join(FORMATS)}"
+            f"compressed-tensors has no format for {scheme}; its formats are {', '.join(FORMATS)}; choose another "
+            "preset, or symmetric: true beside rounded inputs"
         )
     return found
 

@@ -10,8 +10,8 @@ from quantkit.checkpoint.plugin import packed_linears
 from quantkit.cli.main import run
 
 SHORT = ["calibration.samples=8", "calibration.sequence_length=256"]
-# The largest KL to the original that is accepted: several times what was measured, far below what a wrong scale gives.
-RECIPES = {"w8a8-int8-dynamic": 0.005, "w8a8-fp8-static": 0.02, "w4a8-gptq": 0.03}
+# The largest KL to the original that is accepted: loose, as there is little calibration; a wrong scale gives far more.
+RECIPES = {"w8a8-int8-dynamic": 0.005, "w8a8-fp8-static": 0.02}
 
 
 @pytest.mark.slow

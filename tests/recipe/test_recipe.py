@@ -348,6 +348,10 @@ def test_overrides_alone_make_a_recipe(tmp_path):
         ("{weights: {algorithm: rtn}, kv_cache: {number: int8, granularity: head}}", "granularity: token"),
         ("{weights: {algorithm: rtn}, kv_cache: int9}", "'INT8'"),
         ("weights: {algorithm: rtn, preset: NF4}", "no format for W4A16 nf4 g64"),
+        (
+            "weights: {preset: FP8, algorithm: {name: gptq, groups: dynamic, order: none}}",
+            "use groups: static",
+        ),
         ("weights: {algorithm: rtn, preset: FP8, bits: 4}", "preset: FP8 has fp8_e4m3 weights, got bits: 4"),
         ("weights: {algorithm: rtn, number: fp8_e4m3, symmetric: false}", "only integers can be asymmetric"),
         ("weights: {algorithm: rtn, number: fp4_e2m1, group_size: 64, scale: e8m0}", "no format for"),
