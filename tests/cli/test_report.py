@@ -14,6 +14,7 @@ from quantkit.cli.quantize import print_report
 from quantkit.pipeline.report import RunReport
 
 REPORT = RunReport(
+    searches=[],
     output=Path("out/m-r"),
     size=Size(
         original_bytes=16_000_000,
@@ -76,6 +77,7 @@ def test_the_report_as_json_keeps_its_keys_in_order():
     told = REPORT.to_json()
     assert list(told) == [
         "schema", "output", "size", "evaluation", "seconds", "cpu_seconds", "peak_rss_bytes", "notes", "resumed_blocks",
+        "searches",
     ]  # fmt: skip
     assert (told["schema"], told["output"]) == ("quantkit-run/1", "out/m-r")
     assert told["evaluation"]["quantized"]["perplexity"] == 31.0

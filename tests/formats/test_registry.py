@@ -149,7 +149,8 @@ def test_stored_and_back_is_the_same_bytes(name, grid):
 
 
 def test_no_other_room_writes_the_name_of_a_stored_tensor():
-    leaves = {leaf for name in registry.names() for leaf in codec(name).leaves} - {"weight"}
+    leaves = {leaf for name in registry.names() for leaf in codec(name).leaves}
+    leaves -= {"weight", "input_scale"}  # words that mean something elsewhere too
     found = []
     for file in sorted((ROOT / "quantkit").rglob("*.py")):
         if file.parent.name == "formats":
