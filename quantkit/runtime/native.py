@@ -148,6 +148,7 @@ def _cache(model: PreTrainedModel, dtype: torch.dtype) -> Cache:
         return Cache("bf16" if dtype == torch.bfloat16 else "fp32")
     scheme, kind = told.scheme, told.scheme.keys.number.name
     plain = scheme.keys == scheme.values and scheme.keys.symmetric and scheme.keys.group_size is None
+    plain = plain and (scheme.keys.granularity == "token") == scheme.dynamic
     if (
         not plain
         or scheme.sinks

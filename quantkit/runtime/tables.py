@@ -17,7 +17,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from quantkit.errors import BackendError
-from quantkit.layers.kv_cache import KEYS, OWN_HOOKS, VALUES
+from quantkit.layers.kv_cache import OWN_HOOKS, attached
 from quantkit.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ def tables(model: PreTrainedModel) -> Tables:
         raise NotNative(f"the native path knows {known}, not {type(model).__name__} ({config.model_type})")
     _refuse_changed(model)
     base = model.model
-    layers = tuple(_layer(f"model.layers.{i}", block, names, config) for i, block in enumerate(base.layers))
+    scales = _kv_scales(model, config.num_key_value_heads)
+    layers = tuple(
+        _layer(f"model.layers.{i}", block, names, config, scales[i]) for i, block in enumerate(base.layers)
+    )
     attention = base.layers[0].self_attn
     return Tables(
         layers=layers,
@@ -85,7 +88,9 @@ def _refuse_changed(model: PreTrainedModel) -> None:
             raise NotNative(f"{name} is on {tensor.device.type}, not on the CPU")
 
 
-def _layer(name: str, block: Any, names: Names, config: Any) -> Layer:
+def _layer(
+    name: str, block: Any, names: Names, config: Any, kv_scales: tuple[torch.Tensor, torch.Tensor] | None
+) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     activation = getattr(mlp, names.activation)
     if not isinstance(activation, (nn.SiLU, SiLUActivation)):
@@ -110,18 +115,20 @@ def _layer(name: str, block: Any, names: Names, config: Any) -> Layer:
         gate_up=linears(mlp, "mlp", names.gate_up),
         down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj),
         scale=attention.scaling,
-        kv_scales=_kv_scales(attention, config.num_key_value_heads),
+        kv_scales=kv_scales,
         window=window,
         **per_head,
     )
 
 
-def _kv_scales(attention: Any, heads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The stored scales of a layer's cache, fp32 [kv_heads] each, where it has them."""
-    k, v = (getattr(attention, leaf, None) for leaf in (KEYS, VALUES))
-    if not isinstance(k, torch.Tensor) or not isinstance(v, torch.Tensor):
-        return None
-    return _fp32(k.reshape(-1).expand(heads)), _fp32(v.reshape(-1).expand(heads))
+def _kv_scales(model: PreTrainedModel, heads: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The stored scales of every layer's cache, fp32 [kv_heads] each; None without."""
+    told = attached(model)
+    count = model.config.num_hidden_layers
+    if told is None or told.scales is None:
+        return [None] * count
+    pairs = ((told.scales[i].keys, told.scales[i].values) for i in range(count))
+    return [(_fp32(k.reshape(-1).expand(heads)), _fp32(v.reshape(-1).expand(heads))) for k, v in pairs]
 
 
 def _norm(name: str, module: Any) -> Norm:

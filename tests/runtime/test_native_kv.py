@@ -12,7 +12,7 @@ import torch
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.decoder import Cache, Decoder
 
-from quantkit.layers.kv_cache import KEYS, VALUES, attach, cache_of
+from quantkit.layers.kv_cache import attach, cache_of
 from quantkit.layers.kv_entries import Entries
 from quantkit.numerics.kv import KVScales
 from quantkit.runtime import NativeDecoder, native
@@ -43,10 +43,8 @@ def quantized(name, family="llama-gqa", **overrides):
         heads = model.config.num_key_value_heads
         shape = (heads, 1, 1) if name == "FP8" else (1,)
         scales = {}
-        for i, layer in enumerate(model.model.layers):
+        for i in range(model.config.num_hidden_layers):
             k, v = (torch.linspace(low, 2 * low, shape[0]).view(shape) for low in (0.008, 0.004))
-            layer.self_attn.register_buffer(KEYS, k)
-            layer.self_attn.register_buffer(VALUES, v)
             scales[i] = KVScales(k, v)
     attach(model, scheme, scales)
     return model, plain

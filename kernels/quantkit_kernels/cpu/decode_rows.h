@@ -142,7 +142,8 @@ void append_integers(const Attention &a, int head, int64_t position, const float
     }
 }
 
-// The E4M3 code nearest to x, halves to even, at most 448; NaN stays NaN.
+// The E4M3 code nearest to x, halves to even, at most 448. NaN gets its code, which attention reads as 480: the
+// token's own output is NaN already.
 inline uint8_t fp8_code(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);

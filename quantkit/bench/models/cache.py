@@ -26,7 +26,10 @@ from quantkit.bench.models import decode, llamacpp
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
+from quantkit.layers.kv_cache import attach
+from quantkit.numerics.kv import KVScales
 from quantkit.runtime.native import NativeDecoder, Sequence
+from quantkit.scheme import KV_PRESETS
 
 ROTATED = ("int4",)  # caches that rotate keys
 FP8_SCALE = 0.02  # stored scale of random keys and values
@@ -64,12 +67,13 @@ def engines(
     model = decode.open_model(decode.models(work)["packed"], way)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (depth + prompt,), generator=random)
-    for layer in model.model.layers:  # an FP8 cache has stored scales
-        for leaf in ("k_scale", "v_scale"):
-            layer.self_attn.register_buffer(leaf, torch.full((1,), FP8_SCALE))
     ready: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for kind in caches:
+        if kind == "fp8_e4m3":  # its scales are stored
+            scale = torch.tensor([FP8_SCALE])
+            scales = dict.fromkeys(range(model.config.num_hidden_layers), KVScales(scale, scale))
+            attach(model, KV_PRESETS["FP8_TENSOR"], scales)
         sequence = filled(NativeDecoder(model, way.compute, Cache(kind, kind in ROTATED)), tokens[:depth])
         ready[kind] = partial(measure, sequence, tokens[depth:], new)
         sizes[kind] = sequence.cache_bytes
