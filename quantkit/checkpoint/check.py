@@ -22,7 +22,16 @@ from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
-from quantkit.models.tensors import FLOATS, INDEX, SINGLE, TensorInfo, named, read_tensors, torch_dtype
+from quantkit.models.tensors import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    TensorInfo,
+    named,
+    read_tensors,
+    torch_dtype,
+    weight_map,
+)
 from quantkit.scheme import Scheme
 
 SchemeOf = Callable[[str], Scheme | None]  # a linear's name -> its scheme
@@ -63,7 +72,8 @@ def packing_of(path: Path, stored: Any) -> tuple[Codec | None, SchemeOf | None]:
 def check_files(path: Path, verify: bool = False) -> Checked:
     """Look at the files of a folder; ModelError naming what is missing, foreign or damaged."""
     if not (path / MANIFEST).exists():
-        if (path / SINGLE).exists() and (path / INDEX).exists():
+        both = (path / SINGLE).exists() and (path / INDEX).exists()
+        if both and set(weight_map(path).values()) != {SINGLE}:  # some tools write an index of one file
             raise ModelError(
                 f"{path} holds both {SINGLE} and {INDEX}, so which weights are meant is unclear; remove the one "
                 "that does not belong to the model"

@@ -73,7 +73,9 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
         "kv_cache": _cache(stored_scheme(path, codec, quantization)),
-        "loaders": [each.report() for each in loaders(model_type, schemes)],
+        "loaders": [
+            each.report() for each in loaders(model_type, schemes, codec and codec.kv_scheme(quantization))
+        ],
         "searches": plain(manifest.searches or []) if manifest else [],
     }
 

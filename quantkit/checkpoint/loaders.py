@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from quantkit.models import families
-from quantkit.scheme import Scheme
+from quantkit.scheme import KVScheme, Scheme
 
 TRANSFORMERS = "transformers + compressed-tensors"
 PLAIN = "AutoModelForCausalLM.from_pretrained(path)"
@@ -44,18 +44,45 @@ class Loader:
         }
 
 
-def loaders(model_type: str, schemes: dict[str, Scheme]) -> list[Loader]:
+def loaders(model_type: str, schemes: dict[str, Scheme], kv: KVScheme | None = None) -> list[Loader]:
     """Who loads a model whose linears (by module name) have these schemes; empty: a model that is not quantized.
 
-    model_type: "" leaves out what depends on the code of a family; transformers is not imported then.
+    model_type: "" leaves out what depends on the code of a family; transformers is not imported then. kv: of a cache
+    with stored scales.
     """
     ours = Loader("quantkit", True, "quantkit.load(path)")
+    if kv is not None and not schemes:
+        return [ours, _transformers_cache(Loader(TRANSFORMERS, True, PLAIN)), _vllm_cache(_vllm(set()), kv)]
     if not schemes:
         return [ours, Loader("transformers", True, PLAIN)]
     if any(families.is_conv1d(model_type, name) for name in schemes):
         why = "linears of this family are Conv1D, which only quantkit.load runs packed"
         return [ours, Loader(TRANSFORMERS, False, why), Loader("vLLM", False, why)]
-    return [ours, _transformers(model_type, schemes), _vllm(set(schemes.values()))]
+    plain, engine = _transformers(model_type, schemes), _vllm(set(schemes.values()))
+    return (
+        [ours, plain, engine] if kv is None else [ours, _transformers_cache(plain), _vllm_cache(engine, kv)]
+    )
+
+
+def _transformers_cache(loader: Loader) -> Loader:
+    """What becomes of a stored cache there."""
+    if not loader.loads:
+        return loader
+    drops = "dequantize" in loader.how
+    said = (
+        "the cache is exact, dequantize drops its scales" if drops else "the cache holds dequantized values"
+    )
+    return replace(loader, needs=said if loader.needs is None else f"{loader.needs}; {said}")
+
+
+def _vllm_cache(loader: Loader, kv: KVScheme) -> Loader:
+    """vLLM takes FP8 caches; others make it refuse the whole checkpoint."""
+    if kv.keys.number.name != "fp8_e4m3":
+        return Loader("vLLM", False, f"a stored cache {kv} makes vLLM refuse the checkpoint")
+    if not loader.loads or kv.keys.granularity != "head":
+        return loader
+    said = "with FlashAttention 3 or later, for cache scales per head"
+    return replace(loader, needs=said if loader.needs is None else f"{loader.needs}; {said}")
 
 
 def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:

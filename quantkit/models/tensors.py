@@ -86,7 +86,7 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if (path / INDEX).is_file():
-        return [path / name for name in sorted(set(_weight_map(path).values()))]
+        return [path / name for name in sorted(set(weight_map(path).values()))]
     others = sorted(
         p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
     )
@@ -102,7 +102,8 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
+    """The index of a folder, tensor name -> file; ModelError if it is corrupt or files are missing."""
     entries = read_json(path / INDEX, limit=MAX_HEADER).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ModelError(f"{path / INDEX} has no weight_map; the file is corrupt, fetch it again")
@@ -122,7 +123,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _check_index(path: Path, files: list[Path], tensors: dict[str, TensorInfo]) -> None:
     if files == [path / SINGLE]:
         return
-    entries = _weight_map(path)
+    entries = weight_map(path)
     absent = [n for n, file in entries.items() if n not in tensors or tensors[n].file.name != file]
     if absent:
         raise ModelError(

@@ -154,7 +154,9 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
         for (transform, name), count in left_out.items()
     ]
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
-    known = loaders(run.source.headers.model_type, schemes)
+    known = loaders(
+        run.source.headers.model_type, schemes, run.plan.kv if run.plan.calibrates_cache else None
+    )
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
     if run.plan.kv is not None:
         flag = engine_flag(run.plan.kv)

@@ -1,5 +1,6 @@
 """What is looked at before a checkpoint is used: sizes and values always, digests on request."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -106,7 +107,11 @@ def test_stray_weights_are_noticed(folder, use):
         use(folder)
     (folder / "other.safetensors").unlink()
     (folder / MANIFEST).unlink()
-    (folder / f"{SHARD}.index.json").write_text("{}")
+    index = folder / f"{SHARD}.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": SHARD}}))  # as some tools write it beside a single file
+    use(folder)
+    save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
+    index.write_text(json.dumps({"weight_map": {"x": "other.safetensors"}}))
     with pytest.raises(ModelError, match="holds both"):
         use(folder)
 

@@ -18,12 +18,20 @@ from quantkit.layers.kv_cache import cache_of
 from quantkit.layers.quant_linear import QuantLinear
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-EXACT = ["w8a8-int8-dynamic", "w8a8-int8-static-asym", "w4a8-int8", "fp8-dynamic", "fp8-block"]
+EXACT = [
+    "w8a8-int8-dynamic",
+    "w8a8-int8-static-asym",
+    "w4a8-int8",
+    "fp8-dynamic",
+    "fp8-block",
+    "model-free-fp8-dynamic",
+]
 SHOWN = {
     "w8a8-int8-dynamic": "W8A8 channel sym, inputs int8 token",
     "w8a8-int8-static-asym": "W8A8 channel sym, inputs int8 tensor asym",
     "w4a8-int8": "W4A8 g32 sym, inputs int8 token",
     "fp8-dynamic": "W8A8 fp8_e4m3 channel, inputs fp8_e4m3 token",
+    "model-free-fp8-dynamic": "W8A8 fp8_e4m3 channel, inputs fp8_e4m3 token",
     "fp8-block": "W8A8 fp8_e4m3 b128, inputs fp8_e4m3 g128",
 }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from quantkit.checkpoint.loaders import TRANSFORMERS, loaders, reads_weight
-from quantkit.scheme import INT8_TOKEN, PRESETS, Grid, Scheme, integer
+from quantkit.scheme import INT8_TOKEN, KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme, integer
 
 LINEARS = ("q_proj", "o_proj", "c_proj", "c_attn", "query_key_value", "down_proj", "fc1", "dense")
 FOUR = Scheme(integer(4, 128))
@@ -99,3 +99,14 @@ def test_what_vllm_has_no_kernels_for_is_said():
 
 def test_dequantize_drops_the_rounding_of_inputs():
     assert "leaves inputs as they are" in by_name("nanochat", PRESETS["W8A8"])[TRANSFORMERS].needs
+
+
+def test_a_stored_cache_says_who_reads_it():
+    fp8, int8 = KV_PRESETS["FP8"], KVScheme(*[Grid(NUMBERS["int8"], "tensor")] * 2)
+    ours, plain, engine = loaders("", {}, fp8)
+    assert ours.loads
+    assert plain.needs == "the cache holds dequantized values"
+    assert "FlashAttention 3" in engine.needs
+    assert not loaders("", {}, int8)[2].loads
+    asymmetric = {"a": PRESETS["W4A16_ASYM"]}
+    assert "dequantize drops its scales" in loaders("", asymmetric, fp8)[1].needs
