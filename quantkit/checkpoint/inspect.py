@@ -52,6 +52,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     codec, scheme_of = packing_of(path, quantization)
     manifest = read_manifest(path, ModelError, REMOVE) if (path / MANIFEST).is_file() else None
     # layer -> relative squared weight error, if quantkit wrote this checkpoint
+    stored = None if codec is None or quantization is None else codec.kv_scheme(quantization)
     errors = {layer.name: layer.weight_error for layer in manifest.layers} if manifest else {}
     layers: list[dict[str, Any]] = []
     schemes: dict[str, Scheme] = {}
@@ -73,9 +74,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
         "kv_cache": _cache(stored_scheme(path, codec, quantization)),
-        "loaders": [
-            each.report() for each in loaders(model_type, schemes, codec and codec.kv_scheme(quantization))
-        ],
+        "loaders": [each.report() for each in loaders(model_type, schemes, stored)],
         "searches": plain(manifest.searches or []) if manifest else [],
     }
 
