@@ -70,8 +70,9 @@ def test_stored_scales_of_the_inputs(zero):
     x, w = randoms(70, 512, dtype=torch.bfloat16), weight(INT8, 300, 512)
     shift = None if zero is None else torch.tensor([zero], dtype=torch.int32, device="cuda")
     sums = None if zero is None else w.sum(1, dtype=torch.int32)
-    given = (x, w, randoms(300, 1, seed=3).abs(), torch.tensor([0.02], device="cuda"), shift, sums, None, 1)
-    assert relative(scaled_op.triton_scaled_linear(*given), scaled_op._twin(*given)) < 0.01
+    scales = randoms(300, 1, seed=3).abs(), torch.tensor([0.02], device="cuda")
+    given = scaled_op.Product(x, w, *scales, shift, sums, None, 1)
+    assert relative(scaled_op.triton_scaled_linear(*given), scaled_op._twin(given)) < 0.01
 
 
 @pytest.mark.parametrize("number", [INT8, FP8])

@@ -93,8 +93,8 @@ def test_products_are_those_of_the_twin(number, m, n, k, group, rows):
     x, w = randoms(m, k), weight(number, n, k)
     x[0] = 0
     scale, bias = randoms(-(-n // rows), k // group, seed=3).abs(), randoms(n, seed=4)
-    given = (x, w, scale, None, None, None, bias, rows)
-    close(scaled_op.triton_scaled_linear(*given), scaled_op._twin(*given))
+    given = scaled_op.Product(x, w, scale, None, None, None, bias, rows)
+    close(scaled_op.triton_scaled_linear(*given), scaled_op._twin(given))
 
 
 @pytest.mark.parametrize(("number", "zero"), [(INT8, None), (INT8, -20), (FP8, None)])
@@ -102,8 +102,9 @@ def test_stored_scales_of_the_inputs(number, zero):
     x, w = randoms(5, 96), weight(number, 40, 96)
     shift = None if zero is None else torch.tensor([zero], dtype=torch.int32)
     sums = None if zero is None else w.sum(1, dtype=torch.int32)
-    given = (x, w, randoms(40, 1, seed=3).abs(), torch.tensor([0.02]), shift, sums, None, 1)
-    close(scaled_op.triton_scaled_linear(*given), scaled_op._twin(*given))
+    scales = randoms(40, 1, seed=3).abs(), torch.tensor([0.02])
+    given = scaled_op.Product(x, w, *scales, shift, sums, None, 1)
+    close(scaled_op.triton_scaled_linear(*given), scaled_op._twin(given))
 
 
 @pytest.mark.parametrize(
@@ -111,10 +112,10 @@ def test_stored_scales_of_the_inputs(number, zero):
 )
 def test_every_tiling_gives_the_same(config):
     x, w, scale = randoms(18, 256), weight(INT8, 70, 256), randoms(70, 1, seed=3).abs()
-    given = (x, w, scale, None, None, None, None, 1)
-    y = scaled_op.launch(*given, config, torch.full((18, 70), torch.nan))
-    close(y, scaled_op._twin(*given))
-    assert torch.equal(scaled_op.launch(*given, config), y)  # the tickets are back at 0
+    given = scaled_op.Product(x, w, scale, None, None, None, None, 1)
+    y = scaled_op.launch(given, config, torch.full((18, 70), torch.nan))
+    close(y, scaled_op._twin(given))
+    assert torch.equal(scaled_op.launch(given, config), y)  # the tickets are back at 0
 
 
 def right_product():
@@ -146,7 +147,7 @@ def test_entries_are_written_as_the_twin_writes_them(number, stored):
     begin = torch.tensor([0, 7], dtype=torch.int32)
     ours, twins = cache(number, b, heads, places, d, stored), cache(number, b, heads, places, d, stored)
     kv_op.kv_write(k, v, *ours, begin, stored)
-    kv_op._twin_write(k, v, *twins, begin, stored)
+    kv_op._twin_write(kv_op.Written(k, v, *twins, begin, stored))
     for found, wanted in zip(ours, twins, strict=True):
         assert torch.equal(found.float(), wanted.float())
 
@@ -168,12 +169,12 @@ DECODES = [(2, 4, 2, 64, 150, 1, 0.0), (2, 8, 2, 32, 300, 3, 0.0), (1, 6, 2, 80,
 def test_attention_is_that_of_the_twin(number, stored, b, heads, kv, d, places, splits, cap):
     k_codes, v_codes, k_scales, v_scales = held = cache(number, b, kv, places, d, stored)
     begin = torch.zeros(b, dtype=torch.int32)
-    kv_op._twin_write(
-        randoms(b, kv, places, d, seed=1), randoms(b, kv, places, d, seed=2), *held, begin, stored
-    )
+    k, v = (randoms(b, kv, places, d, seed=s) for s in (1, 2))
+    kv_op._twin_write(kv_op.Written(k, v, *held, begin, stored))
     first = torch.tensor([3, 20][:b], dtype=torch.int32)
     end = torch.tensor([places - 9, 21][:b], dtype=torch.int32)  # the second sees one place
-    given = (randoms(b, heads, d), k_codes, k_scales, v_codes, v_scales, first, end, d**-0.5, cap)
-    found = kv_op.decode(*given, kv_op.Config(32, splits, 4, 1))
+    q = randoms(b, heads, d)
+    given = kv_op.Read(q, k_codes, k_scales, v_codes, v_scales, first, end, d**-0.5, cap)
+    found = kv_op.decode(given, kv_op.Config(32, splits, 4, 1))
     close(found, kv_attention.kv_decode(*given))
-    assert torch.equal(kv_op.decode(*given, kv_op.Config(32, splits, 4, 1)), found)
+    assert torch.equal(kv_op.decode(given, kv_op.Config(32, splits, 4, 1)), found)

@@ -26,6 +26,33 @@ _DECODE = (
 CHUNK = 256  # places that a program reads at least
 
 
+class Written(NamedTuple):
+    """The arguments of `kv_write`, in its order."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_codes: torch.Tensor
+    v_codes: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+    begin: torch.Tensor
+    stored: bool
+
+
+class Read(NamedTuple):
+    """The arguments of `kv_decode`, in its order."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    k_scales: torch.Tensor
+    v: torch.Tensor
+    v_scales: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+    scale: float
+    softcap: float
+
+
 class Config(NamedTuple):
     """Places at a time, programs per kv head, warps and pipeline stages."""
 
@@ -55,22 +82,12 @@ def constants(
     }
 
 
-def decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scales: torch.Tensor,
-    v: torch.Tensor,
-    v_scales: torch.Tensor,
-    first: torch.Tensor,
-    end: torch.Tensor,
-    scale: float,
-    softcap: float,
-    config: Config | None = None,
-) -> torch.Tensor:
+def decode(given: Read, config: Config | None = None) -> torch.Tensor:
     """`kv_decode` by the kernel, with given sizes or by the rule."""
     from quantkit_kernels.triton.kv import decode_kernel
 
-    _check_decode(q, k, k_scales, v, v_scales, first, end, scale, softcap)
+    _check_decode(given)
+    q, k, k_scales, v, v_scales, first, end, scale, softcap = given
     b, heads, d = q.shape
     kv_heads, places = k.shape[1], k.shape[2]
     pairs = b * kv_heads
@@ -113,20 +130,12 @@ def decode(
     return out
 
 
-def write(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_codes: torch.Tensor,
-    v_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-    begin: torch.Tensor,
-    stored: bool,
-) -> None:
+def write(given: Written) -> None:
     """`kv_write` by the kernel."""
     from quantkit_kernels.triton.kv import write_kernel
 
-    _check_write(k, v, k_codes, v_codes, k_scales, v_scales, begin, stored)
+    _check_write(given)
+    k, v, k_codes, v_codes, k_scales, v_scales, begin, stored = given
     b, heads, tokens, d = k.shape
     if not tokens:
         return
@@ -162,17 +171,9 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _twin_write(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_codes: torch.Tensor,
-    v_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-    begin: torch.Tensor,
-    stored: bool,
-) -> None:
-    _check_write(k, v, k_codes, v_codes, k_scales, v_scales, begin, stored)
+def _twin_write(given: Written) -> None:
+    _check_write(given)
+    k, v, k_codes, v_codes, k_scales, v_scales, begin, stored = given
     for x, codes, scales in ((k, k_codes, k_scales), (v, v_codes, v_scales)):
         made, of = twin.quantize_entries(x, codes.dtype, scales if stored else None)
         for row, start in enumerate(begin.tolist()):
@@ -182,17 +183,9 @@ def _twin_write(
                 scales[row, :, here] = of[row]
 
 
-def _check_write(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_codes: torch.Tensor,
-    v_codes: torch.Tensor,
-    k_scales: torch.Tensor,
-    v_scales: torch.Tensor,
-    begin: torch.Tensor,
-    stored: bool,
-) -> None:
+def _check_write(given: Written) -> None:
     """Raise ValueError unless new entries and cache fit together; the places are checked by the caller of the op."""
+    k, v, k_codes, v_codes, k_scales, v_scales, begin, stored = given
     if k.dim() != 4 or k.stride(3) != 1 or v.shape != k.shape or v.stride(3) != 1 or v.dtype != k.dtype:
         raise ValueError(
             f"k and v must be alike, [B, H, T, D] with contiguous rows, got {list(k.shape)}, {list(v.shape)}"
@@ -205,18 +198,9 @@ def _check_write(
     check_part("begin", begin, (k.shape[0],), (torch.int32,), k.device)
 
 
-def _check_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scales: torch.Tensor,
-    v: torch.Tensor,
-    v_scales: torch.Tensor,
-    first: torch.Tensor,
-    end: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> None:
+def _check_decode(given: Read) -> None:
     """Raise ValueError or TypeError unless queries and cache fit together; first < end <= S is the caller's part."""
+    q, k, k_scales, v, v_scales, first, end, _, _ = given
     if q.dim() != 3 or not q.is_contiguous() or q.dtype not in (*KINDS, torch.float32):
         raise ValueError(
             f"q must be contiguous fp32, bf16 or fp16 [B, heads, D], got {q.dtype} {list(q.shape)}"
@@ -242,20 +226,23 @@ def _check_cache(
         raise ValueError("keys and values must be quantized alike")
 
 
-def _any_write(k: torch.Tensor, *rest: Any) -> None:
-    (write if k.device.type == "cuda" or interpreted() else _twin_write)(k, *rest)
+def _any_write(*arguments: Any) -> None:
+    given = Written(*arguments)
+    (write if given.k.device.type == "cuda" or interpreted() else _twin_write)(given)
 
 
-def _any_decode(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    if q.device.type == "cuda" or interpreted():
-        return decode(q, *rest)
-    _check_decode(q, *rest)
-    return twin.kv_decode(q, *rest)
+def _any_decode(*arguments: Any) -> torch.Tensor:
+    given = Read(*arguments)
+    if given.q.device.type == "cuda" or interpreted():
+        return decode(given)
+    _check_decode(given)
+    return twin.kv_decode(*given)
 
 
-def _fake_decode(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    _check_decode(q, *rest)
-    return torch.empty_like(q)
+def _fake_decode(*arguments: Any) -> torch.Tensor:
+    given = Read(*arguments)
+    _check_decode(given)
+    return torch.empty_like(given.q)
 
 
 define("kv_write", _WRITE, {"CompositeExplicitAutograd": _any_write}, lambda *given: None)

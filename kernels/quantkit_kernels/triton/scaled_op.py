@@ -31,6 +31,19 @@ NUMBERS = {dtype: number for number, dtype in twin.CODES.items()}
 Optional = torch.Tensor | None
 
 
+class Product(NamedTuple):
+    """The arguments of the op, in its order."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    w_scale: torch.Tensor
+    x_scale: Optional
+    x_zero: Optional
+    sums: Optional
+    bias: Optional
+    rows: int
+
+
 class Config(NamedTuple):
     """Tile [BN, BM] of BK columns at a time, programs that share K, warps and pipeline stages."""
 
@@ -71,44 +84,24 @@ def constants(
     }
 
 
-def launch(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_scale: Optional,
-    x_zero: Optional,
-    sums: Optional,
-    bias: Optional,
-    rows: int,
-    config: Config,
-    y: Optional = None,
-) -> torch.Tensor:
+def launch(given: Product, config: Config, y: Optional = None) -> torch.Tensor:
     """The kernels with given tile sizes; x [M, K] with K contiguous, y [M, N] contiguous or None. No gradient."""
-    _check(x, w, w_scale, x_scale, x_zero, sums, bias, rows)
+    _check(given)
+    x = given.x
     if x.dim() != 2 or x.stride(1) != 1:
         raise ValueError(
             f"x must be [M, K] with contiguous rows, got {list(x.shape)} with strides {list(x.stride())}"
         )
     if y is not None:
-        check_part("y", y, (x.shape[0], w.shape[0]), (x.dtype,), x.device)
+        check_part("y", y, (x.shape[0], given.w.shape[0]), (x.dtype,), x.device)
     with on(x.device):
-        return _launched(x, w, w_scale, x_scale, x_zero, sums, bias, rows, config, y)
+        return _launched(given, config, y)
 
 
-def _launched(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_scale: Optional,
-    x_zero: Optional,
-    sums: Optional,
-    bias: Optional,
-    rows: int,
-    config: Config,
-    y: Optional = None,
-) -> torch.Tensor:
+def _launched(given: Product, config: Config, y: Optional = None) -> torch.Tensor:
     from quantkit_kernels.triton.scaled import scaled_linear_kernel
 
+    x, w, w_scale, x_scale, x_zero, sums, bias, rows = given
     (m, k), n = x.shape, w.shape[0]
     groups, number = w_scale.shape[1], NUMBERS[w.dtype]
     group = k // groups
@@ -186,36 +179,19 @@ def _rounded(
     return codes, scales
 
 
-def _run(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_scale: Optional,
-    x_zero: Optional,
-    sums: Optional,
-    bias: Optional,
-    rows: int,
-) -> torch.Tensor:
-    n, k = w.shape
+def _run(given: Product) -> torch.Tensor:
+    x, (n, k) = given.x, given.w.shape
     tokens = x.reshape(-1, k)
     tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
     _, processors, _ = chip(x.device)
-    config = rule(max(len(tokens), 1), n, k, k // w_scale.shape[1], processors)
+    config = rule(max(len(tokens), 1), n, k, k // given.w_scale.shape[1], processors)
     with on(x.device):
-        y = _launched(tokens, w, w_scale, x_scale, x_zero, sums, bias, rows, config)
+        y = _launched(given._replace(x=tokens), config)
     return y.view(*x.shape[:-1], n)
 
 
-def _twin(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_scale: Optional,
-    x_zero: Optional,
-    sums: Optional,
-    bias: Optional,
-    rows: int,
-) -> torch.Tensor:
+def _twin(given: Product) -> torch.Tensor:
+    x, w, w_scale, x_scale, x_zero, _, bias, rows = given
     n, k = w.shape
     number, group, tokens = NUMBERS[w.dtype], k // w_scale.shape[1], x.reshape(-1, k)
     if x_scale is None:
@@ -226,31 +202,26 @@ def _twin(
     return y.view(*x.shape[:-1], n)
 
 
-def _any(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    _check(x, *rest)
-    run = _run if x.device.type == "cuda" or interpreted() else _twin
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, *rest)
-    return run(x, *rest)
+def _any(*arguments: Any) -> torch.Tensor:
+    given = Product(*arguments)
+    _check(given)
+    kind = given.x.device.type
+    run = _run if kind == "cuda" or interpreted() else _twin
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return run(given)
+    return run(given)
 
 
-def _fake(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
-    _check(x, w, *rest)
-    return x.new_empty((*x.shape[:-1], w.shape[0]))
+def _fake(*arguments: Any) -> torch.Tensor:
+    given = Product(*arguments)
+    _check(given)
+    return given.x.new_empty((*given.x.shape[:-1], given.w.shape[0]))
 
 
-def _check(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    x_scale: Optional,
-    x_zero: Optional,
-    sums: Optional,
-    bias: Optional,
-    rows: int,
-) -> None:
+def _check(given: Product) -> None:
     """Raise ValueError or TypeError for arguments that do not fit together."""
+    x, w, w_scale, x_scale, x_zero, sums, bias, rows = given
     if w.dim() != 2 or w.dtype not in NUMBERS or not w.is_contiguous() or not w.numel():
         raise ValueError(f"w must be contiguous int8 or float8_e4m3fn [N, K], got {w.dtype} {list(w.shape)}")
     (n, k), device = w.shape, w.device
