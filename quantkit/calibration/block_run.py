@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from quantkit.calibration.calls import BlockCalls, mappings
-from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.calls import BlockCalls, mappings, written
+from quantkit.calibration.collect import Gatherer, Gatherers
 from quantkit.calibration.forward import Call, Stop, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
@@ -83,7 +83,7 @@ class BlockRun:
         before = {place: dict(mapping) for place, mapping in mappings(call).items()}
         with refusing(f"decoder block {index} ({type(module).__name__})"):
             self.trace = trace(module, x, call.args, call.kwargs)
-        self._hands_on = bool(_written(call, before))
+        self._hands_on = written(call, before)
         widest = max((m.in_features for m in self.held.values()), default=0)
         self._replay = Replay(module, self.trace, widest, enabled=not self._hands_on)
 
@@ -138,7 +138,7 @@ class BlockRun:
         sets = [s for s in sets if needs[s]]
         if not sets:
             return {}
-        gatherers: dict[tuple[str, ...], Gatherer] = {}
+        gatherers: Gatherers[tuple[str, ...]] = Gatherers(self.device)
         final = sets[-1] == self.trace.siblings[-1]
         for chunk in self.chunks():
             seen: dict[bool, Inputs] = {}
@@ -148,13 +148,12 @@ class BlockRun:
                     self._forward_to(sets, chunk, full, seen[full], stop=not (full and final))
             for siblings in sets:
                 x = seen[False][siblings] if False in seen else seen[True][siblings]
-                if siblings not in gatherers:
-                    gatherers[siblings] = Gatherer(needs[siblings], x.shape[-1], self.device)
-                gatherers[siblings].update(self.rounded(siblings, x), seen.get(True, {}).get(siblings))
+                x_full = seen.get(True, {}).get(siblings)
+                gatherers.update(siblings, needs[siblings], self.rounded(siblings, x), x_full)
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
-        return {siblings: gatherers[siblings].finish() for siblings in sets}
+        return gatherers.finish()
 
     def rounded(self, siblings: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         """The shared input [..., K] of siblings on the grid that all planned ones round it to; if they differ in it, as
@@ -171,31 +170,28 @@ class BlockRun:
 
         field: "range" for the smallest and the largest input, "counts" for how often each value came too.
         """
-        gatherers: dict[tuple[str, ...], Gatherer] = {}
-        full = self.streams.quantized is None
-        for chunk in self.chunks():
-            seen: Inputs = {}
-            self._forward_to(sets, chunk, full, seen, stop=True)
-            for siblings, x in seen.items():
-                if siblings not in gatherers:
-                    gatherers[siblings] = Gatherer(frozenset({field}), x.shape[-1], self.device)
-                gatherers[siblings].update(x)
-        found = {siblings: gatherer.finish().range for siblings, gatherer in gatherers.items()}
-        return {siblings: each for siblings, each in found.items() if each is not None}
+        found = self._over_chunks(sets, field, full=self.streams.quantized is None, stop=True)
+        return {siblings: each.range for siblings, each in found.items() if each.range is not None}
 
     @torch.no_grad()
     def largest_inputs(self, sets: list[tuple[str, ...]]) -> dict[tuple[str, ...], torch.Tensor]:
         """max|x| [K] of the input of each set of siblings, not rounded, over the full stream, which goes on to the
         block's output in the same pass.
         """
-        found: dict[tuple[str, ...], torch.Tensor] = {}
+        found = self._over_chunks(sets, "amax", full=True, stop=False)
+        return {siblings: each.amax for siblings, each in found.items() if each.amax is not None}
+
+    def _over_chunks(
+        self, sets: list[tuple[str, ...]], field: str, full: bool, stop: bool
+    ) -> dict[tuple[str, ...], Statistics]:
+        """One field of `Statistics` of the input of each set as it is, over one stream; stop: see `_forward_to`."""
+        gatherers: Gatherers[tuple[str, ...]] = Gatherers(self.device)
         for chunk in self.chunks():
             seen: Inputs = {}
-            self._forward_to(sets, chunk, True, seen, stop=False)
+            self._forward_to(sets, chunk, full, seen, stop)
             for siblings, x in seen.items():
-                amax = x.abs().flatten(0, -2).amax(0).float()
-                found[siblings] = torch.maximum(found[siblings], amax) if siblings in found else amax
-        return found
+                gatherers.update(siblings, frozenset({field}), x)
+        return gatherers.finish()
 
     def _forward_to(
         self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: Inputs, stop: bool
@@ -283,19 +279,17 @@ class BlockRun:
 
         One pass for all of them. No input is kept.
         """
-        gatherers: dict[str, Gatherer] = {}
+        gatherers: Gatherers[str] = Gatherers(self.device)
 
         def note(name: str) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                if name not in gatherers:
-                    gatherers[name] = Gatherer(frozenset({field}), args[0].shape[-1], self.device)
-                gatherers[name].update(args[0])
+                gatherers.update(name, frozenset({field}), args[0])
 
             return hook
 
         modules = {name: self.module.get_submodule(name) for name in names}
         self._look([m.register_forward_pre_hook(note(name)) for name, m in modules.items()], windows)
-        return {name: getattr(gatherer.finish(), field) for name, gatherer in gatherers.items()}
+        return {name: getattr(found, field) for name, found in gatherers.finish().items()}
 
     def _look(self, handles: list[RemovableHandle], windows: int | None) -> None:
         """Run the first windows of the full stream (or the only one) for hooks, which are removed afterwards."""
@@ -366,15 +360,16 @@ class BlockRun:
             self.streams = own
 
     @torch.no_grad()
-    def fold(self, group: ScalingGroup, scale: torch.Tensor, instead: str, proved: bool = True) -> float:
+    def fold_on_trial(self, group: ScalingGroup, scale: torch.Tensor) -> None:
+        """Fold `scale` [channels] into a group inside `trial`, where nothing is kept and the output is not compared."""
+        fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
+
+    @torch.no_grad()
+    def fold(self, group: ScalingGroup, scale: torch.Tensor, instead: str) -> float:
         """Fold `scale` [channels] into a group for good; the change of the block's output, relative to its RMS.
 
-        What is not quantized and has changed goes into `changed`. NumericalError if the output moved. proved: False in
-        a trial, where the output is not compared and 0 is returned.
+        What is not quantized and has changed goes into `changed`. NumericalError if the output moved.
         """
-        if not proved:
-            fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
-            return 0.0
         chunk = self.chunks()[0]
         full = self.streams.full is not None
         before = self.forward(chunk, full)
@@ -403,14 +398,3 @@ class BlockRun:
     def feeds_attention_logits(name: str) -> bool:
         """Whether a linear's error is seen through attention logits, where its own output error misleads."""
         return any(part in name for part in ATTENTION_LOGIT_NAMES)
-
-
-def _written(call: Call, before: dict[str, dict[str, Any]]) -> list[str]:
-    """The places of the dictionaries that a call has changed."""
-    now = mappings(call)
-    return [
-        place
-        for place, mapping in now.items()
-        if mapping.keys() != before[place].keys()
-        or any(mapping[k] is not v for k, v in before[place].items())
-    ]

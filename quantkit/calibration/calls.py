@@ -10,7 +10,7 @@ each call as a copy; `Streams.shared` carries their contents.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,14 @@ def _tree(call: Call) -> tuple[Any, ...]:
 def mappings(call: Call) -> dict[str, MutableMapping[Any, Any]]:
     """The dictionaries among the arguments of a call, by the place where they stand."""
     return {spelled(at): mapping for at, mapping in _mappings(_tree(call))}
+
+
+def written(call: Call, before: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a call has changed one of the dictionaries among its arguments; before: copies of them, by place."""
+    return any(
+        mapping.keys() != before[place].keys() or any(mapping[k] is not v for k, v in before[place].items())
+        for place, mapping in mappings(call).items()
+    )
 
 
 def _mappings(tree: Any, at: Place = ()) -> Iterator[tuple[Place, MutableMapping[Any, Any]]]:

@@ -6,7 +6,8 @@ full-precision stream, or None. Masked (padding) tokens are removed before a col
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Hashable
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from quantkit.numerics.input_range import BINS, InputRange, count
 from quantkit.numerics.statistics import Statistics
 
 _TILE = 128
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Collector(Protocol):
@@ -184,3 +186,22 @@ class Gatherer:
         for collector in self.collectors:
             collector.finish(statistics)
         return statistics
+
+
+class Gatherers(Generic[Key]):
+    """One `Gatherer` for each of several inputs, made when an input is first seen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of: dict[Key, Gatherer] = {}
+
+    def update(
+        self, key: Key, fields: frozenset[str], x: torch.Tensor, full: torch.Tensor | None = None
+    ) -> None:
+        """Take in x [..., K] of the input `key`, whose `fields` of `Statistics` are wanted; full as in `Gatherer`."""
+        if key not in self._of:
+            self._of[key] = Gatherer(fields, x.shape[-1], self._device)
+        self._of[key].update(x, full)
+
+    def finish(self) -> dict[Key, Statistics]:
+        return {key: gatherer.finish() for key, gatherer in self._of.items()}

@@ -68,7 +68,7 @@ def try_on(
         for group in reversed(groups_of(run)):
             channels, weight_max = channel_maxima(run, group, input_max[group.consumers])
             s = scales(channels, weight_max, strength)
-            run.fold(group, s, INSTEAD, proved=False)
+            run.fold_on_trial(group, s)
             smoothed[group.consumers] = channels / s
     return smoothed
 
