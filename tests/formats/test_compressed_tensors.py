@@ -3,9 +3,8 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
-from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.scheme import PRESETS, Scheme, integer
+from quantkit.scheme import Scheme, integer
 
 CT = codec("compressed-tensors")
 
@@ -158,77 +157,3 @@ def test_targets_match_as_in_compressed_tensors():
 def test_what_is_not_read_is_refused(config, message):
     with pytest.raises(ModelError, match=message):
         CT.parse(config)
-
-
-# every number format
-
-STORED = {name: scheme for name, scheme in PRESETS.items() if name != "NF4"}
-
-
-def some_weight(grid, n=200, k=256):
-    """Random codes and scales as an algorithm gives them; rows that share a scale repeat it."""
-    g = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=g)
-    if grid.number.name == "fp8_e4m3":
-        codes[codes % 128 == 127] = 0  # NaN
-    groups = k // grid.group(k)
-    rows = {"tensor": n, "block": grid.group_size}.get(grid.granularity, 1)
-    scale = torch.rand(-(-n // rows), groups, generator=g).repeat_interleave(rows, 0)[:n] + 0.5
-    kinds = {"e8m0": torch.float8_e8m0fnu, "fp8_e4m3": torch.float8_e4m3fn, None: torch.bfloat16}
-    zero = None
-    if not grid.symmetric:
-        zero = torch.randint(0, 2**grid.bits, (n, groups), dtype=torch.uint8, generator=g)
-    return QuantizedWeight(
-        codes, scale.to(kinds[grid.scale]), zero, grid, torch.tensor([1234.5]) if grid.two_level else None
-    )
-
-
-def same_bytes(one, other):
-    assert one.dtype == other.dtype
-    assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-@pytest.mark.parametrize("name", STORED)
-def test_every_scheme_comes_back(name):
-    scheme, weight = STORED[name], some_weight(STORED[name].weights)
-    inputs = None
-    if scheme.inputs is not None and not scheme.inputs.dynamic:
-        zero = None if scheme.inputs.symmetric else torch.tensor([-7], dtype=torch.int8)
-        inputs = InputScale(torch.tensor([0.25], dtype=torch.bfloat16), zero)
-    tensors = CT.pack_scheme(weight, scheme, inputs)
-    n, k = weight.shape
-    assert {leaf: tuple(t.shape) for leaf, t in tensors.items()} == CT.shapes(n, k, scheme)
-    for leaf, tensor in tensors.items():
-        assert tensor.dtype == (CT.dtypes(scheme)[leaf] or torch.bfloat16), leaf
-    back = CT.unpack(tensors, scheme)
-    assert torch.equal(back.codes, weight.codes)
-    same_bytes(back.scale, weight.scale)
-    assert torch.equal(back.dequantize(), weight.dequantize())
-    assert CT.dimensions(tensors, scheme) == (n, k)
-    found = CT.inputs_of(tensors)
-    assert (found is None) == (inputs is None)
-    if found is not None and inputs is not None:
-        assert torch.equal(found.scale, inputs.scale)
-        assert (found.zero is None) == (inputs.zero is None)
-
-
-def test_shapes_are_those_of_llmcompressor():
-    """Names and shapes of its files for [200, 256]; see docs/checkpoint.md."""
-    assert CT.shapes(200, 256, PRESETS["FP8_BLOCK"])["weight_scale"] == (2, 2)
-    assert CT.shapes(200, 256, PRESETS["FP8"]) == {
-        "weight": (200, 256),
-        "weight_scale": (1,),
-        "input_scale": (1,),
-    }
-    nvfp4 = {"weight_packed": (200, 128), "weight_scale": (200, 16), "weight_global_scale": (1,)}
-    assert CT.shapes(200, 256, PRESETS["NVFP4A16"]) == nvfp4
-    assert CT.shapes(200, 256, PRESETS["W8A8"]) == {"weight": (200, 256), "weight_scale": (200, 1)}
-
-
-def test_even_columns_of_fp4_are_in_the_low_half():
-    grid = PRESETS["MXFP4A16"].weights
-    codes = torch.arange(32, dtype=torch.uint8).view(1, 32) % 16
-    weight = QuantizedWeight(codes, torch.ones(1, 1).to(torch.float8_e8m0fnu), None, grid)
-    tensors = CT.pack(weight)
-    assert tensors["weight_packed"][0, :2].tolist() == [0x10, 0x32]
-    assert tensors["weight_scale"].tolist() == [[127]]

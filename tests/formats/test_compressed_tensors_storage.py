@@ -9,6 +9,7 @@ from quantkit.algorithms.rtn import on_grid, rtn
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.numerics.inputs import InputScale
+from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import NUMBERS, PRESETS, Grid, Scheme
 
 CT = codec("compressed-tensors")
@@ -16,20 +17,50 @@ STORABLE = [name for name in PRESETS if name != "NF4"]
 N, K = 200, 256  # 200 rows: the last block of 128 is ragged
 
 
-def made(scheme, n=N, k=K, dtype=torch.bfloat16):
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
-    weight = rtn(w, scheme.weights, dtype)
-    inputs = None
-    if scheme.inputs is not None and not scheme.inputs.dynamic:
-        zero = None if scheme.inputs.symmetric else torch.tensor([-3], dtype=torch.int8)
-        inputs = InputScale(torch.tensor([0.02]).to(dtype), zero)
-    return w, weight, CT.pack_scheme(weight, scheme, inputs)
+def input_scale(scheme):
+    """Any calibrated range, for a scheme whose inputs have one."""
+    if scheme.inputs is None or scheme.inputs.dynamic:
+        return None
+    zero = None if scheme.inputs.symmetric else torch.tensor([-7], dtype=torch.int8)
+    return InputScale(torch.tensor([0.25], dtype=torch.bfloat16), zero)
+
+
+def made(scheme, n=N, k=K):
+    """(weight, tensors) of random numbers rounded to nearest."""
+    weight = rtn(
+        torch.randn(n, k, generator=torch.Generator().manual_seed(0)), scheme.weights, torch.bfloat16
+    )
+    return weight, CT.pack_scheme(weight, scheme, input_scale(scheme))
+
+
+def some_weight(grid, n=N, k=K):
+    """Random codes and scales as an algorithm gives them; rows that share a scale repeat it."""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**grid.bits, (n, k), dtype=torch.uint8, generator=g)
+    if grid.number.name == "fp8_e4m3":
+        codes[codes % 128 == 127] = 0  # NaN
+    groups = k // grid.group(k)
+    rows = {"tensor": n, "block": grid.group_size}.get(grid.granularity, 1)
+    scale = torch.rand(-(-n // rows), groups, generator=g).repeat_interleave(rows, 0)[:n] + 0.5
+    kinds = {"e8m0": torch.float8_e8m0fnu, "fp8_e4m3": torch.float8_e4m3fn, None: torch.bfloat16}
+    zero = None
+    if not grid.symmetric:
+        zero = torch.randint(0, 2**grid.bits, (n, groups), dtype=torch.uint8, generator=g)
+    return QuantizedWeight(
+        codes, scale.to(kinds[grid.scale]), zero, grid, torch.tensor([1234.5]) if grid.two_level else None
+    )
+
+
+def same_bytes(one, other):
+    assert one.dtype == other.dtype
+    assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", STORABLE)
 def test_what_is_packed_has_its_shapes_and_comes_back(name):
     scheme = PRESETS[name]
-    _, weight, tensors = made(scheme)
+    weight, inputs = some_weight(scheme.weights), input_scale(scheme)
+    tensors = CT.pack_scheme(weight, scheme, inputs)
     assert {leaf: tuple(t.shape) for leaf, t in tensors.items()} == CT.shapes(N, K, scheme)
     dtypes = CT.dtypes(scheme)
     assert all(t.dtype == (dtypes[leaf] or torch.bfloat16) for leaf, t in tensors.items())
@@ -37,9 +68,15 @@ def test_what_is_packed_has_its_shapes_and_comes_back(name):
     back = CT.unpack(tensors, scheme)
     for part in ("codes", "scale", "zero", "global_scale"):
         one, other = getattr(back, part), getattr(weight, part)
-        assert one is other or torch.equal(
-            one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-        ), part
+        assert (one is None) == (other is None), part
+        if one is not None:
+            same_bytes(one, other)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    found = CT.inputs_of(tensors)
+    assert (found is None) == (inputs is None)
+    if found is not None and inputs is not None:
+        assert torch.equal(found.scale, inputs.scale)
+        assert (found.zero is None) == (inputs.zero is None)
 
 
 @pytest.mark.parametrize("name", STORABLE)
@@ -47,7 +84,7 @@ def test_what_is_packed_has_its_shapes_and_comes_back(name):
 def test_kernels_see_the_same_weight_and_give_the_same_bytes_back(name, k):
     scheme = PRESETS[name]
     grid = scheme.weights
-    _, weight, tensors = made(scheme, k=k)
+    weight, tensors = made(scheme, k=k)
     spec = Spec(grid.number.name, grid.bits, grid.group(k), grid.symmetric, N, k)
     stored = CT.stored(tensors, spec, scheme)
     assert torch.equal(dequantize(stored, torch.float32), weight.dequantize())
@@ -61,7 +98,7 @@ def test_kernels_see_the_same_weight_and_give_the_same_bytes_back(name, k):
 
 def test_rows_that_are_no_whole_words():
     scheme = PRESETS["W8A16_FP8"]
-    _, weight, tensors = made(scheme, 3, 7)
+    weight, tensors = made(scheme, 3, 7)
     stored = CT.stored(tensors, Spec("fp8_e4m3", 8, 7, True, 3, 7), scheme)
     assert torch.equal(dequantize(stored, torch.float32), weight.dequantize())
 
@@ -98,7 +135,7 @@ def test_integers_with_quantized_inputs_are_signed_bytes():
 
 def test_negative_zero_of_fp4_survives():
     scheme = PRESETS["MXFP4A16"]
-    _, weight, tensors = made(scheme)
+    weight, tensors = made(scheme)
     weight.codes[0, 0] = 8
     tensors = CT.pack(weight)
     stored = CT.stored(tensors, Spec("fp4_e2m1", 4, 32, True, N, K), scheme)
@@ -119,10 +156,32 @@ def test_what_has_no_format_is_refused_with_what_to_do():
 @pytest.mark.parametrize("name", STORABLE)
 def test_tensors_of_a_wrong_shape_are_refused(name):
     scheme = PRESETS[name]
-    _, _, tensors = made(scheme)
+    _, tensors = made(scheme)
     for leaf in tensors:
         missing = {key: t for key, t in tensors.items() if key != leaf}
         with pytest.raises(ModelError):
             CT.unpack(missing, scheme)
         with pytest.raises(ModelError):
             CT.unpack(tensors | {leaf: tensors[leaf][None]}, scheme)
+
+
+def test_shapes_are_those_of_llmcompressor():
+    """Names and shapes of its files for [200, 256]; see docs/checkpoint.md."""
+    assert CT.shapes(200, 256, PRESETS["FP8_BLOCK"])["weight_scale"] == (2, 2)
+    assert CT.shapes(200, 256, PRESETS["FP8"]) == {
+        "weight": (200, 256),
+        "weight_scale": (1,),
+        "input_scale": (1,),
+    }
+    nvfp4 = {"weight_packed": (200, 128), "weight_scale": (200, 16), "weight_global_scale": (1,)}
+    assert CT.shapes(200, 256, PRESETS["NVFP4A16"]) == nvfp4
+    assert CT.shapes(200, 256, PRESETS["W8A8"]) == {"weight": (200, 256), "weight_scale": (200, 1)}
+
+
+def test_even_columns_of_fp4_are_in_the_low_half():
+    grid = PRESETS["MXFP4A16"].weights
+    codes = torch.arange(32, dtype=torch.uint8).view(1, 32) % 16
+    weight = QuantizedWeight(codes, torch.ones(1, 1).to(torch.float8_e8m0fnu), None, grid)
+    tensors = CT.pack(weight)
+    assert tensors["weight_packed"][0, :2].tolist() == [0x10, 0x32]
+    assert tensors["weight_scale"].tolist() == [[127]]
