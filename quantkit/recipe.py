@@ -160,6 +160,10 @@ class Recipe(Part):
                 raise ValueError("weights: none leaves only the KV cache to quantize; give a kv_cache")
         else:
             _refuse_unstorable(self, self.weights)
+        if self.kv_cache is not None:
+            why = registry.unstorable_cache(self.output.format, self.kv_cache.scheme)
+            if why:
+                raise ValueError(why)
         return self
 
     @field_validator("transforms")

@@ -72,7 +72,7 @@ class Codec(ABC):
     ) -> dict[str, Any]:
         """`quantization_config` of config.json. schemes: by module name; ignore: the linears left as they are.
 
-        kv: of a cache whose scales are stored.
+        kv: of a cache whose scales are stored, None without one (see `unstorable_cache`).
         """
 
     @abstractmethod
@@ -148,6 +148,13 @@ def register(kind: type[Codec]) -> type[Codec]:
 def names() -> list[str]:
     """The formats there are; without torch."""
     return sorted({*SHIPPED, *CODECS})
+
+
+def unstorable_cache(name: str, kv: KVScheme) -> str | None:
+    """Why the format called `name` cannot store what a KV cache needs, or None."""
+    if kv.dynamic or name == DEFAULT:
+        return None
+    return f"the format {name} stores no scales of a KV cache; use kv_cache: INT8, which needs none"
 
 
 def unstorable(name: str, scheme: Scheme) -> str | None:

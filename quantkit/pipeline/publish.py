@@ -118,11 +118,8 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
     kv = run.plan.kv if run.plan.calibrates_cache else None
     config.pop("quantization_config", None)
     if schemes or kv is not None:
-        packing = codec(run.recipe.output.format)
         ignored = sorted(linears - schemes.keys()) if schemes else []
-        config["quantization_config"] = (
-            packing.config(schemes, ignored) if kv is None else packing.config(schemes, ignored, kv)
-        )
+        config["quantization_config"] = codec(run.recipe.output.format).config(schemes, ignored, kv)
     write_json(output / "config.json", config)
     written = (INDEX, "config.json")
     return copied | {n: FileRecord(digest_file(output / n), (output / n).stat().st_size) for n in written}

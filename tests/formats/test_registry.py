@@ -54,7 +54,7 @@ class Toy(Codec):
     def dimensions(self, tensors, scheme):
         return tuple(tensors["columns"].shape[::-1])
 
-    def config(self, schemes, ignore):
+    def config(self, schemes, ignore, kv=None):
         layers = {n: [s.weights.bits, s.weights.group_size, s.weights.symmetric] for n, s in schemes.items()}
         return {"quant_method": self.method, "layers": layers}
 
@@ -108,6 +108,13 @@ def test_a_format_from_outside_goes_from_recipe_to_every_backend(model, toy, tmp
             assert torch.equal(tensor, again[name]), name
     layers = [[layer["scheme"], layer["shape"]] for layer in inspect_checkpoint(theirs)["layers"]]
     assert layers == [[layer["scheme"], layer["shape"]] for layer in inspect_checkpoint(ours)["layers"]]
+
+
+def test_a_format_without_a_place_for_the_scales_of_a_cache_is_refused_before_the_run(toy):
+    for cache in ("FP8", "FP8_TENSOR"):
+        with pytest.raises(RecipeError, match="the format toy stores no scales of a KV cache"):
+            parse_recipe({"weights": {"algorithm": "rtn"}, "kv_cache": cache, "output": {"format": "toy"}})
+    parse_recipe({"weights": {"algorithm": "rtn"}, "kv_cache": "INT8", "output": {"format": "toy"}})
 
 
 def test_an_unknown_format_lists_the_known_ones():
