@@ -189,6 +189,15 @@ class KVScheme:
     sinks: int = 0
     rotate: bool = False
 
+    def __post_init__(self) -> None:
+        for grid in (self.keys, self.values):
+            size = grid.group_size
+            if grid.granularity == "channel" and (not size or self.residual < size or self.residual % size):
+                raise ValueError(
+                    f"scales per channel are those of {size} tokens, which wait in the residual window until they are "
+                    f"complete: residual must be a multiple of {size}, got {self.residual}"
+                )
+
     @property
     def dynamic(self) -> bool:
         """Whether scales are taken from the entries themselves; else they are calibrated and stored."""

@@ -48,6 +48,8 @@ class Entries:
         self.recent: torch.Tensor | None = None
         self.pages: list[_Page] = []
         self.paged = 0  # tokens in pages
+        if PAGE % self._tokens_per_scale:
+            raise ValueError(f"groups of {grid.group_size} tokens do not divide a page of {PAGE}")
 
     def __len__(self) -> int:
         return _length(self.first) + self.paged + _length(self.recent)
@@ -166,7 +168,7 @@ class Entries:
 
     def _new(self, codes: torch.Tensor, made: KVCodes) -> _Page:
         b, h, _, width = codes.shape
-        empty = codes.new_zeros(0).new_empty(b, h, PAGE, width)
+        empty = codes.new_empty(b, h, PAGE, width)
         if self.stored is not None:
             return _Page(empty, made.scale, None)
         shape = (b, h, PAGE // self._tokens_per_scale, made.scale.shape[3])

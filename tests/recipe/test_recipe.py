@@ -347,6 +347,11 @@ def test_overrides_alone_make_a_recipe(tmp_path):
         ("{weights: {algorithm: rtn}, kv_cache: {}}", "give a preset (FP8, FP8_TENSOR, INT8"),
         ("{weights: {algorithm: rtn}, kv_cache: {number: int8, granularity: head}}", "granularity: token"),
         ("{weights: {algorithm: rtn}, kv_cache: int9}", "'INT8'"),
+        (
+            "{weights: {algorithm: rtn}, kv_cache: {preset: KIVI4, residual: 100}}",
+            "a multiple of 32, got 100",
+        ),
+        ("{weights: {algorithm: rtn}, kv_cache: {preset: KIVI2, residual: 0}}", "a multiple of 32, got 0"),
         ("weights: {algorithm: rtn, preset: NF4}", "no format for W4A16 nf4 g64"),
         (
             "weights: {preset: FP8, algorithm: {name: gptq, groups: dynamic, order: none}}",
