@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from quantkit.numerics.inputs import InputScale, input_scale, round_inputs
+from quantkit.numerics.inputs import FP8_LARGEST, InputScale, input_scale, round_inputs
 from quantkit.scheme import Grid
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -61,10 +61,10 @@ def choose(found: InputRange, grid: Grid, method: Method, dtype: torch.dtype) ->
 def clipped(found: InputRange, scale: InputScale, grid: Grid) -> float:
     """Share of the counted values that the scale cannot reach, by more than half a step of an integer grid."""
     values, counts = _values(found)
-    largest = 127.5 if grid.number.kind == "int" else 448.0
+    low, high = (-128.5, 127.5) if grid.number.kind == "int" else (-FP8_LARGEST, FP8_LARGEST)
     zero = 0.0 if scale.zero is None else float(scale.zero)
     step = float(scale.scale)
-    outside = (values > (largest - zero) * step) | (values < (-largest - 1 * (largest < 448) - zero) * step)
+    outside = (values < (low - zero) * step) | (values > (high - zero) * step)
     return float(counts[outside].sum() / counts.sum().clamp(min=1))
 
 
