@@ -127,8 +127,8 @@ def test_memory_is_that_of_codes_and_scales(name, share):
     assert ours <= share * bf16, ours / bf16
 
 
-def test_codes_are_those_of_the_numerics():
-    """One layer, one head: what attention gives with a key that is one-hot shows the values of the cache."""
+def test_a_single_token_is_read_as_transformers_reads_it():
+    """Attention over one token gives its value back, as the cache has rounded it."""
     model, _ = quantized("INT8")
     ids = tiny_models.ids(40)[0]
     native_first = native(model).start().append(ids[:1])
