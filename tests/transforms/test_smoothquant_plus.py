@@ -1,52 +1,14 @@
 """SmoothQuant+ on one block: it computes what it did, and what a strength means."""
 
 import pytest
-import tiny_models
 import torch
 
-from quantkit.calibration.walk import Wanted, walk
-from quantkit.models import skeleton
-from quantkit.models.headers import read_checkpoint
-from quantkit.models.source import Source
-from quantkit.plan import build_plan
-from quantkit.recipe import TRANSFORMS, parse_recipe
+from quantkit.recipe import TRANSFORMS
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.equalize import channel_maxima
 from quantkit.transforms.smoothquant_plus import groups_of, try_on
 
-RECIPE = {"weights": {"algorithm": "rtn", "preset": "W8A16"}, "calibration": {"sequence_length": 24}}
 STRENGTHS = [step / 20 for step in range(21)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """family -> folder of a tiny model in float32."""
-    known = {}
-
-    def make(family):
-        if family not in known:
-            folder = tmp_path_factory.mktemp("models") / family
-            known[family] = tiny_models.save(tiny_models.build(family), folder, dtype=torch.float32)
-        return known[family]
-
-    return make
-
-
-@pytest.fixture
-def opened(folders):
-    """opened(family) -> the first block of a tiny model, full stream of four windows."""
-    walks = []
-
-    def make(family):
-        source = Source(read_checkpoint(folders(family)))
-        plan = build_plan(parse_recipe(RECIPE), source.headers)
-        windows = tiny_models.ids(24, batch=4, vocabulary=100)
-        walks.append(walk(skeleton.build(source), source, plan, windows, Wanted(4, False)))
-        return next(walks[-1])
-
-    yield make
-    for each in walks:
-        each.close()
 
 
 def largest_inputs(block):
