@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from quantkit.calibration.block_run import BlockRun
-from quantkit.calibration.kv import BlockKV, cache_range, find_writer
+from quantkit.calibration.kv import BlockKV
+from quantkit.calibration.kv_range import cache_range, find_writer
 from quantkit.pipeline.clock import Clock
 from quantkit.scheme import KVScheme
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import assets
-from quantkit.calibration.kv import KVRange, PassingCache, check_scale
+from quantkit.calibration.kv import PassingCache
+from quantkit.calibration.kv_range import KVRange, check_scale
 from quantkit.checkpoint.manifest import read_manifest
 from quantkit.checkpoint.records import KVRecord, engine_flag
 from quantkit.checkpoint.verify import verify_shard
