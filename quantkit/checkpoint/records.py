@@ -132,6 +132,13 @@ class KVRecord:
     rotate: bool = False
     engine: str | None = None
 
+    def __post_init__(self) -> None:
+        """ValueError for a scheme that there is none of; a newer quantkit may know it."""
+        for grid in (self.keys, self.values):
+            if grid.number not in NUMBERS:
+                raise ValueError(f"unknown number {grid.number!r}")
+        _ = self.scheme
+
     @property
     def scheme(self) -> KVScheme:
         return KVScheme(self.keys.grid, self.values.grid, self.residual, self.sinks, self.rotate)

@@ -23,6 +23,7 @@ from quantkit.checkpoint.records import RunFacts
 from quantkit.errors import ModelError, VerificationError
 
 GOOD = FULL.to_json()
+KEYS = {"number": "int4", "granularity": "channel", "group_size": 32, "symmetric": False, "dynamic": True}
 
 
 @pytest.mark.parametrize("manifest", [EMPTY, FULL], ids=["empty", "full"])
@@ -68,6 +69,14 @@ def test_an_older_manifest_is_read(tmp_path):
     found = read_manifest(tmp_path)
     assert found.to_json() == older
     assert found.files["model.safetensors"].tensors is None
+
+
+def test_a_cache_of_keys_per_channel_is_read(tmp_path):
+    good = GOOD | {"schema": OLDER, "kv_cache": {"keys": KEYS, "values": KEYS, "residual": 64}}
+    (tmp_path / MANIFEST).write_text(json.dumps(good))
+    record = read_manifest(tmp_path).kv_cache
+    assert record is not None
+    assert record.scheme.residual == 64
 
 
 def test_keys_that_a_newer_version_added_are_ignored(tmp_path):
@@ -125,6 +134,9 @@ def test_a_flipped_bit_is_noticed(tmp_path, seed):
         {"evaluation": 7},
         {"evaluation": {"quantized": {"perplexity": "low"}}},
         {"model": {"name": "a"}},
+        {"kv_cache": {"keys": KEYS, "values": KEYS, "residual": 100}},
+        {"kv_cache": {"keys": KEYS | {"number": "int9"}, "values": KEYS, "residual": 32}},
+        {"kv_cache": {"keys": KEYS | {"granularity": "group", "group_size": None}, "values": KEYS}},
     ],
     ids=str,
 )
