@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quantkit.bench.roofline import read_bandwidth
@@ -17,8 +17,9 @@ def interleave(
     window: Callable[[], float] = read_bandwidth,
     write: Callable[[str], None] = print,
     unit: str = "tokens/s",
+    warm: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Run every engine once per round, after a warm-up round.
+    """Run every engine once per round, after a warm-up round without those in `warm`, which warm up by themselves.
 
     {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
     """
@@ -29,6 +30,8 @@ def interleave(
         if number:
             reads.append(window())
         for name in names if number % 2 else reversed(names):
+            if number == 0 and name in warm:
+                continue
             measured = engines[name]()
             if number:
                 seen[name].append(measured)

@@ -5,8 +5,9 @@
 The 1.1B Llama of quantkit.bench.models.decode (random weights, W4 g128, int8 activations per token and group), batch 1.
 Each cache is filled with `depth` random tokens once; a round then decodes `new` tokens behind them with every cache in
 turn, and forgets those again. Prefill is measured in the same rounds, on `prompt` tokens behind the context. With
---llamacpp DIR (a folder of quantkit.bench.models.llamacpp) llama.cpp decodes Q4_0 weights with q8_0 and f16 keys and
-values at the same depth, in the same rounds.
+--llamacpp DIR (a folder of quantkit.bench.models.llamacpp) llama.cpp decodes Q4_0 weights with keys and values of
+`--llamacpp-caches` at the same depth, in the same rounds; it fills its cache again for each of them, which takes
+minutes.
 """
 
 from __future__ import annotations
@@ -80,13 +81,16 @@ def engines(
     return ready, sizes
 
 
-def peers(work: Path, folder: Path, threads: int, depth: int, new: int) -> dict[str, Callable[[], Measured]]:
-    """llama.cpp with keys and values of 8 and 16 bits; decoding only."""
+def peers(
+    work: Path, folder: Path, kinds: list[str], depth: int, new: int
+) -> dict[str, Callable[[], Measured]]:
+    """llama.cpp with each kind of keys and values; decoding only."""
     built = llamacpp.build(folder)
     file = llamacpp.files(built, decode.models(work)["dense"])["Q4_0"]
+    threads = torch.get_num_threads()
     return {
         f"llama.cpp {kind}": partial(llamacpp.bench_depth, built.bench, file, threads, depth, new, kind)
-        for kind in ("q8_0", "f16")
+        for kind in kinds
     }
 
 
@@ -96,6 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 3 GB free")
     parser.add_argument("--llamacpp", type=Path, help="folder in which llama.cpp is built")
+    parser.add_argument("--llamacpp-caches", nargs="+", choices=("q8_0", "f16"), default=["q8_0"])
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--depth", type=int, default=8192)
     parser.add_argument("--prompt", type=int, default=128)
@@ -105,8 +110,10 @@ def main() -> None:
     arguments = parser.parse_args()
     depth, new = arguments.depth, arguments.new
     ready, sizes = engines(arguments.work, arguments.caches, depth, arguments.prompt, new)
+    theirs: dict[str, Callable[[], Measured]] = {}
     if arguments.llamacpp:
-        ready |= peers(arguments.work, arguments.llamacpp.resolve(), torch.get_num_threads(), depth, new)
+        folder, kinds = arguments.llamacpp.resolve(), arguments.llamacpp_caches
+        theirs = peers(arguments.work, folder, kinds, depth, new)
     report: dict[str, Any] = {
         "schema": "quantkit-cache/1",
         "machine": machine() | where("cpu"),
@@ -116,9 +123,9 @@ def main() -> None:
         "prompt_tokens": arguments.prompt,
         "new_tokens": new,
         "cache_bytes": sizes,
-        **interleave(ready, arguments.rounds),
+        **interleave(ready | theirs, arguments.rounds, warm=theirs),
     }
-    report["times_faster"] = {name: ratios(report, name, list(ready)) for name in sizes}
+    report["times_faster"] = {name: ratios(report, name, [*ready, *theirs]) for name in sizes}
     for name, row in report["engines"].items():
         print(
             name,

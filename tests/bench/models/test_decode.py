@@ -92,6 +92,9 @@ def test_rounds_are_interleaved_and_the_first_does_not_count(capsys):
     assert rounds.ratio(report, "decode", "a", "b") == 2  # of 2, 3 and 1, not 20 / 10
     assert rounds.ratios(report, "a", ["a", "b", "c"]) == {"b": {"decode": 2, "prefill": 1}}
     assert "round 3" in capsys.readouterr().out
+    order.clear()
+    rounds.interleave({"a": engine("a", 9, 9), "b": engine("b", 9)}, 1, lambda: 1.0, warm={"b"})
+    assert "".join(order) == "aab"  # b warms up by itself
 
 
 def test_peak_sees_memory_that_is_gone_again():
