@@ -1,12 +1,12 @@
-"""What quantized activations and the number formats cost: shipped recipes on the embedded model, and outlier channels.
+"""What quantized activations, number formats and KV caches cost: shipped recipes, and with outlier channels.
 
     python -m quantkit.bench.quality.activations --work DIR --json docs/benchmarks/activations.json
     python -m quantkit.bench.quality.results                      # writes docs/results.md from what was measured
 
-Runs and evaluation are those of the tables above. The model with outlier channels (`quantkit.bench.quality.outliers`)
-computes exactly what the embedded model does, with inputs of which a few channels are 32 or 64 times larger. One scale
-for all inputs of a layer then leaves next to nothing of the other channels, until SmoothQuant moves the range of the
-large ones into the weights.
+Runs and evaluation are those of the tables above; a quantized KV cache is evaluated as decoding sees it. The model with
+outlier channels (`quantkit.bench.quality.outliers`) computes exactly what the embedded model does, with inputs of which
+a few channels are 32 or 64 times larger. One scale for all inputs of a layer then leaves next to nothing of the other
+channels, until SmoothQuant moves the range of the large ones into the weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from quantkit.checkpoint.shards import write_json
 from quantkit.recipe import load_recipe, parse_recipe
 from quantkit.scheme import Scheme
 
+CACHES = ("kv-int8", "kv-fp8", "kv-int4")
 SHIPPED = (
     "w8a8-int8-smoothquant",
     "w8a8-int8-dynamic",
@@ -34,6 +35,9 @@ SHIPPED = (
     "w4a8-gptq",
     "nvfp4a16-gptq",
     "mxfp4a16-rtn",
+    "w4a16-smoothquant-plus",
+    "w4a16-gptq-kv-fp8",
+    *CACHES,
 )
 
 
@@ -46,12 +50,15 @@ class Case(NamedTuple):
 
     @property
     def scheme(self) -> str:
-        """The scheme of the linears in words."""
+        """What is quantized, in words: linears, KV cache."""
         parsed = load_recipe(self.recipe) if isinstance(self.recipe, str) else parse_recipe(self.recipe)
-        assert parsed.weights is not None
-        return str(
-            Scheme(parsed.weights.scheme.weights, None if parsed.inputs is None else parsed.inputs.grid)
-        )
+        weights, inputs = parsed.weights, parsed.inputs
+        said: list[Any] = []
+        if weights is not None:
+            said.append(Scheme(weights.scheme.weights, None if inputs is None else inputs.grid))
+        if parsed.kv_cache is not None:
+            said.append(parsed.kv_cache.scheme)
+        return ", ".join(map(str, said))
 
 
 def _rounded(preset: str, *transforms: str) -> dict[str, Any]:
@@ -74,6 +81,7 @@ CASES = (
     Case("outliers", "RTN, inputs per token", _rounded("W8A8")),
     Case("outliers", "SmoothQuant, inputs per token", _rounded("W8A8", "smoothquant")),
     Case("outliers", "w8a8-int8-smoothquant", "w8a8-int8-smoothquant"),
+    *(Case("outliers", name, name) for name in ("w4a16-smoothquant-plus", *CACHES)),
 )
 
 
@@ -96,8 +104,9 @@ def measure(work: Path, cache: Path) -> list[dict[str, Any]]:
 def _line(row: dict[str, Any]) -> str:
     e = row["evaluation"]
     q, base = e["quantized"], e["original"]
+    bits = "as it was" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
     return (
-        f"| {row['name']} | {row['scheme']} | {row['bits_per_weight']:.2f} | {plus_minus(q)} "
+        f"| {row['name']} | {row['scheme']} | {bits} | {plus_minus(q)} "
         f"| {q['perplexity'] / base['perplexity'] - 1:+.2%} | {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f} "
         f"| {1e3 * e['kl_mean']:.2f} ± {1e3 * e['kl_mean_se']:.2f} | {1 - e['top1_agreement']:.1%} "
         f"| {row['cpu_seconds']:.0f} |"
@@ -113,11 +122,12 @@ def section(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     order = [(case.model, case.name) for case in CASES]
     rows = sorted(rows, key=lambda row: order.index((row["model"], row["name"])))
     tables = {m: "\n".join(_line(r) for r in rows if r["model"] == m) for m in ("embedded", "outliers")}
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
     return (
-        "## Activations and number formats\n\n"
+        "## Activations, number formats and KV caches\n\n"
         f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
         f"Made by `python -m quantkit.bench.quality.activations` on {where['cpu']}, torch {where['torch']}, "
-        f"{where['threads']} thread(s), commit {where['commit']}, {where['date'][:10]}.\n\n"
+        f"{where['threads']} thread(s), commits {commits}, {where['date'][:10]}.\n\n"
         f"The embedded model:\n\n{head}{tables['embedded']}\n\n"
         f"The model with outlier channels:\n\n{head}{tables['outliers']}\n"
     )

@@ -21,9 +21,10 @@ import torch
 from quantkit_eval.cache import Cache
 
 from quantkit import assets
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import commit, machine
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_json
+from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
@@ -75,8 +76,9 @@ class Measured:
     def __call__(self, recipe: str | dict[str, Any], label: str) -> dict[str, Any]:
         """label: names the folder of the checkpoint inside the scratch folder."""
         result = quantize(recipe, str(self.model), self.work / label, evaluate=False, device="cpu")
+        packed = load(result.output, device="cpu")
         report = quantkit_eval.evaluate(
-            load(result.output, device="cpu"),
+            packed,
             self.tokenizer,
             assets.evaluation_text(),
             baseline=self.original,
@@ -84,11 +86,14 @@ class Measured:
             max_tokens=CONTEXT * WINDOWS,
             kl_windows=KL_WINDOWS,
             baseline_cache=self.cache,
+            cache=cache_of(packed),
         ).to_json()
         report.pop("text")
+        seconds = result.report.cpu_seconds
         return {
-            "bits_per_weight": result.report.size.linear_bits_per_weight,
-            "cpu_seconds": result.report.cpu_seconds["calibrate_quantize"],
+            "commit": commit(),
+            "bits_per_weight": result.report.size.linear_bits_per_weight or None,  # None: as they were
+            "cpu_seconds": seconds["calibrate_quantize"] + seconds.get("search", 0.0),
             "evaluation": report,
         }
 
