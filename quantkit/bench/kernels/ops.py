@@ -195,6 +195,10 @@ def cpu_ops() -> list[Op]:
                 _backend_op("cpu", bits, group, f"quantkit W{bits}A8 {scheme}", "int8"),
             ]
         ours.append(_backend_op("cpu", 4, 128, "quantkit W4A8 g128 per token", "int8-token"))
+        ours += [  # inputs as a checkpoint of such a scheme rounds them
+            _backend_op("cpu", 8, None, "quantkit W8A8 channel checkpoint", "int8-range"),
+            _backend_op("cpu", 4, 128, "quantkit W4A8 g128 checkpoint", "int8-range"),
+        ]
     return [
         *ours,
         _backend_op("reference", 4, 128, "quantkit reference W4A16 g128", slow=True),
