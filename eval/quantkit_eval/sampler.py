@@ -9,6 +9,8 @@ import torch
 
 from quantkit_eval.errors import BrokenModel, EvalError
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -53,7 +55,9 @@ def pick(
 ) -> int:
     """One token from logits [vocabulary] on any device; `generator` is on the CPU, so that seeds mean the same.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 leave every token in.
+    temperature 0 is greedy; top_k 0 and top_p 1 leave every token in. Every token of the vocabulary gets a random
+    number of its own and the first in the race, the largest log p - log(exponential), is drawn (Gumbel, 1954): with one
+    seed, two models that differ little then draw different tokens as rarely as their probabilities differ.
     """
     best = logits.float().max()
     if not bool(torch.isfinite(best)):
@@ -66,7 +70,6 @@ def pick(
     values, order = scaled.sort(descending=True, stable=True)
     p = values[: top_k or None].softmax(-1)
     kept = p.cumsum(-1) - p < top_p  # what lies before a token is below top_p; the first always stays
-    mass = torch.where(kept, p, 0.0).cumsum(-1)
-    drawn = torch.rand((), generator=generator).to(mass.device) * mass[-1]
-    at = int((mass <= drawn).sum())
-    return int(order[min(at, int(kept.sum()) - 1)])  # a draw rounded up to the whole mass is the last kept
+    noise = torch.empty(len(logits)).exponential_(generator=generator).clamp_(min=_TINY).log_()
+    race = values[: len(p)] - noise.to(values.device)[order[: len(p)]]
+    return int(order[race.masked_fill(~kept, -torch.inf).argmax()])
