@@ -2,6 +2,7 @@
 
     packed       int32 [N, ceil(K bits / 32)]     the codes of a row as one bit string (`bits.py`)
     scale        fp32, bf16 or fp16 [N, K/G]
+    divisor      fp32 [1]; None: the scales are what they are. Else each is an FP8 E4M3 number divided by it (NVFP4)
     zero_packed  int32 [ceil(N bits / 32), K/G]   zero points, packed along N; None: every zero point is 2^(bits-1)
 
     w = (q - z) * s
@@ -22,7 +23,7 @@ import torch
 from quantkit_kernels.bits import words
 
 TABLES = {"nf4": 4, "fp8_e4m3": 8, "fp4_e2m1": 4}  # numbers whose codes index a table, and their bits
-INPUTS = ("float", "int8", "int8-token", "int8-range")
+INPUTS = ("float", "int8", "int8-token", "int8-range", "fp8-range", "fp8-group")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +35,9 @@ class Spec:
     scale, K if a row has one scale. symmetric: there are no stored zero points. inputs: "float", the activations as
     they are; "int8", rounded to int8 with one scale per token and group of columns; "int8-token", with one scale per
     token; "int8-range", as a checkpoint with quantized inputs means it (compressed-tensors): q = rne(x / s + z) within
-    -128..127, s and z those of `Stored.inputs` or, without it, s = max|x| / 127.5 of the token and z = 0.
+    -128..127, s and z those of `Stored.inputs` or, without it, s = max|x| / 127.5 of the token and z = 0; "fp8-range",
+    the same in FP8 E4M3: e4m3(x / s) s, s that of `Stored.inputs` or max|x| / 448 of the token; "fp8-group", with
+    s = max|x| / 448 of the token and 128 columns.
     """
 
     number: str
@@ -88,12 +91,13 @@ class Spec:
         shapes: dict[str, tuple[int, ...]] = {
             "packed": (self.n, words(self.k, self.bits)),
             "scale": (self.n, self.groups),
+            "divisor": (1,),
         }
         return shapes if self.symmetric else shapes | {"zero_packed": (words(self.n, self.bits), self.groups)}
 
 
 class InputRange(NamedTuple):
-    """The stored range of a weight's inputs: x = (q - zero) * scale with q in -128..127."""
+    """The stored range of a weight's inputs: x = (q - zero) * scale, with q an int8 or, zero being 0, an FP8 E4M3."""
 
     scale: float
     zero: int = 0
@@ -118,6 +122,7 @@ class Stored:
     zero_packed: torch.Tensor | None
     spec: Spec
     inputs: InputRange | None = None
+    divisor: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         spec, packed = self.spec, self.packed
@@ -134,8 +139,9 @@ class Stored:
                     f"{name} of a {spec.bits}-bit [{spec.n}, {spec.k}] weight is {shapes[name]}, "
                     f"got {tuple(tensor.shape)}"
                 )
-            if tensor.dtype not in (FLOATS if name == "scale" else (torch.int32,)):
-                wanted = "fp32, bf16 or fp16" if name == "scale" else "int32"
+            dtypes = {"scale": FLOATS, "divisor": (torch.float32,)}.get(name, (torch.int32,))
+            if tensor.dtype not in dtypes:
+                wanted = {"scale": "fp32, bf16 or fp16", "divisor": "fp32"}.get(name, "int32")
                 raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}")
             if tensor.device != packed.device:
                 raise ValueError(
@@ -148,7 +154,12 @@ class Stored:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there, by name."""
-        found = {"packed": self.packed, "scale": self.scale, "zero_packed": self.zero_packed}
+        found = {
+            "packed": self.packed,
+            "scale": self.scale,
+            "zero_packed": self.zero_packed,
+            "divisor": self.divisor,
+        }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

@@ -41,7 +41,7 @@ def _rows_and_columns(shape: str) -> tuple[int, int]:
 
 
 def print_inventory(found: dict[str, Any], shape: tuple[int, int], console: Screen) -> None:
-    """What is built, a line per part, then the table of schemes."""
+    """What is built, a line per part, then the tables of integer schemes and of other number formats."""
     from rich.table import Table
 
     for part, says in found["built"].items():
@@ -56,9 +56,14 @@ def print_inventory(found: dict[str, Any], shape: tuple[int, int], console: Scre
             row["runs"] or "-",
             row["why"],
         )
+    others = Table("weights", "device", "runs on", "why", box=None, padding=(0, 2, 0, 0))
+    for row in found["formats"]:
+        others.add_row(row["format"], row["device"], row["runs"] or "-", row["why"])
     console.print()
     console.print(f"weight [{shape[0]}, {shape[1]}]")
     console.print(table)
+    console.print()
+    console.print(others)
 
 
 def _compare_all(n: int, k: int) -> None:

@@ -111,7 +111,8 @@ class Codec(ABC):
             None if weight.zero is None else pack_bits(weight.zero.T.contiguous(), spec.bits).T.contiguous()
         )
         scale = weight.scale if scheme.weights.scale is None else weight.scales()
-        return Stored(pack_bits(weight.codes, spec.bits), scale.contiguous(), zero, spec)
+        codes = pack_bits(weight.codes, spec.bits)
+        return Stored(codes, scale.contiguous(), zero, spec, divisor=weight.global_scale)
 
     def from_stored(
         self, stored: Stored, scheme: Scheme, apart: Mapping[str, torch.Tensor]

@@ -119,8 +119,8 @@ class QuantLinear(nn.Module):
             spec = self.spec.with_inputs(compute)
             name, _ = quantkit_kernels.select(spec, next(self.buffers()).device, backend, dtype)
             chosen = quantkit_kernels.backend(name)
-            if compute == "float" and self._kernel_rounds(name):
-                spec = spec.with_inputs("int8-range")
+            if compute == "float":
+                spec = spec.with_inputs(self._rounded_by(name))
             if name != self.backend and self.prepared:
                 raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
             self.spec = spec
@@ -140,19 +140,26 @@ class QuantLinear(nn.Module):
             self.register_buffer(part, tensor, persistent=False)
         self.prepared, self._facts = tuple(layout.tensors), dict(layout.facts)
 
-    def _kernel_rounds(self, backend: str) -> bool:
-        """Whether a backend's integer kernels round the inputs as the scheme says: to int8 per token, or stored."""
+    def _rounded_by(self, backend: str) -> str:
+        """How a backend multiplies inputs that its kernels round as the scheme says; "float" if they do not."""
         grid = self.scheme.inputs
-        if grid is None or "int8-range" not in quantkit_kernels.backend(backend).inputs:
-            return False
+        if grid is None:
+            return "float"
         by_token = grid.dynamic and grid.symmetric and grid.granularity == "token" and grid.group_size is None
         stored = not grid.dynamic and grid.granularity == "tensor"
-        return self.spec.integers and grid.number.name == "int8" and (by_token or stored)
+        wanted = "float"
+        if grid.number.name == "int8" and self.spec.integers and (by_token or stored):
+            wanted = "int8-range"
+        elif grid.number.name == "fp8_e4m3" and (by_token or stored):
+            wanted = "fp8-range"
+        elif grid.number.name == "fp8_e4m3" and grid.dynamic and grid.group_size == 128:
+            wanted = "fp8-group"
+        return wanted if wanted in quantkit_kernels.backend(backend).inputs else "float"
 
     def _input_range(self) -> InputRange | None:
         """The stored range of the inputs, as kernels take it."""
         found = codec(self.file_format).inputs_of(self.leaves)
-        if found is None or self.spec.inputs != "int8-range":
+        if found is None or self.spec.inputs not in ("int8-range", "fp8-range"):
             return None
         return InputRange(float(found.scale), 0 if found.zero is None else int(found.zero))
 
@@ -253,8 +260,8 @@ def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
     size = 0
     for module in modules:
         spec = module.spec
-        if native.refuses(spec.bits, spec.group_size, spec.k) is None:
-            most = native.units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide_scales=True)
+        if native.refuses(spec) is None:
+            most = native.units_bytes(spec, native.F32)
             size += -(-most // 64) * 64
     return library.Arena(size)
 
@@ -283,6 +290,6 @@ def missing_kernels(modules: Iterable[QuantLinear], backend: str | None) -> str 
     for module in modules:
         spec = module.spec
         on_cpu = not module.offloaded and all(buffer.device.type == "cpu" for buffer in module.buffers())
-        if on_cpu and native.refuses(spec.bits, spec.group_size, spec.k) is None:
+        if on_cpu and native.refuses(spec) is None:
             return f"the native CPU kernels are not built, so {library.SLOWER}; {library.ADVICE}"
     return None

@@ -18,7 +18,7 @@ from quantkit.errors import BackendError
 from quantkit.layers.kv_cache import attached
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime.rotary import Rotary
-from quantkit.runtime.tables import NotNative, tables
+from quantkit.runtime.tables import ROUNDED, NotNative, tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ class NativeDecoder:
     device = torch.device("cpu")
 
     def __init__(self, model: PreTrainedModel, compute: str, cache: Cache) -> None:
-        self.tables: Tables = tables(model)
+        self.tables: Tables = tables(model, compute)
         halves = compute == "float" and model.dtype in (torch.bfloat16, torch.float16)
         self.compute, self.cache = "halves" if halves else compute, cache
         self.config, self.generation_config = model.config, getattr(model, "generation_config", None)
@@ -115,11 +115,12 @@ def native(
     """The native decoder of a causal LM, or why there is none. Built once per model, and again if weights change.
 
     compute: how packed linears are multiplied, "float", "int8" (activations in int8, one scale per token and group)
-    or "int8-token"; None: as the model was loaded. cache_dtype: of keys and values, fp32 or bf16, unless the model has
-    a quantized cache (`quantkit.layers.kv_cache`).
+    or "int8-token"; None: as the model was loaded. Under "float", linears whose inputs the checkpoint rounds keep that.
+    cache_dtype: of keys and values, fp32 or bf16, unless the model has a quantized cache (`quantkit.layers.kv_cache`).
     """
-    if compute is not None and compute not in INPUTS:
-        raise ValueError(f"unknown compute {compute!r}; known: {', '.join(INPUTS)}")
+    known = [name for name in INPUTS if name not in ROUNDED]
+    if compute is not None and compute not in known:
+        raise ValueError(f"unknown compute {compute!r}; known: {', '.join(known)}")
     if library.load() is None:
         return "the native CPU library is not built"
     try:
@@ -129,9 +130,7 @@ def native(
     with _making:
         made, stamp = _made.setdefault(model, {}), _stamp(model)
         try:
-            loaded = _compute(model)
-            own = compute in (None, "float") and loaded == "int8-range"  # what the checkpoint says
-            key = loaded if own or compute is None else compute, _cache(model, cache_dtype)
+            key = _compute(model) if compute is None else compute, _cache(model, cache_dtype)
             if key not in made or made[key][0] != stamp:
                 made[key] = stamp, NativeDecoder(model, *key)
         except NotNative as reason:
@@ -161,8 +160,9 @@ def _cache(model: PreTrainedModel, dtype: torch.dtype) -> Cache:
 
 
 def _compute(model: PreTrainedModel) -> str:
-    """What the packed linears were loaded with."""
-    asked = {module.compute for module in model.modules() if isinstance(module, QuantLinear)} or {"float"}
+    """What the packed linears were loaded with, but for those whose inputs the checkpoint rounds."""
+    asked = {module.compute for module in model.modules() if isinstance(module, QuantLinear)}
+    asked = asked - {*ROUNDED} or {"float"}
     if len(asked) > 1:
         raise NotNative(f"its linears were loaded with compute {' and '.join(sorted(asked))}")
     return asked.pop()

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROUNDED = ("int8-range", "fp8-range", "fp8-group")  # computes that a checkpoint asks for
+
+
 @dataclass(frozen=True)
 class Names:
     """Module names of a family; fused linears have one name."""
@@ -46,8 +49,11 @@ class NotNative(Exception):
     """The reason why a model runs in transformers instead."""
 
 
-def tables(model: PreTrainedModel) -> Tables:
-    """The tables of a causal LM. NotNative with the reason if its family, a module or a weight does not fit."""
+def tables(model: PreTrainedModel, compute: str = "float") -> Tables:
+    """The tables of a causal LM. NotNative with the reason if its family, a module or a weight does not fit.
+
+    compute: of its packed linears; "float" leaves those whose inputs the checkpoint rounds as they are (`ROUNDED`).
+    """
     config = model.config
     names = FAMILIES.get(config.model_type)
     if names is None or not type(model).__module__.startswith("transformers.models."):
@@ -57,13 +63,14 @@ def tables(model: PreTrainedModel) -> Tables:
     base = model.model
     scales = _kv_scales(model, config.num_key_value_heads)
     layers = tuple(
-        _layer(f"model.layers.{i}", block, names, config, scales[i]) for i, block in enumerate(base.layers)
+        _layer(f"model.layers.{i}", block, names, config, scales[i], compute)
+        for i, block in enumerate(base.layers)
     )
     attention = base.layers[0].self_attn
     return Tables(
         layers=layers,
         embedding=Matrix(_dense("model.embed_tokens", base.embed_tokens.weight)),
-        head=_matrix("lm_head", model.lm_head),
+        head=_matrix("lm_head", model.lm_head, compute),
         final=_norm("model.norm", base.norm),
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -89,7 +96,12 @@ def _refuse_changed(model: PreTrainedModel) -> None:
 
 
 def _layer(
-    name: str, block: Any, names: Names, config: Any, kv_scales: tuple[torch.Tensor, torch.Tensor] | None
+    name: str,
+    block: Any,
+    names: Names,
+    config: Any,
+    kv_scales: tuple[torch.Tensor, torch.Tensor] | None,
+    compute: str,
 ) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     activation = getattr(mlp, names.activation)
@@ -97,7 +109,7 @@ def _layer(
         raise NotNative(f"{name}.mlp uses {type(activation).__name__}, not SiLU")
 
     def linears(parent: nn.Module, path: str, parts: tuple[str, ...]) -> tuple[Matrix, ...]:
-        return tuple(_matrix(f"{name}.{path}.{part}", getattr(parent, part)) for part in parts)
+        return tuple(_matrix(f"{name}.{path}.{part}", getattr(parent, part), compute) for part in parts)
 
     window = getattr(attention, "sliding_window", None)
     if not hasattr(attention, "sliding_window"):  # the family has one for all layers, or none
@@ -111,9 +123,9 @@ def _layer(
         input=_norm(f"{name}.input_layernorm", block.input_layernorm),
         post=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
         qkv=linears(attention, "self_attn", names.qkv),
-        o=_matrix(f"{name}.self_attn.o_proj", attention.o_proj),
+        o=_matrix(f"{name}.self_attn.o_proj", attention.o_proj, compute),
         gate_up=linears(mlp, "mlp", names.gate_up),
-        down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj),
+        down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj, compute),
         scale=attention.scaling,
         kv_scales=kv_scales,
         window=window,
@@ -137,9 +149,9 @@ def _norm(name: str, module: Any) -> Norm:
     return Norm(_fp32(module.weight), module.variance_epsilon)
 
 
-def _matrix(name: str, module: nn.Module) -> Matrix:
+def _matrix(name: str, module: nn.Module, compute: str) -> Matrix:
     if isinstance(module, QuantLinear):
-        return _packed(name, module)
+        return _packed(name, module, compute)
     if type(module) is not nn.Linear:
         raise NotNative(f"{name} is a {type(module).__name__}, not a linear layer")
     return Matrix(_dense(name, module.weight), _bias(module))
@@ -154,13 +166,18 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _packed(name: str, module: QuantLinear) -> Matrix:
+def _packed(name: str, module: QuantLinear, compute: str) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
     inputs = module.scheme.inputs
-    if inputs is not None and (module.compute == "float" or not inputs.dynamic):
-        raise NotNative(f"{name} rounds its inputs to {inputs}, which the native path does not do yet")
+    if inputs is not None and module.compute == "float":
+        raise NotNative(f"{name} rounds its inputs to {inputs}, which its kernels do not do")
+    if compute.startswith("int8") and not module.spec.integers:
+        raise NotNative(f"{name} has codes of {module.spec.number}, which have no compute {compute!r}")
+    own = module.compute if module.compute in ROUNDED and compute == "float" else None
     if module.backend == "cpu":
-        return Matrix(packed_of(module.layout), _bias(module))
+        bias, shift = _bias(module), module.layout.tensors.get("shift") if own else None
+        total = bias if shift is None else shift if bias is None else bias + shift
+        return Matrix(packed_of(module.layout), total, own)
     try:
         stored = module.stored()
     except BackendError:
@@ -169,7 +186,7 @@ def _packed(name: str, module: QuantLinear) -> Matrix:
         ) from None
     if stored.spec.bits not in native.BITS:
         stored = _widened(stored)
-    reason = native.refuses(stored.spec.bits, stored.spec.group_size, stored.spec.k)
+    reason = native.refuses(stored.spec)
     if reason:
         raise NotNative(f"{name}: {reason}")
     return Matrix(native.pack(stored), _bias(module))

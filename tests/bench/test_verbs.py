@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import quantkit_kernels
+from quantkit_kernels.cpu import library
 
 from quantkit.bench.kernels import inventory
 from quantkit.cli.main import run
@@ -44,6 +45,19 @@ def test_kernels_says_what_select_says(monkeypatch):
         spec = quantkit_kernels.Spec.integer(row["bits"][0], group, symmetric, 256, 512)
         chosen = quantkit_kernels.select(spec, row["device"])
         assert (row["runs"], row["why"]) == tuple(chosen)
+
+
+def test_kernels_lists_the_number_formats_of_checkpoints(monkeypatch, capsys):
+    monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
+    rows = {(row["format"], row["device"]): row["runs"] for row in inventory.formats(256, 512)}
+    native = "cpu" if library.available() else "reference"
+    assert {runs for (_, device), runs in rows.items() if device == "cpu"} == {native}
+    assert {runs for (_, device), runs in rows.items() if device == "cuda"} == {"reference"}
+    assert len(rows) == 10
+    assert run(["kernels", "--shape", "32x48"]) == 0
+    shown = capsys.readouterr().out
+    assert "NVFP4" in shown
+    assert "MXFP4" not in shown  # 48 columns are no groups of 32
 
 
 def test_kernels_merges_what_differs_in_numbers_only(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_paths import DTYPES, SOURCES, assert_close
 from packed_weights import packed_weight, same, stored
-from quantkit_kernels import Stored
+from quantkit_kernels import Spec, Stored
 from quantkit_kernels.cpu import layout, library, ops
 from racing import race
 
@@ -25,7 +25,7 @@ def facts(weight, compute=ops.FLOAT):
     """The op's arguments after the bias."""
     spec = weight.spec
     kind = (spec.bits, spec.group_size, spec.n, spec.k, spec.symmetric)
-    return (*kind, compute, weight.scale_factor, weight.wide_scales)
+    return (*kind, compute, weight.scale_factor, weight.scale_type)
 
 
 def run(weight, x, compute=ops.FLOAT, bias=None):
@@ -128,7 +128,7 @@ def test_layout_converts_back_exactly(bits, group, scale_dtype):
         for symmetric in (True, False):
             packed, _ = packed_weight(bits, n, k, group or k, symmetric, scale_dtype)
             weight = layout.pack(packed)
-            assert weight.wide_scales == (scale_dtype == torch.float32)
+            assert (weight.scale_type == layout.F32) == (scale_dtype == torch.float32)
             assert same(layout.unpack(weight), packed)
 
 
@@ -173,19 +173,17 @@ def test_schemes_that_do_not_fit_are_refused():
     packed, _ = packed_weight(4, 20, 96, 48, True)
     with pytest.raises(ValueError, match="groups of 32, 64, multiples of 128 or whole rows, not 48"):
         layout.pack(packed)
-    assert "not 5" in layout.refuses(5, 128, 256)
-    assert layout.refuses(3, 256, 256) is None
+    assert "not 5" in layout.refuses(Spec.integer(5, 128, True, 16, 256))
+    assert layout.refuses(Spec.integer(3, None, True, 16, 256)) is None
     with pytest.raises(ValueError, match=r"scale of a 4-bit \[20, 96\] weight is \(20, 2\)"):
         Stored(packed.packed, packed.scale[:19], None, packed.spec)
     weight = layout.pack(packed_weight(4, 20, 64, 32, True)[0])
     with pytest.raises(ValueError, match="units of a 4-bit"):
-        ops.cpu_linear(torch.ones(1, 64), weight.units[1:], None, 4, 32, 20, 64, True, 0, 1.0, False)
+        ops.cpu_linear(torch.ones(1, 64), weight.units[1:], None, 4, 32, 20, 64, True, 0, 1.0, 0)
     with pytest.raises(ValueError, match="x has 32 features"):
-        ops.cpu_linear(torch.ones(1, 32), weight.units, None, 4, 32, 20, 64, True, 0, 1.0, False)
+        ops.cpu_linear(torch.ones(1, 32), weight.units, None, 4, 32, 20, 64, True, 0, 1.0, 0)
     with pytest.raises(ValueError, match="bias must be contiguous fp32"):
-        ops.cpu_linear(
-            torch.ones(1, 64), weight.units, torch.ones(20).half(), 4, 32, 20, 64, True, 0, 1.0, False
-        )
+        ops.cpu_linear(torch.ones(1, 64), weight.units, torch.ones(20).half(), 4, 32, 20, 64, True, 0, 1.0, 0)
 
 
 def test_a_bound_call_refuses_what_the_op_refuses():
@@ -295,7 +293,7 @@ def test_op_passes_opcheck():
         False,
         0,
         w.scale_factor,
-        w.wide_scales,
+        w.scale_type,
     )
     result = torch.library.opcheck(ops.cpu_linear, args, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}

@@ -1,4 +1,4 @@
-"""Weights stored by table, NF4 and FP8 E4M3, on every path of the native CPU kernels against fp64."""
+"""Weights stored by table, NF4, FP8 E4M3 and FP4 E2M1, on every path of the native CPU kernels against fp64."""
 
 import pytest
 import torch
@@ -9,10 +9,15 @@ from quantkit_kernels.cpu import layout, library, ops
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
-TABLES = ("nf4", "fp8_e4m3")
+TABLES = ("nf4", "fp8_e4m3", "fp4_e2m1")  # by their number less 1
 # [N, K] and group: ragged rows; per channel ragged columns too.
 SHAPES = [(37, 192, 32), (37, 192, 64), (37, 384, 128), (18, 512, 256), (37, 203, 203)]
+SMALL = [(37, 208, 16), (18, 224, 32)]  # of FP4: a ragged number of groups
 NAN = 0x7F
+
+
+def shapes_of(table):
+    return SHAPES + SMALL * (table == "fp4_e2m1")
 
 
 def nf4_values():
@@ -28,13 +33,16 @@ def values_of(table):
     """fp64 [16] or [256]: what each code stands for."""
     if table == "nf4":
         return nf4_values()
+    if table == "fp4_e2m1":
+        positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        return torch.cat([positive, -positive])
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 
 
 def table_weight(table, n, k, group, scale_dtype=torch.float16):
     """(codes uint8 [N, K], scale [N, K/G], W [N, K] in fp64); in row 1 only small codes, of FP8 all subnormal."""
     g = torch.Generator().manual_seed(n + k + group)
-    codes = torch.randint(0, 16 if table == "nf4" else 256, (n, k), dtype=torch.uint8, generator=g)
+    codes = torch.randint(0, 256 if table == "fp8_e4m3" else 16, (n, k), dtype=torch.uint8, generator=g)
     codes[(codes & 127) == NAN] = 0
     codes[1] &= 0x87
     scale = (torch.randn(n, k // group, generator=g) * 0.05).to(scale_dtype)
@@ -48,15 +56,16 @@ def run(weight, x, bias=None):
     y = torch.full((x.shape[0], spec.n), float("nan"), dtype=x.dtype)
     ops.run(x, weight, ops.FLOAT, y, bias)
     facts = (spec.bits, spec.group_size, spec.n, spec.k, True, ops.FLOAT)
-    scales = (weight.scale_factor, weight.wide_scales, 1 + TABLES.index(spec.number))
+    scales = (weight.scale_factor, weight.scale_type, 1 + TABLES.index(spec.number))
     by_op = ops.cpu_linear(x, weight.units, bias, *facts, *scales)
     for found in (by_op, ops.linear(weight, x, bias), ops.bind(weight, x.dtype)(x, bias)):
         torch.testing.assert_close(found, y, rtol=0, atol=0, equal_nan=True)
     return y
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize(
+    ("table", "n", "k", "group"), [(t, *shape) for t in TABLES for shape in shapes_of(t)]
+)
 def test_close_to_fp64_for_any_number_of_tokens(path, table, n, k, group):
     codes, scale, w = table_weight(table, n, k, group)
     weight = layout.pack_codes(codes, scale, table)
@@ -74,9 +83,9 @@ def test_close_to_fp64_for_any_number_of_tokens(path, table, n, k, group):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_agrees_with_the_portable_path_within_fp32_rounding(path, table):
-    for n, k, group in SHAPES:
+    for n, k, group in shapes_of(table):
         weight = layout.pack_codes(*table_weight(table, n, k, group, torch.float32)[:2], table)
-        assert weight.wide_scales
+        assert weight.scale_type == layout.F32
         x = torch.randn(23, k, generator=torch.Generator().manual_seed(k))
         found = {m: run(weight, x[:m]) for m in (1, 3, 4, 6, 8, 23)}
         library.set_isa("portable")
@@ -143,10 +152,10 @@ def test_a_nan_or_an_infinity_reaches_its_own_token_only(path, table):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 def test_layout_converts_back_exactly(table, scale_dtype):
-    for n, k, group in SHAPES:
+    for n, k, group in shapes_of(table):
         codes, scale, _ = table_weight(table, n, k, group, scale_dtype)
-        codes[2, 5] |= NAN if table != "nf4" else 0
-        bits = 4 if table == "nf4" else 8
+        codes[2, 5] |= NAN if table == "fp8_e4m3" else 0
+        bits = 8 if table == "fp8_e4m3" else 4
         stored = Stored(pack_bits(codes, bits), scale, None, Spec(table, bits, group, True, n, k))
         assert same(layout.unpack(layout.pack_codes(codes, scale, table)), stored)
 
@@ -161,14 +170,14 @@ def test_int8_activations_are_refused(path, table, compute):
         ops.linear(weight, x, compute=compute)
     with pytest.raises(ValueError, match=says):
         ops.run(x, weight, compute, torch.empty(2, 16))
-    facts = (weight.spec.bits, 32, 16, 64, True, compute, weight.scale_factor, weight.wide_scales)
+    facts = (weight.spec.bits, 32, 16, 64, True, compute, weight.scale_factor, weight.scale_type)
     with pytest.raises(ValueError, match=says):
         ops.cpu_linear(x.to("meta"), weight.units.to("meta"), None, *facts, 1 + TABLES.index(table))
 
 
 def test_what_is_no_table_weight_is_refused():
     codes, scale = torch.zeros(16, 64, dtype=torch.uint8), torch.ones(16, 2)
-    with pytest.raises(ValueError, match="unknown table 'fp4'; known: nf4, fp8_e4m3"):
+    with pytest.raises(ValueError, match="unknown table 'fp4'; known: nf4, fp8_e4m3, fp4_e2m1"):
         layout.pack_codes(codes, scale, "fp4")
     with pytest.raises(ValueError, match="code 16 does not fit in 4 bits"):
         layout.pack_codes(codes + 16, scale, "nf4")
@@ -189,7 +198,7 @@ def test_what_is_no_table_weight_is_refused():
 @pytest.mark.parametrize("table", TABLES)
 def test_op_passes_opcheck(table):
     w = layout.pack_codes(*table_weight(table, 20, 64, 32)[:2], table)
-    facts = (w.spec.bits, 32, 20, 64, True, ops.FLOAT, w.scale_factor, w.wide_scales, 1 + TABLES.index(table))
+    facts = (w.spec.bits, 32, 20, 64, True, ops.FLOAT, w.scale_factor, w.scale_type, 1 + TABLES.index(table))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (torch.ones(2, 64), w.units, torch.zeros(20), *facts)
     result = torch.library.opcheck(ops.cpu_linear, args, test_utils=checks)

@@ -23,7 +23,7 @@ CASES = 150  # per call
 
 def cpu_arguments():
     weight = layout.pack(packed_weight(4, 20, 128, 32, False)[0])
-    facts = (4, 32, 20, 128, False, ops.FLOAT, weight.scale_factor, weight.wide_scales)
+    facts = (4, 32, 20, 128, False, ops.FLOAT, weight.scale_factor, weight.scale_type)
     return [torch.randn(3, 128), weight.units, torch.zeros(20), *facts, 0]
 
 

@@ -82,7 +82,7 @@ def test_rounded_inputs_count_as_they_were(compute):
 
 
 @needs_native
-@pytest.mark.parametrize("table", ["nf4", "fp8_e4m3"])
+@pytest.mark.parametrize("table", ["nf4", "fp8_e4m3", "fp4_e2m1"])
 def test_weights_of_a_table_have_gradients(table):
     codes = torch.randint(0, 16, (20, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed = layout.pack_codes(codes, random(20, 1).abs(), table)

@@ -1,4 +1,4 @@
-"""Layers whose scheme rounds inputs to int8: the native kernels do it themselves, as the reference does."""
+"""Layers whose scheme rounds inputs to int8 or FP8: the native kernels do it themselves, as the reference does."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from quantkit_kernels.cpu import library
 from quantkit.algorithms.rtn import rtn
 from quantkit.layers.quant_linear import QuantLinear, huge_pages
 from quantkit.numerics.inputs import input_scale
-from quantkit.scheme import FP8_TOKEN, NUMBERS, PRESETS, Grid, Scheme, integer
+from quantkit.scheme import FP8_TOKEN, INT8_TOKEN, NUMBERS, PRESETS, Grid, Scheme, integer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
 
@@ -21,6 +21,16 @@ SCHEMES = {
     "W4A8": PRESETS["W4A8"],
     "W8A8 static": STATIC[True],
     "W8A8 static asym": STATIC[False],
+    "FP8 dynamic": PRESETS["FP8_DYNAMIC"],
+    "FP8 static": PRESETS["FP8"],
+    "FP8 block": PRESETS["FP8_BLOCK"],
+    "W8 in FP8": Scheme(integer(8, None), FP8_TOKEN),
+}
+COMPUTES = {
+    "FP8 dynamic": "fp8-range",
+    "FP8 static": "fp8-range",
+    "FP8 block": "fp8-group",
+    "W8 in FP8": "fp8-range",
 }
 
 
@@ -35,13 +45,13 @@ def layer(scheme, bias=True):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
-def test_the_native_product_is_the_references(scheme, bias):
-    module = layer(scheme, bias)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_native_product_is_the_references(name, bias):
+    module = layer(SCHEMES[name], bias)
     stored = {name: t.clone() for name, t in module.on_disk().items()}
     truth = module(X)
     module.prepare("cpu", torch.float32)
-    assert module.compute == "int8-range"
+    assert module.compute == COMPUTES.get(name, "int8-range")
     torch.testing.assert_close(module(X), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
     module.move_layout(huge_pages([module]).place)  # as `load` does
     torch.testing.assert_close(module(X), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
@@ -53,7 +63,8 @@ def test_the_native_product_is_the_references(scheme, bias):
 @pytest.mark.parametrize(
     "scheme",
     [
-        Scheme(integer(8, None), FP8_TOKEN),
+        Scheme(Grid(NUMBERS["fp8_e4m3"], "channel"), INT8_TOKEN),
+        Scheme(Grid(NUMBERS["fp8_e4m3"], "channel"), Grid(NUMBERS["fp8_e4m3"], "group", 32, dynamic=True)),
         Scheme(integer(8, None), Grid(NUMBERS["int8"], "token", symmetric=False, dynamic=True)),
     ],
     ids=str,

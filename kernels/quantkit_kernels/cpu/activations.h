@@ -1,4 +1,4 @@
-// The prepared activations: a scratch that every weight of the same k, group and table can read.
+// The prepared activations: a scratch that other weights can read too (`same_activations`).
 //
 // Included by one source per instruction set, so everything here is in an unnamed namespace.
 #pragma once
@@ -16,7 +16,7 @@ namespace {
 enum Kind : int32_t {
     A8,   // int8
     A16,  // int16, scaled by powers of two; fp32 inputs become two rows, the second what the first left over
-    A32,  // fp32, for tables; for those of 8 bits each four columns in the order of int16
+    A32,  // fp32, for NF4 and FP8; for FP8 each four columns in the order of int16
     B16,  // bf16 as it came, for bf16 tiles, in the order of int16; `scale` holds the chunk's sum
 };
 
@@ -44,7 +44,7 @@ inline int64_t padded_rows(int64_t rows) { return rows <= 8 ? rows : (rows + 15)
 inline Header describe(const Weight &w, int x_type, int64_t m, int compute, bool tiles) {
     Header h;
     const bool bfloats = x_type == BF16 || (x_type == F32 && compute == HALVES);
-    h.kind = w.table ? A32 : is_int8(compute) ? A8 : tiles && bfloats && m >= 16 ? B16 : A16;
+    h.kind = in_floats(w) ? A32 : w.table ? A16 : is_int8(compute) ? A8 : tiles && bfloats && m >= 16 ? B16 : A16;
     h.planes = h.kind == A16 && x_type == F32 && compute != HALVES ? 2 : 1;
     h.columns = chunk(w);
     h.chunks = chunks(w);
@@ -121,6 +121,36 @@ inline int32_t to_range(const float *x, int count, int valid, float scale, int32
     return sum;
 }
 
+// A value as the type of x holds it, fp32 again.
+inline float as_type(float value, int x_type) {
+    return x_type == F32 ? value
+           : x_type == BF16 ? bfloat_to_float(float_to_bfloat(value)) : half_to_float(float_to_half(value));
+}
+
+// The scale of activations whose largest is `most`, in the type of x; the smallest step above 1 where that is zero.
+inline float fp8_scale(float most, int x_type) {
+    const float scale = as_type(most / 448.f, x_type);
+    return scale != 0 ? scale : x_type == F32 ? 0x1p-23f : x_type == BF16 ? 0x1p-7f : 0x1p-10f;
+}
+
+// The nearest FP8 E4M3 of |x| <= 448, halves to even; a NaN stays one.
+inline float nearest_fp8(float x) {
+    const uint32_t bits = float_to_bits(x), magnitude = bits & 0x7fffffff;
+    const float normal = bits_to_float((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
+    constexpr float STEPS = 24576.f;  // 1.5 * 2^14: its last bit is 2^-9, the step below 2^-6
+    const float small = (x + STEPS) - STEPS;
+    return magnitude > 0x7f800000 ? x : magnitude < 0x3c800000 ? small : normal;
+}
+
+// x becomes e4m3(x / scale) scale; every step is rounded to the type of x.
+inline void round_to_fp8(float *x, int count, float scale, int x_type) {
+    for (int i = 0; i < count; ++i) {
+        float level = as_type(x[i] / scale, x_type);
+        level = level < -448.f ? -448.f : level > 448.f ? 448.f : level;
+        x[i] = as_type(nearest_fp8(level) * scale, x_type);
+    }
+}
+
 // Where column c goes when the columns of each four are in the order 0, 2, 1, 3: a pair of them then belongs to the
 // even or the odd bytes of four codes.
 inline int place(int c) { return (c & ~3) | (c & 1) << 1 | (c >> 1 & 1); }
@@ -166,7 +196,8 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
         const int i = int(item % h.chunks), start = i * h.columns;
         const int valid = w.k - start < h.columns ? w.k - start : h.columns;
         const char *row = static_cast<const char *>(x) + t * ldx * size;
-        if ((compute == INT8_TOKEN || compute == INT8_RANGE) && h.kind == A8 && token != t) {
+        const bool whole = compute == INT8_TOKEN || compute == INT8_RANGE || compute == FP8_RANGE;
+        if (whole && token != t) {
             token = t;
             token_largest = 0;
             for (int k = 0; k < w.k; k += 128) {
@@ -177,6 +208,15 @@ inline void prepare(const Weight &w, const void *x, int x_type, int64_t ldx, int
             }
         }
         load_floats(row, x_type, start, h.columns, valid, buffer);
+        if (is_fp8(compute)) {
+            float scale = w.input_scale ? as_type(w.input_scale, x_type) : fp8_scale(token_largest, x_type);
+            if (compute == FP8_GROUP) {
+                const int from = start & ~127, count = w.k - from < 128 ? w.k - from : 128;
+                load_floats(row, x_type, from, count, count, rest);
+                scale = fp8_scale(largest(rest, count), x_type);
+            }
+            round_to_fp8(buffer, valid, scale, x_type);
+        }
         char *to = values + t * h.planes * h.stride + int64_t(start) * (h.kind == A8 ? 1 : h.kind == A32 ? 4 : 2);
         float *scale = scales + i * h.rows + t * h.planes;
         int32_t *sum = sums + i * h.rows + t * h.planes;

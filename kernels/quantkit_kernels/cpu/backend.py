@@ -17,7 +17,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class CpuBackend(Backend):
-    """2, 3, 4 and 8 bits, NF4 and FP8; activations as they are or rounded to int8."""
+    """2, 3, 4 and 8 bits, NF4, FP8 and FP4; activations as they are or rounded to int8 or FP8."""
 
     name = "cpu"
     inputs = INPUTS
@@ -33,9 +33,9 @@ class CpuBackend(Backend):
             raise BackendMissing(str(error)) from error
         if not spec.integers and spec.number not in native.TABLE_NUMBERS:
             return f"the native kernels have no table of {spec.number}"
-        if not spec.integers and spec.inputs != "float":
+        if not spec.integers and spec.inputs.startswith("int8"):
             return f"weights stored by table ({spec.number}) have no compute int8"
-        return native.refuses(spec.bits, spec.group_size, spec.k)
+        return native.refuses(spec)
 
     def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
         layout = layout_of(native.pack(stored))
@@ -98,8 +98,9 @@ def _shifted(layout: Layout, bias: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def layout_of(packed: native.Packed) -> Layout:
-    """A packed weight as a layout: the tensor `units` and four facts."""
-    facts = {name: getattr(packed, name) for name in ("scale_factor", "wide_scales", "scale_dtype", "inputs")}
+    """A packed weight as a layout: the tensor `units` and five facts."""
+    names = ("scale_factor", "scale_type", "scale_dtype", "inputs", "divisor")
+    facts = {name: getattr(packed, name) for name in names}
     return Layout({"units": packed.units}, packed.spec, facts)
 
 

@@ -64,9 +64,6 @@ void barrier() {
 
 bool absent(const qk_matrix &m) { return m.weight.n == 0; }
 bool packed(const qk_matrix &m) { return m.dense < 0 && !absent(m); }
-bool same_input(const Weight &a, const Weight &b) {
-    return a.k == b.k && a.group == b.group && a.table == b.table;
-}
 
 // Matrices that read the same activations; their outputs lie side by side.
 template <int COUNT>
@@ -75,14 +72,17 @@ struct Siblings {
 
     // The first of the siblings whose prepared activations matrix i can use.
     int source(int i) const {
-        for (int j = 0; j < i; j++)
-            if (packed(*of[j]) && same_input(of[j]->weight, of[i]->weight)) return j;
+        for (int j = 0; j < i; j++) {
+            const bool same = of[j]->compute == of[i]->compute && same_activations(of[j]->weight, of[i]->weight);
+            if (packed(*of[j]) && same) return j;
+        }
         return i;
     }
+    int own(int i, int compute) const { return of[i]->compute < 0 ? compute : of[i]->compute; }
     size_t scratch(int64_t m, int compute) const {
         size_t bytes = 0;
-        for (const qk_matrix *each : of)
-            if (packed(*each)) bytes += lines(scratch_bytes(each->weight, m, compute));
+        for (int i = 0; i < COUNT; i++)
+            if (packed(*of[i])) bytes += lines(scratch_bytes(of[i]->weight, m, own(i, compute)));
         return bytes;
     }
     // y [m, all n] = x [m, k] W^T + bias. x is complete for every thread; so is y after it.
@@ -96,15 +96,15 @@ struct Siblings {
             const int from = source(i);
             prepared[i] = from < i ? prepared[from] : scratch;
             if (from < i) continue;
-            prepare_part(w, x, F32, w.k, m, compute, scratch, share.part, share.parts);
-            scratch += lines(scratch_bytes(w, m, compute));
+            prepare_part(w, x, F32, w.k, m, own(i, compute), scratch, share.part, share.parts);
+            scratch += lines(scratch_bytes(w, m, own(i, compute)));
             any = true;
         }
         if (any) barrier();
         for (int i = 0; i < COUNT; i++) {
             const Weight &w = of[i]->weight;
             if (packed(*of[i]))
-                run_part(w, prepared[i], m, compute, y, F32, ldy, share.part, share.parts);
+                run_part(w, prepared[i], m, own(i, compute), y, F32, ldy, share.part, share.parts);
             else if (!absent(*of[i]))
                 math.dense(w.units, of[i]->dense, w.bias, w.k, x, w.k, m, y, ldy, share.first(w.n),
                            share.last(w.n));

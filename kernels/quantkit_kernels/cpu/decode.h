@@ -13,10 +13,11 @@ extern "C" {
 #endif
 
 // y = x W^T + bias, W [n, k]. dense < 0: `weight` as the kernels take it; else `weight.units` points at n rows
-// of k floats of type `dense` (qk::Type), of which only units, bias, n and k count.
+// of k floats of type `dense` (qk::Type), of which only units, bias, n and k count. compute: qk::Compute of x where it
+// is not the model's, else -1.
 typedef struct {
     qk_weight weight;
-    int32_t dense;
+    int32_t dense, compute;
 } qk_matrix;
 
 // y = x / sqrt(mean(x^2) + eps) * weight; weight null: no norm.

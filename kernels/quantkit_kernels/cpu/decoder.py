@@ -20,7 +20,15 @@ from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 _MOST = 2**31 - 1  # of an int in C
-COMPUTES = {"float": 0, "int8": 1, "int8-token": 2, "halves": 3, "int8-range": 4}  # qk::Compute
+COMPUTES = {
+    "float": 0,
+    "int8": 1,
+    "int8-token": 2,
+    "halves": 3,
+    "int8-range": 4,
+    "fp8-range": 5,
+    "fp8-group": 6,
+}  # qk::Compute
 
 
 CACHES = {"fp32": 0, "bf16": 1, "int8": 8, "int4": 9, "fp8_e4m3": 10}  # qk::Cache
@@ -38,7 +46,7 @@ class Cache(NamedTuple):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("weight", library.Weight), ("dense", ctypes.c_int32))
+    _fields_ = (("weight", library.Weight), ("dense", ctypes.c_int32), ("compute", ctypes.c_int32))
 
 
 class _Norm(ctypes.Structure):
@@ -71,14 +79,20 @@ class _Model(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """W [n, k] of y = x W^T + bias: packed, or dense, contiguous, in fp32, bf16 or fp16. bias: fp32 [n] or None."""
+    """W [n, k] of y = x W^T + bias: packed, or dense, contiguous, in fp32, bf16 or fp16. bias: fp32 [n] or None.
+
+    compute: how x is multiplied by a packed one, one of COMPUTES; None: as the decoder says.
+    """
 
     weight: Packed | torch.Tensor
     bias: torch.Tensor | None = None
+    compute: str | None = None
 
     def __post_init__(self) -> None:
+        if self.compute not in (None, *COMPUTES):
+            raise ValueError(f"unknown compute {self.compute!r}; known: {', '.join(COMPUTES)}")
         if isinstance(self.weight, Packed):
-            check_units(self.weight.units, self.weight.spec, self.weight.wide_scales)
+            check_units(self.weight.units, self.weight.spec, self.weight.scale_type)
         elif not _readable(self.weight, TYPES) or self.weight.dim() != 2:
             raise ValueError(
                 f"a dense matrix is contiguous fp32, bf16 or fp16 [n, k] on the CPU, got {_said(self.weight)}"
@@ -92,11 +106,12 @@ class Matrix:
 
     def _structure(self) -> _Matrix:
         if isinstance(self.weight, Packed):
-            return _Matrix(self.weight.weight(bias=self.bias), -1)
+            compute = -1 if self.compute is None else COMPUTES[self.compute]
+            return _Matrix(self.weight.weight(bias=self.bias), -1, compute)
         n, k = self.weight.shape
         bias = None if self.bias is None else self.bias.data_ptr()
         dense = library.Weight(units=self.weight.data_ptr(), bias=bias, n=n, k=k)
-        return _Matrix(dense, TYPES[self.weight.dtype])
+        return _Matrix(dense, TYPES[self.weight.dtype], -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -165,7 +165,8 @@ using namespace qk;
 extern "C" {
 
 int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads) {
-    if (qk_isa() < 0 || !supported(*w) || (w->table && is_int8(compute))) return 1;
+    const bool known = compute >= FLOAT && compute <= FP8_GROUP;
+    if (qk_isa() < 0 || !supported(*w) || !known || (w->table && is_int8(compute))) return 1;
     if (m == 0) return 0;
     void *scratch = nullptr;
     if (posix_memalign(&scratch, 64, scratch_bytes(*w, m, compute))) return 2;

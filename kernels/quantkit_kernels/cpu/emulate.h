@@ -10,6 +10,9 @@
 
 #include "half.h"
 
+struct alignas(16) __m128i {
+    uint8_t b[16];
+};
 struct alignas(32) __m256i {
     uint16_t w[16];
 };
@@ -46,6 +49,20 @@ inline __m256i _mm256_loadu_si256(const __m256i *from) {
     __m256i r;
     std::memcpy(&r, static_cast<const void *>(from), 32);
     return r;
+}
+inline __m128i _mm_loadu_si128(const __m128i *from) {
+    __m128i r;
+    std::memcpy(&r, static_cast<const void *>(from), 16);
+    return r;
+}
+inline __m256i _mm256_cvtepu8_epi16(__m128i v) {
+    __m256i r;
+    for (int i = 0; i < 16; ++i) r.w[i] = v.b[i];
+    return r;
+}
+inline __m256i _mm256_slli_epi16(__m256i v, int n) {
+    for (uint16_t &word : v.w) word = uint16_t(word << n);
+    return v;
 }
 inline __m512 _mm512_loadu_ps(const void *from) {
     __m512 r;
@@ -138,6 +155,14 @@ inline __m512 _mm512_permutexvar_ps(__m512i index, __m512 table) {
 }
 inline __m512 _mm512_permutex2var_ps(__m512 low, __m512i index, __m512 high) {
     return emulate_floats([&](int i) { return (index.d[i] & 16 ? high : low).f[index.d[i] & 15]; });
+}
+// Each lane of 16 bytes looks up its own 16 bytes of the table; an index above 127 gives 0.
+inline __m512i _mm512_shuffle_epi8(__m512i table, __m512i index) {
+    uint8_t at[64], from[64], to[64];
+    std::memcpy(at, &index, 64);
+    std::memcpy(from, &table, 64);
+    for (int i = 0; i < 64; ++i) to[i] = at[i] & 128 ? 0 : from[(i & ~15) | (at[i] & 15)];
+    return _mm512_loadu_si512(to);
 }
 inline __m512i _mm512_permutexvar_epi16(__m512i index, __m512i table) {
     uint16_t at[32], from[32], to[32];

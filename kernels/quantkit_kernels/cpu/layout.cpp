@@ -10,6 +10,8 @@
 // followed by a scale line: 16 fp16 scales and 16 fp16 zeros (wide: 16 fp32 scales, 16 fp16 zeros, 32 bytes of
 // padding). Per channel there is one scale line in front of the block's units instead. Codes of a table have no zero
 // point; there it is 0, or NaN where the scale goes with a code that is NaN, so that kernels need not look at each.
+// FP4 in groups of 16 and 32 columns has the scales of several groups there: C is 4 groups, whose 16 FP8 scales follow
+// each other, or 2 groups with 16 fp16 (wide: fp32) scales each.
 #include "common.h"
 
 #include <cstring>
@@ -20,9 +22,12 @@ namespace qk {
 
 bool supported(const Weight &w) {
     const bool bits = w.bits == 2 || w.bits == 3 || w.bits == 4 || w.bits == 8;
-    const bool group = w.group == w.k || ((w.group == 32 || w.group == 64 || w.group % 128 == 0) && w.group > 0);
-    const bool table = w.table == 0 || (w.table == 1 && w.bits == 4) || (w.table == 2 && w.bits == 8);
-    return bits && table && w.n > 0 && w.k > 0 && group && w.k % w.group == 0;
+    const bool small = w.group == 32 || w.group == 64 || (w.group == 16 && w.table == FP4);
+    const bool group = w.group > 0 && (w.group == w.k || small || w.group % 128 == 0);
+    const int of_table[] = {w.bits, 4, 8, 4};
+    const bool table = w.table >= INTEGERS && w.table <= FP4 && w.bits == of_table[w.table];
+    const bool sizes = w.n > 0 && w.k > 0 && group && w.k % w.group == 0;
+    return bits && table && sizes && (w.scale_type != SCALES_F8 || parts(w) == 4);
 }
 
 size_t weight_bytes(const Weight &w) { return supported(w) ? row_blocks(w) * block_bytes(w) : 0; }
@@ -91,28 +96,43 @@ void or_quad(uint8_t *unit, int columns, int bits, int row, int q, uint32_t four
     if (bits == 3) or_lane(unit, columns / 16 + q / 8, row, (four >> 2 & 0x01010101) << (q % 8));
 }
 
-void put_scale(uint8_t *line, bool wide, int row, float scale, float zero) {
-    const uint16_t z = float_to_half(zero);
-    if (wide) {
-        std::memcpy(line + 4 * row, &scale, 4);
-        std::memcpy(line + 64 + 2 * row, &z, 2);
+// The code of a positive number that FP8 has.
+uint8_t exact_fp8(float value) {
+    return uint8_t(value < 0x1p-6f ? value * 512.f : (float_to_bits(value) >> 20) - (120 << 3));
+}
+
+void put_scale(uint8_t *line, int type, int part, int row, float scale) {
+    if (type == SCALES_F32) {
+        std::memcpy(line + 64 * part + 4 * row, &scale, 4);
+    } else if (type == SCALES_F16) {
+        const uint16_t half = float_to_half(scale);
+        std::memcpy(line + 32 * part + 2 * row, &half, 2);
     } else {
-        const uint16_t s = float_to_half(scale);
-        std::memcpy(line + 2 * row, &s, 2);
-        std::memcpy(line + 32 + 2 * row, &z, 2);
+        line[16 * part + row] = exact_fp8(scale);
     }
 }
 
-void get_scale(const uint8_t *line, bool wide, int row, float *scale, float *zero) {
-    uint16_t s, z;
-    std::memcpy(&z, line + (wide ? 64 : 32) + 2 * row, 2);
-    *zero = half_to_float(z);
-    if (wide) {
-        std::memcpy(scale, line + 4 * row, 4);
-    } else {
-        std::memcpy(&s, line + 2 * row, 2);
-        *scale = half_to_float(s);
+float get_scale(const uint8_t *line, int type, int part, int row) {
+    if (type == SCALES_F8) return fp8_e4m3(line[16 * part + row]);
+    if (type == SCALES_F32) {
+        float scale;
+        std::memcpy(&scale, line + 64 * part + 4 * row, 4);
+        return scale;
     }
+    uint16_t half;
+    std::memcpy(&half, line + 32 * part + 2 * row, 2);
+    return half_to_float(half);
+}
+
+void put_zero(uint8_t *line, int type, int row, float zero) {
+    const uint16_t half = float_to_half(zero);
+    std::memcpy(line + (type == SCALES_F32 ? 64 : 32) + 2 * row, &half, 2);
+}
+
+float get_zero(const uint8_t *line, int type, int row) {
+    uint16_t half;
+    std::memcpy(&half, line + (type == SCALES_F32 ? 64 : 32) + 2 * row, 2);
+    return half_to_float(half);
 }
 
 // Where row block `block` keeps the scales of chunk `i`.
@@ -154,7 +174,9 @@ void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const fl
                 const uint64_t both = pair[0] | uint64_t(pair[1]) << 32;
                 zero = float(both >> (int64_t(n) * w.bits % 32) & ((1u << w.bits) - 1));
             }
-            put_scale(line, w.wide_scales, row, scale[int64_t(n) * groups + g], zero);
+            for (int p = 0; p < parts(w) && i * c + p * w.group < w.k; ++p)
+                put_scale(line, w.scale_type, p, row, scale[int64_t(n) * groups + g + p]);
+            if (w.table != FP4) put_zero(line, w.scale_type, row, zero);
         }
     }
 }
@@ -215,10 +237,11 @@ extern "C" void qk_unpack(const qk_weight *w, int32_t *packed, float *scale, int
             }
         }
         for (int g = 0; g < groups; ++g) {
-            float zero;
-            const uint8_t *line = w->units + scale_at(*w, n / ROWS, g * (w->group / c));
-            get_scale(line, w->wide_scales, n % ROWS, scale + int64_t(n) * groups + g, &zero);
+            const int column = g * w->group, part = parts(*w) == 1 ? 0 : column % c / w->group;
+            const uint8_t *line = w->units + scale_at(*w, n / ROWS, column / c);
+            scale[int64_t(n) * groups + g] = get_scale(line, w->scale_type, part, n % ROWS);
             if (!zero_packed || w->table) continue;
+            const float zero = get_zero(line, w->scale_type, n % ROWS);
             const int64_t at = int64_t(n) * w->bits;
             const uint64_t shifted = uint64_t(zero) << (at % 32);
             uint32_t word;

@@ -16,21 +16,24 @@ from quantkit_kernels.cpu import library
 from quantkit_kernels.stored import TABLES, InputRange, Spec, Stored
 
 BITS = (2, 3, 4, 8)
-TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2}  # qk::Table; 0 for integers
+TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2, "fp4_e2m1": 3}  # qk::Table; 0 for integers
+F16, F32, F8 = range(3)  # qk::ScaleType
 
 
 class Packed(NamedTuple):
-    """A weight [N, K] in the native layout. scale_factor multiplies every stored scale.
+    """A weight [N, K] in the native layout. scale_factor multiplies every stored scale, which is of `scale_type`.
 
-    inputs: the stored range of its inputs for compute "int8-range"; None: each token has its own.
+    inputs: the stored range of its inputs for computes "int8-range" and "fp8-range"; None: each token has its own.
+    divisor: that of its `Stored`; scale_factor is then one over it, if the scales are kept as FP8.
     """
 
     units: torch.Tensor  # uint8 [B]
     spec: Spec
     scale_factor: float
-    wide_scales: bool
+    scale_type: int
     scale_dtype: torch.dtype
     inputs: InputRange | None = None
+    divisor: float | None = None
 
     @property
     def table(self) -> int:
@@ -39,7 +42,7 @@ class Packed(NamedTuple):
 
     def weight(self, bias: torch.Tensor | None = None) -> library.Weight:
         """The C struct; it points into `units` and `bias` (fp32 [N]), which must outlive it."""
-        check_units(self.units, self.spec, self.wide_scales)
+        check_units(self.units, self.spec, self.scale_type)
         if bias is not None:
             check_bias(bias, self.spec.n)
         spec = self.spec
@@ -51,7 +54,7 @@ class Packed(NamedTuple):
             spec.k,
             spec.group_size,
             spec.bits,
-            self.wide_scales,
+            self.scale_type,
             self.table,
             *(self.inputs or ()),
         )
@@ -62,30 +65,33 @@ def table_number(spec: Spec) -> int:
     return TABLE_NUMBERS.get(spec.number, 0)
 
 
-def refuses(bits: int, group_size: int, k: int) -> str | None:
+def refuses(spec: Spec) -> str | None:
     """Why the native kernels cannot run these bits and groups, or None."""
-    if bits not in BITS:
-        return f"the native kernels take 2, 3, 4 and 8 bits, not {bits}"
-    if group_size != k and group_size not in (32, 64) and group_size % 128:
-        return f"the native kernels take groups of 32, 64, multiples of 128 or whole rows, not {group_size}"
+    if spec.bits not in BITS:
+        return f"the native kernels take 2, 3, 4 and 8 bits, not {spec.bits}"
+    small, size = (16, 32, 64) if spec.number == "fp4_e2m1" else (32, 64), spec.group_size
+    if size != spec.k and size not in small and size % 128:
+        groups = ", ".join(map(str, small))
+        return f"the native kernels take groups of {groups}, multiples of 128 or whole rows, not {size}"
     return None
 
 
 def pack(stored: Stored) -> Packed:
     """The native layout of a weight on the CPU; ValueError if the kernels do not take it."""
     spec = stored.spec
-    reason = refuses(spec.bits, spec.group_size, spec.k)
+    reason = refuses(spec)
     if reason:
         raise ValueError(reason)
     if stored.device.type != "cpu":
         raise ValueError(f"the native layout is built on the CPU, the weight is on {stored.device}")
-    factor, wide = _storage(stored.scale)
-    units = torch.empty(units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide), dtype=torch.uint8)
-    out = Packed(units, spec, factor, wide, stored.scale.dtype, stored.inputs)
+    divisor = None if stored.divisor is None else float(stored.divisor)
+    factor, kind, scale = _storage(spec, stored.scale.float(), divisor)
+    units = torch.empty(units_bytes(spec, kind), dtype=torch.uint8)
+    out = Packed(units, spec, factor, kind, stored.scale.dtype, stored.inputs, divisor)
     c, weight = library.required(), out.weight()
     if c.qk_weight_bytes(weight) != units.numel():
         raise ValueError(f"the native kernels take no weight of {spec.bits} bits [{spec.n}, {spec.k}]")
-    packed, scale = stored.packed.contiguous(), (stored.scale.float() / factor).contiguous()
+    packed, scale = stored.packed.contiguous(), scale.contiguous()
     zero = None if stored.zero_packed is None else stored.zero_packed.contiguous()
     zeros = None if zero is None else zero.data_ptr()
     c.qk_pack(weight, units.data_ptr(), packed.data_ptr(), scale.data_ptr(), zeros)
@@ -95,8 +101,8 @@ def pack(stored: Stored) -> Packed:
 def pack_codes(codes: torch.Tensor, scale: torch.Tensor, table: str) -> Packed:
     """Weights stored by table: codes uint8 [N, K], scale [N, K/G]; w = table[code] * scale, exactly as stored.
 
-    table: "nf4", codes 0 to 15 in the order of QLoRA (Dettmers et al. 2023, appendix E), or "fp8_e4m3", codes the bytes
-    of a float8_e4m3fn tensor (`.view(torch.uint8)`).
+    table: "nf4", codes 0 to 15 in the order of QLoRA (Dettmers et al. 2023, appendix E); "fp8_e4m3", codes the bytes
+    of a float8_e4m3fn tensor (`.view(torch.uint8)`); or "fp4_e2m1", codes sign, exponent, mantissa in four bits.
     """
     if codes.dim() != 2 or scale.dim() != 2 or len(scale) != len(codes) or scale.shape[1] == 0:
         raise ValueError(
@@ -121,34 +127,58 @@ def unpack(weight: Packed) -> Stored:
     library.required().qk_unpack(
         weight.weight(), packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr()
     )
-    return Stored(packed, (scale * weight.scale_factor).to(weight.scale_dtype), zero, spec, weight.inputs)
+    kept, whole = weight.divisor if weight.scale_type == F8 else None, weight.divisor
+    scale = scale * weight.scale_factor if kept is None else scale / kept
+    divisor = None if whole is None else torch.tensor([whole])
+    return Stored(packed, scale.to(weight.scale_dtype), zero, spec, weight.inputs, divisor)
 
 
-def _storage(scale: torch.Tensor) -> tuple[float, bool]:
-    """(factor, wide): a power of two that makes all scales exact in fp16; wide: there is none, so scales are fp32."""
-    scale = scale.float()
+def _storage(spec: Spec, scale: torch.Tensor, divisor: float | None) -> tuple[float, int, torch.Tensor]:
+    """(factor, type, scales divided by factor): the smallest type in which fp32 scales are exact.
+
+    FP4 in groups of 16 and 32 may have FP8 scales, divided by `divisor` or times a power of two; other scales are fp16
+    times a power of two, or fp32.
+    """
     most = float(scale.abs().max()) if scale.numel() else 0.0
-    factor = 1.0 if most == 0 or not math.isfinite(most) else 2.0 ** (math.frexp(most)[1] - 15)
-    for candidate in (1.0, factor):
-        if torch.equal((scale / candidate).half().float() * candidate, scale):
-            return candidate, False
-    return 1.0, True
+    exponent = 0 if most == 0 or not math.isfinite(most) else math.frexp(most)[1]
+    if _scales_side_by_side(spec):
+        factor = 2.0 ** (exponent - 8)  # the largest is below 256
+        wanted = scale / factor if divisor is None else scale * divisor
+        codes = wanted.to(torch.float8_e4m3fn).float()
+        exact = torch.equal(codes * factor if divisor is None else codes / divisor, scale)
+        if exact and not codes.signbit().any():
+            return factor if divisor is None else 1 / divisor, F8, codes
+    for factor in (1.0, 2.0 ** (exponent - 15)):
+        if torch.equal((scale / factor).half().float() * factor, scale):
+            return factor, F16, scale / factor
+    return 1.0, F32, scale
+
+
+def _scales_side_by_side(spec: Spec) -> bool:
+    """Whether a unit has the scales of several groups (`qk::parts`)."""
+    return spec.number == "fp4_e2m1" and spec.group_size in (16, 32) and spec.group_size != spec.k
 
 
 @functools.cache
-def units_bytes(bits: int, group_size: int, n: int, k: int, wide_scales: bool) -> int:
+def units_bytes(spec: Spec, scale_type: int) -> int:
     """Bytes of the units of a weight [N, K]: 16 rows x C columns each, and their scales."""
-    columns = 128 if group_size == k or group_size % 128 == 0 else group_size
-    units, scales = -(-k // columns), 128 if wide_scales else 64
-    return -(-n // 16) * (units * columns * bits * 2 + (1 if group_size == k else units) * scales)
+    size, channel = spec.group_size, spec.group_size == spec.k
+    parts = (4 if scale_type == F8 else 2) if _scales_side_by_side(spec) else 1
+    columns = 128 if channel or size % 128 == 0 else size * parts
+    units, scales = -(-spec.k // columns), 128 if scale_type == F32 else 64
+    return -(-spec.n // 16) * (units * columns * spec.bits * 2 + (1 if channel else units) * scales)
 
 
-def check_units(units: torch.Tensor, spec: Spec, wide_scales: bool, device: str = "cpu") -> None:
+def check_units(units: torch.Tensor, spec: Spec, scale_type: int, device: str = "cpu") -> None:
     """Raise ValueError unless these are the bytes of a weight `spec`, by default in CPU memory."""
-    reason = refuses(spec.bits, spec.group_size, spec.k)
+    reason = refuses(spec)
     if reason:
         raise ValueError(reason)
-    size = units_bytes(spec.bits, spec.group_size, spec.n, spec.k, wide_scales)
+    if scale_type not in (F16, F32) and not (scale_type == F8 and _scales_side_by_side(spec)):
+        raise ValueError(
+            f"unknown type of scales {scale_type}; known: 0 (fp16), 1 (fp32), 2 (fp8, of small groups)"
+        )
+    size = units_bytes(spec, scale_type)
     fits = units.numel() == size and units.dtype == torch.uint8 and units.is_contiguous()
     if not fits or units.device.type != device:
         raise ValueError(

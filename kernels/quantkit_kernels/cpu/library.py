@@ -29,7 +29,7 @@ class Weight(ctypes.Structure):
         ("k", c_int32),
         ("group", c_int32),
         ("bits", c_int32),
-        ("wide_scales", c_int32),
+        ("scale_type", c_int32),
         ("table", c_int32),
         ("input_scale", c_float),
         ("input_zero", c_int32),

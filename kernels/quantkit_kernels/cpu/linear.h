@@ -5,8 +5,10 @@
 // token t and chunk become. The sums are exact in int32 and the few floating-point steps are the same in
 // every path (no contraction), so all paths give the same bits.
 //
-// Weights stored by table are y[t, n] = sum over chunks of s_w (sum of table[q] x) in fp32, in any order; BITS says
-// which table, 4 NF4 and 8 FP8.
+// FP4 is twice its value as an integer, -12 to 12, with no zero point and several groups in a chunk: BITS is E2M1.
+//
+// Other weights stored by table are y[t, n] = sum over chunks of s_w (sum of table[q] x) in fp32, in any order; BITS
+// says which table, 4 NF4 and 8 FP8.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +49,15 @@ bool agrees_with_portable(const Path &);  // on small weights of every width and
 namespace {
 
 constexpr int MAX_STREAMS = 8, STREAMED_ROWS = 8, TOKEN_BLOCK = 128;
+constexpr int E2M1 = 104;  // in place of BITS: the 4-bit codes of FP4
+
+alignas(16) constexpr int8_t FP4_TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// FP4_TWICE makes sums twice too large; FP8 scales are read as fp16 times 2^-8.
+inline float output_factor(const Weight &w) {
+    if (w.table != FP4) return w.scale_factor;
+    return w.scale_factor * (w.scale_type == SCALES_F8 ? 128.f : 0.5f);
+}
 
 // Sixteen outputs of every token, accumulators [rows][16], to y.
 inline void write_rows(const Weight &w, const float *acc, int planes, int64_t t0, int64_t t1, int block, void *y,
@@ -54,9 +65,10 @@ inline void write_rows(const Weight &w, const float *acc, int planes, int64_t t0
     const int n0 = block * ROWS, count = w.n - n0 < ROWS ? w.n - n0 : ROWS;
     alignas(64) float out[ROWS], bias[ROWS] = {};
     if (w.bias) std::memcpy(bias, w.bias + n0, sizeof(float) * count);
+    const float factor = output_factor(w);
     for (int64_t t = t0; t < t1; ++t, acc += ROWS * planes) {
         for (int r = 0; r < ROWS; ++r)
-            out[r] = (planes == 2 ? acc[r] + acc[ROWS + r] : acc[r]) * w.scale_factor + bias[r];
+            out[r] = (planes == 2 ? acc[r] + acc[ROWS + r] : acc[r]) * factor + bias[r];
         if (y_type == F32) {
             std::memcpy(static_cast<float *>(y) + t * ldy + n0, out, sizeof(float) * count);
         } else {
@@ -68,10 +80,11 @@ inline void write_rows(const Weight &w, const float *acc, int planes, int64_t t0
     }
 }
 
-// One unit and the scales that go with it.
+// One unit and the scales that go with it: fp16 or, if wide, fp32; of 4 parts, FP8 as it is stored.
 struct Unit {
     const uint8_t *codes, *scales;
     bool wide;
+    int parts;  // groups of FP4 side by side
 };
 
 inline void read_scales(const Unit &u, float *scale, float *zero) {
@@ -143,8 +156,8 @@ void run_blocks(const Weight &w, const Activations &a, int64_t m, void *y, int y
     const int streams = rows <= STREAMED_ROWS ? tuning.streams : 1;
     const size_t unit = unit_bytes(w), block = block_bytes(w), head = per_channel(w) ? scale_bytes(w) : 0;
     const size_t scales = code_bytes(w);
-    const bool wide = w.wide_scales != 0;
-    const int chunks = a.chunks;
+    const bool wide = w.scale_type == SCALES_F32;
+    const int chunks = a.chunks, groups = parts(w);
     for (int64_t r0 = 0; r0 < rows; r0 += TOKEN_BLOCK) {
         const int64_t r1 = rows - r0 < TOKEN_BLOCK ? rows : r0 + TOKEN_BLOCK;
         for (int b = b0; b < b1; b += streams) {
@@ -156,7 +169,7 @@ void run_blocks(const Weight &w, const Activations &a, int64_t m, void *y, int y
                 for (int s = 0; s < live; ++s) {
                     const uint8_t *codes = start + s * block + head + i * unit;
                     if (tuning.prefetch) prefetch(codes + tuning.prefetch, unit);
-                    const Unit u{codes, head ? start + s * block : codes + scales, wide};
+                    const Unit u{codes, head ? start + s * block : codes + scales, wide, groups};
                     K::template rows<BITS, KIND, C>(u, a, i, r0, r1, acc + s * acc_stride);
                 }
             for (int s = 0; s < live; ++s)
@@ -202,7 +215,9 @@ void run_part_with(const Weight &w, const void *scratch, int64_t m, void *y, int
     const Activations a = open_scratch(scratch);
     const int blocks = row_blocks(w);
     const int b0 = int(int64_t(blocks) * part / parts), b1 = int(int64_t(blocks) * (part + 1) / parts);
-    if (a.kind == A8)
+    if (w.table == FP4)
+        run_blocks<K, E2M1, A16, 0>(w, a, m, y, y_type, ldy, b0, b1, tuning);
+    else if (a.kind == A8)
         run_kind<K, A8>(w, a, m, y, y_type, ldy, b0, b1, tuning);
     else if (a.kind == A16)
         run_kind<K, A16>(w, a, m, y, y_type, ldy, b0, b1, tuning);

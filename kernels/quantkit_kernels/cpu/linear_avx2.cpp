@@ -132,6 +132,68 @@ QK_UNROLL(4)
     }
 }
 
+// Scales of group `part` of FP4, rows 8 half .. 8 half + 7; of 4 groups, times 2^-8.
+inline __m256 part_scales(const Unit &u, int part, int half) {
+    if (u.wide) return _mm256_loadu_ps(reinterpret_cast<const float *>(u.scales + 64 * part + 32 * half));
+    if (u.parts < 4) return eight_halves(u.scales + 32 * part + 16 * half);
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(u.scales + 16 * part + 8 * half));
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 7));
+}
+
+// T rows of activations over a unit of FP4 whose groups have LINES lines each.
+template <int T, int LINES>
+QK_INLINE void fp4_groups(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    const __m128i twice = _mm_load_si128(reinterpret_cast<const __m128i *>(FP4_TWICE));
+    const __m256i table = _mm256_broadcastsi128_si256(twice);
+QK_UNROLL(1)
+    for (int part = 0; part < u.parts; ++part) {
+        __m256i sum[H][T] = {};
+QK_UNROLL(8)
+        for (int l = 0; l < LINES; ++l) {
+            const int line = part * LINES + l;
+            const __m256i raw[H] = {Half::load(u.codes + line * 64), Half::load(u.codes + line * 64 + 32)};
+QK_UNROLL(2)
+            for (int nibble = 0; nibble < 2; ++nibble) {
+                __m256i even[H], odd[H];
+                for (int h = 0; h < H; ++h) {
+                    const __m256i index = Half::bits(nibble ? _mm256_srli_epi16(raw[h], 4) : raw[h], 15);
+                    const __m256i value = _mm256_shuffle_epi8(table, index);
+                    even[h] = _mm256_srai_epi16(_mm256_slli_epi16(value, 8), 8);
+                    odd[h] = _mm256_srai_epi16(value, 8);
+                }
+                for (int t = 0; t < T; ++t) {
+                    const char *at = a.at<A16>(row + t, i) + line * 16 + nibble * 8;
+                    const __m256i first = four_bytes(at), second = four_bytes(at + 4);
+                    for (int h = 0; h < H; ++h) {
+                        sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(even[h], first));
+                        sum[h][t] = _mm256_add_epi32(sum[h][t], _mm256_madd_epi16(odd[h], second));
+                        pin(sum[h][t]);
+                    }
+                }
+            }
+        }
+        for (int h = 0; h < H; ++h) {
+            const __m256 s = part_scales(u, part, h);
+            for (int t = 0; t < T; ++t) {
+                const __m256 scale = _mm256_mul_ps(s, _mm256_set1_ps(a.scale[i * a.rows + row + t]));
+                float *to = acc + t * ROWS + 8 * h;
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[h][t]), scale);
+                _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), product));
+            }
+        }
+    }
+}
+
+template <int T>
+QK_INLINE void fp4_unit(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    switch (a.columns / u.parts) {
+        case 16: return fp4_groups<T, 2>(u, a, i, row, acc);
+        case 32: return fp4_groups<T, 4>(u, a, i, row, acc);
+        case 64: return fp4_groups<T, 8>(u, a, i, row, acc);
+        default: return fp4_groups<T, 16>(u, a, i, row, acc);
+    }
+}
+
 // T rows of activations over a unit of C columns, all unrolled; C = 0: as many as `a` says, in a loop.
 template <int BITS, int KIND, int T, int C>
 QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
@@ -173,12 +235,18 @@ struct Avx2 {
 
     template <int BITS, int KIND, int C>
     QK_INLINE static void one(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-        sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
+        if constexpr (BITS == E2M1)
+            fp4_unit<1>(u, a, i, row, acc);
+        else
+            sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
     }
 
     template <int BITS, int KIND, int T>
     QK_APART static void some(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-        sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
+        if constexpr (BITS == E2M1)
+            fp4_unit<T>(u, a, i, row, acc);
+        else
+            sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
     }
 };
 

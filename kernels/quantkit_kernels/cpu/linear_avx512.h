@@ -60,6 +60,63 @@ QK_UNROLL(8)
     }
 }
 
+// Scales of group `part` of FP4; of 4 groups, times 2^-8.
+inline __m512 part_scales(const Unit &u, int part) {
+    if (u.wide) return _mm512_loadu_ps(u.scales + 64 * part);
+    if (u.parts < 4) return sixteen_halves(u.scales + 32 * part);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(u.scales + 16 * part));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+}
+
+// T rows of activations over a unit of FP4 whose groups have LINES lines each.
+template <int T, int LINES>
+QK_INLINE void fp4_groups(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    alignas(64) int8_t four_times[64];
+    for (int j = 0; j < 64; ++j) four_times[j] = FP4_TWICE[j % 16];
+    const __m512i table = _mm512_loadu_si512(four_times);
+    const int64_t at = i * a.rows + row;
+QK_UNROLL(1)
+    for (int part = 0; part < u.parts; ++part) {
+        __m512i sum[T];
+        for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+QK_UNROLL(8)
+        for (int l = 0; l < LINES; ++l) {
+            const int line = part * LINES + l;
+            const __m512i raw = Whole::load(u.codes + line * 64);
+QK_UNROLL(2)
+            for (int nibble = 0; nibble < 2; ++nibble) {
+                const __m512i index = Whole::bits(nibble ? Whole::right(raw, 4) : raw, 15);
+                const __m512i value = _mm512_shuffle_epi8(table, index);
+                const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(value, 8), 8);
+                const __m512i odd = _mm512_srai_epi16(value, 8);
+QK_UNROLL(8)
+                for (int t = 0; t < T; ++t) {
+                    const char *x = a.at<A16>(row + t, i) + line * 16 + nibble * 8;
+                    sum[t] = _mm512_dpwssd_epi32(sum[t], even, four_bytes_everywhere(x));
+                    sum[t] = _mm512_dpwssd_epi32(sum[t], odd, four_bytes_everywhere(x + 4));
+                }
+            }
+        }
+        const __m512 scale = part_scales(u, part);
+        for (int t = 0; t < T; ++t) {
+            const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scale[at + t]));
+            float *to = acc + t * ROWS;
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), both);
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), product));
+        }
+    }
+}
+
+template <int T>
+QK_INLINE void fp4_unit(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
+    switch (a.columns / u.parts) {
+        case 16: return fp4_groups<T, 2>(u, a, i, row, acc);
+        case 32: return fp4_groups<T, 4>(u, a, i, row, acc);
+        case 64: return fp4_groups<T, 8>(u, a, i, row, acc);
+        default: return fp4_groups<T, 16>(u, a, i, row, acc);
+    }
+}
+
 // T rows of activations over a unit of C columns, all unrolled; C = 0: as many as `a` says, in a loop.
 template <int BITS, int KIND, int T, int C>
 QK_INLINE void sum_and_scale(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
@@ -96,12 +153,18 @@ struct Vnni {
 
     template <int BITS, int KIND, int C>
     QK_INLINE static void one(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-        sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
+        if constexpr (BITS == E2M1)
+            fp4_unit<1>(u, a, i, row, acc);
+        else
+            sum_and_scale<BITS, KIND, 1, C>(u, a, i, row, acc);
     }
 
     template <int BITS, int KIND, int T>
     QK_APART static void some(const Unit &u, const Activations &a, int i, int64_t row, float *acc) {
-        sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
+        if constexpr (BITS == E2M1)
+            fp4_unit<T>(u, a, i, row, acc);
+        else
+            sum_and_scale<BITS, KIND, T, 0>(u, a, i, row, acc);
     }
 };
 

@@ -33,6 +33,8 @@ struct Portable {
     static void rows(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
         if constexpr (KIND == A32)
             table_unit<BITS>(u, a, i, r0, r1, acc);
+        else if constexpr (BITS == E2M1)
+            fp4_unit(u, a, i, r0, r1, acc);
         else
             unit<BITS, KIND>(u, a, i, r0, r1, acc);
     }
@@ -55,6 +57,40 @@ struct Portable {
             for (int k = 0; k < a.columns; ++k)
                 for (int r = 0; r < ROWS; ++r) sum[r] += x[k] * panel[k * ROWS + r];
             for (int r = 0; r < ROWS; ++r) acc[r] += sum[r] * scale[r];
+        }
+    }
+
+    // Scale of a group of a row; of 4 groups, times 2^-8.
+    static float part_scale(const Unit &u, int part, int row) {
+        if (u.parts == 4) return half_to_float(uint16_t(u.scales[16 * part + row] << 7));
+        float wide;
+        uint16_t half;
+        std::memcpy(&half, u.scales + 32 * part + 2 * row, 2);
+        if (!u.wide) return half_to_float(half);
+        std::memcpy(&wide, u.scales + 64 * part + 4 * row, 4);
+        return wide;
+    }
+
+    static void fp4_unit(const Unit &u, const Activations &a, int i, int64_t r0, int64_t r1, float *acc) {
+        alignas(64) int16_t panel[128 * ROWS];
+        alignas(64) float scale[4][ROWS];
+        const int group = a.columns / u.parts;
+        for (int q = 0; q < a.columns / 4; ++q) {
+            const Line::type codes = quad<4, Line>(u.codes, a.columns, q / 8, q % 8, 0);
+            for (int j = 0; j < 4; ++j)
+                for (int r = 0; r < ROWS; ++r)
+                    panel[place(4 * q + j) * ROWS + r] = FP4_TWICE[codes.lane[r] >> (8 * j) & 15];
+        }
+        for (int p = 0; p < u.parts; ++p)
+            for (int r = 0; r < ROWS; ++r) scale[p][r] = part_scale(u, p, r);
+        for (int64_t row = r0; row < r1; ++row, acc += ROWS) {
+            const int16_t *x = reinterpret_cast<const int16_t *>(a.at<A16>(row, i));
+            for (int p = 0; p < u.parts; ++p) {
+                alignas(64) int32_t sum[ROWS] = {};
+                for (int k = p * group; k < (p + 1) * group; ++k)
+                    for (int r = 0; r < ROWS; ++r) sum[r] += x[k] * panel[k * ROWS + r];
+                for (int r = 0; r < ROWS; ++r) acc[r] += float(sum[r]) * (scale[p][r] * a.scale[i * a.rows + row]);
+            }
         }
     }
 

@@ -1,13 +1,13 @@
 """The torch op on the native layout, its gradient, and direct calls that bypass torch's dispatcher.
 
-`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, wide_scales, table,
+`quantkit::cpu_linear(x, units, bias, bits, group_size, n, k, symmetric, compute, scale_factor, scale_type, table,
 input_scale, input_zero)`
     x [..., K] fp32, bf16 or fp16; units uint8 [B] from `layout.pack`; bias fp32 [N] or None; returns [..., N] in
     x's dtype. compute: 0 float, 1 int8 activations per token and group, 2 per token, 3 as float, but fp32 activations
     keep 15 bits, 4 int8 of a range (`Spec.inputs`): a stored one has input_scale and input_zero, and bias holds what
-    input_zero adds to y. table: 0, or 1 NF4 and 2 FP8 E4M3, whose codes index a table (`layout.pack_codes`); they take
-    compute float only.
-`quantkit::cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, dtype)`
+    input_zero adds to y, 5 the same in FP8, 6 FP8 per token and 128 columns. scale_type: 0 fp16, 1 fp32, 2 FP8.
+    table: 0, or 1 NF4, 2 FP8 E4M3 and 3 FP4 E2M1, whose codes index a table (`layout.pack_codes`); they take no int8.
+`quantkit::cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, scale_type, table, dtype)`
     the weight [N, K] in fp32, bf16 or fp16.
 
 For a small weight, torch's dispatcher and Python cost more than the product. `linear` bypasses both where nothing
@@ -30,6 +30,9 @@ from quantkit_kernels import gradient
 from quantkit_kernels.checks import check_features, check_float
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.layout import (
+    F8,
+    F16,
+    F32,
     TABLE_NUMBERS,
     Packed,
     check_bias,
@@ -43,25 +46,26 @@ from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequ
 from quantkit_kernels.registration import define
 from quantkit_kernels.stored import InputRange, Spec
 
-FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE = range(5)  # qk::Compute
+FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE, FP8_RANGE, FP8_GROUP = range(7)  # qk::Compute
 COMPUTES = {
     "float": FLOAT,
     "int8": INT8_GROUP,
     "int8-token": INT8_TOKEN,
     "int8-range": INT8_RANGE,
+    "fp8-range": FP8_RANGE,
+    "fp8-group": FP8_GROUP,
 }  # of `Spec.inputs`
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TABLE_NAMES = {number: name for name, number in TABLE_NUMBERS.items()}
 _WEIGHT = "int bits, int group_size, int n, int k, bool symmetric"
 _LINEAR = (
-    f"(Tensor x, Tensor units, Tensor? bias, {_WEIGHT}, int compute, float scale_factor, bool wide_scales, "
+    f"(Tensor x, Tensor units, Tensor? bias, {_WEIGHT}, int compute, float scale_factor, int scale_type, "
     "int table=0, float input_scale=0, int input_zero=0) -> Tensor"
 )
 _DEQUANTIZE = (
-    f"(Tensor units, {_WEIGHT}, float scale_factor, bool wide_scales, int table, ScalarType dtype) -> Tensor"
+    f"(Tensor units, {_WEIGHT}, float scale_factor, int scale_type, int table, ScalarType dtype) -> Tensor"
 )
-_IDENTITY = 256  # rows of the identity that a weight of a table is multiplied by at a time
 
 Call = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -75,7 +79,7 @@ def linear(
     past = direct(x) and plain(units) and (bias is None or plain(bias))
     call: Callable[..., torch.Tensor] = _run if past else cpu_linear
     facts = (spec.bits, spec.group_size, spec.n, spec.k, spec.symmetric)
-    kind = (weight.scale_factor, weight.wide_scales, table_number(spec), *(weight.inputs or ()))
+    kind = (weight.scale_factor, weight.scale_type, table_number(spec), *(weight.inputs or ()))
     return call(x, units, bias, *facts, compute, *kind)
 
 
@@ -103,7 +107,7 @@ def bind(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
 
 def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> Call:
     """`bind` for the backend, whose calls have looked at type and place of x and bias: these check only sizes."""
-    check_units(weight.units, weight.spec, weight.wide_scales)
+    check_units(weight.units, weight.spec, weight.scale_type)
     return _bound(
         library.required(),
         weight.units.data_ptr(),
@@ -111,7 +115,7 @@ def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> C
         weight.spec,
         compute,
         weight.scale_factor,
-        weight.wide_scales,
+        weight.scale_type,
         *(weight.inputs or ()),
     )
 
@@ -120,7 +124,7 @@ def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> C
 def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: int) -> Spec:
     """The spec of a weight; ValueError if the native code does not take it."""
     if table and table not in _TABLE_NAMES:
-        raise ValueError(f"unknown table {table}; known: 0 (integers), 1 (NF4), 2 (FP8 E4M3)")
+        raise ValueError(f"unknown table {table}; known: 0 (integers), 1 (NF4), 2 (FP8 E4M3), 3 (FP4 E2M1)")
     return Spec(_TABLE_NAMES.get(table, f"int{bits}"), bits, group_size, symmetric, n, k)
 
 
@@ -135,7 +139,7 @@ def _run(
     symmetric: bool,
     compute: int,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int = 0,
     input_scale: float = 0.0,
     input_zero: int = 0,
@@ -150,7 +154,7 @@ def _run(
         symmetric,
         compute,
         scale_factor,
-        wide_scales,
+        scale_type,
         table,
         input_scale,
         input_zero,
@@ -159,7 +163,7 @@ def _run(
     if units.dtype is torch.uint8 and units.is_cpu and units.is_contiguous():
         call = _bound_flat(library.required(), units.data_ptr(), units.numel(), x.dtype, *facts)
     if call is None:
-        check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales)
+        check_units(units, _spec(bits, group_size, n, k, symmetric, table), scale_type)
         raise AssertionError("units that fit were not bound")
     return call(x, bias)
 
@@ -177,16 +181,16 @@ def _bound_flat(
     symmetric: bool,
     compute: int,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int,
     input_scale: float,
     input_zero: int,
 ) -> Call | None:
     """`_bound` for units of a given size at an address; None if a weight of this kind has another size."""
     spec = _spec(bits, group_size, n, k, symmetric, table)
-    if refuses(bits, group_size, k) or size != units_bytes(bits, group_size, n, k, wide_scales):
+    if refuses(spec) or scale_type not in (F16, F32, F8) or size != units_bytes(spec, scale_type):
         return None
-    return _bound(c, at, dtype, spec, compute, scale_factor, wide_scales, input_scale, input_zero)
+    return _bound(c, at, dtype, spec, compute, scale_factor, scale_type, input_scale, input_zero)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -197,7 +201,7 @@ def _bound(
     spec: Spec,
     compute: int,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     input_scale: float = 0.0,
     input_zero: int = 0,
 ) -> Call:
@@ -206,7 +210,7 @@ def _bound(
     if input_scale or input_zero:
         InputRange(input_scale, input_zero).check()
     kind, n, k = _TYPES[dtype], spec.n, spec.k
-    weight = (scale_factor, n, k, spec.group_size, spec.bits, wide_scales, table_number(spec))
+    weight = (scale_factor, n, k, spec.group_size, spec.bits, scale_type, table_number(spec))
     numbers = (*weight, input_scale, input_zero)
     # Without argtypes ctypes converts nothing, which is half the cost of the call. A Python int is a C int then.
     native, pointer, threads = c["qk_linear"], ctypes.c_void_p, torch.get_num_threads
@@ -272,7 +276,7 @@ def run(
 def _check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
     if dtype not in _TYPES:
         raise TypeError(f"x must be fp32, bf16 or fp16, got {dtype}")
-    if compute not in (FLOAT, INT8_GROUP, INT8_TOKEN, HALVES, INT8_RANGE):
+    if compute not in (*COMPUTES.values(), HALVES):
         known = ", ".join(f"{number} ({name})" for name, number in COMPUTES.items())
         raise ValueError(f"unknown compute {compute}; known: {known}, {HALVES} (halves)")
     if not spec.integers and compute in (INT8_GROUP, INT8_TOKEN, INT8_RANGE):
@@ -314,7 +318,7 @@ def _fake(
     symmetric: bool,
     compute: int,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int = 0,
     input_scale: float = 0.0,
     input_zero: int = 0,
@@ -322,7 +326,7 @@ def _fake(
     spec = _spec(bits, group_size, n, k, symmetric, table)
     _check_kind(x.dtype, compute, spec)
     check_features(x.shape, k)
-    check_units(units, spec, wide_scales, x.device.type)
+    check_units(units, spec, scale_type, x.device.type)
     if bias is not None:
         check_bias(bias, n, x.device.type)
     return x.new_empty((*x.shape[:-1], n))
@@ -336,21 +340,14 @@ def _dequantize(
     k: int,
     symmetric: bool,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     check_float(dtype)
     spec = _spec(bits, group_size, n, k, symmetric, table)
-    weight = Packed(units, spec, scale_factor, wide_scales, torch.float32)
-    if spec.integers:
-        return reference_dequantize(unpack(weight), dtype)
-    out, call = torch.empty(n, k, dtype=dtype), bind(weight, torch.float32)
-    for start in range(0, k, _IDENTITY):
-        columns = torch.zeros(min(_IDENTITY, k - start), k)
-        columns[:, start:].fill_diagonal_(1)
-        out[:, start : start + len(columns)] = call(columns, None).T
-    return out
+    weight = Packed(units, spec, scale_factor, scale_type, torch.float32)
+    return reference_dequantize(unpack(weight), dtype)
 
 
 def _fake_dequantize(
@@ -361,12 +358,12 @@ def _fake_dequantize(
     k: int,
     symmetric: bool,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     check_float(dtype)
-    check_units(units, _spec(bits, group_size, n, k, symmetric, table), wide_scales, units.device.type)
+    check_units(units, _spec(bits, group_size, n, k, symmetric, table), scale_type, units.device.type)
     return units.new_empty((n, k), dtype=dtype)
 
 
@@ -381,13 +378,13 @@ def _weight_of(
     symmetric: bool,
     compute: int,
     scale_factor: float,
-    wide_scales: bool,
+    scale_type: int,
     table: int = 0,
     input_scale: float = 0.0,
     input_zero: int = 0,
 ) -> torch.Tensor:
     """W for the gradient, which treats rounded activations as unrounded."""
-    return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, wide_scales, table, x.dtype)
+    return cpu_dequantize(units, bits, group_size, n, k, symmetric, scale_factor, scale_type, table, x.dtype)
 
 
 define("cpu_dequantize", _DEQUANTIZE, {"CPU": _dequantize}, _fake_dequantize)

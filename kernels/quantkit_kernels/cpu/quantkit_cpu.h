@@ -1,6 +1,7 @@
 /* C ABI of the native CPU kernels. Needs no torch and no Python; bound with ctypes in library.py.
 
-   A weight W [N, K] holds unsigned codes q, w = (q - z) s, in units of 16 rows x C columns (layout.cpp). */
+   A weight W [N, K] holds unsigned codes q, w = (q - z) s, or w = value[q] s, in units of 16 rows x C columns
+   (layout.cpp). */
 #ifndef QUANTKIT_CPU_H
 #define QUANTKIT_CPU_H
 
@@ -14,18 +15,20 @@ extern "C" {
 typedef struct qk_weight {
     const uint8_t *units;
     const float *bias;   /* [n] or null */
-    float scale_factor;  /* a power of two that every stored scale is multiplied by */
+    float scale_factor;  /* every stored scale is multiplied by it */
     int32_t n, k, group; /* group = k: one scale per output channel */
     int32_t bits;        /* 2, 3, 4, 8 */
-    int32_t wide_scales; /* scales are fp32 instead of fp16 */
-    int32_t table;       /* 0 integers, 1 nf4, 2 fp8 e4m3: the code indexes a table, z = 0 */
-    float input_scale;   /* of compute 4: the stored scale of x; 0: every token has its own */
+    int32_t scale_type;  /* 0 fp16, 1 fp32, 2 fp8 e4m3 (of fp4 in groups of 16 and 32) */
+    int32_t table;       /* 0 integers, 1 nf4, 2 fp8 e4m3, 3 fp4 e2m1: the code indexes a table */
+    float input_scale;   /* of compute 4 and 5: the stored scale of x; 0: every token has its own */
     int32_t input_zero;  /* and its zero point, -128..127 */
 } qk_weight;
 
 /* x_type, y_type: 0 fp32, 1 bf16, 2 fp16. compute: 0 float, 1 int8 per token and group, 2 int8 per
    token, 3 float, 15 bits of fp32, 4 int8 as compressed-tensors has it: q = rne(x / s + input_zero) within -128..127,
-   s = input_scale or max|x| / 127.5 of the token, and y = s sum of q w: the caller's bias holds what input_zero adds. */
+   s = input_scale or max|x| / 127.5 of the token, and y = s sum of q w: the caller's bias holds what input_zero adds.
+   5 x becomes e4m3(x / s) s in its own type, s = input_scale or max|x| / 448 of the token; 6 the same with
+   max|x| / 448 of the token and 128 columns. Only integers take 1, 2 and 4. */
 
 /* y [m, n] = x [m, k] W^T + bias, rows contiguous. 0, or 1: this weight or compute is not supported. */
 int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads);

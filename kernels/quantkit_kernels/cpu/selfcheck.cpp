@@ -38,12 +38,19 @@ std::vector<uint8_t> random_units(Weight &w) {
     for (uint8_t &byte : units) byte = uint8_t(next(state) >> 24);
     for (int b = 0; b < row_blocks(w); ++b)
         for (int i = 0; i < chunks(w); ++i) {
-            uint16_t line[2 * ROWS];
-            for (int r = 0; r < ROWS; ++r) {
-                line[r] = float_to_half(0.01f * float(r + 1));
-                line[ROWS + r] = w.table ? 0 : float_to_half(float(next(state) >> 24 & ((1u << w.bits) - 1)));
+            uint8_t *line = units.data() + b * block_bytes(w) + i * unit_bytes(w) + code_bytes(w);
+            if (w.scale_type == SCALES_F8) {  // those of every exponent
+                for (size_t at = 0; at < scale_bytes(w); ++at) line[at] = uint8_t(line[at] % 127);
+                continue;
             }
-            std::memcpy(units.data() + b * block_bytes(w) + i * unit_bytes(w) + code_bytes(w), line, sizeof line);
+            uint16_t halves[2 * ROWS];
+            for (int r = 0; r < ROWS; ++r) {
+                halves[r] = float_to_half(0.01f * float(r + 1));
+                const uint32_t zero = next(state) >> 24 & ((1u << w.bits) - 1);
+                halves[ROWS + r] = parts(w) == 2 ? float_to_half(0.02f * float(r + 1)) : float_to_half(float(zero));
+                if (in_floats(w)) halves[ROWS + r] = 0;
+            }
+            std::memcpy(line, halves, sizeof halves);
         }
     if (w.table == FP8) place_rare_codes(w, units);
     w.units = units.data();
@@ -82,14 +89,14 @@ bool close(const std::vector<float> &got, const std::vector<float> &wanted, doub
     return !got.empty();
 }
 
-// Integers give the same bits in all paths, but for bf16 tiles, which round otherwise; tables add in any order.
+// Integers give the same bits in all paths, but for bf16 tiles, which round otherwise; NF4 and FP8 add in any order.
 bool agrees(const Path &path, const Weight &w, const void *x, int x_type, int compute) {
     const std::vector<float> wanted = product(path_portable, w, x, x_type, MOST_TOKENS, compute);
     if (wanted.empty()) return false;
     for (int m : {1, 2, 4, 7, MOST_TOKENS}) {
         const std::vector<float> got = product(path, w, x, x_type, m, compute);
-        const bool tiles = compute == FLOAT && x_type == BF16 && m >= 16;
-        if (w.table ? !close(got, wanted, 1e-5) : tiles ? !close(got, wanted, 1e-2) : !same(got, wanted)) return false;
+        const bool tiles = compute == FLOAT && x_type == BF16 && m >= 16 && !w.table;
+        if (in_floats(w) ? !close(got, wanted, 1e-5) : tiles ? !close(got, wanted, 1e-2) : !same(got, wanted)) return false;
     }
     return true;
 }
@@ -104,12 +111,16 @@ bool agrees_with_portable(const Path &path) {
         halves[i] = float_to_bfloat(float(int32_t(next(state))) * 0x1p-31f);
         x[i] = bfloat_to_float(halves[i]);
     }
-    const int codes[][2] = {{2, INTEGERS}, {3, INTEGERS}, {4, INTEGERS}, {8, INTEGERS}, {4, NF4}, {8, FP8}};
-    for (const auto &[bits, table] : codes) {
-        Weight w{nullptr, nullptr, 1.f, N, K, 128, bits, 0, table, 0.f, 0};
+    const int kinds[][4] = {{2, INTEGERS, 128, SCALES_F16}, {3, INTEGERS, 128, SCALES_F16},
+                            {4, INTEGERS, 128, SCALES_F16}, {8, INTEGERS, 128, SCALES_F16},
+                            {4, NF4, 128, SCALES_F16},      {8, FP8, 128, SCALES_F16},
+                            {4, FP4, 128, SCALES_F16},      {4, FP4, 64, SCALES_F16},
+                            {4, FP4, 32, SCALES_F16},       {4, FP4, 16, SCALES_F8}};
+    for (const auto &[bits, table, group, scale_type] : kinds) {
+        Weight w{nullptr, nullptr, 1.f, N, K, group, bits, scale_type, table, 0.f, 0};
         const std::vector<uint8_t> units = random_units(w);
-        for (int compute : {FLOAT, INT8_GROUP, INT8_RANGE}) {
-            if (table && compute != FLOAT) continue;
+        for (int compute : {FLOAT, INT8_GROUP, INT8_RANGE, FP8_RANGE}) {
+            if ((table && is_int8(compute)) || (table != FP8 && compute == FP8_RANGE)) continue;
             if (!agrees(path, w, x.data(), F32, compute)) return false;
             if (!agrees(path, w, halves.data(), BF16, compute)) return false;
         }

@@ -35,4 +35,5 @@ class ReferenceBackend(Backend):
 
     def restore(self, layout: Layout) -> Stored:
         tensors = layout.tensors
-        return Stored(tensors["packed"], tensors["scale"], tensors.get("zero_packed"), layout.spec)
+        parts = (tensors["packed"], tensors["scale"], tensors.get("zero_packed"))
+        return Stored(*parts, layout.spec, divisor=tensors.get("divisor"))

@@ -17,12 +17,22 @@ from quantkit_kernels.cpu.library import ADVICE, SLOWER
 
 BITS = range(2, 9)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
+FORMATS: dict[
+    str, tuple[str, int, int | None]
+] = {  # number, bits and group size of codes that are no integers
+    "FP8, channel": ("fp8_e4m3", 8, None),
+    "FP8, blocks of 128": ("fp8_e4m3", 8, 128),
+    "NVFP4": ("fp4_e2m1", 4, 16),
+    "MXFP4": ("fp4_e2m1", 4, 32),
+    "NF4, groups of 64": ("nf4", 4, 64),
+}
 NOT_BUILT = f"not built: PyTorch's ops or the reference run, and {SLOWER}; {ADVICE}"
 
 
 def inventory(n: int, k: int, backend: str | None = None) -> dict[str, Any]:
-    """The report of `quantkit kernels` for a weight [N, K]: {"built": {part: description}, "schemes": [...]}."""
-    return {"schema": "quantkit-inventory/1", "built": built(), "schemes": schemes(n, k, backend)}
+    """The report of `quantkit kernels` for a weight [N, K]: {"built": {part: description}, "schemes", "formats"}."""
+    schema, rows = "quantkit-inventory/1", schemes(n, k, backend)
+    return {"schema": schema, "built": built(), "schemes": rows, "formats": formats(n, k, backend)}
 
 
 def built() -> dict[str, str]:
@@ -30,8 +40,6 @@ def built() -> dict[str, str]:
     forced = os.environ.get(ENVIRONMENT)
     return {
         "native CPU library": native(),
-        "NF4 and FP8 E4M3 codes": "packed from tensors by quantkit_kernels.cpu.layout.pack_codes, on the native CPU "
-        "library with float products; no checkpoint holds them",
         "Triton": _triton(),
         "CUDA": _cuda(),
         "PyTorch": f"{torch.__version__}, {torch.get_num_threads()} threads, "
@@ -102,6 +110,17 @@ def schemes(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
                 for zero_point, groups in answer.by_zero_point():
                     row = {"device": device, "bits": all_bits, "groups": groups, "zero_point": zero_point}
                     rows.append(row | {"runs": answer.runs, "why": answer.why})
+    return rows
+
+
+def formats(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
+    """What `select` answers for weights whose codes are no integers. Row: format, device, runs, why."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        for name, (number, bits, group) in FORMATS.items():
+            if k % (group or k) == 0:
+                runs, why = _ask(device, Spec(number, bits, group or k, True, n, k), backend)
+                rows.append({"format": name, "device": device, "runs": runs, "why": why})
     return rows
 
 

@@ -111,8 +111,9 @@ class Loaded:
     @cached_property
     def weights(self) -> tuple[list[Weights], torch.Tensor]:
         """(identical copies of the weight, its first rows [ROWS_CHECKED, K] in fp64)."""
-        source = Source.random(self.n, self.k, self.op.bits, self.op.group, self.device)
-        rotating = copies(self.op, self.op.build(source, self.op.dtype), self.rotation)
+        op = self.op
+        source = Source.random(self.n, self.k, op.bits, op.group, self.device, op.number)
+        rotating = copies(op, op.build(source, op.dtype), self.rotation)
         return rotating, source.dense(torch.float64, ROWS_CHECKED)
 
     def lane(self, m: int, burst: float = BURST) -> Lane:

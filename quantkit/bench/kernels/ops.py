@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import quantkit_kernels
@@ -23,17 +24,30 @@ class Refused(Exception):
 
 
 class Source(NamedTuple):
-    """A random symmetric weight as it is stored, with bf16 scales; `dense` dequantizes it to any dtype."""
+    """A random symmetric weight as it is stored; `dense` dequantizes it to any dtype.
+
+    Scales are bf16 numbers; of FP4 FP8 ones in groups of 16 (NVFP4), else powers of two (MXFP4).
+    """
 
     stored: Stored
 
     @classmethod
-    def random(cls, n: int, k: int, bits: int, group: int | None, device: str) -> Source:
+    def random(cls, n: int, k: int, bits: int, group: int | None, device: str, number: str = "") -> Source:
+        """number: of `quantkit_kernels.stored.TABLES`; left out: integers."""
         random = torch.Generator().manual_seed(n + k + bits)
         codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=random)
-        spec = Spec.integer(bits, group, True, n, k)
+        spec = Spec(number or f"int{bits}", bits, group or k, True, n, k)
         scale = torch.rand(n, spec.groups, generator=random).add_(0.5).div_(2**bits * k**0.5).bfloat16()
-        return cls(Stored(quantkit_kernels.pack_bits(codes, bits).to(device), scale.to(device), None, spec))
+        divisor = None
+        if number == "fp8_e4m3":
+            codes[(codes & 127) == 127] = 0  # those are no numbers
+        if number == "fp4_e2m1" and group == 16:
+            divisor = torch.tensor([256 * 2**bits * k**0.5])
+            scale = (scale * divisor).to(torch.float8_e4m3fn).float() / divisor
+        elif number == "fp4_e2m1":
+            scale = scale.log2().round().exp2()
+        packed = quantkit_kernels.pack_bits(codes, bits)
+        return cls(Stored(packed.to(device), scale.to(device), None, spec, divisor=divisor))
 
     def dense(self, dtype: torch.dtype, rows: int | None = None) -> torch.Tensor:
         """The first `rows` rows dequantized; None: all rows."""
@@ -46,8 +60,9 @@ class Op(NamedTuple):
     """One way to multiply.
 
     build(source, dtype of x) -> weights, the tensors among them are what is copied; run(x, weights) -> y [M, N].
-    kind: the peak that bounds it. dtype: of x. prepare(x): outside the time, for ops that take other activations;
-    finish(y, weights): to the scale of x W^T, for the check only. refuses(m, n, k) -> reason or None.
+    kind: the peak that bounds it. number: of the codes, if they are no integers. dtype: of x. prepare(x): outside the
+    time, for ops that take other activations; finish(y, weights): to the scale of x W^T, for the check only.
+    refuses(m, n, k) -> reason or None.
     """
 
     name: str
@@ -62,6 +77,7 @@ class Op(NamedTuple):
     refuses: Callable[[int, int, int], str | None] = lambda _m, _n, _k: None
     place: Callable[[list[Weights]], list[Weights]] | None = None  # where the copies live
     patience: float | None = None  # seconds that a call may take; None: any
+    number: str = ""
 
 
 def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
@@ -77,7 +93,13 @@ def _dense_op(name: str, dtype: torch.dtype, kind: str) -> Op:
 
 
 def _backend_op(
-    name: str, bits: int, group: int | None, label: str, compute: str = "float", slow: bool = False
+    name: str,
+    bits: int,
+    group: int | None,
+    label: str,
+    compute: str = "float",
+    slow: bool = False,
+    number: str = "",
 ) -> Op:
     """A backend of quantkit_kernels, called the way a loaded model calls it."""
 
@@ -87,7 +109,7 @@ def _backend_op(
         stored = source.stored
         spec = stored.spec.with_inputs(compute)
         try:
-            layout = backend.prepare(Stored(stored.packed, stored.scale, None, spec), dtype)
+            layout = backend.prepare(replace(stored, spec=spec), dtype)
         except quantkit_kernels.BackendMissing as error:
             raise Refused(str(error)) from error
         return dict(layout.tensors) | {"spec": spec, "facts": layout.facts}
@@ -102,9 +124,10 @@ def _backend_op(
         label,
         bits,
         group,
-        "bf16" if compute == "float" else "int8",
+        "fp32" if number in ("nf4", "fp8_e4m3") else "int8" if compute.startswith("int8") else "bf16",
         build,
         run,
+        number=number,
         refuses=refuses,
         place=in_huge_pages if name == "cpu" else None,
     )
@@ -198,6 +221,14 @@ def cpu_ops() -> list[Op]:
         ours += [  # inputs as a checkpoint of such a scheme rounds them
             _backend_op("cpu", 8, None, "quantkit W8A8 channel checkpoint", "int8-range"),
             _backend_op("cpu", 4, 128, "quantkit W4A8 g128 checkpoint", "int8-range"),
+            _backend_op("cpu", 8, None, "quantkit FP8 W8A8 channel", "fp8-range", number="fp8_e4m3"),
+            _backend_op("cpu", 8, 128, "quantkit FP8 W8A8 block", "fp8-group", number="fp8_e4m3"),
+        ]
+        ours += [
+            _backend_op("cpu", 8, None, "quantkit FP8 W8A16 channel", number="fp8_e4m3"),
+            _backend_op("cpu", 4, 16, "quantkit NVFP4A16", number="fp4_e2m1"),
+            _backend_op("cpu", 4, 32, "quantkit MXFP4A16", number="fp4_e2m1"),
+            _backend_op("cpu", 4, 64, "quantkit NF4A16 g64", number="nf4"),
         ]
     return [
         *ours,

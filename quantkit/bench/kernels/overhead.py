@@ -28,7 +28,7 @@ def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
     packed = layout.pack(Source.random(16, 128, 4, 128, "cpu").stored)
     x, y, weight = torch.zeros(1, 128), torch.empty(1, 16), packed.weight()
     linear, x_at, y_at = library.required().qk_linear, x.data_ptr(), y.data_ptr()
-    facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.wide_scales)
+    facts = (4, 128, 16, 128, True, ops.FLOAT, packed.scale_factor, packed.scale_type)
     backend, prepared = quantkit_kernels.backend("cpu"), layout_of(packed)
     layer = QuantLinear(128, 16, PRESETS["W4A16"], False, torch.float16)
     for tensor in layer.buffers():
