@@ -45,9 +45,12 @@ def test_fp4_keeps_its_scales_in_a_byte(name):
     assert module.layout.facts["scale_type"] == layout.F8
 
 
-@pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("name", ["NVFP4A16", "FP8_DYNAMIC"])
 def test_compiled_layers_give_the_same(name):
     module = layer(name)
     module.prepare("cpu", torch.float32)
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(X), module(X))
+    try:
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(X), module(X))
+    finally:
+        torch.compiler.reset()  # one forward is compiled a few times only
