@@ -61,7 +61,8 @@ def quantize_in_memory(
         _refuse, sorted({str(layer.scheme) for layer in run.plan.layers})
     )
     run.progress.finish()
-    return loaded.eval()
+    loaded.eval()
+    return loaded
 
 
 def _refuse(schemes: list[str], *_: Any, **__: Any) -> NoReturn:
