@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "quantize": ("quantkit.pipeline.quantize", "quantize"),
+    "quantize_in_memory": ("quantkit.pipeline.in_memory", "quantize_in_memory"),
     "generate": ("quantkit.runtime", "generate"),
     "load": ("quantkit.checkpoint.load", "load"),
     "evaluate": ("quantkit_eval", "evaluate"),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantkit.formats.compressed_tensors_config import PACKED, format_of
+from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
@@ -89,7 +89,7 @@ def packed_bytes(layer: LayerPlan, scale_bytes: int) -> int:
     stored = scales * (scale_bytes if grid.scale is None else 1) + (FLOAT if grid.two_level else 0)
     if inputs is not None and not inputs.dynamic:
         stored += scale_bytes + (0 if inputs.symmetric else 1)
-    if format_of(layer.scheme) != PACKED:
+    if memory_format(layer.scheme) != PACKED:
         return stored + (n * k * grid.bits // 8 if grid.number.kind == "float" else n * k)
     zeros = 0 if grid.symmetric else _words(n, grid.bits) * groups
     return stored + 4 * (n * _words(k, grid.bits) + zeros) + _SHAPE

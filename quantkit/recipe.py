@@ -221,6 +221,15 @@ class Recipe(Part):
         return data | {"model": None}
 
 
+def refuse_in_memory(recipe: Recipe) -> None:
+    """RecipeError for a recipe whose output is no file."""
+    if recipe.output.format == registry.MEMORY:
+        raise RecipeError(
+            "output.format memory is not written to files; call quantkit.quantize_in_memory(recipe), or use "
+            f"format: {registry.DEFAULT}"
+        )
+
+
 def _refuse_unstorable(recipe: Recipe, weights: Weights) -> None:
     """ValueError for a scheme, of the recipe or of a rule, that the output's format or the algorithm cannot make."""
     whole = scheme_of({key: getattr(weights, key) for key in WEIGHT_KEYS}, recipe.inputs)

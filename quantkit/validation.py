@@ -16,7 +16,7 @@ from quantkit.models.companions import find_companions
 from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
 from quantkit.predict import Prediction, predict
-from quantkit.recipe import Recipe, load_recipe
+from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
     mistakes = _Mistakes()
     checked = mistakes.collect(load_recipe, recipe, overrides)
     if checked is not None:
+        mistakes.collect(refuse_in_memory, checked)
         for source in checked.calibration.data:
             mistakes.collect(check_source, source)
     headers = plan = None

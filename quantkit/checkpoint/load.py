@@ -185,11 +185,8 @@ def _finish(
 ) -> None:
     """Check what only the values show and build the layouts of the backend, layer by layer."""
     from quantkit.checkpoint.plugin import packed_linears
-    from quantkit.layers.quant_linear import huge_pages
 
-    linears = packed_linears(model)
-    arena = None
-    for name, module in linears:
+    for name, module in packed_linears(model):
         if module.offloaded:
             if backend not in (None, "auto", "reference") or compute != "float":
                 wanted = f"compute {compute!r}" if compute != "float" else f"backend {backend!r}"
@@ -204,10 +201,20 @@ def _finish(
             raise ModelError(
                 f"{path}: the tensors of {name} are a weight of {list(said)}, the model has {have}"
             )
+    lay_out(model, backend, compute)
+
+
+def lay_out(model: PreTrainedModel, backend: str | None, compute: str = "float") -> None:
+    """Build the layouts of a backend for all packed linears that are in memory, the native ones in one arena."""
+    from quantkit.checkpoint.plugin import packed_linears
+    from quantkit.layers.quant_linear import huge_pages
+
+    linears = [module for _, module in packed_linears(model) if not module.offloaded]
+    arena = None
+    for module in linears:
         module.prepare(backend, model.dtype, compute)
         if module.backend == "cpu":
-            if arena is None:
-                arena = huge_pages([module for _, module in linears])
+            arena = arena or huge_pages(linears)
             module.move_layout(arena.place)
 
 

@@ -71,8 +71,12 @@ class CompressedTensors(Codec):
     apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point"})
     positive = frozenset({"weight_global_scale", "input_scale", "k_scale", "v_scale"})
 
+    def kind(self, scheme: Scheme) -> str:
+        """The format of the config group that stores a scheme. ModelError if there is none."""
+        return format_of(scheme)
+
     def dtypes(self, scheme: Scheme) -> dict[str, torch.dtype | None]:
-        kind = format_of(scheme)
+        kind = self.kind(scheme)
         return self.leaves | {
             "weight": _CODES[kind],
             "weight_packed": _CODES[kind],
@@ -80,7 +84,7 @@ class CompressedTensors(Codec):
         }
 
     def shapes(self, n: int, k: int, scheme: Scheme) -> Shapes:
-        kind, grid = format_of(scheme), scheme.weights
+        kind, grid = self.kind(scheme), scheme.weights
         groups = k // grid.group(k)
         if kind == PACKED:
             shapes: Shapes = {
@@ -109,7 +113,7 @@ class CompressedTensors(Codec):
         self, weight: QuantizedWeight, scheme: Scheme, inputs: InputScale | None = None
     ) -> dict[str, torch.Tensor]:
         grid = weight.grid
-        kind = format_of(scheme)
+        kind = self.kind(scheme)
         scale = weight.scale.contiguous()
         if kind == PACKED:
             tensors = {
@@ -136,7 +140,7 @@ class CompressedTensors(Codec):
         return tensors | _packed_inputs(inputs)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
-        grid, kind = scheme.weights, format_of(scheme)
+        grid, kind = scheme.weights, self.kind(scheme)
         n, k = self.dimensions(tensors, scheme)
         shapes = self.shapes(n, k, scheme)
         if tensors.keys() != shapes.keys():
@@ -168,7 +172,7 @@ class CompressedTensors(Codec):
 
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         scale = tensors["weight_scale"]
-        if format_of(scheme) == MXFP4:
+        if self.kind(scheme) == MXFP4:
             return scale.view(torch.float8_e8m0fnu).float()
         whole = tensors["weight_global_scale"] if scheme.weights.two_level else 1.0
         return scale.float() / whole
@@ -179,7 +183,7 @@ class CompressedTensors(Codec):
 
     def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec, scheme: Scheme) -> Stored:
         """The very same tensors where they are packed as kernels take them."""
-        if format_of(scheme) != PACKED:
+        if self.kind(scheme) != PACKED:
             return super().stored(tensors, spec, scheme)
         zero = tensors.get("weight_zero_point")
         return Stored(tensors["weight_packed"], tensors["weight_scale"], zero, spec)
@@ -196,7 +200,7 @@ class CompressedTensors(Codec):
         return weight
 
     def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
-        kind, grid = format_of(scheme), scheme.weights
+        kind, grid = self.kind(scheme), scheme.weights
         codes = "weight_shape" if kind == PACKED else "weight" if kind in (INT, FLOAT) else "weight_packed"
         if codes not in tensors or "weight_scale" not in tensors:
             raise ModelError(
@@ -233,7 +237,7 @@ class CompressedTensors(Codec):
 
     def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
         older = -(-k // (32 // scheme.weights.bits))
-        packed = format_of(scheme) == PACKED and leaf == "weight_packed" and shape
+        packed = self.kind(scheme) == PACKED and leaf == "weight_packed" and shape
         if packed and shape[-1] == older != words(k, scheme.weights.bits):
             return "words that hold whole codes only (compressed-tensors of before May 2026) are not read"
         return None

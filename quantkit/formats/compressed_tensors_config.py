@@ -49,6 +49,20 @@ def format_of(scheme: Scheme) -> str:
     return found
 
 
+def memory_format(scheme: Scheme) -> str:
+    """The format in which a layer in memory keeps a scheme: also numbers that no file holds, packed as integers are.
+
+    ModelError if no kernel takes it.
+    """
+    try:
+        return format_of(scheme)
+    except ModelError:
+        number = scheme.weights.number.name
+        if scheme.weights.scale is not None or number == "fp8_e5m2":
+            raise ModelError(f"no kernel multiplies by weights in {scheme.weights}") from None
+        return PACKED
+
+
 def written_config(
     schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
 ) -> dict[str, Any]:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from quantkit.numerics.weight import QuantizedWeight
     from quantkit.scheme import KVScheme, Scheme
 
-SHIPPED = {
-    "compressed-tensors": "quantkit.formats.compressed_tensors"
-}  # name -> the module that registers it
+SHIPPED = {  # name -> the module that registers it
+    "compressed-tensors": "quantkit.formats.compressed_tensors",
+    "memory": "quantkit.formats.memory",
+}
 DEFAULT = "compressed-tensors"
+MEMORY = "memory"  # of what `quantize_in_memory` makes: no file holds it
 Shape = tuple[int, int]  # (N, K) of a weight
 
 
@@ -160,14 +162,15 @@ def unstorable_cache(name: str, kv: KVScheme) -> str | None:
 
 def unstorable(name: str, scheme: Scheme) -> str | None:
     """Why the format called `name` cannot store a scheme, or None; without torch for the shipped ones."""
-    from quantkit.formats.compressed_tensors_config import format_of
+    from quantkit.formats.compressed_tensors_config import format_of, memory_format
 
-    if name != DEFAULT:
+    if name not in (DEFAULT, MEMORY):
         return None if scheme.inputs is None else f"the format {name} stores weights only, not {scheme}"
     try:
-        format_of(scheme)
+        (memory_format if name == MEMORY else format_of)(scheme)
     except ModelError as error:
-        return str(error)
+        other = name == DEFAULT and unstorable(MEMORY, scheme) is None
+        return f"{error}; or use quantkit.quantize_in_memory, which writes no file" if other else str(error)
     return None
 
 

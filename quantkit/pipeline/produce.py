@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,15 +20,30 @@ from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.inputs import CalibratedInputs, calibrated, statistic
 from quantkit.pipeline.run import Run, needs
-from quantkit.pipeline.search import searched, settled
-from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.search import Kept, searched, settled
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.config import TransformConfig
 
 
-def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker, list[SearchRecord]]:
+class Writer(Protocol):
+    """Who keeps what the parts of a model became: a `ShardWriter`, or the model itself (`in_memory.py`)."""
+
+    @property
+    def journal(self) -> Kept: ...
+
+    def finished(self) -> int:
+        """How many parts are kept already."""
+
+    def streams(self, done: int) -> Streams | None:
+        """The hidden states behind `done` parts; None at the beginning."""
+
+    def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
+        """Keep one part, and the hidden states behind it."""
+
+
+def produce(run: Run, writer: Writer) -> tuple[int, Tracker, list[SearchRecord]]:
     """Write all shards; returns how many blocks an earlier run had already finished, what follows the run, and what was
     searched before the first block.
     """
@@ -47,7 +62,7 @@ def produce(run: Run, writer: ShardWriter) -> tuple[int, Tracker, list[SearchRec
     return min(done, total), tracker, found
 
 
-def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
+def _data_free(run: Run, writer: Writer, tracker: Tracker, done: int) -> None:
     """Without calibration: one linear after the other, or those that share a scale; never a whole block."""
     for part in range(done, run.plan.n_blocks + 1):
         result = BlockResult()
@@ -59,7 +74,7 @@ def _data_free(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> No
 
 
 def _calibrated(
-    run: Run, writer: ShardWriter, tracker: Tracker, done: int, transforms: list[TransformConfig]
+    run: Run, writer: Writer, tracker: Tracker, done: int, transforms: list[TransformConfig]
 ) -> None:
     """With calibration: block by block, each behind the quantized ones before it."""
     assert run.windows is not None

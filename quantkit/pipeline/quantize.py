@@ -25,6 +25,7 @@ from quantkit.errors import (
     memory_named,
     memory_ran_out,
 )
+from quantkit.formats.registry import MEMORY
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
 from quantkit.models.headers import read_checkpoint, resolve_model
@@ -43,7 +44,7 @@ from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
 from quantkit.predict import predict
-from quantkit.recipe import Recipe, load_recipe, parse_recipe
+from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.structure.trace import is_linear
 
 
@@ -90,7 +91,7 @@ def quantize(
     with the same inputs only evaluates.
     """
     asked = (eval_tokens, eval_text) if evaluate else None
-    run = _prepared(recipe, model, output, overrides, device, asked, progress or Silent())
+    run = prepared(recipe, model, output, overrides, device, asked, progress or Silent())
     folder = run.output
     resumed = tracker = None
     if resume and (folder / MANIFEST).exists():
@@ -176,7 +177,7 @@ def _evaluate(
     return manifest, refused
 
 
-def _prepared(
+def prepared(
     recipe: Recipe | str | Path | Mapping[str, Any],
     model: str | Path | None,
     output: str | Path | None,
@@ -184,15 +185,21 @@ def _prepared(
     device: str,
     asked: tuple[int | None, str | Path | Sequence[str | Path] | None] | None,
     progress: Progress,
+    in_memory: bool = False,
 ) -> Run:
     """Read and check everything a run needs, before anything is computed or written.
 
-    asked: the number of tokens and the text of the closing evaluation, None to leave it out.
+    asked: the number of tokens and the text of the closing evaluation, None to leave it out. in_memory: no file is
+    going to be written.
     """
+    if in_memory:
+        overrides = [*overrides, f"output.format={MEMORY}"]
     clock = Clock()
     large_blocks_apart()
     with clock("load"):
         name, checked = _recipe(recipe, overrides)
+        if not in_memory:
+            refuse_in_memory(checked)
         embedded = assets.default_model()
         path = resolve_model(str(model) if model is not None else checked.model, embedded)
         length = checked.calibration.sequence_length
@@ -214,11 +221,13 @@ def _prepared(
                 assets.calibration_text(),
                 vocabulary=skeleton_model.get_input_embeddings().get_parameter("weight").shape[0],
             )
-        if not (folder / MANIFEST).exists():
+        if not in_memory and not (folder / MANIFEST).exists():
             check_disk(folder, predict(checked, plan, headers).disk)
         identity = {
             "recipe": checked.identity(),
-            "model": source.digest(lambda share: progress.phase("hashing the source", share)),
+            "model": None
+            if in_memory
+            else source.digest(lambda share: progress.phase("hashing the source", share)),
             "data": windows.digest if windows else None,
             "code": _version(),
             "device": where.type,

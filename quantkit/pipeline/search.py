@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.divergence import window_kl
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import Wanted, chunk_windows, walk
-from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.records import SearchRecord, Trial, parse, plain
 from quantkit.errors import NumericalError
 from quantkit.numerics.inputs import input_scale, round_inputs
@@ -37,7 +36,17 @@ SCHEMA = "quantkit-search/1"
 InputMax = Mapping[tuple[str, ...], torch.Tensor]
 
 
-def searched(run: Run, journal: Journal, tracker: Tracker) -> list[SearchRecord]:
+class Kept(Protocol):
+    """Where the finds of a search outlive an interruption."""
+
+    def kept(self) -> dict[str, Any] | None:
+        """What an interrupted run has found, None if nothing."""
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """Keep it for the run that goes on."""
+
+
+def searched(run: Run, journal: Kept, tracker: Tracker) -> list[SearchRecord]:
     """Find the settings that the recipe wants searched, or read what an interrupted run has found."""
     pairs = [(config, transform(config.name).search) for config in run.recipe.transforms]
     wanted = [(config, search) for config, search in pairs if search and search.rounds(config)]

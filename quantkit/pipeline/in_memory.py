@@ -1,0 +1,107 @@
+"""`quantize_in_memory`: a recipe applied to a model that is loaded, without writing a file.
+
+The run is that of `quantize`, block by block; what a block became goes into the model instead of a shard. So number
+formats that no file format stores (NF4) can be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from quantkit.calibration.streams import Streams
+from quantkit.checkpoint.load import lay_out, load
+from quantkit.errors import OutputError, memory_named
+from quantkit.formats.registry import MEMORY
+from quantkit.layers.kv_cache import attach
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.borders import quiet
+from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.produce import produce
+from quantkit.pipeline.progress import Progress, Silent
+from quantkit.pipeline.quantize import prepared
+from quantkit.pipeline.run import Run
+from quantkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@memory_named()
+@quiet(bars=False)
+def quantize_in_memory(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Quantize a causal LM by a recipe and return it, as `load` would return it from a checkpoint; no file is written.
+
+    recipe, model, overrides, progress: as of `quantize`; the recipe's output is ignored. device: where blocks are
+    calibrated and the model is put. dtype, backend: as of `load`. Every number format that a kernel has can be used,
+    NF4 too. Memory: the whole model, unlike `quantize`. Nothing is evaluated. Raises the errors of `quantize` and
+    `load`; `save_pretrained` of the result is an OutputError.
+    """
+    run = prepared(recipe, model, None, overrides, device, None, progress or Silent(), in_memory=True)
+    loaded = load(run.source.headers.path, device=str(run.device), dtype=dtype)
+    produce(run, _Into(run, loaded))
+    lay_out(loaded, backend)
+    cache = run.recipe.kv_cache
+    if cache is not None:
+        attach(loaded, cache.scheme, None)
+    vars(loaded)["save_pretrained"] = partial(
+        _refuse, sorted({str(layer.scheme) for layer in run.plan.layers})
+    )
+    run.progress.finish()
+    loaded.eval()
+    return loaded
+
+
+def _refuse(schemes: list[str], *_: Any, **__: Any) -> NoReturn:
+    raise OutputError(
+        f"a model that was quantized in memory ({'; '.join(schemes)}) is not written to files; use quantkit.quantize "
+        "with a recipe whose schemes compressed-tensors stores"
+    )
+
+
+class _Into:
+    """Takes the place of a `ShardWriter`: what a part became goes into the model."""
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        self.run, self.model, self.journal = run, model, _Nothing()
+        self.schemes = {layer.name: layer.scheme for layer in run.plan.layers}
+
+    def finished(self) -> int:
+        return 0
+
+    def streams(self, done: int) -> Streams | None:
+        return None
+
+    def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
+        for name, tensor in result.changed.items():
+            self.model.get_parameter(name).data.copy_(tensor)
+        for name, weight in result.weights.items():
+            dense: Any = self.model.get_submodule(name)
+            inputs = self.schemes[name].inputs
+            bias = None if dense.bias is None else dense.bias.data
+            packed = QuantLinear.from_quantized(weight, bias, MEMORY, inputs, result.inputs.get(name))
+            packed.replaces = type(dense)
+            self.model.set_submodule(name, packed.to(dense.weight.device))
+
+
+class _Nothing:
+    """A journal of a run that cannot be continued."""
+
+    def kept(self) -> None:
+        return None
+
+    def keep(self, found: dict[str, Any]) -> None:
+        pass
