@@ -80,7 +80,7 @@ def select(
 
 def _first(spec: Spec, device: torch.device, dtype: torch.dtype | None) -> Choice:
     """The first backend that accepts the weight and passes its self-test."""
-    if dtype not in (None, *FLOATS) and spec.inputs == "float" and spec.integers:
+    if dtype not in (None, *FLOATS) and spec.inputs == "float":
         return Choice("reference", f"only the reference takes {dtype} activations")
     reasons: list[str] = []
     for name, each in _BACKENDS.items():

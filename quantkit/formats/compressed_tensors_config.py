@@ -22,6 +22,11 @@ MIXED = "mixed-precision"  # several groups; each then names its format
 CORRUPT = "the checkpoint is corrupt, fetch it again"
 VERSION = "0.19.0"  # of compressed-tensors, whose files these equal
 _SCALES = {"fp8_e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+_IN_KERNELS = (
+    "fp8_e4m3",
+    "fp4_e2m1",
+    "nf4",
+)  # numbers beside integers; the keys of `quantkit_kernels.stored.TABLES`
 
 
 def format_of(scheme: Scheme) -> str:
@@ -57,8 +62,8 @@ def memory_format(scheme: Scheme) -> str:
     try:
         return format_of(scheme)
     except ModelError:
-        number = scheme.weights.number.name
-        if scheme.weights.scale is not None or number == "fp8_e5m2":
+        number = scheme.weights.number
+        if scheme.weights.scale is not None or (number.kind != "int" and number.name not in _IN_KERNELS):
             raise ModelError(f"no kernel multiplies by weights in {scheme.weights}") from None
         return PACKED
 

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from quantkit_kernels.stored import TABLES
 
 from quantkit.errors import ModelError
+from quantkit.formats import compressed_tensors_config as configs
 from quantkit.formats.registry import codec
 from quantkit.scheme import KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme, integer
 
@@ -107,3 +109,7 @@ def test_a_minimal_config_of_another_tool():
 def test_what_has_no_format(scheme, says):
     with pytest.raises(ModelError, match=says):
         CT.config({"a": scheme}, [])
+
+
+def test_memory_takes_what_kernels_have_tables_of():
+    assert {*configs._IN_KERNELS} == {*TABLES}

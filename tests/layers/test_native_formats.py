@@ -38,6 +38,15 @@ def test_auto_runs_them_natively_and_the_file_comes_back(name, monkeypatch):
         assert torch.equal(kept[leaf].view(torch.uint8), stored[leaf].view(torch.uint8))
 
 
+@pytest.mark.parametrize("name", ["NVFP4A16", "W8A16_FP8"])
+def test_double_precision_runs_on_the_reference(name, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT)
+    module = layer(name)
+    module.prepare("auto", torch.float64)
+    assert module.backend == "reference"
+    assert module(X.double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16"])
 def test_fp4_keeps_its_scales_in_a_byte(name):
     module = layer(name)
