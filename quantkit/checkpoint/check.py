@@ -38,6 +38,10 @@ SchemeOf = Callable[[str], Scheme | None]  # a linear's name -> its scheme
 REMOVE = f"fetch the checkpoint again, or remove {MANIFEST} to use it without what it guarantees"
 _PIECE = 4 << 20
 _LARGE = 1 << 28  # bytes of a one-dimensional tensor; a norm or a bias is far smaller
+_SHORT = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.float8_e8m0fnu,
+}  # scales of one byte: NVFP4's and MXFP4's
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,13 @@ def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None, model_t
     """
     used = (info for info in tensors.values() if families.dropped(model_type, info.name) is None)
     chosen = [info for info in used if _is_small(info, codec)]
-    bad = [info.name for info in chosen if not _is_finite(info)]
-    if bad:
+    seen = [(info, *_finite_and_positive(info)) for info in chosen]
+    needed = frozenset() if codec is None else codec.positive
+    if bad := [info.name for info, finite, _ in seen if not finite]:
         raise ModelError(
             f"NaN or infinity in {named(bad)}; the checkpoint is damaged, fetch it again or quantize again"
         )
-    above = [info for info in chosen if codec is not None and info.name.rpartition(".")[2] in codec.positive]
-    bad = [info.name for info in above if not _is_positive(info)]
-    if bad:
+    if bad := [info.name for info, _, above in seen if not above and _leaf(info) in needed]:
         raise ModelError(
             f"a scale of 0 or below in {named(bad)}: it was never calibrated, or the checkpoint is damaged; quantize "
             "again"
@@ -163,23 +166,26 @@ def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors") or name == INDEX
 
 
+def _leaf(info: TensorInfo) -> str:
+    return info.name.rpartition(".")[2]
+
+
 def _is_small(info: TensorInfo, codec: Codec | None) -> bool:
-    leaf = info.name.rpartition(".")[2]
-    is_scale = codec is not None and (leaf == codec.scale or leaf in codec.positive)
-    if info.dtype not in FLOATS:
-        return is_scale and info.dtype == "F8_E4M3"
-    return is_scale or (len(info.shape) <= 1 and info.nbytes <= _LARGE)
+    if codec is not None and (_leaf(info) == codec.scale or _leaf(info) in codec.positive):
+        return info.dtype in FLOATS or info.dtype in _SHORT
+    return info.dtype in FLOATS and len(info.shape) <= 1 and info.nbytes <= _LARGE
 
 
-def _is_finite(info: TensorInfo) -> bool:
-    dtype = torch_dtype(info.dtype)
-    values = (torch.frombuffer(piece, dtype=dtype) for piece in _pieces(info))
-    return all(bool((v.float() if v.element_size() == 1 else v).isfinite().all()) for v in values)
-
-
-def _is_positive(info: TensorInfo) -> bool:
-    dtype = torch_dtype(info.dtype)
-    return all(bool((torch.frombuffer(piece, dtype=dtype) > 0).all()) for piece in _pieces(info))
+def _finite_and_positive(info: TensorInfo) -> tuple[bool, bool]:
+    """Whether all values of a tensor are finite, and whether all are above 0; it is read once, in pieces."""
+    dtype = _SHORT.get(info.dtype) or torch_dtype(info.dtype)
+    finite = positive = True
+    for piece in _pieces(info):
+        values = torch.frombuffer(piece, dtype=dtype)
+        values = values.float() if values.element_size() == 1 else values
+        finite &= bool(values.isfinite().all())
+        positive &= bool((values > 0).all())
+    return finite, positive
 
 
 def crc32(info: TensorInfo) -> str:

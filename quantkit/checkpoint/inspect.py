@@ -26,9 +26,9 @@ from safetensors import safe_open
 
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.kv import stored_scheme
-from quantkit.checkpoint.loaders import loaders
+from quantkit.checkpoint.loaders import engine_flag, loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
-from quantkit.checkpoint.records import engine_flag, plain
+from quantkit.checkpoint.records import plain
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
 from quantkit.models.config import read_config
@@ -52,7 +52,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
     codec, scheme_of = packing_of(path, quantization)
     manifest = read_manifest(path, ModelError, REMOVE) if (path / MANIFEST).is_file() else None
     # layer -> relative squared weight error, if quantkit wrote this checkpoint
-    stored = None if codec is None or quantization is None else codec.kv_scheme(quantization)
+    cache = stored_scheme(path, codec, quantization)
     errors = {layer.name: layer.weight_error for layer in manifest.layers} if manifest else {}
     layers: list[dict[str, Any]] = []
     schemes: dict[str, Scheme] = {}
@@ -73,8 +73,8 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "format": quantization.get("format") if quantization else None,
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
-        "kv_cache": _cache(stored_scheme(path, codec, quantization)),
-        "loaders": [each.report() for each in loaders(model_type, schemes, stored)],
+        "kv_cache": _cache(cache),
+        "loaders": [each.report() for each in loaders(model_type, schemes, cache)],
         "searches": plain(manifest.searches or []) if manifest else [],
     }
 

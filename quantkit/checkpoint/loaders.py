@@ -24,65 +24,88 @@ MARLIN_GROUPS = (None, 32, 64, 128)
 @dataclass(frozen=True)
 class Loader:
     """One way to load a checkpoint. how: the call or command, or why it does not load. needs: what it takes beyond
-    the ordinary, None if nothing.
+    the ordinary, None if nothing. beware: what a reader of `how` may do wrong, None if nothing.
     """
 
     name: str
     loads: bool
     how: str
     needs: str | None = None
+    beware: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.needs}: {self.how}" if self.needs else f"{self.name}: {self.how}"
+        return f"{self.name}: {self.shown}"
+
+    @property
+    def shown(self) -> str:
+        """All of it in one line, without the name."""
+        line = f"{self.needs}: {self.how}" if self.needs else self.how
+        return f"{line}; {self.beware}" if self.beware else line
 
     def report(self) -> dict[str, object]:
         """As `inspect` reports it."""
-        return {
-            "name": self.name,
-            "loads": self.loads,
-            "how": f"{self.needs}: {self.how}" if self.needs else self.how,
-        }
+        return {"name": self.name, "loads": self.loads, "how": self.shown}
 
 
 def loaders(model_type: str, schemes: dict[str, Scheme], kv: KVScheme | None = None) -> list[Loader]:
     """Who loads a model whose linears (by module name) have these schemes; empty: a model that is not quantized.
 
-    model_type: "" leaves out what depends on the code of a family; transformers is not imported then. kv: of a cache
-    with stored scales.
+    model_type: "" leaves out what depends on the code of a family; transformers is not imported then. kv: how its
+    cache is quantized, with stored scales or dynamic.
     """
     ours = Loader("quantkit", True, "quantkit.load(path)")
-    if kv is not None and not schemes:
-        return [ours, _transformers_cache(Loader(TRANSFORMERS, True, PLAIN)), _vllm_cache(_vllm(set()), kv)]
-    if not schemes:
+    stored = kv is not None and not kv.dynamic
+    if kv is None and not schemes:
         return [ours, Loader("transformers", True, PLAIN)]
     if any(families.is_conv1d(model_type, name) for name in schemes):
         why = "linears of this family are Conv1D, which only quantkit.load runs packed"
         return [ours, Loader(TRANSFORMERS, False, why), Loader("vLLM", False, why)]
-    plain, engine = _transformers(model_type, schemes), _vllm(set(schemes.values()))
-    return (
-        [ours, plain, engine] if kv is None else [ours, _transformers_cache(plain), _vllm_cache(engine, kv)]
-    )
+    plain = Loader(TRANSFORMERS if stored else "transformers", True, PLAIN)
+    if schemes:
+        plain = _transformers(model_type, schemes)
+    engine = _vllm(set(schemes.values()))
+    if kv is not None:
+        plain, engine = _transformers_cache(plain, kv), _vllm_cache(engine, kv)
+    return [ours, _beware(plain, schemes, stored), engine]
 
 
-def _transformers_cache(loader: Loader) -> Loader:
-    """What becomes of a stored cache there."""
+def _beware(loader: Loader, schemes: dict[str, Scheme], stored: bool) -> Loader:
+    """What dequantize=True of plain transformers would lose; where it must be used, `needs` says so."""
+    drops = ["the rounding of inputs"] if any(scheme.inputs for scheme in schemes.values()) else []
+    drops += ["that of the cache"] if stored and drops else ["the rounding of the cache"] if stored else []
+    if not loader.loads or loader.how == DEQUANTIZED or not drops:
+        return loader
+    return replace(loader, beware=f"its dequantize=True drops {' and '.join(drops)}")
+
+
+def _transformers_cache(loader: Loader, kv: KVScheme) -> Loader:
+    """What becomes of the cache there; without stored scales nothing tells transformers of it."""
     if not loader.loads:
         return loader
-    drops = "dequantize" in loader.how
-    said = (
-        "the cache is exact, dequantize drops its scales" if drops else "the cache holds dequantized values"
-    )
+    if kv.dynamic:
+        said = "with an exact cache"
+    elif loader.how == DEQUANTIZED:
+        said = "with an exact cache, as dequantize drops its scales"
+    else:
+        said = "its cache is rounded and takes the memory of an exact one"
     return replace(loader, needs=said if loader.needs is None else f"{loader.needs}; {said}")
 
 
 def _vllm_cache(loader: Loader, kv: KVScheme) -> Loader:
-    """vLLM takes FP8 caches; others make it refuse the whole checkpoint."""
-    if kv.keys.number.name != "fp8_e4m3":
-        return Loader("vLLM", False, f"a stored cache {kv} makes vLLM refuse the checkpoint")
-    if not loader.loads or kv.keys.granularity != "head":
+    """vLLM takes stored FP8 caches by itself, others that it has by an option; other stored ones it refuses."""
+    if not loader.loads:
         return loader
-    said = "with FlashAttention 3 or later, for cache scales per head"
-    return replace(loader, needs=said if loader.needs is None else f"{loader.needs}; {said}")
+    if not kv.dynamic and kv.keys.number.name != "fp8_e4m3":
+        return Loader("vLLM", False, f"a stored cache {kv} makes vLLM refuse the checkpoint")
+    flag, said = engine_flag(kv), None
+    if kv.dynamic and flag:
+        loader, said = replace(loader, how=f"{loader.how} {flag}"), "on devices that run its Triton attention"
+    elif kv.dynamic:
+        said = f"with an exact cache, for it has no {kv}"
+    elif kv.keys.granularity == "head":
+        said = "with FlashAttention 3 or later, for cache scales per head"
+    needs = "; ".join(each for each in (loader.needs, said) if each)
+    return replace(loader, needs=needs or None)
 
 
 def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
@@ -144,6 +167,20 @@ def _rounds_inputs(scheme: Scheme) -> bool:
     return inputs.granularity in ("token", "tensor") and (
         (grid.bits == 8 and grid.granularity != "group") or (grid.bits == 4 and inputs.dynamic)
     )
+
+
+def engine_flag(scheme: KVScheme) -> str | None:
+    """What makes vLLM run a cache as quantkit does; None: nothing.
+
+    Its caches have no exact tokens, and its 4-bit one always rotates keys. Stored scales it finds in the checkpoint.
+    """
+    if scheme.keys != scheme.values or scheme.sinks or scheme.residual:
+        return None
+    if not scheme.dynamic:
+        return "--kv-cache-dtype fp8"
+    kind = (scheme.keys.number.name, scheme.rotate)
+    known = {("int8", False): "int8_per_token_head", ("int4", True): "int4_per_token_head"}
+    return f"--kv-cache-dtype {known[kind]}" if kind in known and scheme.keys.group_size is None else None
 
 
 def reads_weight(model_type: str, linears: Iterable[str]) -> str | None:

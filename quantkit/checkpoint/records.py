@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from quantkit_eval.report import Report
 
+from quantkit.checkpoint.loaders import engine_flag
 from quantkit.scheme import NUMBERS, Grid, KVScheme
 
 Record = TypeVar("Record")
@@ -154,20 +155,6 @@ class KVRecord:
             rotate=scheme.rotate,
             engine=engine_flag(scheme),
         )
-
-
-def engine_flag(scheme: KVScheme) -> str | None:
-    """What makes vLLM run a cache as quantkit does; None: nothing.
-
-    Its caches have no exact tokens, and its 4-bit one always rotates keys. Stored scales it finds in the checkpoint.
-    """
-    if scheme.keys != scheme.values or scheme.sinks or scheme.residual:
-        return None
-    if not scheme.dynamic:
-        return "--kv-cache-dtype fp8"
-    kind = (scheme.keys.number.name, scheme.rotate)
-    known = {("int8", False): "int8_per_token_head", ("int4", True): "int4_per_token_head"}
-    return f"--kv-cache-dtype {known[kind]}" if kind in known and scheme.keys.group_size is None else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,15 +96,11 @@ def print_report(report: RunReport, console: Screen) -> None:
 def _size_rows(sizes: Size) -> list[tuple[str, str, str]]:
     before, after = sizes.original_bytes, sizes.quantized_bytes
     linear, whole = sizes.original_linear_bits_per_weight, sizes.model_bits_per_weight
-    return [
-        ("size", size(before), f"{size(after)} ({after / before:.1%})"),
-        (
-            "bits per weight, quantized linears",
-            f"{linear:.2f}" if linear else "",
-            f"{sizes.linear_bits_per_weight:.3f}",
-        ),
-        ("bits per weight, whole model", f"{whole * before / after:.2f}", f"{whole:.3f}"),
-    ]
+    rows = [("size", size(before), f"{size(after)} ({after / before:.1%})")]
+    if sizes.linear_bits_per_weight:  # 0: the recipe leaves the weights as they are
+        of_linears = f"{linear:.2f}" if linear else "", f"{sizes.linear_bits_per_weight:.3f}"
+        rows.append(("bits per weight, quantized linears", *of_linears))
+    return [*rows, ("bits per weight, whole model", f"{whole * before / after:.2f}", f"{whole:.3f}")]
 
 
 def _cost(report: RunReport) -> str:

@@ -35,7 +35,8 @@ def _loaders(recipe: str) -> list[Loader]:
     read = load_recipe(recipe)
     weights = read.weights
     inputs = None if read.inputs is None else read.inputs.grid
-    found = loaders("", {} if weights is None else {"linear": Scheme(weights.scheme.weights, inputs)})
+    schemes = {} if weights is None else {"linear": Scheme(weights.scheme.weights, inputs)}
+    found = loaders("", schemes, None if read.kv_cache is None else read.kv_cache.scheme)
     return [loader for loader in found if loader.name != "quantkit"]
 
 

@@ -69,7 +69,7 @@ class CompressedTensors(Codec):
     }
     scale = "weight_scale"
     apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point"})
-    positive = frozenset({"weight_global_scale", "input_scale", "k_scale", "v_scale"})
+    positive = frozenset({"weight_scale", "weight_global_scale", "input_scale", "k_scale", "v_scale"})
 
     def kind(self, scheme: Scheme) -> str:
         """The format of the config group that stores a scheme. ModelError if there is none."""

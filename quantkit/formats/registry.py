@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import ModelError
+from quantkit.formats.foreign import METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -192,9 +193,11 @@ def codec_of(config: Any) -> Codec:
     for each in known:
         if each.method == method:
             return each
+    tool = METHODS.get(method) if isinstance(method, str) else None
     raise ModelError(
-        f"quantization method {_short(method)} is not one quantkit reads; it reads "
-        f"{', '.join(repr(each.method) for each in known)}"
+        f"quantization method {_short(method)}{f' ({tool})' if tool else ''} is not one quantkit reads; it reads "
+        f"{', '.join(repr(each.method) for each in known)}; load it with the tool that wrote it, or quantize the "
+        "original model with quantkit"
     )
 
 

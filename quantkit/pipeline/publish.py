@@ -17,7 +17,7 @@ import transformers
 
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import copy_companions
-from quantkit.checkpoint.loaders import loaders
+from quantkit.checkpoint.loaders import engine_flag, loaders
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
 from quantkit.checkpoint.records import (
     Calibration,
@@ -31,7 +31,6 @@ from quantkit.checkpoint.records import (
     SearchRecord,
     Size,
     TensorRecord,
-    engine_flag,
 )
 from quantkit.checkpoint.shards import shard_name, write_json
 from quantkit.checkpoint.verify import verify_checkpoint
@@ -151,9 +150,7 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
         for (transform, name), count in left_out.items()
     ]
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
-    known = loaders(
-        run.source.headers.model_type, schemes, run.plan.kv if run.plan.calibrates_cache else None
-    )
+    known = loaders(run.source.headers.model_type, schemes, run.plan.kv)
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
     if run.plan.kv is not None:
         flag = engine_flag(run.plan.kv)

@@ -1,17 +1,23 @@
-"""Checkpoints of llm-compressor 0.14 load with the logits that transformers 5.17 with compressed-tensors gave for them.
+"""Checkpoints of other tools load with the logits of their own loader, or are refused by name.
+
+Most are llm-compressor's (0.14), with the logits of transformers 5.17 and compressed-tensors.
 
 logits.safetensors: input_ids [1, 24]; logits: fp32, eager attention, activations rounded as the config says;
 dense.NAME: some decoded weights. The networks are random, so one flipped code moves logits by up to 0.25: inputs are
 compared layer by layer in tests/numerics/test_inputs.py, and ends with a tolerance.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import quantkit
+from quantkit.checkpoint.inspect import inspect_checkpoint
+from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.layers.kv_attention import NAME
 from quantkit.layers.kv_cache import cache_of
@@ -25,8 +31,12 @@ EXACT = [
     "fp8-dynamic",
     "fp8-block",
     "model-free-fp8-dynamic",
+    "mxfp4a16",
+    "mixed-w4-w8",
 ]
 SHOWN = {
+    "mxfp4a16": "W4A16 fp4_e2m1 g32",
+    "mixed-w4-w8": "W4A16 g32 sym; W8A16 channel sym",
     "w8a8-int8-dynamic": "W8A8 channel sym, inputs int8 token",
     "w8a8-int8-static-asym": "W8A8 channel sym, inputs int8 tensor asym",
     "w4a8-int8": "W4A8 g32 sym, inputs int8 token",
@@ -47,7 +57,7 @@ def opened(name, **how):
 def test_logits_are_those_of_its_own_loader(name):
     model, recorded = opened(name)
     schemes = {str(m.scheme) for m in model.modules() if isinstance(m, QuantLinear)}
-    assert schemes == {SHOWN[name]}
+    assert "; ".join(sorted(schemes)) == SHOWN[name]
     with torch.no_grad():
         logits = model(recorded["input_ids"]).logits
     size = recorded["logits"].square().mean().sqrt()
@@ -70,7 +80,7 @@ def test_caches_give_the_logits_of_their_own_loader(name, attention):
         assert float(off) < 1e-2, f"{float(off):.3g}"
 
 
-@pytest.mark.parametrize("name", [*EXACT, "mxfp4a16"])
+@pytest.mark.parametrize("name", EXACT)
 def test_weights_are_decoded_exactly(name):
     model, recorded = opened(name)
     dense = {key.removeprefix("dense."): t for key, t in recorded.items() if key.startswith("dense.")}
@@ -79,3 +89,105 @@ def test_weights_are_decoded_exactly(name):
         module = model.get_submodule(tensor.removesuffix(".weight"))
         found = codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize()
         assert torch.equal(found, wanted.float()), tensor
+
+
+def test_nvfp4_weights_are_decoded_to_what_compressed_tensors_makes_of_them(tmp_path):
+    """Of a checkpoint whose inputs are FP4 too, which is refused; its loader rounds decoded weights to bf16."""
+    config = json.loads((FIXTURES / "nvfp4/config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(FIXTURES / "nvfp4/model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.endswith("input_global_scale")}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model = quantkit.load(tmp_path, device="cpu", dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    recorded = load_file(FIXTURES / "nvfp4/logits.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    module = model.get_submodule(name)
+    found = codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize()
+    assert torch.equal(found, recorded[f"dense.{name}.weight"])
+    with torch.no_grad():
+        logits = model(recorded["input_ids"]).logits[:, -8:]
+    wanted = recorded["logits_decoded"]
+    assert (logits - wanted).square().mean().sqrt() < 1e-2 * wanted.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("use", [quantkit.load, inspect_checkpoint])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nvfp4",
+            "config group group_0: inputs as fp4_e2m1 .* are not run; quantkit runs int8 and fp8 inputs",
+        ),
+        ("mxfp8", "format 'mxfp8-quantized' is not one quantkit reads; it reads .*'float-quantized'"),
+        (
+            "modelopt-fp8-kv-fp8",
+            r"method 'modelopt' \(NVIDIA ModelOpt\) is not one quantkit reads; .* original",
+        ),
+        ("autoround-kv-fp8-zero-scales", r"method 'auto-round' \(AutoRound\) is not one quantkit reads"),
+        ("bnb-nf4", r"method 'bitsandbytes' \(bitsandbytes\) is not one quantkit reads"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(name, says, use, tmp_path):
+    shutil.copy(FIXTURES / name / "config.json", tmp_path)
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=says):
+        use(tmp_path)
+
+
+def spoiled(name, leaf, value, tmp_path):
+    """A copy of a fixture in which every tensor called `leaf` has one value replaced, or with None is missing."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "model")
+    (folder / "logits.safetensors").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    of_leaf = sorted(each for each in tensors if each.endswith(f".{leaf}"))
+    assert of_leaf
+    for each in of_leaf:
+        if value is None:
+            del tensors[each]
+            continue
+        if tensors[each].dtype == torch.uint8:  # E8M0, which has neither 0 nor a sign
+            tensors[each].view(-1)[-1] = 255
+        else:
+            tensors[each] = tensors[each].float().contiguous()
+            tensors[each].view(-1)[-1] = value
+            tensors[each] = tensors[each].to(load_dtype(name, each))
+    if name == "nvfp4":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {each: t for each, t in tensors.items() if not each.endswith("input_global_scale")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder, of_leaf[0]
+
+
+def load_dtype(name, tensor):
+    return load_file(FIXTURES / name / "model.safetensors")[tensor].dtype
+
+
+NAN, INF = float("nan"), float("inf")
+SCALES = [
+    *[("w8a8-int8-dynamic", "weight_scale", value) for value in (0.0, -0.5, NAN, INF, None)],
+    *[("fp8-block", "weight_scale", value) for value in (0.0, -0.5, NAN, None)],
+    *[("nvfp4", "weight_scale", value) for value in (0.0, -0.5, NAN, None)],
+    *[("nvfp4", "weight_global_scale", value) for value in (0.0, -0.5, NAN, INF, None)],
+    *[("mxfp4a16", "weight_scale", value) for value in (NAN, None)],
+    *[("w8a8-int8-static-asym", "input_scale", value) for value in (0.0, -0.5, NAN, INF, None)],
+    *[
+        ("kv-fp8-head", leaf, value)
+        for leaf in ("k_scale", "v_scale")
+        for value in (0.0, -0.5, NAN, INF, None)
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "leaf", "value"), SCALES, ids=str)
+def test_a_scale_that_is_no_scale_is_refused_by_its_name(name, leaf, value, tmp_path):
+    folder, tensor = spoiled(name, leaf, value, tmp_path)
+    if value is None:
+        says = rf"(missing tensors|are missing): {tensor}"
+    else:
+        says = f"a scale of 0 or below in {tensor}" if value <= 0 else f"NaN or infinity in {tensor}"
+    with pytest.raises(ModelError, match=says):
+        quantkit.load(folder, device="cpu")

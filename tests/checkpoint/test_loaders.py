@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantkit.checkpoint.loaders import TRANSFORMERS, loaders, reads_weight
+from quantkit.checkpoint.loaders import PLAIN, TRANSFORMERS, loaders, reads_weight
 from quantkit.scheme import INT8_TOKEN, KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme, integer
 
 LINEARS = ("q_proj", "o_proj", "c_proj", "c_attn", "query_key_value", "down_proj", "fc1", "dense")
@@ -78,10 +78,23 @@ def test_without_quantized_layers_everyone_loads():
     assert [each.loads for each in loaders("llama", {})] == [True, True]
 
 
-@pytest.mark.parametrize("preset", ["W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16_FP8"])
+EIGHT = ["W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16_FP8"]
+
+
+@pytest.mark.parametrize("preset", EIGHT)
 def test_eight_bit_inputs_and_fp8_weights_load_everywhere(preset):
     found = by_name("llama", PRESETS[preset])
     assert all(each.loads and each.needs is None for each in found.values())
+
+
+@pytest.mark.parametrize("preset", EIGHT)
+def test_what_dequantize_would_drop_is_said_where_nobody_needs_it(preset):
+    drops = "its dequantize=True drops the rounding of inputs"
+    rounds = PRESETS[preset].inputs is not None
+    assert by_name("llama", PRESETS[preset])[TRANSFORMERS].shown == (f"{PLAIN}; {drops}" if rounds else PLAIN)
+    plain = loaders("llama", {"a": PRESETS[preset]}, KV_PRESETS["FP8"])[1].shown
+    also = f"{drops} and that of the cache" if rounds else "its dequantize=True drops the rounding of the cache"
+    assert plain.endswith(also)
 
 
 def test_fp4_weights_run_in_bfloat16_only_in_plain_transformers():
@@ -105,8 +118,23 @@ def test_a_stored_cache_says_who_reads_it():
     fp8, int8 = KV_PRESETS["FP8"], KVScheme(*[Grid(NUMBERS["int8"], "tensor")] * 2)
     ours, plain, engine = loaders("", {}, fp8)
     assert ours.loads
-    assert plain.needs == "the cache holds dequantized values"
+    assert plain.name == TRANSFORMERS
+    assert plain.needs == "its cache is rounded and takes the memory of an exact one"
     assert "FlashAttention 3" in engine.needs
+    assert engine.how == "vllm serve path"
+    assert loaders("", {}, KV_PRESETS["FP8_TENSOR"])[2].needs is None
     assert not loaders("", {}, int8)[2].loads
     asymmetric = {"a": PRESETS["W4A16_ASYM"]}
     assert "dequantize drops its scales" in loaders("", asymmetric, fp8)[1].needs
+
+
+@pytest.mark.parametrize("schemes", [{}, {"a": FOUR}], ids=["weights: none", "W4A16"])
+def test_a_dynamic_cache_is_exact_in_transformers_and_an_option_of_vllm(schemes):
+    _, plain, engine = loaders("", schemes, KV_PRESETS["INT8"])
+    assert plain.name == (TRANSFORMERS if schemes else "transformers")
+    assert plain.shown == f"with an exact cache: {PLAIN}"
+    assert engine.how == "vllm serve path --kv-cache-dtype int8_per_token_head"
+    _, _, without = loaders("", schemes, KV_PRESETS["KIVI2"])
+    assert without.loads
+    assert "with an exact cache" in without.needs
+    assert without.how == "vllm serve path"

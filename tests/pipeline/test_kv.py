@@ -13,8 +13,9 @@ import quantkit
 from quantkit import assets
 from quantkit.calibration.kv import PassingCache
 from quantkit.calibration.kv_range import KVRange, check_scale
+from quantkit.checkpoint.loaders import engine_flag
 from quantkit.checkpoint.manifest import read_manifest
-from quantkit.checkpoint.records import KVRecord, engine_flag
+from quantkit.checkpoint.records import KVRecord
 from quantkit.checkpoint.verify import verify_shard
 from quantkit.errors import NumericalError, RecipeError, VerificationError
 from quantkit.formats.registry import codec
