@@ -93,7 +93,9 @@ def test_what_dequantize_would_drop_is_said_where_nobody_needs_it(preset):
     rounds = PRESETS[preset].inputs is not None
     assert by_name("llama", PRESETS[preset])[TRANSFORMERS].shown == (f"{PLAIN}; {drops}" if rounds else PLAIN)
     plain = loaders("llama", {"a": PRESETS[preset]}, KV_PRESETS["FP8"])[1].shown
-    also = f"{drops} and that of the cache" if rounds else "its dequantize=True drops the rounding of the cache"
+    also = (
+        f"{drops} and that of the cache" if rounds else "its dequantize=True drops the rounding of the cache"
+    )
     assert plain.endswith(also)
 
 
