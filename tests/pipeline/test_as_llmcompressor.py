@@ -87,7 +87,9 @@ def test_names_dtypes_shapes_and_config_are_llmcompressors(name, sources, tmp_pa
     tensors, config = theirs(name)
     assert stored(tmp_path / "out") == tensors
     ours = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    if name == "mixed-w4-w8":  # weights alone have the shorter form, and modules by name instead of by pattern
+    if (
+        name == "mixed-w4-w8"
+    ):  # weights alone have the shorter form, and modules by name instead of by pattern
         assert ours["format"] == config["format"]
         keys = ("num_bits", "type", "symmetric", "strategy")
         pairs = zip(ours["config_groups"].values(), config["config_groups"].values(), strict=True)
