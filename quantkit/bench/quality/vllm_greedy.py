@@ -3,8 +3,9 @@
     python vllm_greedy.py CHECKPOINT PROMPTS NEW OPTIONS
 
 PROMPTS: JSON, a list of lists of token ids. NEW: tokens to write after each. OPTIONS: JSON, further arguments of
-`vllm.LLM`. The last line of the output is JSON: {"version", "outputs": [{"tokens", "text", "first"}]}, where `first` are
-the log-probabilities of the most likely first tokens by id. Runs in vLLM's environment and imports nothing of quantkit.
+`vllm.LLM`. The last line of the output is JSON: {"version", "outputs": [{"tokens", "text", "first"}]}, where `first`
+are the log-probabilities of the most likely first tokens by id. Runs in vLLM's environment and imports nothing of
+quantkit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def main(checkpoint: str, prompts: list[list[int]], new: int, options: dict[str,
     )
     greedy = vllm.SamplingParams(temperature=0, max_tokens=new, logprobs=TOP, ignore_eos=True)
     outputs = []
-    for answer in engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False):
+    for answer in engine.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False
+    ):
         found = answer.outputs[0]
         first = {str(token): entry.logprob for token, entry in found.logprobs[0].items()}
         outputs.append({"tokens": list(found.token_ids), "text": found.text, "first": first})
