@@ -67,7 +67,8 @@ class Toy(Codec):
 
 @pytest.fixture
 def toy(monkeypatch):
-    codec()  # imported, and so registered for good
+    for name in registry.names():
+        codec(name)  # imported, and so registered for good
     monkeypatch.setattr(registry, "CODECS", dict(registry.CODECS))
     register(Toy)
     return codec("toy")
