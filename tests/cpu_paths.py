@@ -37,6 +37,9 @@ def build_emulated(out: Path):
         "linear_avx512",
         "linear_amx",
         "range_errors",
+        "kv_pages",
+        "decode_portable",
+        "decode_avx512",
     )
 
     def build(name):

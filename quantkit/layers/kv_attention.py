@@ -7,20 +7,22 @@ that transformers would pass no mask at all, and padded batches would be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from quantkit_kernels.cpu.kv_pages import Given, attend
+from quantkit_kernels.reference.kv_pages import Sums, hidden, take_in
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantkit.errors import ModelError
-from quantkit.layers.kv_entries import Entries
+from quantkit.layers.kv_entries import Entries, Part
 from quantkit.numerics.hadamard import hadamard
 
 NAME = "quantkit_kv"
+_LEAST = torch.finfo(torch.float32).tiny
 NOT_READ = ("position_bias", "head_mask", "alibi", "block_table")  # arguments that would change the result
 
 
@@ -89,85 +91,61 @@ def attention(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
-        parts = iter([(0, key.shape[2], False)])
+        parts = iter([Part(0, key.shape[2])])
     else:
-        parts = key.entries.parts()
+        parts = key.entries.parts(value.entries)
     b, heads, tokens, d = query.shape
     kv_heads = key.shape[1]
     factor = d**-0.5 if scaling is None else scaling
     rows = query.float().reshape(b, kv_heads, heads // kv_heads * tokens, d) * factor
-    sums = _Sums(rows, value.shape[3], s_aux, heads, tokens)
-    for start, end, k, v, turned in _read(parts, key, value):
-        scores = (hadamard(rows) if turned else rows) @ k.transpose(2, 3)  # (B, H, group T, n)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        sums.add(_masked(scores, attention_mask, start, end, tokens, key.shape[2]), v)
-    out = sums.result().view(b, heads, tokens, -1).transpose(1, 2)
+    sums = _nothing_yet(rows, value.shape[3], s_aux, heads, tokens)
+    for part in parts:
+        seen = None if attention_mask is None else attention_mask[..., part.start : part.end]
+        sums = _taken_in(
+            sums, hadamard(rows) if part.rotated else rows, key, value, part, seen, softcap, tokens
+        )
+    out = (sums.out / sums.mass.clamp(min=_LEAST)[..., None]).view(b, heads, tokens, -1).transpose(1, 2)
     return out.to(query.dtype).contiguous(), None
 
 
-def _read(
-    parts: Iterator[tuple[int, int, bool]], key: torch.Tensor | Carried, value: torch.Tensor | Carried
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, bool]]:
-    """(start, end, keys, values, whether keys are rotated), fp32, part by part."""
-    for start, end, turned in parts:
-        if isinstance(key, Carried) and isinstance(value, Carried):
-            k = key.entries.read(start, end, torch.float32, turn_back=False)
-            yield start, end, k, value.entries.read(start, end, torch.float32), turned
-        else:
-            yield start, end, key[:, :, start:end].float(), value[:, :, start:end].float(), turned
+def _nothing_yet(rows: torch.Tensor, d: int, s_aux: torch.Tensor | None, heads: int, tokens: int) -> Sums:
+    """The sums of rows [B, H, R, D] before the first token."""
+    shape = rows.shape[:3]
+    top, mass, out = rows.new_full(shape, -torch.inf), rows.new_zeros(shape), rows.new_zeros(*shape, d)
+    if s_aux is not None:
+        top = s_aux.float().view(1, heads, 1).expand(shape[0], -1, tokens).reshape(shape).contiguous()
+        mass = torch.ones_like(top)
+    return Sums(top, mass, out)
 
 
-def _masked(
-    scores: torch.Tensor, mask: torch.Tensor | None, start: int, end: int, tokens: int, length: int
-) -> torch.Tensor:
-    """Scores [B, H, group T, n] of places start..end - 1 under the mask of all `length` places; None: causal."""
-    b, kv_heads, rows, n = scores.shape
-    split = scores.view(b, kv_heads, rows // tokens, tokens, n)
-    if mask is None:
-        if tokens == 1:
-            return scores
-        place = torch.arange(start, end, device=scores.device)
-        token = torch.arange(length - tokens, length, device=scores.device)
-        mask = (place <= token[:, None])[None, None]
+def _taken_in(
+    sums: Sums,
+    rows: torch.Tensor,
+    key: torch.Tensor | Carried,
+    value: torch.Tensor | Carried,
+    part: Part,
+    seen: torch.Tensor | None,
+    softcap: float | None,
+    tokens: int,
+) -> Sums:
+    """The sums with one part more: pages of codes by the kernel that reads them, anything else as dense tensors.
+
+    rows: scaled queries [B, H, group T, d]. seen: the mask of the part.
+    """
+    position = key.shape[2] - tokens - part.start
+    if isinstance(key, Carried) and isinstance(value, Carried):
+        if part.coded:
+            codes = (*key.entries.codes(), *value.entries.codes())
+            count = part.end - part.start
+            return attend(Given(rows, *codes, seen, count, position, tokens, softcap or 0.0, *sums))
+        k = key.entries.read(part.start, part.end, torch.float32, turn_back=False)
+        v = value.entries.read(part.start, part.end, torch.float32)
     else:
-        mask = mask[..., start:end]
-    if mask.shape[1] == 1:
-        mask = mask[:, :, None]
-    else:
-        mask = mask.unflatten(1, (kv_heads, -1))
-    if mask.dtype == torch.bool:
-        split = split.masked_fill(~mask, torch.finfo(torch.float32).min)
-    else:
-        split = (split + mask.float()).clamp(min=torch.finfo(torch.float32).min)
-    return split.reshape(scores.shape)
-
-
-class _Sums:
-    """The running softmax: largest score, sum of exponentials and weighted values of every row."""
-
-    def __init__(
-        self, rows: torch.Tensor, d: int, s_aux: torch.Tensor | None, heads: int, tokens: int
-    ) -> None:
-        shape = rows.shape[:3]
-        self.top = rows.new_full(shape, -torch.inf)
-        self.mass = rows.new_zeros(shape)
-        self.out = rows.new_zeros(*shape, d)
-        if s_aux is not None:
-            self.top = s_aux.float().view(1, heads, 1).expand(shape[0], -1, tokens).reshape(shape)
-            self.mass = torch.ones_like(self.top)
-
-    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
-        """Take in scores [B, H, rows, n] and values [B, H, n, d]."""
-        top = torch.maximum(self.top, scores.amax(3))
-        p = (scores - top[..., None]).exp_()
-        shrink = (self.top - top).exp_()
-        self.mass = self.mass * shrink + p.sum(3)
-        self.out = self.out * shrink[..., None] + p @ values
-        self.top = top
-
-    def result(self) -> torch.Tensor:
-        return self.out / self.mass[..., None]
+        k, v = (x[:, :, part.start : part.end].float() for x in (key, value))
+    scores = rows @ k.transpose(2, 3)  # (B, H, group T, n)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return take_in(sums, hidden(scores, seen, position, tokens), v)
 
 
 def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

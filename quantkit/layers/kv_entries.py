@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,18 @@ class _Page:
     codes: torch.Tensor
     scale: torch.Tensor
     low: torch.Tensor | None
+
+
+class Part(NamedTuple):
+    """Tokens start..end - 1 of a cache, which attention takes at once.
+
+    rotated: whether keys are multiplied by a Hadamard matrix. coded: whether they are all pages, for `Entries.codes`.
+    """
+
+    start: int
+    end: int
+    rotated: bool = False
+    coded: bool = False
 
 
 class Entries:
@@ -66,16 +79,29 @@ class Entries:
         else:
             self._write(x)
 
-    def parts(self) -> Iterator[tuple[int, int, bool]]:
-        """(start, end, whether rotated) of ranges that `read` gives at once, in order."""
+    def parts(self, values: Entries) -> Iterator[Part]:
+        """What attention goes over, in order, in these keys and the values beside them."""
         first, length = _length(self.first), len(self)
-        edges = [(0, first, False)]
-        edges += [
-            (s, min(s + PAGE, first + self.paged), self.rotate)
-            for s in range(first, first + self.paged, PAGE)
-        ]
-        edges.append((first + self.paged, length, False))
-        return (edge for edge in edges if edge[0] < edge[1])
+        last = first + self.paged
+        coded = self.has_codes and values.has_codes
+        step = max(self.paged, 1) if coded else PAGE
+        paged = [Part(s, min(s + step, last), self.rotate, coded) for s in range(first, last, step)]
+        return (part for part in (Part(0, first), *paged, Part(last, length)) if part.start < part.end)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether attention can read the pages: symmetric codes, a scale per token and head or stored ones."""
+        grid = self.grid
+        per_token = grid.granularity == "token" and grid.group_size is None
+        return grid.symmetric and grid.bits in (4, 8) and (per_token or self.stored is not None)
+
+    def codes(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Codes and scales of all pages, as `quantkit_kernels.reference.kv_pages` has them."""
+        pages = [page.codes for page in self.pages]
+        if self.stored is None:
+            return pages, [page.scale for page in self.pages]
+        heads = pages[0].shape[1]
+        return pages, [self.pages[0].scale.reshape(-1).expand(heads).contiguous()]
 
     def read(self, start: int, end: int, dtype: torch.dtype, turn_back: bool = True) -> torch.Tensor:
         """Tokens start..end - 1 as `dtype`, [B, H, end - start, d]; rotated ones rotated back, if asked."""

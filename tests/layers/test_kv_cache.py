@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
+from quantkit_kernels.cpu import kv_pages, library
 from transformers import DynamicCache
 
 from quantkit.errors import ModelError
@@ -19,6 +20,22 @@ from quantkit.scheme import KV_PRESETS, NUMBERS, Grid, KVScheme
 INT8, INT4 = KV_PRESETS["INT8"], KV_PRESETS["INT4"]
 FAMILIES = ["llama-gqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "opt", "gpt2"]
 IDS = tiny_models.ids(12, batch=2)
+
+
+@pytest.fixture(params=["twin", "native"])
+def route(request, monkeypatch):
+    """Both ways over the pages; the native one must have been gone, where it can be."""
+    if request.param == "twin":
+        yield
+        return
+    if not library.available():
+        pytest.skip("needs the native library (a C++ compiler)")
+    calls = []
+    monkeypatch.setenv(kv_pages.ENVIRONMENT, "cpu")
+    native = kv_pages.native
+    monkeypatch.setattr(kv_pages, "native", lambda *given: (calls.append(1), native(*given)))
+    yield
+    assert calls
 
 
 class Rounding(DynamicCache):
@@ -54,7 +71,7 @@ def close(one, other, most=2e-5):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", [INT8, INT4], ids=str)
-def test_every_family_reads_what_was_rounded(family, scheme):
+def test_every_family_reads_what_was_rounded(family, scheme, route):
     plain, model = model_of(family), model_of(family, scheme)
     wanted = logits(plain, past_key_values=Rounding(scheme))
     close(logits(model), wanted)
@@ -63,7 +80,7 @@ def test_every_family_reads_what_was_rounded(family, scheme):
 
 
 @pytest.mark.parametrize("scheme", [INT8, INT4, replace(INT4, sinks=3), replace(INT8, rotate=True)], ids=str)
-def test_token_by_token_is_the_whole_forward(scheme):
+def test_token_by_token_is_the_whole_forward(scheme, route):
     model = model_of("llama-gqa", scheme)
     whole, cache, steps = logits(model), cache_of(model)(), []
     for piece in IDS.split([5, 1, 1, 3, 1, 1], 1):
@@ -79,7 +96,7 @@ def fp8_scales(model, granularity):
 
 @pytest.mark.parametrize("granularity", ["tensor", "head"])
 @pytest.mark.parametrize("number", ["fp8_e4m3", "int8"])
-def test_stored_scales(granularity, number):
+def test_stored_scales(granularity, number, route):
     grid = Grid(NUMBERS[number], granularity)
     scheme, plain = KVScheme(grid, grid), model_of("llama-gqa")
     scales = fp8_scales(plain, granularity)
@@ -90,7 +107,7 @@ def test_stored_scales(granularity, number):
         attach(plain, scheme, {0: scales[0], 1: scales[1]})
 
 
-def test_padded_batches_are_their_rows():
+def test_padded_batches_are_their_rows(route):
     model = model_of("llama-gqa", INT8)
     short = IDS[:1, :7]
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], 1)
@@ -110,7 +127,7 @@ def test_other_attention_functions_get_dense_tensors(family):
     close(logits(model), ours)
 
 
-def test_generation_continues_searches_beams_and_crops():
+def test_generation_continues_searches_beams_and_crops(route):
     model = model_of("llama-gqa", INT4)
     how = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
     cache = cache_of(model)()
@@ -133,6 +150,36 @@ def test_an_exact_cache_that_is_passed_is_used():
     model, cache = model_of("llama-gqa", INT8), DynamicCache()
     close(logits(model, past_key_values=cache), logits(model_of("llama-gqa")))
     assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize(
+    "scheme", [INT8, INT4, replace(INT4, sinks=4), replace(INT8, residual=20), KV_PRESETS["FP8"]], ids=str
+)
+def test_attention_over_several_pages_is_that_over_what_they_hold(scheme, route):
+    """In a prompt, chunks and steps, with padding, a window, a cap and a score beside the tokens."""
+    g = torch.Generator().manual_seed(0)
+    scales = None if scheme.dynamic else {0: KVScales(*[torch.tensor([0.01, 0.02]).view(2, 1, 1)] * 2)}
+    cache, module = QuantizedCache(1, scheme, scales), torch.nn.Identity()
+    s_aux = torch.randn(6, generator=g)
+    for tokens in (PAGE + 5, PAGE - 7, 30, 1, 1):
+        k, v = torch.randn(2, 2, 2, tokens, 32, generator=g)
+        q = torch.randn(2, 6, tokens, 32, generator=g)
+        keys, values = cache.update(k, v, 0)
+        place = torch.arange(keys.length)
+        token = place[-tokens:, None]
+        seen = ((place <= token) & (place > token - 300))[None, None].repeat(2, 1, 1, 1)
+        seen[0, ..., :3] = False
+        scores = q @ keys.dense().repeat_interleave(3, 1).transpose(2, 3) / 32**0.5
+        scores = (torch.tanh(scores / 3) * 3).masked_fill(~seen, -torch.inf)
+        scores = torch.cat([scores, s_aux.view(1, 6, 1, 1).expand(2, 6, tokens, 1)], -1)
+        wanted = (scores.softmax(-1)[..., :-1] @ values.dense().repeat_interleave(3, 1)).transpose(1, 2)
+        found, _ = attention(module, q, keys, values, seen, softcap=3.0, s_aux=s_aux)
+        close(found, wanted, 5e-6)
+        bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        for dtype in (torch.float32, torch.bfloat16):
+            found, _ = attention(module, q, keys, values, bias.to(dtype), softcap=3.0, s_aux=s_aux)
+            close(found, wanted, 5e-6)
+    assert keys.length == 2 * PAGE + 30
 
 
 def test_copies_and_pickles_keep_the_cache():

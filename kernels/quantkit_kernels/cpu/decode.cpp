@@ -15,15 +15,6 @@
 namespace qk {
 namespace {
 
-const Math &math() {
-#if defined(__x86_64__)
-    const int isa = qk_isa();
-    return isa >= AVX512 ? math_avx512 : isa == AVX2 ? math_avx2 : math_portable;
-#else
-    return math_portable;
-#endif
-}
-
 constexpr size_t LINE = 64;
 size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
@@ -242,7 +233,7 @@ void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share s
 
 void qk_decoder::run(const int64_t *tokens, int64_t m, const float *cos, const float *sin, int64_t keep,
                      float *logits, Share share) {
-    const Math &math = qk::math();
+    const Math &math = math_of(qk_isa());
     const int64_t n = model.hidden;
     const size_t value = model.embedding.dense == F32 ? 4 : 2;
     for (int64_t t = share.first(m); t < share.last(m); t++)

@@ -1,9 +1,12 @@
 // What the decoder computes itself, between the packed linears, as a table of functions per instruction set.
 // decode_portable.cpp, decode_avx2.cpp and decode_avx512.cpp compile the same source (decode_simd.h,
-// decode_rows.h, decode_dense.h, decode_attention.h) for theirs.
+// decode_rows.h, decode_dense.h, decode_attention.h, kv_pages_path.h) for theirs.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+
+#include "common.h"
+#include "kv_pages.h"
 
 namespace qk {
 
@@ -55,9 +58,21 @@ struct Math {
                   float *y, int64_t ldy, int64_t first, int64_t last);
     // part's share of the attention; scratch: attention_floats() of its own
     void (*attend)(const Attention &, float *scratch, int part, int parts);
+    // part's share of attention over pages; scratch: kv_pages_floats() of its own
+    void (*kv_pages)(const qk_kv_pages &, float *scratch, int part, int parts);
 };
 
 extern const Math math_portable, math_avx2, math_avx512;
+
+static inline const Math &math_of(int isa) {
+#if defined(__x86_64__)
+    if (isa >= AVX512) return math_avx512;
+#if !defined(QK_EMULATE)
+    if (isa == AVX2) return math_avx2;
+#endif
+#endif
+    return (void)isa, math_portable;
+}
 
 // Query vectors that go over the cache together: some tokens times some query heads of one kv head.
 constexpr int TILE = 32;

@@ -8,6 +8,8 @@ namespace {
 #include "decode_dense.h"
 //
 #include "decode_attention.h"
+//
+#include "kv_pages_path.h"
 }  // namespace
-extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, attend};
+extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, attend, kv_pages};
 }  // namespace qk

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "kv_pages.h"
 #include "linear.h"
 
 #if defined(__linux__)
@@ -100,7 +101,7 @@ const Path &path_of(int isa) {
 // What the processor says it has, less what does not compute as it should.
 Cpu checked(Cpu found) {
     for (int isa = AVX2; isa < ISAS; ++isa)
-        if (found.isa[isa] && !agrees_with_portable(path_of(isa))) {
+        if (found.isa[isa] && !(agrees_with_portable(path_of(isa)) && kv_pages_agree(isa))) {
             found.isa[isa] = false;
             const size_t used = strlen(found.text);
             snprintf(found.text + used, sizeof found.text - used, "; %s fails its self-check", NAMES[isa]);

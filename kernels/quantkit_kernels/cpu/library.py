@@ -65,6 +65,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "qk_isa_name": (c_char_p, [c_int]),
     "qk_cpu_flags": (c_char_p, []),
     "qk_range_errors": (None, [POINTER(Range), c_int]),
+    "qk_kv_attend": (c_int, [c_void_p, c_int]),
     "qk_arena_new": (c_void_p, [c_size_t]),
     "qk_arena_free": (None, [c_void_p]),
 }

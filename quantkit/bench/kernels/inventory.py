@@ -40,6 +40,7 @@ def built() -> dict[str, str]:
     forced = os.environ.get(ENVIRONMENT)
     return {
         "native CPU library": native(),
+        "attention over quantized KV caches, on the CPU": _kv_pages(),
         "Triton": _triton(),
         "CUDA": _cuda(),
         "PyTorch": f"{torch.__version__}, {torch.get_num_threads()} threads, "
@@ -74,6 +75,17 @@ def describe_native(library: ctypes.CDLL, running: str) -> str:
         + (f"; built, but not for this machine: {', '.join(lacks)}" if lacks else "")
         + f"; processor: {library.qk_cpu_flags().decode()}"
     )
+
+
+def _kv_pages() -> str:
+    """What reads a quantized cache inside transformers, and why."""
+    from quantkit_kernels.cpu.kv_pages import runs_on
+
+    try:
+        name, why = runs_on(torch.device("cpu"))
+    except RuntimeError as error:
+        return f"none: {error}"
+    return f"{name}, {why}"
 
 
 def _triton() -> str:

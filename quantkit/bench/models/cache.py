@@ -1,10 +1,12 @@
-"""Measure native decoding behind a long context, with exact and quantized KV caches.
+"""Measure decoding behind a long context, with exact and quantized KV caches, natively and inside transformers.
 
     python -m quantkit.bench.models.cache --work DIR --depth 8192 --json docs/benchmarks/cache.json
 
 The 1.1B Llama of quantkit.bench.models.decode (random weights, W4 g128, int8 activations per token and group), batch 1.
 Each cache is filled with `depth` random tokens once; a round then decodes `new` tokens behind them with every cache in
 turn, and forgets those again. Prefill is measured in the same rounds, on `prompt` tokens behind the context. With
+--transformers the same weights run inside transformers too, with the caches named (all if none is): `exact` is
+transformers' own one in bf16 with its own attention; they are filled with random keys and values. With
 --llamacpp DIR (a folder of quantkit.bench.models.llamacpp) llama.cpp decodes Q4_0 weights with keys and values of
 `--llamacpp-caches` at the same depth, in the same rounds; it fills its cache again for each of them, which takes
 minutes.
@@ -21,19 +23,22 @@ from typing import Any
 
 import torch
 from quantkit_kernels.cpu.decoder import CACHES, Cache
+from transformers import DynamicCache
 
 from quantkit.bench.machine import machine, where
 from quantkit.bench.models import decode, llamacpp
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
-from quantkit.layers.kv_cache import attach
+from quantkit.layers import kv_attention
+from quantkit.layers.kv_cache import QuantizedCache, attach
 from quantkit.numerics.kv import KVScales
 from quantkit.runtime.native import NativeDecoder, Sequence
 from quantkit.scheme import KV_PRESETS
 
 ROTATED = ("int4",)  # caches that rotate keys
 FP8_SCALE = 0.02  # stored scale of random keys and values
+INSIDE = {"exact": "", "int8": "INT8", "int4": "INT4", "fp8_e4m3": "FP8_TENSOR"}  # presets
 
 
 def filled(decoder: NativeDecoder, tokens: torch.Tensor) -> Sequence:
@@ -81,6 +86,59 @@ def engines(
     return ready, sizes
 
 
+def inside(model: Any, attention: str, cache: Any, prompt: torch.Tensor, new: int) -> Measured:
+    """`measure` inside transformers, by a named attention implementation."""
+    model.set_attn_implementation(attention)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        found = model(tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1:]
+        return torch.as_tensor(found.argmax(-1))
+
+    with torch.inference_mode():
+        start = time.perf_counter()
+        step(prompt)
+        prefill = len(prompt) / (time.perf_counter() - start)
+        cache.crop(-len(prompt))
+        token = step(prompt[:1])
+        start = time.perf_counter()
+        for _ in range(new):
+            token = step(token)
+        measured = {"decode": new / (time.perf_counter() - start), "prefill": prefill}
+        cache.crop(-(new + 1))
+    return measured
+
+
+def within_transformers(
+    work: Path, kinds: list[str], depth: int, prompt: int, new: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """As `engines`, of caches inside transformers; their keys and values are random numbers."""
+    model = decode.open_model(decode.models(work)["packed"], decode.WAYS["eager W4A8"])
+    own, config = model.config._attn_implementation, model.config
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (prompt,), generator=random)
+    d = config.hidden_size // config.num_attention_heads
+    ready: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for kind in kinds:
+        layers, scale = config.num_hidden_layers, torch.tensor([FP8_SCALE])
+        scheme = KV_PRESETS[INSIDE[kind]] if kind != "exact" else None
+        cache: Any = DynamicCache()
+        if scheme is not None:
+            stored = None if scheme.dynamic else dict.fromkeys(range(layers), KVScales(scale, scale))
+            cache = QuantizedCache(layers, scheme, stored)
+        for layer in range(layers):
+            pair = torch.randn(2, 1, config.num_key_value_heads, depth, d, generator=random)
+            cache.update(*pair.to(model.dtype), layer)
+        name = f"transformers {kind}"
+        kv_attention.register()
+        ready[name] = partial(inside, model, own if scheme is None else kv_attention.NAME, cache, tokens, new)
+        exact = (
+            sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if scheme is None else 0
+        )
+        sizes[name] = exact or cache.nbytes
+    return ready, sizes
+
+
 def peers(
     work: Path, folder: Path, kinds: list[str], depth: int, new: int
 ) -> dict[str, Callable[[], Measured]]:
@@ -101,7 +159,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 3 GB free")
     parser.add_argument("--llamacpp", type=Path, help="folder in which llama.cpp is built")
     parser.add_argument("--llamacpp-caches", nargs="+", choices=("q8_0", "f16"), default=["q8_0"])
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument(
+        "--caches", nargs="*", choices=CACHES, default=list(CACHES), help="of the native path"
+    )
+    parser.add_argument("--transformers", nargs="*", choices=INSIDE, help="caches inside transformers, too")
     parser.add_argument("--depth", type=int, default=8192)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
@@ -110,6 +171,10 @@ def main() -> None:
     arguments = parser.parse_args()
     depth, new = arguments.depth, arguments.new
     ready, sizes = engines(arguments.work, arguments.caches, depth, arguments.prompt, new)
+    if arguments.transformers is not None:
+        kinds = arguments.transformers or list(INSIDE)
+        more, bytes_of = within_transformers(arguments.work, kinds, depth, arguments.prompt, new)
+        ready, sizes = ready | more, sizes | bytes_of
     theirs: dict[str, Callable[[], Measured]] = {}
     if arguments.llamacpp:
         folder, kinds = arguments.llamacpp.resolve(), arguments.llamacpp_caches
