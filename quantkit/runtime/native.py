@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from quantkit_kernels import INPUTS
 from quantkit_kernels.cpu import library
-from quantkit_kernels.cpu.decoder import CACHES, Cache, Decoder, Tables
+from quantkit_kernels.cpu.decoder import CACHES, MOST_SINKS, Cache, Decoder, Tables
 from torch import nn
 
 from quantkit.errors import BackendError
@@ -148,15 +148,13 @@ def _cache(model: PreTrainedModel, dtype: torch.dtype) -> Cache:
     scheme, kind = told.scheme, told.scheme.keys.number.name
     plain = scheme.keys == scheme.values and scheme.keys.symmetric and scheme.keys.group_size is None
     plain = plain and (scheme.keys.granularity == "token") == scheme.dynamic
-    if (
-        not plain
-        or scheme.sinks
-        or scheme.residual
-        or kind not in CACHES
-        or (kind == "fp8_e4m3") == scheme.dynamic
-    ):
+    if not plain or scheme.residual or kind not in CACHES or (kind == "fp8_e4m3") == scheme.dynamic:
         raise NotNative(f"the native path has no cache {scheme}")
-    return Cache(kind, scheme.rotate)
+    if scheme.sinks > MOST_SINKS or (scheme.sinks and not scheme.dynamic):
+        raise NotNative(
+            f"the native path keeps up to {MOST_SINKS} first tokens exact, in INT8 and INT4, not {scheme}"
+        )
+    return Cache(kind, scheme.rotate, scheme.sinks)
 
 
 def _compute(model: PreTrainedModel) -> str:

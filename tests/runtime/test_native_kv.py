@@ -32,6 +32,9 @@ SCHEMES = {
     "int4-plain": replace(KV_PRESETS["INT4"], rotate=False),
     "FP8": KV_PRESETS["FP8"],
     "FP8_TENSOR": KV_PRESETS["FP8_TENSOR"],
+    "INT8-sinks": replace(KV_PRESETS["INT8"], sinks=4),
+    "INT4-sinks": replace(KV_PRESETS["INT4"], sinks=37),
+    "int4-page": replace(KV_PRESETS["INT4"], sinks=128, rotate=False),
 }
 
 
@@ -86,7 +89,7 @@ def test_every_path_reads_the_same_cache(name, path, monkeypatch):
         library.load().qk_set_isa(before)
 
 
-@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8"])
+@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8", "INT4-sinks"])
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -105,15 +108,32 @@ def test_heads_windows_and_norms(name, family, overrides):
     assert_same_cache(found, model, plain, ids)
 
 
-@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8"])
-def test_truncated_sequences_continue_as_if_nothing_had_been(name):
+@pytest.mark.parametrize("name", ["INT8", "INT4", "FP8", "INT4-sinks"])
+@pytest.mark.parametrize("kept", [140, 20])
+def test_truncated_sequences_continue_as_if_nothing_had_been(name, kept):
     model, _ = quantized(name)
     ids = tiny_models.ids(200)[0]
     fresh, used = native(model).start(), native(model).start()
-    fresh.append(ids[:140])
-    used.append(ids[:190])
-    used.truncate(140)
-    assert torch.equal(fresh.append(ids[140:], 60), used.append(ids[140:], 60))
+    fresh.append(ids[:kept])
+    used.append(ids.flip(0)[:10])
+    used.truncate(0)
+    used.append(torch.cat([ids[:kept], ids[:50]]))
+    used.truncate(kept)
+    assert torch.equal(fresh.append(ids[kept:], 60), used.append(ids[kept:], 60))
+
+
+def test_the_first_tokens_are_exact():
+    """As long as there are no others, the cache is the exact one; and one more token is rounded."""
+    model, plain = quantized("INT4-sinks")
+    ids = tiny_models.ids(60)[0]
+    assert off(native(model).start().append(ids[:37], 37), logits(plain, ids[:37])) < 1e-5
+    assert off(native(model).start().append(ids[:38], 1), logits(plain, ids[:38])[-1:]) > 1e-5
+    memory = native(model).start()
+    memory.append(ids[:1])
+    layers, heads, d = 3, 2, model.model.layers[0].self_attn.head_dim
+    whole = native(quantized("INT4")[0]).start()
+    whole.append(ids[:1])
+    assert memory.cache_bytes - whole.cache_bytes == layers * heads * 48 * (d + -(-d // 16) * 16) * 4
 
 
 @pytest.mark.parametrize(("name", "share"), [("INT8", 0.54), ("FP8", 0.5), ("INT4", 0.3)])
@@ -143,11 +163,18 @@ def test_generation_runs_natively_and_says_what_it_cannot():
     assert isinstance(runner.model, NativeDecoder)
     assert runner.model.cache == Cache("int8", False)
     attach(model, replace(KV_PRESETS["INT8"], sinks=4))
-    runner = choose_runner(model, 4)
-    assert (runner.way, runner.reason) == (
-        "eager",
-        "the native path has no cache KV int8 token, first 4 exact",
-    )
+    assert choose_runner(model, 4).model.cache == Cache("int8", False, 4)
+    for change, says in (
+        (
+            {"sinks": 129},
+            "the native path keeps up to 128 first tokens exact, in INT8 and INT4, not KV int8 token",
+        ),
+        ({"residual": 32}, "the native path has no cache KV int8 token, last 32 exact"),
+    ):
+        attach(model, replace(KV_PRESETS["INT8"], **change))
+        runner = choose_runner(model, 4)
+        assert runner.way == "eager"
+        assert runner.reason.startswith(says)
     assert "captured graphs do not hold" in unfit(model)
 
 
@@ -156,5 +183,8 @@ def test_scales_that_are_missing_are_refused():
     made = native(plain)
     with pytest.raises(ValueError, match="an FP8 cache needs the scales of every layer"):
         Decoder(made.tables, cache=Cache("fp8_e4m3"))
+    for cache in (Cache("int8", sinks=129), Cache("bf16", sinks=4), Cache("int8", sinks=-1)):
+        with pytest.raises(ValueError, match="0 to 128 first tokens stay exact, in a cache of integers; got"):
+            Decoder(made.tables, cache=cache)
     with pytest.raises(ValueError, match="unknown cache 'int3'"):
         Decoder(made.tables, cache=Cache("int3"))

@@ -115,6 +115,7 @@ struct qk_decoder {
     std::vector<qk_layer> layers;
     std::vector<char *> pages;  // PAGE positions of every layer each
     size_t layer_bytes = 0;     // of one page
+    Buffer exact;               // of every layer and head its first positions
     int64_t length = 0;
     Buffer x, normed, branch, qkv, mixed, gate_up, gated, scratch, own;
     size_t own_bytes = 0;  // of one thread in `own`
@@ -124,12 +125,17 @@ struct qk_decoder {
         const size_t numbers = size_t(model.kv_heads) * PAGE * (model.head_dim + stride());
         const size_t scales = scaled_by_position(model.cache_type) ? 2 * sizeof(float) * model.kv_heads * PAGE : 0;
         layer_bytes = lines(numbers * cache_bits(model.cache_type) / 8 + scales);
+        if (!model.sinks) return;
+        exact.reserve(exact_bytes());
+        std::memset(exact.bytes(), 0, exact_bytes());  // what is not written yet is read, times 0
     }
     ~qk_decoder() {
         for (char *page : pages) ::operator delete(page, std::align_val_t(LINE));
     }
 
     int stride() const { return (model.head_dim + PAD - 1) / PAD * PAD; }
+    size_t exact_layer() const { return model.kv_heads * exact_floats(model.sinks, model.head_dim, stride()); }
+    size_t exact_bytes() const { return sizeof(float) * layers.size() * exact_layer(); }
     int query_size() const { return model.heads * model.head_dim; }
     int kv_size() const { return model.kv_heads * model.head_dim; }
     int qkv_size() const { return query_size() + 2 * kv_size(); }
@@ -193,6 +199,7 @@ void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offse
     a.q = qkv.floats(), a.ldq = ld;
     a.out = mixed.floats(), a.ldo = query_size();
     a.pages = pages.data(), a.offset = offset, a.type = model.cache_type;
+    a.exact = exact.floats() + offset / layer_bytes * exact_layer(), a.sinks = model.sinks;
     a.k_scales = layer.k_scales, a.v_scales = layer.v_scales;
     a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = d, a.stride = stride();
     a.position = length, a.m = m, a.window = layer.window, a.scale = layer.scale;
@@ -262,6 +269,7 @@ bool sensible(const qk_model &m) {
     const int type = m.cache_type;
     if (type != CACHE_F32 && type != CACHE_BF16 && type != CACHE_FP8 && !scaled_by_position(type)) return false;
     if (m.rotate && (m.head_dim & (m.head_dim - 1))) return false;
+    if (m.sinks < 0 || m.sinks > PAGE || (m.sinks && !scaled_by_position(type))) return false;
     const auto is = [](const qk_matrix &matrix, int64_t n, int64_t k) {
         return matrix.weight.n == n && matrix.weight.k == k && (matrix.dense >= 0 || supported(matrix.weight));
     };
@@ -326,7 +334,7 @@ int qk_decoder_truncate(qk_decoder *decoder, int64_t length) {
 }
 
 size_t qk_decoder_cache_bytes(const qk_decoder *decoder) {
-    return decoder->pages.size() * decoder->layer_bytes * decoder->layers.size();
+    return decoder->pages.size() * decoder->layer_bytes * decoder->layers.size() + decoder->exact_bytes();
 }
 
 }  // extern "C"

@@ -50,6 +50,7 @@ typedef struct {
     int32_t compute;     // qk::Compute of the packed matrices
     int32_t cache_type;  // qk::Cache
     int32_t rotate;      // whether queries and keys are multiplied by a Hadamard matrix; head_dim is a power of two
+    int32_t sinks;       // so many first tokens stay exact in a cache of integers; at most a page (128)
 } qk_model;
 
 typedef struct qk_decoder qk_decoder;

@@ -79,6 +79,49 @@ inline void times(float *scores, int rows, const float *scales, int first, int w
 
 constexpr int WIDENED_ROWS = 8;  // from so many rows on, a page of codes is widened once
 
+// The query vectors of a tile and their running softmax.
+struct Rows {
+    float *q, *out, *scores, *maximum, *mass, *wide_keys, *wide_values;
+    int count, heads;
+    int64_t first;  // position of the first token
+};
+
+// Positions [start + low, start + high), all of which somebody sees. keys: [head_dim, ldk], values: [ldk, stride];
+// scales of positions, or null.
+template <class T>
+void visit(const Attention &a, const Rows &of, const T *keys, const T *values, const float *k_scales,
+           const float *v_scales, int ldk, int64_t start, int low, int high, bool widen) {
+    const int rows = of.count, d = a.head_dim;
+    const int left = low / LANES * LANES, width = (high - left + LANES - 1) / LANES * LANES;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < PAGE; i++) of.scores[r * PAGE + i] = 0;
+    if (widen) {
+        widened(keys, of.wide_keys, (int64_t)d * ldk);
+        widened(values, of.wide_values, (int64_t)high * a.stride);
+        combine_rows(rows, of.q, d, of.wide_keys + left, ldk, d, of.scores + left, PAGE, width);
+    } else {
+        combine_rows(rows, of.q, d, on(keys, left), ldk, d, of.scores + left, PAGE, width);
+    }
+    if (k_scales) times(of.scores, rows, k_scales, left, width);
+    for (int r = 0; r < rows; r++) {
+        const int64_t position = of.first + r / of.heads;
+        const int64_t from = a.window && position >= a.window ? position - a.window + 1 - start : 0;
+        const int64_t to = position + 1 - start;
+        const int row_low = from < low ? low : from > high ? high : (int)from;
+        const int row_high = to > high ? high : to < row_low ? row_low : (int)to;
+        const float shrink = soften(of.scores + r * PAGE, row_low, row_high, of.maximum[r], of.mass[r]);
+        for (int i = 0; i < a.stride; i += LANES)
+            store(of.out + r * a.stride + i, load(of.out + r * a.stride + i) * shrink);
+    }
+    if (v_scales) times(of.scores, rows, v_scales, left, width);
+    if (widen)
+        combine_rows(rows, of.scores + low, PAGE, of.wide_values + (int64_t)low * a.stride, a.stride, high - low, of.out,
+                     a.stride, a.stride);
+    else
+        combine_rows(rows, of.scores + low, PAGE, on(values, (int64_t)low * a.stride), a.stride, high - low, of.out,
+                     a.stride, a.stride);
+}
+
 // Query heads [head, head + heads) of kv head `kv`, tokens [token, token + tokens).
 template <class T>
 void tile(const Attention &a, float *scratch, int kv, int head, int heads, int64_t token, int64_t tokens) {
@@ -87,6 +130,8 @@ void tile(const Attention &a, float *scratch, int kv, int head, int heads, int64
     float *q = scratch, *out = q + rows * d, *scores = out + rows * a.stride;
     float *maximum = scores + rows * PAGE, *mass = maximum + rows;
     float *wide_keys = mass + rows, *wide_values = wide_keys + PAGE * d;
+    const int64_t first = a.position + token, end = first + tokens;  // positions of the tile's tokens
+    const Rows of = {q, out, scores, maximum, mass, wide_keys, wide_values, rows, heads, first};
     const float scale = a.scale * (by_head ? a.k_scales[kv] * 256.0f : 1.0f);
     for (int r = 0; r < rows; r++) {
         const float *from = a.q + (token + r / heads) * a.ldq + (int64_t)(kv * a.group + head + r % heads) * d;
@@ -95,43 +140,23 @@ void tile(const Attention &a, float *scratch, int kv, int head, int heads, int64
         maximum[r] = -1e30f;
         mass[r] = 0;
     }
-    const int64_t first = a.position + token, end = first + tokens;  // positions of the tile's tokens
-    const int64_t begin = a.window && first >= a.window ? first - a.window + 1 : 0;
+    int64_t begin = a.window && first >= a.window ? first - a.window + 1 : 0;
+    if (begin < a.sinks) {
+        const Exact at = exact(a, kv);
+        const int high = end < a.sinks ? (int)end : a.sinks;
+        visit(a, of, (const float *)at.keys, (const float *)at.values, nullptr, nullptr, sink_places(a.sinks), 0,
+              (int)begin, high, false);
+        begin = a.sinks;
+    }
     for (int64_t p = begin / PAGE; p * PAGE < end; p++) {
         const int64_t start = p * PAGE;
         const int low = begin > start ? (int)(begin - start) : 0;
         const int high = end < start + PAGE ? (int)(end - start) : PAGE;
+        if (low >= high) continue;  // exact ones only
         const Place at = place(a, p, kv);
-        const T *keys = (const T *)at.keys, *values = (const T *)at.values;
-        const int left = low / LANES * LANES, width = (high - left + LANES - 1) / LANES * LANES;
-        const bool widen = cache_bits(a.type) < 16 && rows >= WIDENED_ROWS;
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < PAGE; i++) scores[r * PAGE + i] = 0;
-        if (widen) {
-            widened(keys, wide_keys, (int64_t)d * PAGE);
-            widened(values, wide_values, (int64_t)high * a.stride);
-            combine_rows(rows, q, d, wide_keys + left, PAGE, d, scores + left, PAGE, width);
-        } else {
-            combine_rows(rows, q, d, on(keys, left), PAGE, d, scores + left, PAGE, width);
-        }
-        if (by_position) times(scores, rows, at.k_scales, left, width);
-        for (int r = 0; r < rows; r++) {
-            const int64_t position = first + r / heads;
-            const int64_t from = a.window && position >= a.window ? position - a.window + 1 - start : 0;
-            const int64_t to = position + 1 - start;
-            const int row_low = from < low ? low : from > high ? high : (int)from;
-            const int row_high = to > high ? high : to < row_low ? row_low : (int)to;
-            const float shrink = soften(scores + r * PAGE, row_low, row_high, maximum[r], mass[r]);
-            for (int i = 0; i < a.stride; i += LANES)
-                store(out + r * a.stride + i, load(out + r * a.stride + i) * shrink);
-        }
-        if (by_position) times(scores, rows, at.v_scales, left, width);
-        if (widen)
-            combine_rows(rows, scores + low, PAGE, wide_values + (int64_t)low * a.stride, a.stride, high - low, out,
-                         a.stride, a.stride);
-        else
-            combine_rows(rows, scores + low, PAGE, on(values, (int64_t)low * a.stride), a.stride, high - low, out,
-                         a.stride, a.stride);
+        visit(a, of, (const T *)at.keys, (const T *)at.values, by_position ? at.k_scales : nullptr,
+              by_position ? at.v_scales : nullptr, PAGE, start, low, high,
+              cache_bits(a.type) < 16 && rows >= WIDENED_ROWS);
     }
     const float value_scale = by_head ? a.v_scales[kv] * 256.0f : 1.0f;
     for (int r = 0; r < rows; r++) {

@@ -22,6 +22,12 @@ inline size_t cache_bits(int type) {
 }
 inline bool scaled_by_position(int type) { return type == CACHE_I8 || type == CACHE_I4; }
 
+// Room for exact first positions, and numbers of one head's.
+inline int sink_places(int sinks) { return (sinks + PAD - 1) / PAD * PAD; }
+inline size_t exact_floats(int sinks, int head_dim, int stride) {
+    return (size_t)sink_places(sinks) * (head_dim + stride);
+}
+
 // Attention of m tokens over one layer's cache. Page p holds positions [p PAGE, (p + 1) PAGE); at `offset` it
 // has K [kv_heads, head_dim, PAGE], V [kv_heads, PAGE, stride], both of `type`, and, where positions have scales, those
 // of K and of V, fp32 [kv_heads, PAGE] each. Codes of 4 bits are stored + 8, the even one in the low half of a byte.
@@ -38,6 +44,8 @@ struct Attention {
     int64_t position, m;              // of the first token, which is in the cache already like the others
     int window;                       // 0: all
     float scale;
+    float *exact;  // of each head the first `sinks` positions, which pages leave out: K [head_dim, sink_places], then V
+    int sinks;     // [sink_places, stride]
 };
 
 struct Math {

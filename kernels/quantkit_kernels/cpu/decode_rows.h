@@ -89,6 +89,15 @@ inline Place place(const Attention &a, int64_t page, int head) {
             scales + (a.kv_heads + head) * PAGE};
 }
 
+// Where one head's exact first tokens lie, fp32.
+struct Exact {
+    float *keys, *values;  // [head_dim, sink_places], [sink_places, stride]
+};
+inline Exact exact(const Attention &a, int head) {
+    float *start = a.exact + head * exact_floats(a.sinks, a.head_dim, a.stride);
+    return {start, start + (size_t)sink_places(a.sinks) * a.head_dim};
+}
+
 template <class T>
 void append_to(const Attention &a, int head, int64_t position, const float *k, const float *v) {
     const Place to = place(a, position / PAGE, head);
@@ -169,6 +178,14 @@ void append_fp8(const Attention &a, int head, int64_t position, const float *k, 
 }
 
 void append(const Attention &a, int head, int64_t position, const float *k, const float *v) {
+    if (position < a.sinks) {
+        const Exact to = exact(a, head);
+        for (int d = 0; d < a.head_dim; d++) {
+            to.keys[d * sink_places(a.sinks) + position] = k[d];
+            to.values[position * a.stride + d] = v[d];
+        }
+        return;
+    }
     if (a.type == CACHE_BF16)
         append_to<bf16>(a, head, position, k, v);
     else if (a.type == CACHE_F32)

@@ -31,6 +31,7 @@ COMPUTES = {
 }  # qk::Compute
 
 
+MOST_SINKS = 128  # qk::PAGE
 CACHES = {"fp32": 0, "bf16": 1, "int8": 8, "int4": 9, "fp8_e4m3": 10}  # qk::Cache
 
 
@@ -38,11 +39,13 @@ class Cache(NamedTuple):
     """What a decoder's cache holds.
 
     kind: one of CACHES; integers have a scale per token and head, fp8_e4m3 those of the layers (`Layer.kv_scales`).
-    rotate: queries and keys are multiplied by a Hadamard matrix.
+    rotate: queries and keys are multiplied by a Hadamard matrix. sinks: so many first tokens stay exact, up to
+    MOST_SINKS, of integers only.
     """
 
     kind: str = "fp32"
     rotate: bool = False
+    sinks: int = 0
 
 
 class _Matrix(ctypes.Structure):
@@ -73,7 +76,10 @@ class _Model(ctypes.Structure):
         ("embedding", _Matrix),
         ("head", _Matrix),
         ("final", _Norm),
-        *((name, ctypes.c_int32) for name in ("layer_count", *_SIZES, "compute", "cache_type", "rotate")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("layer_count", *_SIZES, "compute", "cache_type", "rotate", "sinks")
+        ),
     )
 
 
@@ -221,6 +227,7 @@ class Tables:
             COMPUTES[compute],
             CACHES[cache.kind],
             cache.rotate,
+            cache.sinks,
         )
 
 
@@ -246,6 +253,10 @@ class Decoder:
             raise ValueError(f"unknown compute {compute!r}; known: {', '.join(COMPUTES)}")
         if cache.kind not in CACHES:
             raise ValueError(f"unknown cache {cache.kind!r}; known: {', '.join(CACHES)}")
+        if not 0 <= cache.sinks <= MOST_SINKS or (cache.sinks and cache.kind not in ("int8", "int4")):
+            raise ValueError(
+                f"0 to {MOST_SINKS} first tokens stay exact, in a cache of integers; got {cache.sinks} in {cache.kind}"
+            )
         if cache.kind == "fp8_e4m3" and any(layer.kv_scales is None for layer in tables.layers):
             raise ValueError("an FP8 cache needs the scales of every layer")
         self._library = _load()
