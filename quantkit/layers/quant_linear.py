@@ -120,7 +120,7 @@ class QuantLinear(nn.Module):
             name, _ = quantkit_kernels.select(spec, next(self.buffers()).device, backend, dtype)
             chosen = quantkit_kernels.backend(name)
             if compute == "float":
-                spec = spec.with_inputs(self._rounded_by(name))
+                spec = spec.with_inputs(self._rounded_by(name, backend, dtype))
             if name != self.backend and self.prepared:
                 raise BackendError(f"this layer already runs on {self.backend!r}; load the checkpoint again")
             self.spec = spec
@@ -140,8 +140,11 @@ class QuantLinear(nn.Module):
             self.register_buffer(part, tensor, persistent=False)
         self.prepared, self._facts = tuple(layout.tensors), dict(layout.facts)
 
-    def _rounded_by(self, backend: str) -> str:
-        """How a backend multiplies inputs that its kernels round as the scheme says; "float" if they do not."""
+    def _rounded_by(self, name: str, backend: str | None, dtype: torch.dtype) -> str:
+        """How backend `name` multiplies inputs that its kernels round as the scheme says; "float" if they do not.
+
+        backend: as it was asked for; kernels that nobody named must pass the backend's test of these products.
+        """
         grid = self.scheme.inputs
         if grid is None:
             return "float"
@@ -154,7 +157,12 @@ class QuantLinear(nn.Module):
             wanted = "fp8-range"
         elif grid.number.name == "fp8_e4m3" and grid.dynamic and grid.group_size == 128:
             wanted = "fp8-group"
-        return wanted if wanted in quantkit_kernels.backend(backend).inputs else "float"
+        spec = self.spec.with_inputs(wanted)
+        try:
+            found = quantkit_kernels.select(spec, next(self.buffers()).device, backend, dtype)
+        except quantkit_kernels.BackendMissing:
+            return "float"
+        return wanted if found.name == name else "float"
 
     def _input_range(self) -> InputRange | None:
         """The stored range of the inputs, as kernels take it."""

@@ -9,7 +9,7 @@ import quantkit_kernels
 import torch
 from quantkit_kernels import Spec
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
-from quantkit_kernels.triton import layout, selfcheck
+from quantkit_kernels.triton import layout, scaled_layout, scaled_op, scaled_selfcheck, selfcheck
 
 from quantkit.cli.main import run
 
@@ -18,14 +18,19 @@ CPU = torch.device("cpu")
 SCHEME = (4, 128, True, 64, 256)
 
 
+def spec_of(codes, zeros, bits, group_size, n, k):
+    number = "fp8_e4m3" if codes.dtype == torch.float8_e4m3fn else f"int{bits}"
+    return Spec(number, bits, group_size, zeros is None, n, k)
+
+
 def right(x, codes, scales, zeros, bias, bits, group_size, n, k, config, y):
-    stored = layout.restore(codes, scales, zeros, Spec.integer(bits, group_size, zeros is None, n, k))
+    stored = layout.restore(codes, scales, zeros, spec_of(codes, zeros, bits, group_size, n, k))
     truth = x.double() @ reference_dequantize(stored, torch.float64).T
     return y.copy_(truth if bias is None else truth + bias)
 
 
 def right_weight(codes, scales, zeros, bits, group_size, n, k, dtype):
-    stored = layout.restore(codes, scales, zeros, Spec.integer(bits, group_size, zeros is None, n, k))
+    stored = layout.restore(codes, scales, zeros, spec_of(codes, zeros, bits, group_size, n, k))
     return reference_dequantize(stored, dtype)
 
 
@@ -37,22 +42,24 @@ def kernels(monkeypatch):
     return monkeypatch
 
 
-def compare(bits=4, group=128, symmetric=True, even=True, dtype=torch.bfloat16):
-    return selfcheck.compare(CPU, bits, group, symmetric, even, dtype)
+def compare(number="int4", group=128, symmetric=True, even=True, dtype=torch.bfloat16):
+    return selfcheck.compare(CPU, number, group, symmetric, even, dtype)
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "symmetric", "even", "dtype"),
+    ("number", "group", "symmetric", "even", "dtype"),
     [
-        (2, 32, False, False, torch.bfloat16),
-        (3, 0, False, False, torch.bfloat16),
-        (4, 2048, True, True, torch.float16),
-        (6, 96, True, True, torch.bfloat16),
-        (8, 0, True, True, torch.float16),
+        ("int2", 32, False, False, torch.bfloat16),
+        ("int3", 0, False, False, torch.bfloat16),
+        ("int4", 2048, True, True, torch.float16),
+        ("int6", 96, True, True, torch.bfloat16),
+        ("int8", 0, True, True, torch.float16),
+        ("fp8_e4m3", 128, True, True, torch.bfloat16),
+        ("fp8_e4m3", 0, True, False, torch.float16),
     ],
 )
-def test_what_is_right_passes_in_every_scheme(kernels, bits, group, symmetric, even, dtype):
-    assert compare(bits, group, symmetric, even, dtype) is None
+def test_what_is_right_passes_in_every_scheme(kernels, number, group, symmetric, even, dtype):
+    assert compare(number, group, symmetric, even, dtype) is None
 
 
 def test_a_case_of_each_kind_runs(kernels):
@@ -82,7 +89,7 @@ def test_one_wrong_number_is_enough(kernels, tokens, factor):
         return y
 
     kernels.setattr(selfcheck, "launch", launch)
-    assert f"4 bits on {tokens} tokens are not what" in compare()
+    assert f"int4 on {tokens} tokens is not what" in compare()
 
 
 def test_a_bias_that_is_left_out_is_seen(kernels):
@@ -114,6 +121,61 @@ def test_runs_that_differ_are_seen(kernels):
 
 
 @pytest.fixture
+def products(monkeypatch):
+    """8-bit products that are right, on small weights; a test replaces them."""
+    monkeypatch.setattr(scaled_selfcheck, "N", 40)
+    monkeypatch.setattr(scaled_selfcheck, "K", 256)
+    monkeypatch.setattr(scaled_selfcheck, "launch", right_product)
+    return monkeypatch
+
+
+def right_product(given, config, y):
+    return y.copy_(scaled_op._twin(given))
+
+
+@pytest.mark.parametrize("inputs", scaled_layout.NUMBERS)
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_that_are_right_pass(products, inputs, even, dtype):
+    assert scaled_selfcheck.compare(CPU, inputs, even, dtype) is None
+
+
+def without(*names):
+    return lambda given, config, y: right_product(given._replace(**dict.fromkeys(names)), config, y)
+
+
+def one_wrong(given, config, y):
+    right_product(given, config, y)[-1, -1] *= 1.03
+    return y
+
+
+@pytest.mark.parametrize("inputs", scaled_layout.NUMBERS)
+@pytest.mark.parametrize("wrong", [one_wrong, without("bias"), lambda *arguments: arguments[-1]])
+def test_products_that_are_wrong_are_seen(products, inputs, wrong):
+    products.setattr(scaled_selfcheck, "launch", wrong)
+    assert "are not what the reference computes" in scaled_selfcheck.compare(CPU, inputs, True, torch.float16)
+
+
+def test_a_stored_range_that_is_left_out_is_seen(products):
+    for inputs, names in (("int8-range", ("x_zero", "sums")), ("fp8-range", ("x_scale",))):
+        products.setattr(scaled_selfcheck, "launch", without(*names))
+        assert "of a stored range" in scaled_selfcheck.compare(CPU, inputs, True, torch.bfloat16)
+
+
+def test_products_that_differ_from_run_to_run_are_seen(products):
+    runs = []
+
+    def launch(*arguments):
+        runs.append(right_product(*arguments))
+        if len(runs) == 2:
+            runs[-1][0, 0] *= 1 + torch.finfo(torch.bfloat16).eps
+        return runs[-1]
+
+    products.setattr(scaled_selfcheck, "launch", launch)
+    assert "two runs" in scaled_selfcheck.compare(CPU, "int8-range", True, torch.bfloat16)
+
+
+@pytest.fixture
 def gpu(monkeypatch):
     """A device that only `select` believes in; what `compare` was asked for there."""
     asked = []
@@ -126,7 +188,9 @@ def gpu(monkeypatch):
         ("is_current_stream_capturing", False),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    monkeypatch.setattr(selfcheck, "compare", lambda *scheme: asked.append(scheme))
+    for part in (selfcheck, scaled_selfcheck):
+        monkeypatch.setattr(part, "compare", lambda *scheme: asked.append(scheme))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     return asked
 
 
@@ -137,7 +201,7 @@ def select(device="cuda", scheme=SCHEME, backend=None, dtype=torch.bfloat16):
 def test_auto_compares_once_per_device_and_scheme(gpu):
     first = select()
     assert first == ("triton", "agrees with the reference on this device")
-    assert gpu == [(torch.device("cuda", 1), 4, 128, True, True, torch.bfloat16)]
+    assert gpu == [(torch.device("cuda", 1), "int4", 128, True, True, torch.bfloat16)]
     assert select("cuda:1") == select(torch.device("cuda:1"), (4, 128, True, 99, 1024)) == first
     assert len(gpu) == 1
     for device, scheme, dtype in (
@@ -151,6 +215,20 @@ def test_auto_compares_once_per_device_and_scheme(gpu):
     ):
         assert select(device, scheme, dtype=dtype).name == "triton"
     assert len(set(gpu)) == len(gpu) == 8
+
+
+def test_auto_compares_8_bit_products(gpu):
+    for number, inputs, group, found in (
+        ("int8", "int8-range", 256, ("int8-range", True)),
+        ("fp8_e4m3", "fp8-range", 100, ("fp8-range", False)),
+        ("fp8_e4m3", "fp8-group", 128, ("fp8-group", True)),
+    ):
+        k = 256 if group == 128 else group
+        spec = Spec(number, 8, group, True, 64, k, inputs)
+        for _ in range(2):
+            assert quantkit_kernels.select(spec, "cuda", None, torch.float16).name == "triton"
+        assert gpu.pop() == (torch.device("cuda", 1), *found, torch.float16)
+        assert gpu == []
 
 
 @pytest.mark.parametrize(
@@ -227,7 +305,9 @@ def test_the_command_shows_what_was_found(gpu, monkeypatch, tmp_path, capsys):
         found = [row for row in found if row["device"] == "cuda"]
         return {bits: (row["runs"], row["why"]) for row in found for bits in row["bits"]}
 
-    monkeypatch.setattr(selfcheck, "compare", lambda _, bits, *scheme: "wrong" if bits == 3 else None)
+    monkeypatch.setattr(
+        selfcheck, "compare", lambda _, number, *scheme: "wrong" if number == "int3" else None
+    )
     assert all(runs == "triton" and "before its first use" in why for runs, why in rows().values())
     found = rows("--check")
     assert capsys.readouterr().err == "warning: the Triton kernels are not used on cuda:1: wrong\n"

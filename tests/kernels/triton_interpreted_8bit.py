@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton_mended
 from quantkit_kernels.reference import kv_attention, scaled_linear
-from quantkit_kernels.triton import kv_op, scaled_op
+from quantkit_kernels.triton import kv_op, scaled_op, scaled_selfcheck
 from quantkit_kernels.triton.scaled import quantize_kernel
 from wrong_arguments import refusals
 
@@ -116,6 +116,14 @@ def test_every_tiling_gives_the_same(config):
     y = scaled_op.launch(given, config, torch.full((18, 70), torch.nan))
     close(y, scaled_op._twin(given))
     assert torch.equal(scaled_op.launch(given, config), y)  # the tickets are back at 0
+
+
+@pytest.mark.parametrize("inputs", scaled_selfcheck.NUMBERS)
+def test_the_kernels_pass_the_test_that_auto_wants(inputs, monkeypatch):
+    monkeypatch.setattr(scaled_selfcheck, "N", 40)
+    monkeypatch.setattr(scaled_selfcheck, "K", 256 if inputs == "fp8-group" else 160)
+    monkeypatch.setattr(scaled_selfcheck, "REPEATS", 1)
+    assert scaled_selfcheck.compare(torch.device("cpu"), inputs, False, torch.bfloat16) is None
 
 
 def right_product():

@@ -158,10 +158,13 @@ def _codes(q: torch.Tensor, cut: Geometry, bits: int, by_row: bool) -> torch.Ten
 
 
 def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(codes, scales, zeros) of a weight with integer codes."""
+    """(codes, scales, zeros) of a weight with codes that are integers or FP8."""
     spec, scale = stored.spec, stored.scale
+    if spec.number == "fp8_e4m3":
+        weight = unpack_bits(stored.packed, 8, spec.k).contiguous().view(torch.float8_e4m3fn)
+        return *build_fp8(weight, scale, by_row), None
     if not spec.integers:
-        raise ValueError(f"the Triton kernels take integer codes, not {spec.number}")
+        raise ValueError(f"the Triton kernels take codes that are integers or FP8, not {spec.number}")
     cut = geometry(spec.bits, spec.group_size, spec.k)
     zeros = None
     if stored.zero_packed is not None:
@@ -173,6 +176,9 @@ def build(stored: Stored, by_row: bool = False) -> tuple[torch.Tensor, torch.Ten
 
 def restore(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, spec: Spec) -> Stored:
     """The inverse of `build`, bit for bit."""
+    if spec.number == "fp8_e4m3":
+        weight, scale = restore_fp8(codes, scales, spec.group_size, spec.n, spec.k)
+        return Stored(pack_bits(weight.view(torch.uint8), 8), scale, None, spec)
     check_weight(codes, scales, zeros, spec.bits, spec.group_size, spec.n, spec.k)
     if codes.dtype != torch.uint8 or spec.symmetric != (zeros is None):
         raise ValueError(
