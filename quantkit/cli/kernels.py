@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -71,7 +72,7 @@ def _compare_all(n: int, k: int) -> None:
     import quantkit_kernels
     import torch
 
-    from quantkit.bench.kernels.inventory import BITS, GROUPS
+    from quantkit.bench.kernels.inventory import BITS, FORMATS, GROUPS
 
     for bits in BITS:
         for group in GROUPS:
@@ -79,3 +80,8 @@ def _compare_all(n: int, k: int) -> None:
                 if k % (group or k) == 0:
                     spec = quantkit_kernels.Spec.integer(bits, group, symmetric, n, k)
                     quantkit_kernels.select(spec, "cuda", "auto", torch.bfloat16)
+    for number, bits, group, inputs in FORMATS.values():
+        if k % (group or k) == 0:
+            spec = quantkit_kernels.Spec(number, bits, group or k, True, n, k, inputs)
+            with contextlib.suppress(quantkit_kernels.BackendMissing):
+                quantkit_kernels.select(spec, "cuda", "auto", torch.bfloat16)

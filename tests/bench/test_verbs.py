@@ -1,9 +1,11 @@
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 import quantkit_kernels
+import torch
 from quantkit_kernels.cpu import library
 
 from quantkit.bench.kernels import inventory
@@ -47,13 +49,25 @@ def test_kernels_says_what_select_says(monkeypatch):
         assert (row["runs"], row["why"]) == tuple(chosen)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_kernels_lists_the_number_formats_of_checkpoints(monkeypatch, capsys):
     monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
     rows = {(row["format"], row["device"]): row["runs"] for row in inventory.formats(256, 512)}
     native = "cpu" if library.available() else "reference"
     assert {runs for (_, device), runs in rows.items() if device == "cpu"} == {native}
     assert {runs for (_, device), runs in rows.items() if device == "cuda"} == {"reference"}
-    assert len(rows) == 10
+    assert len(rows) == 18
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    on_ampere = {row["format"]: row for row in inventory.formats(256, 512) if row["device"] == "cuda"}
+    fours = {"NVFP4", "MXFP4", "NF4, groups of 64"}
+    assert {name for name, row in on_ampere.items() if row["runs"] == "reference"} == fours
+    assert "before its first use" in on_ampere["W8A8 int8"]["why"]
+    for name, reason in (("W4A8, groups of 128", "not by int4"), ("W8A8 FP8", "this device has 8.0")):
+        assert "rounded before the product" in on_ampere[name]["why"]
+        assert reason in on_ampere[name]["why"]
+    monkeypatch.undo()
     assert run(["kernels", "--shape", "32x48"]) == 0
     shown = capsys.readouterr().out
     assert "NVFP4" in shown

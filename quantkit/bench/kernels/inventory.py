@@ -18,13 +18,17 @@ from quantkit_kernels.cpu.library import ADVICE, SLOWER
 BITS = range(2, 9)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
 FORMATS: dict[
-    str, tuple[str, int, int | None]
-] = {  # number, bits and group size of codes that are no integers
-    "FP8, channel": ("fp8_e4m3", 8, None),
-    "FP8, blocks of 128": ("fp8_e4m3", 8, 128),
-    "NVFP4": ("fp4_e2m1", 4, 16),
-    "MXFP4": ("fp4_e2m1", 4, 32),
-    "NF4, groups of 64": ("nf4", 4, 64),
+    str, tuple[str, int, int | None, str]
+] = {  # number, bits, group size and inputs of weights that are no integers, or whose inputs are rounded
+    "FP8, channel": ("fp8_e4m3", 8, None, "float"),
+    "FP8, blocks of 128": ("fp8_e4m3", 8, 128, "float"),
+    "NVFP4": ("fp4_e2m1", 4, 16, "float"),
+    "MXFP4": ("fp4_e2m1", 4, 32, "float"),
+    "NF4, groups of 64": ("nf4", 4, 64, "float"),
+    "W8A8 int8": ("int8", 8, None, "int8-range"),
+    "W4A8, groups of 128": ("int4", 4, 128, "int8-range"),
+    "W8A8 FP8": ("fp8_e4m3", 8, None, "fp8-range"),
+    "W8A8 FP8, blocks of 128": ("fp8_e4m3", 8, 128, "fp8-group"),
 }
 NOT_BUILT = f"not built: PyTorch's ops or the reference run, and {SLOWER}; {ADVICE}"
 
@@ -126,12 +130,16 @@ def schemes(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
 
 
 def formats(n: int, k: int, backend: str | None = None) -> list[dict[str, Any]]:
-    """What `select` answers for weights whose codes are no integers. Row: format, device, runs, why."""
+    """What `select` answers for the weights of FORMATS. Row: format, device, runs, why."""
     rows = []
     for device in ("cpu", "cuda"):
-        for name, (number, bits, group) in FORMATS.items():
+        for name, (number, bits, group, inputs) in FORMATS.items():
             if k % (group or k) == 0:
-                runs, why = _ask(device, Spec(number, bits, group or k, True, n, k), backend)
+                spec = Spec(number, bits, group or k, True, n, k, inputs)
+                runs, why = _ask(device, spec, backend)
+                if runs is None and inputs != "float":  # what a layer does then
+                    runs, _ = _ask(device, spec.with_inputs("float"), backend)
+                    why = f"inputs are rounded before the product: {why}"
                 rows.append({"format": name, "device": device, "runs": runs, "why": why})
     return rows
 

@@ -120,11 +120,13 @@ def _backend_op(
     def refuses(m: int, _n: int, _k: int) -> str | None:
         return "the reference is timed at M=1 only" if slow and m > 1 else None
 
+    eights = compute.startswith("int8") or (name == "triton" and compute != "float")
+    floats = name == "cpu" and number in ("nf4", "fp8_e4m3")
     return Op(
         label,
         bits,
         group,
-        "fp32" if number in ("nf4", "fp8_e4m3") else "int8" if compute.startswith("int8") else "bf16",
+        "fp32" if floats else "int8" if eights else "bf16",
         build,
         run,
         number=number,
@@ -177,6 +179,20 @@ def _fp8_op() -> Op:
         )
 
     return Op("torch fp8 products only", 8, None, "int8", build, run, prepare=lambda x: x.to(fp8))
+
+
+def _fp8_rounding_op() -> Op:
+    """FP8 products of bf16 activations, which are rounded by ops of PyTorch in the same time."""
+    products = _fp8_op()
+
+    def run(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        scale = x.abs().amax(1, keepdim=True).float() / 448
+        codes = (x.float() / scale).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(
+            codes, weights["w"], scale_a=scale, scale_b=weights["scale"], out_dtype=torch.bfloat16
+        )
+
+    return products._replace(name="torch fp8 with rounding", run=run, prepare=None)
 
 
 def _gemlite_op() -> Op:
@@ -249,10 +265,16 @@ def cuda_ops() -> list[Op]:
             ours += [
                 _backend_op(name, 4, 128, f"quantkit {name} W4A16 g128"),
                 _backend_op(name, 8, None, f"quantkit {name} W8A16 channel"),
+                _backend_op(name, 8, None, f"quantkit {name} FP8 W8A16 channel", number="fp8_e4m3"),
+                _backend_op(name, 8, None, f"quantkit {name} W8A8 channel", "int8-range"),
+                _backend_op(
+                    name, 8, None, f"quantkit {name} FP8 W8A8 channel", "fp8-range", number="fp8_e4m3"
+                ),
+                _backend_op(name, 8, 128, f"quantkit {name} FP8 W8A8 block", "fp8-group", number="fp8_e4m3"),
             ]
     peers = [_dense_op(BF16, torch.bfloat16, "bf16"), _int_mm_op("cuda")]
     if torch.cuda.get_device_capability() >= (8, 9):
-        peers.append(_fp8_op())
+        peers += [_fp8_op(), _fp8_rounding_op()]
     if importlib.util.find_spec("gemlite"):
         peers.append(_gemlite_op())
     return ours + peers
