@@ -2,7 +2,8 @@
 
 The keys and values go to buffers as long as the sequence can get. A step reads its token and its position from memory,
 so that it can be captured once and replayed. Attention covers the whole buffer under a mask. Sliding windows are masks
-too: a window that moved in a fixed buffer would need another graph when it is full.
+too: a window that moved in a fixed buffer would need another graph when it is full. A quantized cache is held as codes
+(`quantkit/layers/kv_buffer.py`), of which a step reads only the places that its mask shows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ import torch
 from quantkit_eval.model import inference
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from quantkit.layers.kv_buffer import KVBuffer, Seen
+from quantkit.layers.kv_cache import Attached, QuantizedLayer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from quantkit.numerics.kv import KVScales
+    from quantkit.scheme import KVScheme
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and libraries allocate their workspaces
 _capturing = threading.Lock()  # only one capture at a time in a process
@@ -104,16 +111,63 @@ class _Layer(CacheLayerMixin):
         return self.length
 
 
-class Buffers:
-    """The memory of one sequence of at most `length` tokens and the captured step on it; reused by later sequences."""
+class _QuantizedLayer(_Layer):
+    """The same as codes. The prompt attends to its rounded entries, as in an empty quantized cache."""
 
-    def __init__(self, layers: int, length: int, device: torch.device, stamp: Any = None) -> None:
+    buffer: KVBuffer
+
+    def __init__(
+        self, length: int, position: torch.Tensor, scheme: KVScheme, scales: KVScales | None, seen: Seen
+    ) -> None:
+        super().__init__(length, position)
+        self.scheme, self.scales, self.seen = scheme, scales, seen
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.buffer = KVBuffer(self.scheme, self.scales, key_states, self.length, self.seen)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.decodes:
+            self.buffer.write(key_states, value_states, self.position)
+            return self.buffer, self.buffer  # type: ignore[return-value]  # attention knows what it is
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.buffer.write(key_states, value_states, torch.zeros_like(self.position))
+        return QuantizedLayer(self.scheme, self.scales).update(key_states, value_states)
+
+
+class Buffers:
+    """The memory of one sequence of at most `length` tokens and the captured step on it; reused by later sequences.
+
+    quantized: what the model was told about its cache, if that is quantized.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        length: int,
+        device: torch.device,
+        stamp: Any = None,
+        quantized: Attached | None = None,
+    ) -> None:
         self.length, self.device, self.stamp = length, device, stamp
         with torch.inference_mode(False):  # they are written to later, in whatever mode
             self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros((), dtype=torch.int64, device=device)
             self.mask = torch.ones(1, length, dtype=torch.int64, device=device)  # OPT and ALiBi count it
-        self.layers = [_Layer(length, self.position) for _ in range(layers)]
+        self.seen = Seen()
+        if quantized is None:
+            self.layers = [_Layer(length, self.position) for _ in range(layers)]
+        else:
+            scheme, scales = quantized.scheme, quantized.scales
+            self.layers = [
+                _QuantizedLayer(
+                    length, self.position, scheme, None if scales is None else scales[i], self.seen
+                )
+                for i in range(layers)
+            ]
         self.cache = Cache(layers=list(self.layers))
         self.replay: Callable[[], torch.Tensor] | None = None
 
@@ -151,6 +205,7 @@ class Buffers:
             return self.replay()
 
     def _forward(self, model: Callable[[], Any]) -> torch.Tensor:
+        self.seen.forget()
         out = model()(
             input_ids=self.token,
             attention_mask=self.mask,

@@ -21,11 +21,14 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantkit.errors import ModelError
+from quantkit.layers import kv_attention, kv_buffer
 from quantkit.layers.kv_cache import attached
 from quantkit.runtime.buffers import Buffers, CaptureFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from quantkit.scheme import KVScheme
 
 ROUND = 64  # buffers are a multiple of this many tokens long
 
@@ -134,7 +137,7 @@ class _Shelf:
         if kept is not None and length <= kept.length <= 2 * length and kept.stamp == stamp:
             return kept
         del kept  # its memory first
-        return Buffers(len(_cache_layers(model)), length, device, stamp)
+        return Buffers(len(_cache_layers(model)), length, device, stamp, attached(model))
 
     def give_back(self, buffers: Buffers) -> None:
         if buffers.replay is not None:
@@ -152,7 +155,7 @@ def _shelf(model: PreTrainedModel) -> _Shelf:
 def _stamp(model: PreTrainedModel) -> Any:
     """Changes when a captured step would read memory that is no longer the model's, or should run other code."""
     addresses = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
-    return model.config._attn_implementation, addresses
+    return model.config._attn_implementation, attached(model), addresses
 
 
 def _cache_layers(model: PreTrainedModel) -> list[Any]:
@@ -173,11 +176,12 @@ def graphed(model: PreTrainedModel, room: int) -> GraphDecoder | str:
 def unfit(model: PreTrainedModel) -> str | None:
     """Why a model has no step of fixed shapes, wherever it is; None if it should have one."""
     name, attention = type(model).__name__, model.config._attn_implementation
-    if attached(model) is not None:
-        return "its KV cache is quantized, which captured graphs do not hold"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not support a static cache for {name}"
-    if attention not in ("sdpa", "eager"):
+    quantized = attached(model)
+    if quantized is not None and (reason := _unfit_cache(model, quantized.scheme)):
+        return reason
+    if quantized is None and attention not in ("sdpa", "eager"):
         return f"{attention} attention is not masked; load the model with sdpa"
     layers = _cache_layers(model)
     foreign = {type(layer).__name__ for layer in layers} - {
@@ -191,3 +195,15 @@ def unfit(model: PreTrainedModel) -> str | None:
     if moving := kinds & {"dynamic", "longrope"}:
         return f"its {moving.pop()} rotary embedding changes with the length"
     return None
+
+
+def _unfit_cache(model: PreTrainedModel, scheme: KVScheme) -> str | None:
+    """Why a model's quantized cache cannot be read in a captured step, or None."""
+    config = model.config.get_text_config(decoder=True)
+    attention = config._attn_implementation
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if attention != kv_attention.NAME:
+        return f"{attention} attention does not read a quantized KV cache where it lies"
+    if d > kv_buffer.MOST_CHANNELS:
+        return f"its heads of {d} channels are more than {kv_buffer.MOST_CHANNELS} in a quantized KV cache"
+    return kv_buffer.refuses(scheme)

@@ -53,6 +53,12 @@ EIGHT_BITS = [
     (("scaled", 90, "fp8_e4m3", "bf16", False, 4096, 16, 4096, 4096), 0.9),
     (("scaled", 90, "fp8_e4m3", "bf16", False, 4096, 1024, 4096, 4096), 1.6),
     (("scaled", 90, "fp8_e4m3", "bf16", False, 128, 64, 4096, 4096), 3.2),
+    (("scaled", 90, "fp8_e4m3", "bf16", False, 4096, 1, 4096, 4096), 2.0),
+    (("scaled", 90, "fp8_e4m3", "bf16", False, 128, 1, 4096, 4096, 128), 1.45),
+    (("scaled", 90, "fp8_e4m3", "fp16", False, 128, 1024, 4096, 4096, 128), 4.4),
+    (("scaled", 90, "int8", "fp16", True, 4096, 1, 4096, 4096), 0.9),
+    (("scaled", 100, "fp8_e4m3", "bf16", False, 4096, 1, 4096, 4096), 2.05),
+    (("scaled", 100, "fp8_e4m3", "bf16", False, 128, 16, 4096, 4096, 128), 1.5),
     (("scaled", 100, "int8", "bf16", False, 4096, 16, 4096, 4096), 0.95),
     (("scaled", 100, "fp8_e4m3", "bf16", False, 4096, 1024, 4096, 4096), 1.9),
     (("decode", 80, "int8", "bf16", False, False, 4, 128), 8.0),
@@ -60,6 +66,18 @@ EIGHT_BITS = [
     (("decode", 90, "int8", "fp16", False, True, 8, 128), 8.4),
     (("decode", 90, "fp8_e4m3", "bf16", True, False, 4, 128), 7.0),
     (("decode", 100, "fp8_e4m3", "bf16", True, False, 4, 128), 5.4),
+]
+
+# What rounds: entries of a cache (arch, number, their type, stored scales, head dim), and inputs (arch, number, their
+# type, columns per scale or 0, a stored scale, a zero point).
+ROUNDING = [
+    *(("write", arch, "int8", "bf16", False, 128) for arch in (80, 90, 100)),
+    *(("write", arch, "fp8_e4m3", "fp16", True, 128) for arch in (80, 90, 100)),
+    ("quantize", 80, "int8", "bf16", 0, False, False),
+    ("quantize", 80, "int8", "fp16", 0, True, True),
+    ("quantize", 90, "int8", "bf16", 0, True, True),
+    *(("quantize", arch, "fp8_e4m3", "bf16", 0, True, False) for arch in (90, 100)),
+    *(("quantize", arch, "fp8_e4m3", "bf16", 128, False, False) for arch in (90, 100)),
 ]
 
 AMD = [
@@ -75,13 +93,14 @@ def reports():
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
     linears = [case for case, _ in CASES] + AMD
-    cases = [("linear", *case) for case in linears] + [case for case, _ in EIGHT_BITS]
+    eights = [case for case, _ in EIGHT_BITS] + ROUNDING
+    cases = [("linear", *case) for case in linears] + eights
     done = subprocess.run(
         child, env=environment, input=json.dumps(cases), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    return dict(zip(linears + [case for case, _ in EIGHT_BITS], found, strict=True))
+    return dict(zip(linears + eights, found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +129,13 @@ def test_compiled_kernels_of_8_bits_fit(reports, case, limit):
     assert report["tensor"] >= 2, report
     assert 0.1 < report["per_weight"] <= limit, report
     assert report["late_loads"] == 0, report
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=lambda v: "-".join(map(str, v)))
+def test_compiled_rounding_fits(reports, case):
+    assert reports[case]["stack"] == 0, reports[case]
+    assert reports[case]["registers"] <= 128, reports[case]
+    assert reports[case]["shared"] <= SHARED[case[1]], reports[case]
 
 
 @pytest.mark.parametrize("case", AMD, ids=lambda v: "-".join(map(str, v)))

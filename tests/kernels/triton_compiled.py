@@ -11,16 +11,17 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from typing import NamedTuple
 
 import torch
 import triton
 from quantkit_kernels.triton import kv_op, scaled_op
 from quantkit_kernels.triton.configs import rule
-from quantkit_kernels.triton.kv import decode_kernel
+from quantkit_kernels.triton.kv import decode_kernel, write_kernel
 from quantkit_kernels.triton.launch import constants
 from quantkit_kernels.triton.layout import geometry
 from quantkit_kernels.triton.linear import linear_kernel
-from quantkit_kernels.triton.scaled import scaled_linear_kernel
+from quantkit_kernels.triton.scaled import quantize_kernel, scaled_linear_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -56,11 +57,11 @@ def compile_linear(arch, bits, activations, zeros, fp8, group, m, n, k):
     return kernel, config, config.bn * cut.chunk * config.unroll
 
 
-def compile_scaled(arch, number, activations, zero, group, m, n, k):
+def compile_scaled(arch, number, activations, zero, group, m, n, k, rows=1):
     """As `compile_linear`, of 8-bit products; inputs rounded inside with few tokens."""
     config = scaled_op.rule(m, n, k, group, 132)
-    fused = m <= scaled_op.FUSED_TOKENS and group == k
-    fixed = scaled_op.constants(number, group, 1, k, fused, zero, True)
+    fused = m <= scaled_op.FUSED_TOKENS and group == k and not zero
+    fixed = scaled_op.constants(number, group, rows, k, fused, zero, True)
     fixed |= {"BM": config.bm, "BN": config.bn, "BK": config.bk, "SPLIT": config.splits > 1, "EVEN_K": True}
     fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
     code = {"int8": "*i8", "fp8_e4m3": "*fp8e4nv"}[number]
@@ -95,7 +96,42 @@ def compile_decode(arch, number, activations, stored, capped, group, d):
     return kernel, config, 2 * config.bs * d
 
 
-COMPILE = {"linear": compile_linear, "scaled": compile_scaled, "decode": compile_decode}
+def compile_write(arch, number, activations, stored, d):
+    """As `compile_linear`, of the entries of a cache; a number is written once."""
+    fixed = {"FP8": number == "fp8_e4m3", "CAST": arch >= 90, "STATIC": stored, "D": d}
+    code = {"int8": "*i8", "fp8_e4m3": "*u8"}[number]
+    kinds = dict.fromkeys(("k", "v"), "*" + activations) | dict.fromkeys(("k_codes", "v_codes"), code)
+    kinds |= dict.fromkeys(("k_scales", "v_scales"), "*fp32") | {"begin": "*i32"}
+    strides = ("k_b", "k_h", "k_t", "v_b", "v_h", "v_t")
+    kinds |= dict.fromkeys(("heads", "tokens", "places", "d", *strides), "i32")
+    kernel = compiled(write_kernel, arch, fixed, kinds, ("heads", "tokens"), 1, 3)
+    return kernel, Launch(1), 2 * d
+
+
+def compile_quantize(arch, number, activations, group, static, zero):
+    """As `compile_linear`, of the rounding of inputs."""
+    fixed = {"FP8": number == "fp8_e4m3", "CAST": True, "GROUP": group, "STATIC": static, "HAS_ZERO": zero}
+    fixed["BK"] = group or 1024
+    code = {"int8": "*i8", "fp8_e4m3": "*fp8e4nv"}[number]
+    kinds = {"x": "*" + activations, "codes": code, "scales": "*fp32", "zero": "*i32"}
+    kinds |= dict.fromkeys(("k", "ldx", "groups"), "i32")
+    warps = 1 if group else 4
+    return compiled(quantize_kernel, arch, fixed, kinds, ("groups",), warps, 3), Launch(warps), fixed["BK"]
+
+
+class Launch(NamedTuple):
+    """What `main` needs of a configuration."""
+
+    warps: int
+
+
+COMPILE = {
+    "linear": compile_linear,
+    "scaled": compile_scaled,
+    "decode": compile_decode,
+    "write": compile_write,
+    "quantize": compile_quantize,
+}
 
 
 def products(code: list[str]) -> int:

@@ -2,12 +2,18 @@
 `test_triton_interpreter.py`. Casts to FP8 are wrong in the interpreter, so the kernels encode by arithmetic there."""
 
 import pytest
+import tiny_models
 import torch
 import triton_mended
 from quantkit_kernels.reference import kv_attention, scaled_linear
 from quantkit_kernels.triton import kv_op, scaled_op, scaled_selfcheck
 from quantkit_kernels.triton.scaled import quantize_kernel
+from taped import decode
 from wrong_arguments import refusals
+
+from quantkit.layers.kv_cache import attach
+from quantkit.runtime import GraphDecoder
+from quantkit.scheme import KV_PRESETS
 
 assert triton_mended
 INT8, FP8 = "int8", "fp8_e4m3"
@@ -186,3 +192,13 @@ def test_attention_is_that_of_the_twin(number, stored, b, heads, kv, d, places, 
     found = kv_op.decode(given, kv_op.Config(32, splits, 4, 1))
     close(found, kv_attention.kv_decode(*given))
     assert torch.equal(kv_op.decode(given, kv_op.Config(32, splits, 4, 1)), found)
+
+
+def test_a_step_of_a_model_writes_and_reads_the_cache():
+    """A prompt and steps over the buffers that a captured step has, with a sliding window of 8."""
+    model, ids = tiny_models.FAMILIES["gemma2"](), tiny_models.ids(6)
+    attach(model, KV_PRESETS["INT8"])
+    tokens, logits = decode(model, ids, 5)
+    found_tokens, found = decode(GraphDecoder(model, 5), ids, 5)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
+    assert found_tokens == tokens

@@ -22,7 +22,9 @@ def quantize_entries(
     v = x.float()
     if scale is None:
         scale = (v.abs().amax(-1) / LARGEST[dtype]).clamp_(min=LEAST_SCALE)  # (B, H, T)
-    levels = v * (1.0 / scale)[..., None]
+        levels = v * (1.0 / scale)[..., None]
+    else:
+        levels = v / scale[..., None]
     if dtype == torch.int8:
         return (levels + levels.sign() * 0.5).clamp_(-128, 127).trunc().to(torch.int8), scale
     return levels.clamp(-448, 448).to(torch.float8_e4m3fn), scale

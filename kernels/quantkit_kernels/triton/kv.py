@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit_kernels.triton.scaled import encode, larger, largest
+from quantkit_kernels.triton.scaled import fp8_byte, larger, largest
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -35,14 +35,18 @@ def _put(
     """Code one entry. x: its numbers; at: of its codes, kept: of its scale."""
     v = tl.load(x + lane, mask=mask, other=0.0).to(tl.float32)
     if STATIC:
-        scale = tl.load(stored)
+        v = tl.div_rn(v, tl.load(stored))
     else:
         scale = largest(larger(tl.zeros_like(v), v), 0) / (448.0 if FP8 else 127.0)
         scale = tl.where(scale < 1e-6, 1e-6, scale)
         tl.store(scales + kept, scale)
-    v = v * (1.0 / scale)
+        v = v * tl.div_rn(1.0, scale)
     if FP8:
-        code = encode(v, FP8, CAST)
+        v = tl.minimum(tl.maximum(v, -448.0), 448.0)
+        if CAST:
+            code = v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            code = fp8_byte(v)
     else:  # halves away from zero; a conversion to integers drops the fraction
         code = tl.minimum(tl.maximum(tl.where(v < 0, v - 0.5, v + 0.5), -128.0), 127.0).to(tl.int8)
     tl.store(codes + at + lane, code, mask=mask)
@@ -52,7 +56,7 @@ def _put(
 def write_kernel(
     k,  # [B, H, T, D], strides as said
     v,
-    k_codes,  # [B, H, S, D]
+    k_codes,  # [B, H, S, D], FP8 as bytes
     v_codes,
     k_scales,  # fp32 [B, H, S], to write; [H] to read if STATIC
     v_scales,

@@ -144,8 +144,8 @@ def write(given: Written) -> None:
         write_kernel[(tokens, b * heads)](
             k,
             v,
-            k_codes,
-            v_codes,
+            _bytes(k_codes),
+            _bytes(v_codes),
             k_scales,
             v_scales,
             begin,

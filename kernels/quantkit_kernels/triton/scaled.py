@@ -23,6 +23,18 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
+def fp8_byte(v):
+    """The FP8 E4M3 nearest to v, fp32 of at most 448 in size, as a byte: for processors without the instruction."""
+    bits = v.to(tl.int32, bitcast=True)
+    a = bits & 0x7FFFFFFF
+    # the bias of the exponent is 120 less, and of the mantissa 3 bits are left
+    normal = ((a + 0x7FFFF + ((a >> 20) & 1)) >> 20) - 960
+    small = (tl.abs(v) * 512.0 + _ROUND) - _ROUND  # below 2^-6 steps of 2^-9
+    value = tl.where(a < 0x3C800000, small.to(tl.int32), normal)
+    return (value | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
 def encode(v, FP8: tl.constexpr, CAST: tl.constexpr):
     """The codes of v, fp32 in units of the scale. CAST: FP8 by the processor's instruction, else by arithmetic."""
     if FP8:
@@ -30,14 +42,7 @@ def encode(v, FP8: tl.constexpr, CAST: tl.constexpr):
         if CAST:
             code = v.to(tl.float8e4nv)
         else:
-            bits = v.to(tl.int32, bitcast=True)
-            a = bits & 0x7FFFFFFF
-            normal = (
-                (a + 0x7FFFF + ((a >> 20) & 1)) >> 20
-            ) - 960  # 8 exponents' bias apart, 3 bits of mantissa
-            small = (tl.abs(v) * 512.0 + _ROUND) - _ROUND  # below 2^-6 steps of 2^-9
-            value = tl.where(a < 0x3C800000, small.to(tl.int32), normal)
-            code = (value | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            code = fp8_byte(v).to(tl.float8e4nv, bitcast=True)
     else:
         v = tl.minimum(tl.maximum((v + _ROUND) - _ROUND, -128.0), 127.0)
         code = v.to(tl.int8)
