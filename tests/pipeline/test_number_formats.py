@@ -3,13 +3,14 @@
 import pytest
 import tiny_models
 import torch
+from quantkit_kernels.cpu import library
 from safetensors.torch import load_file
 
 import quantkit
 from quantkit.checkpoint.plugin import packed_linears
 from quantkit.errors import QuantkitError
 
-BACKEND = "auto"
+NATIVE = "cpu" if library.available() else "auto"
 GPTQ = {"name": "gptq", "refine": 1}
 FORMATS = [("W8A16_FP8", "rtn"), ("FP8_BLOCK", GPTQ), ("NVFP4A16", GPTQ), ("MXFP4A16", "rtn")]
 
@@ -42,11 +43,15 @@ def test_from_recipe_to_loaded_model(inputs, tmp_path, preset, algorithm):
     folder = quantized(inputs, tmp_path / "out", preset, algorithm)
     ids = tiny_models.ids(9)
     with torch.no_grad():
-        auto = quantkit.load(folder, device="cpu")
+        own = quantkit.load(folder, device="cpu", backend=NATIVE)
         plain = quantkit.load(folder, device="cpu", backend="reference")
-        off = (auto(ids).logits - plain(ids).logits).square().mean() / plain(ids).logits.square().mean()
+        off = (own(ids).logits - plain(ids).logits).square().mean() / plain(ids).logits.square().mean()
     assert float(off) < 1e-4
-    assert len(packed_linears(auto)) == 7
+    assert len(packed_linears(own)) == 7
+    own.save_pretrained(tmp_path / "again")
+    before, after = stored(folder), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
 
 
 @pytest.mark.parametrize(
