@@ -269,7 +269,7 @@ def huge_pages(modules: Iterable[QuantLinear]) -> library.Arena:
     for module in modules:
         spec = module.spec
         if native.refuses(spec) is None:
-            most = native.units_bytes(spec, native.F32)
+            most = max(native.units_bytes(spec, kind) for kind in (native.F32, native.F8))
             size += -(-most // 64) * 64
     return library.Arena(size)
 

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(not library.available(), reason="needs the nativ
 X = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(3))
 
 
-def layer(name):
+def layer(name, k=256):
     g = torch.Generator().manual_seed(0)
-    weight = rtn(torch.randn(48, 256, generator=g), PRESETS[name].weights, torch.bfloat16)
+    weight = rtn(torch.randn(48, k, generator=g), PRESETS[name].weights, torch.bfloat16)
     return QuantLinear.from_quantized(weight, torch.randn(48, generator=g))
 
 
@@ -36,6 +36,20 @@ def test_auto_runs_them_natively_and_the_file_comes_back(name, monkeypatch):
     for leaf in stored:
         assert kept[leaf].dtype == stored[leaf].dtype
         assert torch.equal(kept[leaf].view(torch.uint8), stored[leaf].view(torch.uint8))
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 160])
+@pytest.mark.parametrize("name", ["NVFP4A16", "MXFP4A16"])
+def test_short_rows_have_room_in_the_arena(name, k):
+    """Four groups to a unit: the last one may be mostly padding."""
+    modules = [layer(name, k), layer(name, k)]
+    truth = modules[0](X[..., :k])
+    for module in modules:
+        module.prepare("cpu", torch.float32)
+    arena = huge_pages(modules)
+    for module in modules:
+        module.move_layout(arena.place)
+        torch.testing.assert_close(module(X[..., :k]), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["NVFP4A16", "W8A16_FP8"])
