@@ -5,13 +5,14 @@
 The steps: `tests` runs the tests marked `gpu`, among them the Triton kernels against fp64, in several processes because
 most of the time is compilation. `decode` times whole steps of a 32-layer Llama-3-8B, bf16 and packed, with CUDA graphs
 and without. `tune` writes a table of tile sizes for this chip, which later steps use. `bench` is `quantkit bench
---products --device cuda`. `compare` quantizes the embedded model by one recipe on the device and on the CPU, and
+--products --device cuda`, W8A8 in int8 and FP8 among them. `caches` times attention over INT8 and FP8 caches against
+PyTorch's over bf16. `compare` quantizes the embedded model by one recipe on the device and on the CPU, and
 evaluates both results on the device.
 
-If a command may take only ten minutes, run `tests decode`, then `tune`, then `bench compare`, with the same DIR. Each
-step writes DIR/STEP.json, which also says if the time ran out, and the report collects the steps found in DIR. Nothing
-is downloaded. The exit code is 1 if a step fails or runs out of time, or if the two quantized models differ by more
-than their standard errors allow.
+If a command may take only ten minutes, run `tests decode`, then `tune`, then `bench caches compare`, with the same DIR.
+Each step writes DIR/STEP.json, which also says if the time ran out, and the report collects the steps found in DIR.
+Nothing is downloaded. The exit code is 1 if a step fails or runs out of time, or if the two quantized models differ by
+more than their standard errors allow.
 """
 
 from __future__ import annotations
@@ -110,6 +111,11 @@ def bench(work: Path, deadline: float) -> dict[str, Any]:
     return _child(work, deadline, "bench", *verb, "--shapes", "llama-3-8b", "--json")
 
 
+def caches(work: Path, deadline: float) -> dict[str, Any]:
+    """Time attention over quantized caches against PyTorch's over bf16."""
+    return _child(work, deadline, "caches", "quantkit.bench.kernels.gpu_kv", "--json")
+
+
 def compare(work: Path, deadline: float) -> dict[str, Any]:
     """Quantize by the same recipes on CUDA and on the CPU, and evaluate the results."""
     rows: list[dict[str, Any]] = []
@@ -137,6 +143,7 @@ STEPS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "decode": decode,
     "tune": tune,
     "bench": bench,
+    "caches": caches,
     "compare": compare,
 }
 

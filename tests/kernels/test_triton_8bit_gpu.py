@@ -5,6 +5,10 @@ import torch
 from quantkit_kernels.reference import kv_attention, scaled_linear
 from quantkit_kernels.triton import kv_op, scaled_op
 
+from quantkit.algorithms.rtn import rtn
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.scheme import NUMBERS, PRESETS, Grid, Scheme
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -103,3 +107,29 @@ def test_cache_is_written_and_read(number, stored, dtype, b, heads, kv, d, place
         found = kv_op.kv_decode(*given, cap)
         assert relative(found, truth) < 4 * torch.finfo(dtype).eps, relative(found, truth)
         assert torch.equal(kv_op.kv_decode(*given, cap), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "compute"),
+    [
+        ("W8A8", "int8-range"),
+        ("FP8_DYNAMIC", "fp8-range"),
+        ("FP8_BLOCK", "fp8-group"),
+        ("W4A8", "float"),
+        ("FP8 alone", "float"),
+    ],
+)
+def test_auto_takes_them_for_layers(monkeypatch, name, compute, dtype):
+    """Here they pass the test that `auto` wants, and a layer computes what it says."""
+    if compute.startswith("fp8"):
+        needs_fp8(FP8)
+    monkeypatch.delenv("QUANTKIT_BACKEND", raising=False)
+    scheme = PRESETS.get(name) or Scheme(Grid(NUMBERS[FP8], "channel"))
+    quantized = rtn(randoms(200, 256).cpu(), scheme.weights, torch.bfloat16)
+    layer = QuantLinear.from_quantized(quantized, randoms(200, seed=2).cpu(), inputs=scheme.inputs).cuda()
+    x = randoms(9, 256, seed=1, dtype=dtype)
+    truth = layer(x.float())
+    layer.prepare(None, dtype)
+    assert (layer.backend, layer.compute) == ("triton", compute)
+    assert relative(layer(x), truth) < (0.01 if compute == "float" else 4 * torch.finfo(dtype).eps)

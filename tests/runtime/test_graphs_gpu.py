@@ -13,10 +13,12 @@ import quantkit
 from quantkit.algorithms.rtn import rtn
 from quantkit.assets import default_model
 from quantkit.cli.main import run
+from quantkit.layers.kv_cache import attach
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.numerics.kv import KVScales
 from quantkit.runtime import GraphDecoder, generate, graphed, graphs
 from quantkit.runtime.buffers import Buffers
-from quantkit.scheme import integer
+from quantkit.scheme import KV_PRESETS, integer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +84,24 @@ def test_gemma2_is_right_captured_or_not():
         warnings.simplefilter("ignore")
         found = decode(GraphDecoder(model, 40), ids, 40, tokens)[1]
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "qwen2", "gemma3"])
+@pytest.mark.parametrize("preset", ["INT8", "FP8"])
+def test_quantized_caches_are_captured(name, preset):
+    model, ids = tiny_models.FAMILIES[name]().cuda(), tiny_models.ids(5)
+    scale = torch.full((2, 1, 1), 0.02)
+    scales = None if preset == "INT8" else {i: KVScales(scale, scale) for i in range(3)}
+    attach(model, KV_PRESETS[preset], scales)
+    tokens, logits = decode(model, ids, 64)
+    decoder = graphed(model, 64)
+    assert isinstance(decoder, GraphDecoder), decoder
+    found = decode(decoder, ids, 64, tokens)[1]
+    assert decoder.why_eager is None
+    assert (
+        found - logits
+    ).norm() <= 5e-3 * logits.norm()  # an entry between two codes may take the other one
+    assert torch.equal(decode(GraphDecoder(model, 64), ids, 64, tokens)[1], found)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
