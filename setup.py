@@ -5,6 +5,7 @@ compiler the installation goes on without them. QUANTKIT_WERROR=1 makes their wa
 `python setup.py build_ext --inplace` builds the library beside its sources.
 """
 
+import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,12 +70,21 @@ class PlainWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+sources = sorted(glob("kernels/quantkit_kernels/cpu/*.cpp"))
+headers = sorted(glob("kernels/quantkit_kernels/cpu/*.h"))
+# As `sources_digest` in quantkit_kernels/cpu/library.py, which refuses a library of other sources.
+digest = hashlib.sha256()
+for name in sorted([*sources, *headers], key=os.path.basename):
+    with open(name, "rb") as file:
+        digest.update(file.read())
+
 warnings = ["-Wall", "-Wextra", "-Werror"] if STRICT else ["-w"]
 library = Extension(
     LIBRARY,
-    sources=sorted(glob("kernels/quantkit_kernels/cpu/*.cpp")),
-    depends=sorted(glob("kernels/quantkit_kernels/cpu/*.h")),
+    sources=sources,
+    depends=headers,
     language="c++",
+    define_macros=[("QK_SOURCES", f'"{digest.hexdigest()[:16]}"')],
     extra_compile_args=[*FLAGS, *warnings],
     extra_link_args=["-fopenmp"],
 )

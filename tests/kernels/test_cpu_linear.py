@@ -216,6 +216,16 @@ def test_isa_is_forced_by_the_environment():
     assert isa("") == max(i for i in range(4) if able(i))
 
 
+def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
+    """Its structs may be others; one that has no digest was built by hand, for tests."""
+    installed = SOURCES / "_quantkit_cpu.so"
+    assert library.open_library(installed).qk_sources().decode() == library.sources_digest()
+    monkeypatch.setattr(library, "sources_digest", lambda: "0" * 16)
+    with pytest.raises(OSError, match=r"built from other sources.*pip install -e") as error:
+        library.open_library(installed)
+    assert error.value.filename == str(installed)
+
+
 def test_a_path_that_computes_something_else_is_found_out(tmp_path):
     """The last bit of one output of one token is wrong, or one of a table by a thousandth, or its rare codes."""
     if not shutil.which("g++"):

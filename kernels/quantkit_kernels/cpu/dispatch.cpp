@@ -203,6 +203,11 @@ const char *qk_isa_name(int isa) { return isa >= 0 && isa < ISAS ? NAMES[isa] : 
 
 const char *qk_cpu_flags(void) { return cpu().text; }
 
+#ifndef QK_SOURCES
+#define QK_SOURCES ""
+#endif
+const char *qk_sources(void) { return QK_SOURCES; }
+
 void *qk_arena_new(size_t bytes) {
     constexpr size_t PAGE = size_t(2) << 20;
     void *arena = nullptr;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
+import hashlib
 import os
 import weakref
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
@@ -64,6 +66,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "qk_set_isa": (c_int, [c_int]),
     "qk_isa_name": (c_char_p, [c_int]),
     "qk_cpu_flags": (c_char_p, []),
+    "qk_sources": (c_char_p, []),
     "qk_range_errors": (None, [POINTER(Range), c_int]),
     "qk_kv_attend": (c_int, [c_void_p, c_int]),
     "qk_arena_new": (c_void_p, [c_size_t]),
@@ -79,12 +82,32 @@ def load() -> ctypes.CDLL | None:
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load the library at `path` and declare the types of its functions."""
+    """Load the library at `path` and declare the types of its functions.
+
+    OSError if it was built from other sources than those beside this file: its structs may be others.
+    """
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "qk_sources"):
+        raise _stale(path)
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if library.qk_sources().decode() not in ("", sources_digest()):
+        raise _stale(path)
     return library
+
+
+def sources_digest() -> str:
+    """Of the C++ files beside this one, as setup.py gives it to the library."""
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for file in sorted([*here.glob("*.cpp"), *here.glob("*.h")], key=lambda file: file.name):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _stale(path: Path) -> OSError:
+    what = "was built from other sources than those installed; install quantkit again (`pip install -e .`)"
+    return OSError(errno.ENOEXEC, what, str(path))
 
 
 def available() -> bool:

@@ -47,6 +47,7 @@ int qk_isa_available(int isa);
 int qk_set_isa(int isa);            /* 0, or -1 and no change if this machine lacks it */
 const char *qk_isa_name(int isa);
 const char *qk_cpu_flags(void);     /* vendor, family and the instruction sets found, for people */
+const char *qk_sources(void);       /* digest of the sources it was built from; empty if its builder gave none */
 
 /* Groups of weights and, for each of them, several grids that could round it: level = round(w / s) within
    [-z, qmax - z], off = level - w / s. */
