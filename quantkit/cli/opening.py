@@ -41,7 +41,7 @@ compute_option = click.option(
 kv_cache_option = click.option(
     "--kv-cache",
     metavar="NAME",
-    help="Run with this KV cache: exact, INT8, INT4 or, with stored scales, FP8. Default: the checkpoint's own.",
+    help="Run with this KV cache: exact, INT8, INT4, KIVI4, KIVI2 or, with stored scales, FP8. Default: its own.",
 )
 
 
