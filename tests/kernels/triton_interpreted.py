@@ -152,7 +152,7 @@ def test_large_m_is_dequantized_once(monkeypatch):
 
 
 def test_the_kernels_pass_their_own_check():
-    assert selfcheck.compare(torch.device("cpu"), 4, 128, False, True, torch.float16) is None
+    assert selfcheck.compare(torch.device("cpu"), "int4", 128, False, True, torch.float16) is None
 
 
 def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
@@ -162,8 +162,8 @@ def test_the_check_sees_a_split_that_is_left_out(monkeypatch):
         return launch(first, codes, scales, zeros, bias, bits, group_size, n, k, config, y)
 
     monkeypatch.setattr(selfcheck, "launch", half)
-    found = selfcheck.compare(torch.device("cpu"), 4, 128, True, True, torch.float16)
-    assert "4 bits on 1 tokens are not what the reference computes" in found
+    found = selfcheck.compare(torch.device("cpu"), "int4", 128, True, True, torch.float16)
+    assert "int4 on 1 tokens is not what the reference computes" in found
 
 
 def test_threads_wait_for_each_other_in_the_interpreter():
