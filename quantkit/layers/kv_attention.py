@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantkit.errors import ModelError
+from quantkit.layers.kv_buffer import KVBuffer
 from quantkit.layers.kv_entries import Entries, Part
 from quantkit.numerics.hadamard import hadamard
 
@@ -62,8 +63,8 @@ class Carried:
 def attention(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | Carried,
-    value: torch.Tensor | Carried,
+    key: torch.Tensor | Carried | KVBuffer,
+    value: torch.Tensor | Carried | KVBuffer,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -74,20 +75,23 @@ def attention(
     """query [B, heads, T, d], key and value [B, kv_heads, S, d] -> [B, T, heads, d].
 
     attention_mask: bool, True where a token is seen, or an additive float; [B or 1, heads or 1, T, S]. softcap: c of
-    c tanh(scores / c). s_aux: a score per head that takes part in the softmax only (attention sinks of GPT-OSS).
+    c tanh(scores / c). s_aux: a score per head that takes part in the softmax only (attention sinks of GPT-OSS). A
+    `KVBuffer` holds both keys and values, for one new token of a captured step.
     """
     if any(kwargs.get(name) is not None for name in NOT_READ) or dropout:
         given = [name for name in NOT_READ if kwargs.get(name) is not None] or ["dropout"]
         raise ModelError(
             f"attention over a quantized KV cache does not do {', '.join(given)}; load with kv_cache='exact'"
         )
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, KVBuffer):
+        if s_aux is not None:
+            raise ModelError("a captured step over a quantized KV cache does not do s_aux")
+        return key.attend(query, attention_mask, factor, softcap or 0.0), None
+    assert not isinstance(value, KVBuffer)
     if not isinstance(key, Carried) or not isinstance(value, Carried):
-        if (
-            softcap is None
-            and s_aux is None
-            and isinstance(key, torch.Tensor)
-            and isinstance(value, torch.Tensor)
-        ):
+        plain = softcap is None and s_aux is None
+        if plain and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
@@ -96,7 +100,6 @@ def attention(
         parts = key.entries.parts(value.entries)
     b, heads, tokens, d = query.shape
     kv_heads = key.shape[1]
-    factor = d**-0.5 if scaling is None else scaling
     rows = query.float().reshape(b, kv_heads, heads // kv_heads * tokens, d) * factor
     sums = _nothing_yet(rows, value.shape[3], s_aux, heads, tokens)
     for part in parts:

@@ -7,15 +7,10 @@ fp32, [1, H, length] of int8, [1, H, 1] stored ones of FP8. INT8 keys may be rot
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from quantkit_kernels.triton.kv_op import kv_decode, kv_write
-from torch import nn
-from transformers import AttentionInterface
 
 from quantkit.errors import ModelError
-from quantkit.layers import kv_attention
 from quantkit.numerics.hadamard import hadamard
 from quantkit.numerics.kv import KVScales
 from quantkit.scheme import KVScheme
@@ -64,7 +59,7 @@ class Seen:
 
 
 class KVBuffer:
-    """Keys and values of one layer and sequence; also what goes from the cache to `attention` in their place."""
+    """Keys and values of one layer and sequence; also what goes to `kv_attention.attention` in their place."""
 
     def __init__(
         self, scheme: KVScheme, scales: KVScales | None, like: torch.Tensor, length: int, seen: Seen
@@ -101,34 +96,3 @@ class KVBuffer:
         k_scales, v_scales = self.scales
         out = kv_decode(q, self.keys, k_scales, self.values, v_scales, first, end, factor, softcap)
         return out[:, None]
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: Any,
-    value: Any,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As `kv_attention.attention`, and of one new token over a `KVBuffer`."""
-    if not isinstance(key, KVBuffer):
-        return kv_attention.attention(
-            module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, **kwargs
-        )
-    given = [name for name in kv_attention.NOT_READ if kwargs.get(name) is not None]
-    given += ["s_aux"] * (s_aux is not None) + ["dropout"] * bool(dropout)
-    if given:
-        raise ModelError(f"a captured step over a quantized KV cache does not do {', '.join(given)}")
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return key.attend(query, attention_mask, factor, softcap or 0.0), None
-
-
-def register() -> None:
-    """Make the attention of quantized caches and its mask known to transformers; again is harmless."""
-    kv_attention.register()
-    AttentionInterface.register(kv_attention.NAME, attention)

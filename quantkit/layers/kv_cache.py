@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quantkit.errors import ModelError
-from quantkit.layers import kv_attention, kv_buffer
+from quantkit.layers import kv_attention
 from quantkit.layers.kv_attention import Carried
 from quantkit.layers.kv_entries import Entries
 from quantkit.numerics.kv import KVScales
@@ -159,7 +159,7 @@ def attach(model: PreTrainedModel, scheme: KVScheme, scales: Mapping[int, KVScal
     if not scheme.dynamic and (scales is None or set(scales) != set(range(count))):
         have = sorted(scales or ())
         raise ModelError(f"{scheme} needs stored scales of {count} layers, got those of {have[:8] or 'none'}")
-    kv_buffer.register()
+    kv_attention.register()
     model.set_attn_implementation(kv_attention.NAME)
     known = ATTRIBUTE in model.__dict__
     model.__dict__[ATTRIBUTE] = Attached(scheme, scales, count)
