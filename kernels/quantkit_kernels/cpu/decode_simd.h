@@ -68,24 +68,34 @@ inline vf load(const fp8 *p) {
     return load((const f16 *)halves);
 }
 #endif
-// LANES codes of 4 bits less 8: a word in every lane, shifted by another number of bits in each.
-inline vf load(const i4 *p) {
+// LANES codes of 4 bits, the first one lowest: the word that holds it in every lane, and its place there.
+inline vu nibbles(const void *p) {
 #if LANES == 4
     uint16_t word;
     __builtin_memcpy(&word, p, 2);
-    const vu words = (vu){} + word, shifts = {0, 4, 8, 12};
+    return (vu){} + word;
 #elif LANES == 8
     uint32_t word;
     __builtin_memcpy(&word, p, 4);
-    const vu words = (vu){} + word, shifts = {0, 4, 8, 12, 16, 20, 24, 28};
+    return (vu){} + word;
 #else
     uint32_t a, b;
     __builtin_memcpy(&a, p, 4);
-    __builtin_memcpy(&b, p + 4, 4);
-    const vu words = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-    const vu shifts = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+    __builtin_memcpy(&b, (const char *)p + 4, 4);
+    return (vu){a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
 #endif
-    return __builtin_convertvector((vi)((words >> shifts) & 15) - 8, vf);
+}
+inline vu nibble_places() {
+#if LANES == 4
+    return (vu){0, 4, 8, 12};
+#elif LANES == 8
+    return (vu){0, 4, 8, 12, 16, 20, 24, 28};
+#else
+    return (vu){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+#endif
+}
+inline vf load(const i4 *p) {  // codes less 8
+    return __builtin_convertvector((vi)((nibbles(p) >> nibble_places()) & 15) - 8, vf);
 }
 inline void store(float *p, vf v) { *(vf_at *)p = v; }
 

@@ -15,22 +15,7 @@ inline vf load(const e4m3 *p) {
     return (vf)((vu)x | (vu)((vu)x << 1 == 0x3ff00000u << 1));  // 480 / 256 is the NaN's place
 }
 inline vf load(const s4 *p) {
-#if LANES == 4
-    uint16_t word;
-    __builtin_memcpy(&word, p, 2);
-    const vu words = (vu){} + word, shifts = {28, 24, 20, 16};
-#elif LANES == 8
-    uint32_t word;
-    __builtin_memcpy(&word, p, 4);
-    const vu words = (vu){} + word, shifts = {28, 24, 20, 16, 12, 8, 4, 0};
-#else
-    uint32_t a, b;
-    __builtin_memcpy(&a, p, 4);
-    __builtin_memcpy(&b, p + 4, 4);
-    const vu words = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-    const vu shifts = {28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0};
-#endif
-    return __builtin_convertvector((vi)(words << shifts) >> 28, vf);
+    return __builtin_convertvector((vi)(nibbles(p) << (28 - nibble_places())) >> 28, vf);
 }
 
 // Element i, for what is left over.
