@@ -221,7 +221,7 @@ def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
     installed = SOURCES / "_quantkit_cpu.so"
     assert library.open_library(installed).qk_sources().decode() == library.sources_digest()
     monkeypatch.setattr(library, "sources_digest", lambda: "0" * 16)
-    with pytest.raises(OSError, match=r"built from other sources.*pip install -e") as error:
+    with pytest.raises(OSError, match="built from other sources") as error:
         library.open_library(installed)
     assert error.value.filename == str(installed)
 

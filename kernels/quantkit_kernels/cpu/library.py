@@ -106,7 +106,7 @@ def sources_digest() -> str:
 
 
 def _stale(path: Path) -> OSError:
-    what = "was built from other sources than those installed; install quantkit again (`pip install -e .`)"
+    what = "was built from other sources than those installed; install quantkit again"
     return OSError(errno.ENOEXEC, what, str(path))
 
 
