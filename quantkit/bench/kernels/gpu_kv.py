@@ -130,7 +130,7 @@ def main() -> None:
             rows.append(size_row(sequences, tokens, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
-            write_json(arguments.json, {"machine": machine(), "rows": rows})
+            write_json(arguments.json, {"schema": "quantkit-gpu-kv/1", "machine": machine(), "rows": rows})
     sys.exit(any("us" not in row for size in rows for row in size["caches"]))
 
 

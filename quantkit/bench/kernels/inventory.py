@@ -17,9 +17,8 @@ from quantkit_kernels.cpu.library import ADVICE, SLOWER
 
 BITS = range(2, 9)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
-FORMATS: dict[
-    str, tuple[str, int, int | None, str]
-] = {  # number, bits, group size and inputs of weights that are no integers, or whose inputs are rounded
+# Weights that are no integers, or whose inputs are rounded: (number, bits, group size, inputs).
+FORMATS: dict[str, tuple[str, int, int | None, str]] = {
     "FP8, channel": ("fp8_e4m3", 8, None, "float"),
     "FP8, blocks of 128": ("fp8_e4m3", 8, 128, "float"),
     "NVFP4": ("fp4_e2m1", 4, 16, "float"),

@@ -117,6 +117,7 @@ def within_transformers(
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (prompt,), generator=random)
     d = config.hidden_size // config.num_attention_heads
+    kv_attention.register()
     ready: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for kind in kinds:
@@ -129,13 +130,12 @@ def within_transformers(
         for layer in range(layers):
             pair = torch.randn(2, 1, config.num_key_value_heads, depth, d, generator=random)
             cache.update(*pair.to(model.dtype), layer)
-        name = f"transformers {kind}"
-        kv_attention.register()
-        ready[name] = partial(inside, model, own if scheme is None else kv_attention.NAME, cache, tokens, new)
-        exact = (
-            sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if scheme is None else 0
-        )
-        sizes[name] = exact or cache.nbytes
+        name, attention = f"transformers {kind}", own if scheme is None else kv_attention.NAME
+        ready[name] = partial(inside, model, attention, cache, tokens, new)
+        if scheme is None:
+            sizes[name] = sum(each.keys.nbytes + each.values.nbytes for each in cache.layers)
+        else:
+            sizes[name] = cache.nbytes
     return ready, sizes
 
 

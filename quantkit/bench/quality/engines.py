@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import commit, machine
 from quantkit.bench.quality import vllm_greedy
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.loaders import engine_flag
@@ -133,7 +133,7 @@ def row(name: str, case: Case, python: Path, work: Path) -> dict[str, Any]:
     tokenizer = open_tokenizer(checkpoint)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     theirs = engine(python, checkpoint, prompts, case.options)
-    facts = {"scheme": name, "options": case.options, "loads": "error" not in theirs}
+    facts = {"scheme": name, "commit": commit(), "options": case.options, "loads": "error" not in theirs}
     if "error" in theirs:
         return facts | {"error": theirs["error"]}
     pairs = zip(ours(checkpoint, prompts), theirs["outputs"], strict=True)
@@ -153,7 +153,7 @@ def run(work: Path, python: Path | None, only: list[str] | None = None) -> dict[
         if not only or name in only:
             rows.append(row(name, case, python, work))
             print(line(rows[-1]), flush=True)
-    return {"machine": machine(), "rows": rows}
+    return {"schema": "quantkit-engines/1", "machine": machine(), "rows": rows}
 
 
 def line(found: dict[str, Any]) -> str:

@@ -1,15 +1,18 @@
 """What quantized KV caches cost: perplexity against the exact cache as decoding sees it, and bytes per token.
 
     python -m quantkit.bench.quality.kv_caches --work DIR [--model PATH] [--json FILE]
+    python -m quantkit.bench.quality.kv_caches --work DIR --long docs/benchmarks/long-texts.json
 
 Every row runs the same weights in fp32, with a quantized cache and with an exact one on the same windows of 512 tokens
 of the embedded evaluation text. FP8 rows are checkpoints that `quantkit quantize` made with `weights: none`. Bytes are
-those of a cache that was filled, against 2 bytes a number in bf16.
+those of a cache that was filled, against 2 bytes a number in bf16. --long instead lets the model write texts of 2,000
+tokens with some of the caches, as `quantkit eval --long-generation` does.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import quantkit_eval
 import torch
 
 from quantkit import assets
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import commit, machine
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_json
 from quantkit.layers.kv_cache import cache_of
@@ -35,6 +38,7 @@ CACHES: dict[str, KVScheme] = {
     "INT4, first 4 exact": KVScheme(INT4.keys, INT4.values, sinks=4, rotate=True),
     "INT4, not rotated": KVScheme(INT4.keys, INT4.values),
 }
+LONG = ("INT8", "FP8", "INT4")
 
 
 def measure(path: Path, work: Path, tokens: int) -> list[dict[str, Any]]:
@@ -42,13 +46,7 @@ def measure(path: Path, work: Path, tokens: int) -> list[dict[str, Any]]:
     exact, tokenizer = load(path, device="cpu"), open_tokenizer(path)
     rows = []
     for name, scheme in CACHES.items():
-        folder = path
-        if not scheme.dynamic:
-            recipe = {"weights": "none", "kv_cache": name}
-            folder = quantize(recipe, path, work / f"{path.name}-{name}", evaluate=False).output
-        model = load(folder, device="cpu", kv_cache=scheme)
-        make = cache_of(model)
-        assert make is not None
+        model, make = _with_cache(path, work, name, scheme)
         report = quantkit_eval.evaluate(
             model, tokenizer, assets.evaluation_text(), exact, CONTEXT, max_tokens=tokens, cache=make
         )
@@ -56,6 +54,28 @@ def measure(path: Path, work: Path, tokens: int) -> list[dict[str, Any]]:
         rows.append(row | {"of_bf16": _share(model, make())})
         print(_line(rows[-1]), flush=True)
     return rows
+
+
+def measure_long(path: Path, work: Path) -> list[dict[str, Any]]:
+    """One row per cache of LONG: what it costs in long texts of the model in `path`, by position."""
+    rows = []
+    for name in LONG:
+        model, make = _with_cache(path, work, name, CACHES[name])
+        report = quantkit_eval.long_generation(model, open_tokenizer(path), assets.evaluation_text(), make)
+        rows.append({"cache": name, "commit": commit(), "report": report.to_json()})
+        print(f"{name}: KL {1e3 * report.kl_mean:.2f}e-3, repetition {report.repetition:.2%}", flush=True)
+    return rows
+
+
+def _with_cache(path: Path, work: Path, name: str, scheme: KVScheme) -> tuple[Any, Callable[[], Any]]:
+    """(the model with this cache, what makes an empty one); stored scales are calibrated first."""
+    if not scheme.dynamic:
+        recipe = {"weights": "none", "kv_cache": name}
+        path = quantize(recipe, path, work / f"{path.name}-{name}", evaluate=False).output
+    model = load(path, device="cpu", kv_cache=scheme)
+    make = cache_of(model)
+    assert make is not None
+    return model, make
 
 
 @torch.no_grad()
@@ -85,7 +105,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=assets.default_model())
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--long", type=Path, metavar="FILE", help="write long texts instead; the report's file"
+    )
     arguments = parser.parse_args()
+    if arguments.long:
+        rows = measure_long(arguments.model, arguments.work)
+        write_json(arguments.long, {"schema": "quantkit-long-texts/1", "machine": machine(), "rows": rows})
+        return
     print(
         "| cache | perplexity | against exact | paired ΔNLL | KL x 1e-3 | of bf16 |\n|---|---|---|---|---|---|"
     )
