@@ -38,10 +38,7 @@ SchemeOf = Callable[[str], Scheme | None]  # a linear's name -> its scheme
 REMOVE = f"fetch the checkpoint again, or remove {MANIFEST} to use it without what it guarantees"
 _PIECE = 4 << 20
 _LARGE = 1 << 28  # bytes of a one-dimensional tensor; a norm or a bias is far smaller
-_SHORT = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.float8_e8m0fnu,
-}  # scales of one byte: NVFP4's and MXFP4's
+_SHORT = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.float8_e8m0fnu}  # scales of NVFP4 and of MXFP4
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,7 @@ MIXED = "mixed-precision"  # several groups; each then names its format
 CORRUPT = "the checkpoint is corrupt, fetch it again"
 VERSION = "0.19.0"  # of compressed-tensors, whose files these equal
 _SCALES = {"fp8_e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
-_IN_KERNELS = (
-    "fp8_e4m3",
-    "fp4_e2m1",
-    "nf4",
-)  # numbers beside integers; the keys of `quantkit_kernels.stored.TABLES`
+_IN_KERNELS = ("fp8_e4m3", "fp4_e2m1", "nf4")  # beside integers; the keys of `quantkit_kernels.stored.TABLES`
 
 
 def format_of(scheme: Scheme) -> str:

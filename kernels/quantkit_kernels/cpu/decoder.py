@@ -20,7 +20,7 @@ from quantkit_kernels.cpu.layout import Packed, check_bias, check_units
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # qk::Type
 _MOST = 2**31 - 1  # of an int in C
-COMPUTES = {
+COMPUTES = {  # qk::Compute
     "float": 0,
     "int8": 1,
     "int8-token": 2,
@@ -28,9 +28,7 @@ COMPUTES = {
     "int8-range": 4,
     "fp8-range": 5,
     "fp8-group": 6,
-}  # qk::Compute
-
-
+}
 MOST_SINKS = 128  # qk::PAGE
 CACHES = {"fp32": 0, "bf16": 1, "int8": 8, "int4": 9, "fp8_e4m3": 10}  # qk::Cache
 

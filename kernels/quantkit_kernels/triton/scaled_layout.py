@@ -15,11 +15,8 @@ import torch
 from quantkit_kernels.bits import pack_bits, unpack_bits
 from quantkit_kernels.stored import Layout, Spec, Stored
 
-NUMBERS = {
-    "int8-range": "int8",
-    "fp8-range": "fp8_e4m3",
-    "fp8-group": "fp8_e4m3",
-}  # of both operands, by inputs
+# The number of both operands, by `Spec.inputs`.
+NUMBERS = {"int8-range": "int8", "fp8-range": "fp8_e4m3", "fp8-group": "fp8_e4m3"}
 GROUP = 128  # columns of "fp8-group"
 BLOCK = 128  # rows that share a scale
 
