@@ -2,31 +2,35 @@
 
 No weight is read, and torch is not imported, so that `quantkit validate --model` answers at once. Headers know names
 and shapes, not what a module is: a 2-D `.weight` may also be a router or a table. `quantize` therefore plans again
-when it has built the empty model, with the types of the modules (`others`). Until then, and for linears that must not
-be rounded although they are linears, `families.SET_ASIDE` says which names are left as they are.
+when it has built the empty model, with the place of every tensor in it (`places`). Until then, and for linears that
+must not be rounded although they are linears, `families.SET_ASIDE` says which names are left as they are.
 
-What lies outside the numbered decoder blocks (an output head, a projection) stays as it is, too, unless a rule names
-it and names no ordinary linear of the blocks.
+A linear is called as on disk, without `.weight`. What lies outside the numbered decoder blocks (an output head, a
+projection) stays as it is unless a rule names it and names no ordinary linear of the blocks; towers of a multimodal
+model and tensors that the model does not have are carried, whatever the rules say.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import ModelError, RecipeError
 from quantkit.models import families
+from quantkit.models.blocks import Blocks, find_blocks
 from quantkit.models.headers import Headers
-from quantkit.models.tensors import TensorInfo
 from quantkit.recipe import Recipe
 from quantkit.recipe_schemes import InputRange, Rule, Weights
 from quantkit.scheme import Grid, KVScheme, Scheme
 
+if TYPE_CHECKING:
+    from quantkit.models.places import Places
+
 ENGINE_GROUPS = (128, 64, 32)  # group sizes that the kernels of vLLM and SGLang take, and ours
 OTHER_GROUPS = (16, 48, 96, 192, 256, 512, 1024)
-_NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d+)\..+$")  # (block list, number), the leftmost number counts
 _EMBEDDING = re.compile(r"(embed|wte|wpe)[^.]*$")
 
 
@@ -34,8 +38,9 @@ _EMBEDDING = re.compile(r"(embed|wte|wpe)[^.]*$")
 class LayerPlan:
     """One linear to quantize.
 
-    name: module name. shape: (N, K), whatever the layout on disk. transposed: on disk it is Conv1D's [K, N].
-    block: number of its decoder block, None outside of them. input_range: how a calibrated range of inputs is chosen.
+    name: as on disk, without `.weight`. shape: (N, K), whatever the layout on disk. transposed: on disk it is Conv1D's
+    [K, N]. block: number of its decoder block, None outside of them. input_range: how a calibrated range of inputs is
+    chosen. renamed: the model's name of the module where it is another one than on disk.
     """
 
     name: str
@@ -45,6 +50,12 @@ class LayerPlan:
     scheme: Scheme
     algorithm: AlgorithmConfig
     input_range: InputRange = "minmax"
+    renamed: str | None = None
+
+    @property
+    def module(self) -> str:
+        """The module's name in transformers' model."""
+        return self.name if self.renamed is None else self.renamed
 
     @property
     def calibrates_inputs(self) -> bool:
@@ -54,9 +65,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks_prefix: module name of the block list. skipped: (module, reason) of weights left as they are.
-
-    kv: how the KV cache is quantized; None: it is exact. widest: rows or columns of the largest weight in a block.
+    """blocks_prefix: module name of the block list, as on disk while the model is not built. skipped: (name, reason) of
+    weights left as they are. kv: how the KV cache is quantized; None: it is exact. widest: rows or columns of the
+    largest weight in a block. parts: tensor on disk -> number of its decoder block, for all tensors in one.
     """
 
     blocks_prefix: str
@@ -65,6 +76,7 @@ class Plan:
     skipped: tuple[tuple[str, str], ...]
     kv: KVScheme | None = None
     widest: int = 1
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def calibrates_cache(self) -> bool:
@@ -97,19 +109,26 @@ class _Linear:
     """A weight that could be quantized. aside: why it is not, unless a rule names it; None: it is."""
 
     name: str
+    renamed: str | None
     shape: tuple[int, int]
     transposed: bool
     block: int | None
     aside: str | None
 
 
-def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | None = None) -> Plan:
+def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -> Plan:
     """The plan, or one error with every problem: rules that do not fit, group sizes, windows that are too long.
 
-    others: module name -> class name of every module of the built model that is not a linear layer; None while the
-    model is not built. RecipeError, or ModelError if only the model's shapes are in the way.
+    places: where each tensor goes in the model; None while it is not built. RecipeError, or ModelError if only the
+    model's shapes are in the way.
     """
-    prefix, n_blocks, linears, refused = _linears(headers, others or {})
+    if places is None:
+        blocks = find_blocks(headers.path, headers.config, headers.tensors)
+    else:
+        numbers = {disk: places.block_of(disk) for disk in places.by_disk}
+        of = {disk: number for disk, number in numbers.items() if number is not None}
+        blocks = Blocks(places.blocks, places.n_blocks, of)
+    linears, refused = _linears(headers, blocks, places)
     problems, only_ordinary = [], []
     for number, rule in enumerate(recipe.rules):
         only_ordinary.append(any(rule.fits(linear.name) for linear in linears if linear.aside is None))
@@ -135,7 +154,7 @@ def build_plan(recipe: Recipe, headers: Headers, others: Mapping[str, str] | Non
         problems += _split_fusions(layers, skipped)
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
     widest = max((max(linear.shape) for linear in linears if linear.block is not None), default=1)
-    plan = Plan(prefix, n_blocks, tuple(layers), tuple(skipped), kv, widest)
+    plan = Plan(blocks.prefix, blocks.count, tuple(layers), tuple(skipped), kv, widest, blocks.of)
     problems += _window_problems(recipe, plan, headers)
     if not layers and recipe.weights is not None and not problems:
         problems.append("the rules skip every linear; nothing is left to quantize")
@@ -162,67 +181,74 @@ def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None)
         scheme=scheme,
         algorithm=algorithm,
         input_range="minmax" if inputs is None else inputs.range,
+        renamed=linear.renamed,
     )
 
 
-def _linears(headers: Headers, others: Mapping[str, str]) -> tuple[str, int, list[_Linear], dict[str, str]]:
-    """(module name of the block list, number of blocks, weights that can be quantized, module -> why not)."""
-    matrices: dict[str, TensorInfo] = {}
-    for disk_name, tensor in headers.tensors.items():
-        name, _, leaf = headers.module_names[disk_name].rpartition(".")
-        if leaf == "weight" and len(tensor.shape) == 2 and disk_name not in headers.dropped:
-            matrices[name] = tensor
-    prefix, blocks = _blocks(headers, matrices)
+def _linears(headers: Headers, blocks: Blocks, places: Places | None) -> tuple[list[_Linear], dict[str, str]]:
+    """(weights that can be quantized, name -> why another matrix cannot be)."""
     linears: list[_Linear] = []
     refused: dict[str, str] = {}
-    for name, tensor in matrices.items():
-        is_tied_head = headers.tied and name == families.HEAD
-        if name not in blocks and (is_tied_head or _EMBEDDING.search(name)):
+    for disk, tensor in headers.tensors.items():
+        name, _, leaf = disk.rpartition(".")
+        if leaf != "weight" or len(tensor.shape) != 2 or disk in headers.dropped:
             continue
-        if name in others:
-            refused[name] = f"a {others[name]}, not a linear layer"
+        place = None if places is None else places.by_disk.get(disk)
+        is_tied_head = headers.tied and families.is_head(name)
+        table = _EMBEDDING.search(name) or (place is not None and place.kind == "embedding")
+        if disk not in blocks.of and (is_tied_head or table):
             continue
-        transposed = families.is_conv1d(headers.model_type, name)
+        if reason := _refused(disk, disk in blocks.of, places):
+            refused[name] = reason
+            continue
+        module = (place.parameter if place else None) or disk
+        module = module.removesuffix(".weight")
+        conv1d = families.is_conv1d(headers.text_type, name)
+        transposed = conv1d if place is None else place.owner == "Conv1D"
         rows, columns = tensor.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        aside = families.set_aside(name) if name in blocks else "outside the decoder blocks"
-        linears.append(_Linear(name, shape, transposed, blocks.get(name), aside))
+        aside = families.set_aside(name) or families.set_aside(module)
+        if disk not in blocks.of:
+            aside = "outside the decoder blocks"
+        renamed = None if module == name else module
+        linears.append(_Linear(name, renamed, shape, transposed, blocks.of.get(disk), aside))
     linears.sort(key=lambda linear: (linear.block is None, linear.block or 0))
-    return prefix, max(blocks.values()) + 1, linears, refused
+    return linears, refused
 
 
-def _blocks(headers: Headers, matrices: Mapping[str, TensorInfo]) -> tuple[str, dict[str, int]]:
-    """(module name of the block list, {module in it: its block's number}); the list with most bytes is meant."""
-    numbered = {name: match for name in matrices if (match := _NUMBERED.match(name))}
-    sizes: dict[str, int] = {}
-    for name, match in numbered.items():
-        sizes[match[1] or ""] = sizes.get(match[1] or "", 0) + matrices[name].nbytes
-    if not sizes:
-        raise ModelError(
-            f"{headers.path}: no numbered decoder blocks among {len(headers.tensors)} tensors; "
-            "only causal language models with a list of decoder blocks can be quantized"
-        )
-    prefix = max(sizes, key=sizes.__getitem__)
-    blocks = {name: int(match[2]) for name, match in numbered.items() if (match[1] or "") == prefix}
-    numbers = sorted(set(blocks.values()))
-    if numbers[-1] >= len(numbers):  # compared before anything counts that far: the number may be absurd
-        first = next(i for i, number in enumerate(numbers) if number != i)
-        raise ModelError(
-            f"{headers.path}: {prefix} has blocks up to {numbers[-1]} but none numbered {first}; the checkpoint "
-            "is incomplete, fetch it again"
-        )
-    return prefix, blocks
+def _refused(disk: str, in_block: bool, places: Places | None) -> str | None:
+    """Why a matrix cannot be quantized, or None."""
+    if places is None:
+        if in_block:
+            return None
+        part = families.tower(disk)
+        return f"part of {part}, carried as it is" if part else _extra(disk)
+    place = places.by_disk[disk]
+    if place.parameter is None:
+        return _extra(disk) or "no part of the model that transformers builds, carried as it is"
+    if not places.in_text(place.parameter):
+        return "no part of the language model, carried as it is"
+    if not place.whole:
+        return "a part of a parameter that transformers assembles"
+    return None if place.kind in ("linear", "router") else f"a {place.owner}, not a linear layer"
+
+
+def _extra(disk: str) -> str | None:
+    """Why a tensor is carried by its name, or None."""
+    mtp = families.MTP.search(disk) or families.MTP_BLOCK.search(disk)
+    return "predicts further tokens (MTP), carried as it is" if mtp else None
 
 
 def _outside_problem(
     rule: Rule, linears: Sequence[_Linear], refused: Mapping[str, str], headers: Headers
 ) -> str | None:
     """What is wrong with a rule that fits no ordinary linear of the blocks."""
-    if headers.tied and rule.fits(families.HEAD):
+    head = next((name for name in _heads(headers) if rule.fits(name)), None)
+    if headers.tied and head:
         if rule.skip:
             return None
         return (
-            f"{rule.match!r} fits {families.HEAD}, which shares its weight with the input embeddings "
+            f"{rule.match!r} fits {head}, which shares its weight with the input embeddings "
             "(tie_word_embeddings); quantizing it would change both, so remove the rule"
         )
     if any(rule.fits(linear.name) for linear in linears):
@@ -236,6 +262,12 @@ def _outside_problem(
         )
     example = ", ".join(dict.fromkeys(_starred(linear.name) for linear in linears))
     return f"{rule.match!r} fits no linear of this model; its linears are {example}"
+
+
+def _heads(headers: Headers) -> list[str]:
+    """Names of the output head: as on disk, or `lm_head` where a tied one is not stored."""
+    names = (name.rpartition(".")[0] for name in headers.tensors if name.endswith(".weight"))
+    return [name for name in names if families.is_head(name)] or ["lm_head"]
 
 
 def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str]]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
+from quantkit.models.blocks import text_config
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
@@ -50,7 +51,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
     planned = {f"{layer.name}.weight": layer for layer in plan.layers}
     packed = copied = names = 0
     for disk, info in tensors.items():
-        layer = planned.get(headers.module_names[disk])
+        layer = planned.get(disk)
         if layer is None:
             copied += info.nbytes
             names += len(disk)
@@ -128,9 +129,9 @@ def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:
 
 def _hidden(plan: Plan, headers: Headers) -> int:
     """Width of the hidden states; where the config does not name it, the narrowest input of a block's linears."""
-    for config in (headers.config, headers.config.get("text_config")):
+    for config in (text_config(headers.config), headers.config):
         for key in ("hidden_size", "n_embd", "d_model"):
-            value = config.get(key) if isinstance(config, dict) else None
+            value = config.get(key)
             if type(value) is int and value > 0:
                 return value
     return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
@@ -178,15 +179,13 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         by_block.setdefault(layer.block, []).append(layer)
     block_bytes: dict[int | None, int] = {}
     outside = 0
-    prefix = f"{plan.blocks_prefix}."
-    for disk, name in headers.module_names.items():
+    for disk, info in headers.tensors.items():
         if disk in headers.dropped:
             continue
-        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-        info = headers.tensors[disk]
-        if number.isdecimal():
-            block_bytes[int(number)] = block_bytes.get(int(number), 0) + info.nbytes
-        elif name != f"{families.HEAD}.weight":
+        number = plan.parts.get(disk)
+        if number is not None:
+            block_bytes[number] = block_bytes.get(number, 0) + info.nbytes
+        elif not (families.is_head(disk.removesuffix(".weight")) or families.tower(disk)):
             outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
     working = max(
         (_block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()),

@@ -128,13 +128,17 @@ def _open(
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
     name = f"{plan.blocks_prefix}.{index}"
-    plans = {p.name.removeprefix(f"{name}."): p for p in plan.layers if p.block == index}
-    inside = [n for n in source.names() if n.startswith(f"{name}.")]
-    stored = {n.removeprefix(f"{name}."): torch_dtype(source.raw(n).dtype) for n in inside}
+    plans = {p.module.removeprefix(f"{name}."): p for p in plan.layers if p.block == index}
+    held = skeleton.places(model).by_parameter
+    stored = {
+        n.removeprefix(f"{name}."): torch_dtype(source.raw(parts[0].disk).dtype)
+        for n, parts in held.items()
+        if n.startswith(f"{name}.")
+    }
     with timed("load"):
-        held = {f"{name}.{n}.{leaf}" for n in plans for leaf in ("weight", "bias")}
+        as_stored = {f"{name}.{n}.{leaf}" for n in plans for leaf in ("weight", "bias")}
         module = skeleton.load_block(
-            model, source, index, device=device, stored=held, blocks_prefix=plan.blocks_prefix
+            model, source, index, device=device, stored=as_stored, blocks_prefix=plan.blocks_prefix
         )
         _hold(module, plans)
 
@@ -143,7 +147,7 @@ def _open(
 
     with timed("calibrate"):
         run = BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free, now)
-    run.model_type = source.headers.model_type
+    run.model_type = source.headers.text_type
     return run
 
 

@@ -18,6 +18,7 @@ from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
 from quantkit.layers.kv_cache import KEYS, VALUES
+from quantkit.models import families
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.kv import KVScales
 from quantkit.scheme import KV_PRESETS, KVScheme
@@ -74,7 +75,8 @@ def attentions(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         number = getattr(module, "layer_idx", None)
-        if isinstance(number, int) and type(module).__name__.endswith("Attention"):
+        text = families.tower(name) is None
+        if isinstance(number, int) and text and type(module).__name__.endswith("Attention"):
             found[number] = name, module
     return found
 

@@ -1,4 +1,4 @@
-"""Load a model folder as a transformers causal LM that runs on packed weights.
+"""Load a model folder as a transformers model that generates text and runs on packed weights.
 
 transformers does the loading, `device_map` included. What it only warns about (missing and foreign tensors) is an error
 here. Afterwards each packed linear builds the layout of its backend and frees the tensors of the file.
@@ -22,6 +22,7 @@ from quantkit.formats.registry import Codec, codec
 from quantkit.layers.kv_cache import attach
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors, quiet
+from quantkit.models.classes import model_class
 from quantkit.models.config import check_sizes, open_config, read_config
 from quantkit.models.headers import resolve_model
 from quantkit.models.tensors import TensorInfo, named, read_tensors
@@ -47,7 +48,9 @@ def load(
     verify: bool = False,
     kv_cache: KVScheme | str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
+    """The model in folder `path` (or of a hub id), in eval mode; packed linears become `QuantLinear`.
+
+    Its class is the one that config.json names, so a multimodal model comes with its towers.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"; device_map, max_memory, offload_folder
     as in `from_pretrained`, instead of it. dtype: of everything that is not packed, and so of the
@@ -101,20 +104,19 @@ def _opened(
 
     place: arguments of `from_pretrained` that say where the weights go. stored: the `quantization_config` of `packing`.
     """
-    from transformers import AutoModelForCausalLM
-
     from quantkit.checkpoint import plugin
 
     config = open_config(path)
+    opens: Any = model_class(config)
     with quiet(), foreign_errors(f"{path} cannot be loaded"):
         if packing is not None:
             plugin.register()
             config.quantization_config = {
                 "quant_method": plugin.METHOD,
                 "stored": stored,
-                "tensors": _by_module(config.model_type, tensors),
+                "tensors": {name: (info.dtype, info.shape) for name, info in tensors.items()},
             }
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = opens.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -150,11 +152,6 @@ def _on_cpu(device_map: Any) -> bool:
     if isinstance(device_map, dict):
         return all(str(where) in ("cpu", "disk") for where in device_map.values())
     return device_map is None or not torch.cuda.is_available()
-
-
-def _by_module(model_type: str, tensors: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    names = families.module_names(model_type, tensors)
-    return {names[disk]: (info.dtype, info.shape) for disk, info in tensors.items()}
 
 
 def _refuse_incomplete(path: Path, model_type: str, info: dict[str, Any]) -> None:

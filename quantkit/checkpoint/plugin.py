@@ -9,7 +9,7 @@ back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ from quantkit.checkpoint.saving import all_as_stored
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.places import find_places
+from quantkit.models.skeleton import find_blocks
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
 
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "quantkit"
-Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name in the model -> (dtype on disk, shape)
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype on disk, shape)
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """stored: `quantization_config` of config.json. tensors: what the headers of the weight files say."""
+    """stored: `quantization_config` of config.json. tensors: what the headers of the files say, by name on disk."""
 
     quant_method: Any
 
@@ -54,10 +56,10 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # reads what is quantized, quantizes nothing
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
-        tensors = self.quantization_config.tensors
         stored = self.quantization_config.stored
         packing = codec_of(stored)
-        swap(model, packing, packing.parse(stored), tensors)
+        names, tensors = by_module(model, packing, self.quantization_config.tensors)
+        swap(model, packing, either(packing.parse(stored), names), tensors)
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
         check_shapes(model, packing, tensors)
@@ -131,15 +133,56 @@ def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
+def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple[dict[str, str], Tensors]:
+    """(module of every linear -> its name on disk, the tensors by the model's names of them).
+
+    model: still with dense linears. Packed tensors stand where the weight of their linear would.
+    """
+    weights: dict[str, tuple[int, ...]] = {}
+    for name, (_, shape) in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        weights[f"{owner}.weight" if leaf in packing.leaves else name] = shape
+    prefix, blocks = find_blocks(model)
+    places = find_places(model, weights, prefix, len(blocks))
+    named: Tensors = {}
+    for name, said in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        place = places.by_disk.get(name)
+        whole = place is not None and place.whole and place.parameter is not None
+        named[str(place.parameter) if place and whole else f"{places.in_model(owner)}.{leaf}"] = said
+    return {module: places.on_disk(module) for module, _ in model.named_modules()}, named
+
+
+def either(
+    scheme_of: Callable[[str], Scheme | None], names: Mapping[str, str]
+) -> Callable[[str], tuple[Scheme | None, bool]]:
+    """A function: module -> (the scheme that the config gives it, by its own name or by that on disk, whether by both).
+
+    names: module -> name on disk.
+    """
+
+    def found(module: str) -> tuple[Scheme | None, bool]:
+        both = [scheme_of(name) for name in dict.fromkeys((module, names.get(module, module)))]
+        return next(filter(None, both), None), None not in both
+
+    return found
+
+
 def swap(
-    model: nn.Module, packing: Codec, scheme_of: Callable[[str], Scheme | None], tensors: Tensors
+    model: nn.Module,
+    packing: Codec,
+    scheme_of: Callable[[str], tuple[Scheme | None, bool]],
+    tensors: Tensors,
 ) -> None:
-    """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme."""
+    """Put a `QuantLinear` on meta in place of every linear (subclasses and Conv1D too) that has a scheme.
+
+    scheme_of: as `either` gives it; a linear with a scheme by one of its names only may be stored as floats.
+    """
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        scheme = scheme_of(name)
-        if scheme is None or _left_dense(name, packing, tensors):
+        scheme, agreed = scheme_of(name)
+        if scheme is None or _left_dense(name, packing, tensors, agreed):
             continue
         n, k = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         packed = _packed(name, (n, k), scheme, module, packing, tensors)
@@ -147,18 +190,19 @@ def swap(
         setattr(model.get_submodule(parent), leaf, packed)
 
 
-def _left_dense(name: str, packing: Codec, tensors: Tensors) -> bool:
+def _left_dense(name: str, packing: Codec, tensors: Tensors, told: bool) -> bool:
     """Whether a linear that the config counts as quantized is stored as floats, without scales.
 
-    Some tools forget the head in `ignore`; plain transformers then runs it on uninitialised scales.
+    Some tools forget the head in `ignore`; plain transformers then runs it on uninitialised scales. told: warn of it.
     """
     dtype, _ = tensors.get(f"{name}.weight", ("", ()))
     if dtype not in WEIGHT_DTYPES or f"{name}.{packing.scale}" in tensors:
         return False
-    warnings.warn(
-        f"{name} is stored as {dtype} although the config counts it as quantized; it is used as it is",
-        stacklevel=2,
-    )
+    if told:
+        warnings.warn(
+            f"{name} is stored as {dtype} although the config counts it as quantized; it is used as it is",
+            stacklevel=2,
+        )
     return True
 
 

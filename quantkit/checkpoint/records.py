@@ -31,9 +31,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What became of a source tensor. how: quantized, copied, rescaled or dropped; dropped ones have a `reason`.
+    """What became of a source tensor. how: quantized, copied, rescaled, carried or dropped; the last has a `reason`.
 
-    "added": no source tensor but a new one, a scale of the KV cache.
+    "carried": copied, and no part of the model that transformers builds. "added": no source tensor but a new one, a
+    scale of the KV cache.
     """
 
     how: str

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import ModelError
+from quantkit.models.blocks import LAYER_COUNTS, text_config
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.json_reader import DAMAGED, read_json
 from quantkit.models.tensors import TensorInfo
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MAX_CONFIG = 10_000_000  # bytes
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _SIZE = re.compile(r"(_size|_dim|_heads|_rank|^n_embd|^n_head|^n_inner|^d_model)$")
 _SMALLEST_LIMIT = 1 << 20  # sizes below this cost nothing, whatever the weights say
 
@@ -78,7 +78,7 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         for key, value in part.items():
             if type(value) is not int:
                 continue
-            if key in _LAYER_COUNTS and value > len(tensors):
+            if key in LAYER_COUNTS and value > len(tensors):
                 raise ModelError(
                     f"{path / CONFIG}: {key} is {value}, but the checkpoint has only {len(tensors)} tensors; {DAMAGED}"
                 )
@@ -90,8 +90,7 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
 
 def longest_window(config: Mapping[str, Any]) -> int | None:
     """How many tokens the model takes at once, by config.json; None if the file does not say."""
-    nested = config.get("text_config")
-    for part in (nested if isinstance(nested, dict) else {}, config):
+    for part in (text_config(config), config):
         for key in _POSITIONS:
             if type(part.get(key)) is int:
                 return int(part[key])

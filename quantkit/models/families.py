@@ -1,13 +1,13 @@
 """What differs between model families, as tables; a family that is not listed is treated as ordinary.
 
-In an ordinary family linears are `nn.Linear` ([N, K] on disk), tensors carry the module names of transformers'
-causal LM, and every tensor on disk is a parameter or buffer of that model.
+In an ordinary family linears are `nn.Linear` ([N, K] on disk). Which parameter a tensor on disk belongs to is no table
+of ours: transformers says it (`places.py`). The tables about names serve what runs before a model is built, and they
+say what the model does not: which tensors are left out, and which parts of a name belong to a tower.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Siblings (linears of a block that share an input) that engines fuse into one and that therefore share a scheme.
@@ -17,7 +17,25 @@ SIBLINGS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "
 # misleads.
 ATTENTION_LOGIT_NAMES = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn")
 
-HEAD = "lm_head"
+HEADS = frozenset({"lm_head", "embed_out"})  # how the output head is called on disk
+
+# Parts of names of what sees or hears, and of what leads from there to the language model: carried as it is.
+TOWERS = frozenset(
+    ("visual", "vision", "vision_tower", "vision_model", "vision_encoder", "vision_embedder", "vision_embed",
+     "vision_resampler", "vit", "vqmodel", "image_newline", "image_encoder", "image_projection", "image_embed",
+     "audio", "audio_tower", "audio_model", "audio_encoder", "audio_embed", "audio_projection", "speech_encoder",
+     "embed_vision", "embed_audio", "embed_tokens_extend", "multi_modal_projector", "mm_projector", "connector",
+     "aligner", "merger", "projector", "qformer", "query_tokens", "language_projection", "mlp1", "code2wav", "talker",
+     "token2wav", "code_predictor")
+)  # fmt: skip
+
+# config.json keys of the part of a model that is its language model, outermost first.
+TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
+
+# Tensors of layers that predict further tokens (MTP): by name, or in a block beyond the last decoder block.
+MTP = re.compile(r"(^|\.)mtp(_layers|_block|_head)?\.")
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+MTP_BLOCK = re.compile(r"\.(enorm|hnorm|eh_proj|shared_head)(\.|$)")
 
 # Tensors older checkpoints carry and today's models compute: (pattern of the disk name, reason).
 DROPPED = (
@@ -31,16 +49,12 @@ DROPPED = (
 class Family:
     """Exceptions of one `model_type`.
 
-    base_prefix: where the causal LM holds its base model; a checkpoint saved from the base model lacks it.
     conv1d: last name parts of linears stored transposed, [K, N].
-    renames: (disk prefix, module prefix) of modules that transformers renamed.
     dropped: like DROPPED, for this family.
     tied: whether the head is tied to the embedding when config.json does not say.
     """
 
-    base_prefix: str = "model"
     conv1d: frozenset[str] = frozenset()
-    renames: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     tied: bool = False
 
@@ -58,25 +72,20 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(tied=True),
     "phi3": Family(),
     "opt": Family(tied=True),
-    "gpt2": Family("transformer", conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
-    "gpt_neox": Family(
-        "gpt_neox",
-        renames=(("embed_out.", "lm_head."),),
-        dropped=((r"(^|\.)attention\.(bias|masked_bias)$", _MASK),),
-    ),
-    "falcon": Family("transformer", tied=True),
+    "gpt2": Family(conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
+    "gpt_neox": Family(dropped=((r"(^|\.)attention\.(bias|masked_bias)$", _MASK),)),
+    "falcon": Family(tied=True),
 }
 
 # Families without a promise whose only exception is known.
 OTHERS: dict[str, Family] = {
-    "bloom": Family("transformer", tied=True),
-    "codegen": Family("transformer", dropped=((r"(^|\.)attn\.causal_mask$", _MASK),)),
-    "gpt_bigcode": Family("transformer", tied=True, dropped=_GPT2_MASKS),
-    "gpt_neo": Family("transformer", tied=True, dropped=((r"\.attention\.(bias|masked_bias)$", _MASK),)),
-    "gptj": Family("transformer", dropped=_GPT2_MASKS),
-    "mpt": Family("transformer", tied=True),
-    "nemotron_h": Family(renames=(("backbone.", "model."),)),
-    "openai-gpt": Family("transformer", conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
+    "bloom": Family(tied=True),
+    "codegen": Family(dropped=((r"(^|\.)attn\.causal_mask$", _MASK),)),
+    "gpt_bigcode": Family(tied=True, dropped=_GPT2_MASKS),
+    "gpt_neo": Family(tied=True, dropped=((r"\.attention\.(bias|masked_bias)$", _MASK),)),
+    "gptj": Family(dropped=_GPT2_MASKS),
+    "mpt": Family(tied=True),
+    "openai-gpt": Family(conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
 }
 
 # config.json keys whose value above 1 means a mixture of experts, and how experts are called on disk.
@@ -92,14 +101,12 @@ ROUTER_TENSOR = re.compile(r"(^|\.)(router|gate|wg|block_sparse_moe|moe)\.")
 
 # Linears of decoder blocks that are left as they are unless a rule names them: (pattern of the module name, reason).
 # They are a fraction of the weights, and what they decide (which expert, how fast a state decays) is not averaged out.
+_ROUTER = re.compile(r"(^|\.)router(\.|$)|\.(gate|wg|shared_expert_gate)$")
 SET_ASIDE = (
-    (re.compile(r"(^|\.)router(\.|$)|\.(gate|wg|shared_expert_gate)$"), "a router or gate of a few rows"),
+    (_ROUTER, "a router or gate of a few rows"),
     (re.compile(r"\.(dt_proj|x_proj)$"), "a time-step projection of a state-space layer"),
     (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
 )
-
-# config.json keys of models that also see or hear.
-OTHER_MODALITIES = ("vision_config", "audio_config", "mm_vision_tower")
 
 # model_type -> why it is refused although nothing above shows it.
 UNSUPPORTED: dict[str, str] = {
@@ -110,8 +117,8 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def family(model_type: str) -> Family:
-    """The table entry, or an ordinary family without base prefix for a type that is not listed."""
-    return FAMILIES.get(model_type) or OTHERS.get(model_type) or Family(base_prefix="")
+    """The table entry, or an ordinary family for a type that is not listed."""
+    return FAMILIES.get(model_type) or OTHERS.get(model_type) or Family()
 
 
 def is_conv1d(model_type: str, module: str) -> bool:
@@ -124,6 +131,11 @@ def set_aside(module: str) -> str | None:
     return next((reason for pattern, reason in SET_ASIDE if pattern.search(module)), None)
 
 
+def is_router(module: str) -> bool:
+    """Whether a linear of this name decides where tokens go."""
+    return _ROUTER.search(module) is not None
+
+
 def dropped(model_type: str, name: str) -> str | None:
     """Why transformers leaves out the tensor called `name` on disk, or None."""
     for pattern, reason in DROPPED + family(model_type).dropped:
@@ -132,16 +144,11 @@ def dropped(model_type: str, name: str) -> str | None:
     return None
 
 
-def module_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
-    """Disk tensor name -> name in transformers' causal LM, for all tensors of one checkpoint."""
-    here = family(model_type)
-    renamed: dict[str, str] = {}
-    for name in names:
-        prefix = next((pair for pair in here.renames if name.startswith(pair[0])), ("", ""))
-        renamed[name] = prefix[1] + name.removeprefix(prefix[0])
-    base = f"{here.base_prefix}." if here.base_prefix else ""
-    bare = not any(name.startswith(base) for name in renamed.values())
-    return {
-        disk: base + name if bare and not name.startswith(f"{HEAD}.") else name
-        for disk, name in renamed.items()
-    }
+def is_head(module: str) -> bool:
+    """Whether a module of this name is the output head."""
+    return module.rpartition(".")[2] in HEADS
+
+
+def tower(name: str) -> str | None:
+    """The part of a name that says it belongs to a tower or a projector, or None."""
+    return next((part for part in name.split(".") if part in TOWERS), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from quantkit.errors import ModelError
 from quantkit.formats.foreign import QUANTIZED_TENSOR
 from quantkit.models import families
+from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, longest_window, read_config
 from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
@@ -44,10 +46,10 @@ class Headers:
     def model_type(self) -> str:
         return str(self.config["model_type"])
 
-    @cached_property
-    def module_names(self) -> dict[str, str]:
-        """Disk name -> name in transformers' causal LM."""
-        return families.module_names(self.model_type, self.tensors)
+    @property
+    def text_type(self) -> str:
+        """The model type of the language model: of a multimodal model, that of the part inside."""
+        return str(text_config(self.config).get("model_type") or self.model_type)
 
     @cached_property
     def dropped(self) -> dict[str, str]:
@@ -71,11 +73,19 @@ class Headers:
     @property
     def tied(self) -> bool:
         """Whether the output head is the input embedding."""
-        said = self.config.get("tie_word_embeddings")
-        if said is None and self.model_type in families.FAMILIES | families.OTHERS:
-            said = families.family(self.model_type).tied
+        parts = (self.config, text_config(self.config))
+        said = next(
+            (part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None),
+            None,
+        )
+        known = families.FAMILIES | families.OTHERS
         if said is None:
-            said = f"{families.HEAD}.weight" not in self.module_names.values()
+            said = next(
+                (known[kind].tied for kind in (self.model_type, self.text_type) if kind in known), None
+            )
+        if said is None:
+            owners = (name.rpartition(".")[0] for name in self.tensors if name.endswith(".weight"))
+            said = not any(families.is_head(owner) for owner in owners)
         return bool(said)
 
 
@@ -126,18 +136,16 @@ def read_checkpoint(path: str | Path) -> Headers:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """config.json, refused if it describes something other than a dense, unquantized, text-only causal LM."""
+    """config.json, refused if it describes something other than a dense, unquantized model that generates text."""
     config = read_config(path)
     kind = config["model_type"]
-    nested = config.get("text_config")
-    for part in (config, nested if isinstance(nested, dict) else {}):
+    text = text_config(config)
+    for part in (config,) if text is config else (config, text):
         _refuse_kind(part, f"{path} ({part.get('model_type', kind)})")
-    if nested is not None:
-        _refuse_multimodal(f"{path} ({kind})")
     if kind in families.UNSUPPORTED:
         raise ModelError(f"{path}: model type {kind} is not supported: {families.UNSUPPORTED[kind]}")
     architectures = config.get("architectures") or []
-    other_heads = [a for a in architectures if re.search(r"For(?!CausalLM)[A-Z]", a)]
+    other_heads = [a for a in architectures if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", a)]
     if other_heads:
         raise ModelError(
             f"{path} holds {', '.join(other_heads)}, not a causal LM; give a ...ForCausalLM checkpoint"
@@ -145,27 +153,18 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_kind(config: dict[str, Any], what: str) -> None:
+def _refuse_kind(config: Mapping[str, Any], what: str) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise ModelError(f"{what} is already quantized ({method}); give the original checkpoint")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{what} is an encoder-decoder model; only decoder-only causal LMs are supported")
-    if any(config.get(key) for key in families.OTHER_MODALITIES):
-        _refuse_multimodal(what)
     if config.get("auto_map") and config.get("model_type") not in families.FAMILIES:
         raise ModelError(
             f"{what} needs remote code (auto_map in config.json), which quantkit never runs; if your "
             "transformers knows this model type, remove auto_map from config.json"
         )
-
-
-def _refuse_multimodal(what: str) -> None:
-    raise ModelError(
-        f"{what} is a multimodal model; only text models are supported. Where the text part is a model type of its "
-        "own (Gemma 3, LLaVA), save it as a causal LM with the lines in docs/architectures.md and give that folder"
-    )
 
 
 def _check_tensors(headers: Headers) -> None:
@@ -189,8 +188,7 @@ def _check_tensors(headers: Headers) -> None:
 
 def _refuse_mixture(headers: Headers, names: list[str]) -> None:
     """A mixture of experts is one by its tensors; config.json alone may count experts that no block has."""
-    nested = headers.config.get("text_config")
-    parts = (headers.config, nested if isinstance(nested, dict) else {})
+    parts = (headers.config, text_config(headers.config))
     counts = {
         key: part[key] for part in parts for key in families.EXPERT_COUNTS if type(part.get(key)) is int
     }

@@ -1,4 +1,4 @@
-"""A transformers causal LM whose parameters take no memory until a part of it is loaded, one decoder block at a time.
+"""A transformers model whose parameters take no memory until a part of it is loaded, one decoder block at a time.
 
 The parameters lie on torch's meta device. Buffers are real (`include_buffers=False`), because rotary tables and masks
 are computed, not stored in checkpoints. A loaded block is a copy of its meta block; freeing it puts the meta block
@@ -8,48 +8,61 @@ back, whatever was swapped inside the copy.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from quantkit.errors import ModelError
+from quantkit.models import families
+from quantkit.models.blocks import NUMBERED, predicts_further
 from quantkit.models.borders import foreign_errors, quiet
+from quantkit.models.classes import model_class
+from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
-from quantkit.models.tensors import named
+from quantkit.models.tensors import named, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The empty model of a checkpoint, in eval mode, with meta parameters of type `dtype`.
+    """The empty model of a checkpoint, in eval mode, with meta parameters of type `dtype`; see `places`.
 
-    ModelError lists tensors the model lacks, those the checkpoint lacks, and shapes that differ. A head that is stored
-    beside the embedding it is tied to joins `source.dropped`.
+    ModelError lists tensors the checkpoint lacks, shapes that differ, and decoder blocks that config.json does not
+    count. A head that is stored beside the embedding it is tied to joins `source.dropped`; tensors that the model has
+    no parameter for are left for the run to carry.
     """
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(source.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     with (
         quiet(),
         foreign_errors(f"{source.path}: transformers cannot build a model from config.json"),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+        model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.eval()
-    _check(model, source)
+    with quiet(), foreign_errors(f"{source.path}: the names of its tensors"):
+        prefix, blocks = find_blocks(model)
+        shapes = {name: source.raw(name).shape for name in source.names()}
+        model.__dict__["_places"] = find_places(
+            model, shapes, prefix, len(blocks)
+        )  # past nn.Module's bookkeeping
+    check_fit(model, source)
     source.dropped |= duplicates(model, source)
     return model
+
+
+def places(model: PreTrainedModel) -> Places:
+    """Where every tensor of the checkpoint goes in a model that `build` has made."""
+    found: Places = model.__dict__["_places"]
+    return found
 
 
 def tied(model: PreTrainedModel) -> dict[str, str]:
@@ -60,34 +73,46 @@ def tied(model: PreTrainedModel) -> dict[str, str]:
 
 def duplicates(model: PreTrainedModel, source: Source) -> dict[str, str]:
     """Disk name -> reason, for every stored tensor that is only the second name of another one: a tied head."""
-    ties = tied(model)
+    held, ties = places(model).by_parameter, tied(model)
     return {
-        source.disk_name(name): f"tied to {ties[name]}"
-        for name in source.names()
-        if name in ties and ties[name] in source
+        part.disk: f"tied to {_first(held, target)}"
+        for name, target in ties.items()
+        if name in held and target in held
+        for part in held[name]
     }
 
 
-def ignored(model: PreTrainedModel, source: Source) -> list[str]:
-    """Disk names of tensors that this version of transformers has no use for and says so; they are carried."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    wanted = _wanted(model)
-    names = [name for name in source.names() if name not in wanted]
-    return [source.disk_name(name) for name in names if any(re.search(p, name) for p in patterns)]
+def find_blocks(model: nn.Module, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
+    """(module name, list) of the decoder blocks.
 
-
-def find_blocks(model: PreTrainedModel, prefix: str | None = None) -> tuple[str, nn.ModuleList]:
-    """(module name, list) of the decoder blocks: at `prefix`, or the longest list of modules of one class."""
+    At `prefix`; else the list in the language model that is as long as its config says, the outermost of these; else
+    the longest list of modules of one class.
+    """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if prefix is not None:
         if prefix not in lists:
             raise ModelError(f"the model has no list of blocks {prefix!r}; it has {named(lists) or 'none'}")
         return prefix, lists[prefix]
-    lists = {n: m for n, m in lists.items() if len({type(block) for block in m}) == 1}
+    decoder, count = _decoder(model)
+    text = {n: m for n, m in lists.items() if n.startswith(decoder) and not families.tower(n)}
+    counted = [name for name, blocks in text.items() if len(blocks) == count]
+    if counted:
+        best = min(counted, key=lambda name: name.count("."))
+        return best, lists[best]
+    lists = {n: m for n, m in (text or lists).items() if len({type(block) for block in m}) == 1}
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of equal decoder blocks; it is not supported")
     best = max(lists, key=lambda name: (len(lists[name]), -name.count(".")))
     return best, lists[best]
+
+
+def _decoder(model: Any) -> tuple[str, int | None]:
+    """(how names inside the language model begin, how many blocks its config counts)."""
+    if not hasattr(model, "get_decoder"):
+        return "", None
+    decoder = model.get_decoder()
+    name = next((n for n, m in model.named_modules() if m is decoder), "")
+    return f"{name}." if name else "", getattr(model.config.get_text_config(), "num_hidden_layers", None)
 
 
 def load_outside(
@@ -98,16 +123,18 @@ def load_outside(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Load what lies outside the blocks: embeddings, final norm, head; tied ones as one Parameter.
+    """Load what lies outside the blocks: embeddings, final norm, head; tied ones as one Parameter. Towers stay on meta.
 
     skip: tensor names left on meta. dtype None: what the skeleton was built with.
     """
     ties, wanted = tied(model), _wanted(model)
     inside = f"{blocks_prefix}."
-    names = [n for n in wanted if not n.startswith(inside) and n not in skip]
+    where = places(model)
+    names = [n for n in wanted if not (n.startswith(inside) or n in skip or where.in_tower(n))]
     for name in names:
         if name not in ties:
-            _load(model, name, source, _stored_as(name, source, ties), dtype or wanted[name].dtype, device)
+            tensor = parameter(model, source, name, dtype or wanted[name].dtype)
+            _assign(model, name, tensor.to(device))
     for name in names:
         if name in ties:
             _assign(model, name, model.get_parameter(ties[name]))
@@ -146,10 +173,12 @@ def load_block(
     meta: nn.Module = blocks[index].__dict__.get(
         "_meta_block", blocks[index]
     )  # another walk may have loaded it
-    block = copy.deepcopy(meta, {id(model.config): model.config})
+    configs = (model.config, model.config.get_text_config())
+    block = copy.deepcopy(meta, {id(each): each for each in configs})
     for name, place in _wanted(block).items():
         full = f"{prefix}.{index}.{name}"
-        _load(block, name, source, full, None if full in stored else dtype or place.dtype, device)
+        tensor = parameter(model, source, full, None if full in stored else dtype or place.dtype)
+        _assign(block, name, tensor.to(device))
     _move_buffers(block, device, lambda name: True)
     block.__dict__["_meta_block"] = meta  # past nn.Module's bookkeeping: it is no submodule
     blocks[index] = block
@@ -167,50 +196,82 @@ def _wanted(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.state_dict(keep_vars=True))
 
 
-def _stored_as(name: str, source: Source, ties: dict[str, str]) -> str:
+def parameter(
+    model: PreTrainedModel, source: Source, name: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A parameter or buffer of the model in `dtype` (None: as stored), on the CPU, made from its tensors on disk."""
+    where = places(model)
+    name = _stored_as(name, where, tied(model) if name not in where.by_parameter else {})
+    if name not in where.by_parameter:
+        raise ModelError(f"{source.path} has no tensor for {name}")
+    parts = where.by_parameter[name]
+    if len(parts) == 1 and parts[0].whole:
+        return source.tensor(parts[0].disk, dtype)
+    if any(part.opaque for part in parts):
+        return where.opaque(name, lambda disk: source.tensor(disk, dtype), model)
+    first = torch_dtype(source.raw(parts[0].disk).dtype)
+    out = torch.empty(model.state_dict()[name].shape, dtype=dtype or first)
+    for part in parts:
+        into = out if part.index is None else out[part.index]
+        into = into if part.rows is None else into[slice(*part.rows)]
+        tensor = source.tensor(part.disk, dtype)
+        into.copy_(tensor.transpose(-1, -2) if part.transposed else tensor)
+    return out
+
+
+def _stored_as(name: str, where: Places, ties: dict[str, str]) -> str:
     """A checkpoint may hold a tied pair under either name."""
-    if name in source:
+    held = where.by_parameter
+    if name in held:
         return name
-    return next((other for other, target in ties.items() if target == name and other in source), name)
+    others = [ties.get(name, name), *(other for other, target in ties.items() if target == name)]
+    return next((other for other in others if other in held), name)
 
 
-def _check(model: PreTrainedModel, source: Source) -> None:
-    wanted, ties = _wanted(model), tied(model)
-    gone = {*source.dropped, *ignored(model, source)}
-    problems = []
-    unknown = [
-        source.disk_name(n) for n in source.names() if n not in wanted and source.disk_name(n) not in gone
-    ]
-    if unknown:
-        problems.append(f"tensors {type(model).__name__} has no place for: {named(unknown)}")
-    missing = [n for n in wanted if n not in ties and _stored_as(n, source, ties) not in source]
+def check_fit(model: PreTrainedModel, source: Source) -> None:
+    """ModelError listing everything by which a checkpoint does not fit its config.json."""
+    wanted, ties, where = _wanted(model), tied(model), places(model)
+    held, problems = where.by_parameter, []
+    missing = [n for n in wanted if n not in ties and _stored_as(n, where, ties) not in held]
+    unknown = beyond_blocks(source.headers.config, where)
     if missing:
         problems.append(f"tensors that are missing: {named(missing)}")
-    for name, parameter in wanted.items():
-        if name in source and source.raw(name).shape != tuple(parameter.shape):
-            problems.append(
-                f"{source.disk_name(name)} has the shape {list(source.raw(name).shape)}, config.json "
-                f"asks for {list(parameter.shape)}"
-            )
+        unknown = unknown or where.extra()
+    if unknown:
+        problems.append(f"tensors {type(model).__name__} has no place for: {named(unknown)}")
+    for name, place in wanted.items():
+        for part in held.get(name, ()):
+            shape = source.raw(part.disk).shape
+            if part.whole and shape != tuple(place.shape):
+                problems.append(
+                    f"{part.disk} has the shape {list(shape)}, config.json asks for {list(place.shape)}"
+                )
     for name, target in ties.items():
-        if name in source and target in source and not source.same(name, target):
+        if name not in held or target not in held:
+            continue
+        one, other = _first(held, name), _first(held, target)
+        if not source.same(one, other):
             problems.append(
-                f"{source.disk_name(name)} differs from {source.disk_name(target)}, to which config.json "
-                "ties it; set tie_word_embeddings: false there"
+                f"{one} differs from {other}, to which config.json ties it; set tie_word_embeddings: false there"
             )
     if problems:
-        raise ModelError(f"{source.path} does not fit its config.json: " + "; ".join(problems))
+        raise ModelError(
+            f"{source.path} does not fit its config.json: {'; '.join(problems)} (what must fit and what is only "
+            "carried: docs/architectures.md)"
+        )
 
 
-def _load(
-    module: nn.Module,
-    name: str,
-    source: Source,
-    stored_name: str,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-) -> None:
-    _assign(module, name, source.tensor(stored_name, dtype).to(device))
+def beyond_blocks(config: Mapping[str, Any], where: Places) -> list[str]:
+    """Extra tensors of decoder blocks that config.json does not count; those of MTP layers are none."""
+    extra = where.extra()
+    found = [(name, match) for name in extra if (match := NUMBERED.match(name))]
+    prefix = where.on_disk(where.blocks)
+    beyond = [n for n, match in found if match[1] == prefix and int(match[2]) >= where.n_blocks]
+    return [] if predicts_further(config, beyond) else beyond
+
+
+def _first(held: Mapping[str, tuple[Place, ...]], name: str) -> str:
+    return held[name][0].disk
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

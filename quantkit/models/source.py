@@ -44,7 +44,7 @@ HASHED = (
 
 
 class Source:
-    """Weights of one checkpoint by module name (transformers' causal LM) or disk name; no tensor is kept.
+    """Weights of one checkpoint by their names on disk; no tensor is kept.
 
     dropped: disk name -> reason, for tensors that the quantized checkpoint leaves out; `skeleton.build` adds to it.
     """
@@ -52,16 +52,7 @@ class Source:
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
         self.dropped = dict(headers.dropped)
-        self._disk: dict[str, str] = {}
         self._digest: str | None = None
-        for disk, module in headers.module_names.items():
-            if disk in headers.dropped:
-                continue
-            if module in self._disk:
-                raise ModelError(
-                    f"{headers.path}: {self._disk[module]} and {disk} are both {module}; remove one"
-                )
-            self._disk[module] = disk
 
     @property
     def path(self) -> Path:
@@ -73,24 +64,17 @@ class Source:
         return open_config(self.path)
 
     def names(self) -> list[str]:
-        """Module names of all tensors, those dropped left out."""
-        return list(self._disk)
+        """Names of all tensors, those dropped left out."""
+        return [name for name in self.headers.tensors if name not in self.headers.dropped]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._disk
-
-    def module_name(self, disk_name: str) -> str:
-        return self.headers.module_names[disk_name]
-
-    def disk_name(self, module_name: str) -> str:
-        return self.raw(module_name).name
+        return name in self.headers.tensors and name not in self.headers.dropped
 
     def raw(self, name: str) -> TensorInfo:
         """Where the tensor lies, for byte copies."""
-        disk = self._disk.get(name, name)
-        if disk not in self.headers.tensors:
+        if name not in self.headers.tensors:
             raise ModelError(f"{self.path} has no tensor {name}")
-        return self.headers.tensors[disk]
+        return self.headers.tensors[name]
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor in `dtype` (None: as stored), on the CPU; ModelError if a value is not finite.

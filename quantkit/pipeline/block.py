@@ -28,12 +28,12 @@ from quantkit.scheme import KVScheme
 
 @dataclass
 class BlockResult:
-    """What one block became. Keys are full module or parameter names.
+    """What one block became.
 
-    weights: the quantized linears; inputs: the stored ranges of those with static inputs. changed: other parameters a
-    transform has changed, in their stored dtype.
+    weights: the quantized linears; inputs: the stored ranges of those with static inputs; both by the name on disk.
+    changed: other parameters a transform has changed, in their stored dtype, by the model's names of them.
     layers: one record per quantized linear. scaling: one per scaling group a transform has looked at. cache: calibrated
-    scales of the KV cache, as they are stored.
+    scales of the KV cache, as they are stored, by the model's names of them.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)

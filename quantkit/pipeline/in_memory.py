@@ -77,7 +77,7 @@ class _Into:
 
     def __init__(self, run: Run, model: nn.Module) -> None:
         self.run, self.model, self.journal = run, model, _Nothing()
-        self.schemes = {layer.name: layer.scheme for layer in run.plan.layers}
+        self.plans = {layer.name: layer for layer in run.plan.layers}
 
     def finished(self) -> int:
         return 0
@@ -89,12 +89,13 @@ class _Into:
         for name, tensor in result.changed.items():
             self.model.get_parameter(name).data.copy_(tensor)
         for name, weight in result.weights.items():
-            dense: Any = self.model.get_submodule(name)
-            inputs = self.schemes[name].inputs
+            plan = self.plans[name]
+            dense: Any = self.model.get_submodule(plan.module)
+            inputs = plan.scheme.inputs
             bias = None if dense.bias is None else dense.bias.data
             packed = QuantLinear.from_quantized(weight, bias, MEMORY, inputs, result.inputs.get(name))
             packed.replaces = type(dense)
-            self.model.set_submodule(name, packed.to(dense.weight.device))
+            self.model.set_submodule(plan.module, packed.to(dense.weight.device))
 
 
 class _Nothing:

@@ -169,7 +169,15 @@ def _after_blocks(
 
     with run.clock("calibrate"):
         return inputs_after_blocks(
-            run.model, run.source, run.plan, run.windows.ids, streams, plan.name, fields, run.device, rounded
+            run.model,
+            run.source,
+            run.plan,
+            run.windows.ids,
+            streams,
+            plan.module,
+            fields,
+            run.device,
+            rounded,
         )
 
 

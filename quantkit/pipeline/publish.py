@@ -39,9 +39,9 @@ from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.companions import Companions, find_companions
 from quantkit.models.tensors import INDEX
+from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
-from quantkit.structure.trace import is_linear
 
 
 def publish(
@@ -112,12 +112,11 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
     total = sum(n for w in shards.values() for n in w["tensors"].values())
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = dict(source.headers.config)
-    schemes = {layer.name: layer.scheme for layer in run.plan.layers}
-    linears = {n for n, module in run.model.named_modules() if is_linear(module)}
+    schemes = {name: layer.scheme for layer in run.plan.layers for name in (layer.name, layer.module)}
     kv = run.plan.kv if run.plan.calibrates_cache else None
     config.pop("quantization_config", None)
     if schemes or kv is not None:
-        ignored = sorted(linears - schemes.keys()) if schemes else []
+        ignored = ignore_list(run.model, schemes) if schemes else []
         config["quantization_config"] = codec(run.recipe.output.format).config(schemes, ignored, kv)
     write_json(output / "config.json", config)
     written = (INDEX, "config.json")
@@ -150,7 +149,7 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
         for (transform, name), count in left_out.items()
     ]
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
-    known = loaders(run.source.headers.model_type, schemes, run.plan.kv)
+    known = loaders(run.source.headers.text_type, schemes, run.plan.kv)
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
     if run.plan.kv is not None:
         flag = engine_flag(run.plan.kv)

@@ -45,7 +45,6 @@ from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
-from quantkit.structure.trace import is_linear
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,7 @@ def prepared(
         headers = read_checkpoint(path)
         source = Source(headers)
         skeleton_model = skeleton.build(source)
-        modules = skeleton_model.named_modules()
-        plan = build_plan(checked, headers, {n: type(m).__name__ for n, m in modules if not is_linear(m)})
+        plan = build_plan(checked, headers, skeleton.places(skeleton_model))
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)

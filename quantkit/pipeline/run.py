@@ -50,14 +50,11 @@ class Run:
 
     @cached_property
     def parts(self) -> list[dict[str, TensorInfo]]:
-        """The source tensors of every shard, by module tensor name: the blocks in order, then the rest."""
-        prefix = f"{self.plan.blocks_prefix}."
+        """The source tensors of every shard, by their names on disk: the blocks in order, then the rest."""
         parts: list[dict[str, TensorInfo]] = [{} for _ in range(self.plan.n_blocks + 1)]
-        headers = self.source.headers
-        for disk, name in headers.module_names.items():
+        for disk, info in self.source.headers.tensors.items():
             if disk not in self.source.dropped:
-                number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
-                parts[int(number) if number.isdigit() else -1][name] = headers.tensors[disk]
+                parts[self.plan.parts.get(disk, -1)][disk] = info
         return parts
 
     def plans(self, part: int) -> list[LayerPlan]:

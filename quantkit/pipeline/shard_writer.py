@@ -15,6 +15,8 @@ from quantkit.checkpoint.shards import Written, shard_name, write_shard
 from quantkit.checkpoint.verify import Rounding, verify_shard
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
+from quantkit.models import skeleton
+from quantkit.models.places import Places
 from quantkit.models.tensors import TensorInfo
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.run import Run
@@ -67,7 +69,7 @@ class ShardWriter:
             del tensors
         with run.clock("verify"):
             rounding = {n: Rounding(self.schemes[n].inputs, result.inputs.get(n)) for n in result.weights}
-            verify_shard(path, result.weights, self.codec, rounding, result.cache)
+            verify_shard(path, result.weights, self.codec, rounding, self._cache(result))
         kept: Written | None = None
         if streams is not None and run.needs_streams(part + 1):
             with run.clock("write"):
@@ -90,7 +92,8 @@ class ShardWriter:
         """(the tensors of a shard, what became of every source tensor in it)."""
         tensors: dict[str, torch.Tensor | TensorInfo] = {}
         account: dict[str, TensorRecord] = {}
-        sources = self.run.parts[part]
+        sources, places = self.run.parts[part], skeleton.places(self.run.model)
+        changed = {_one(places, parameter): tensor for parameter, tensor in result.changed.items()}
         for name, info in sources.items():
             layer, _, own = name.rpartition(".")
             if own == "weight" and layer in result.weights:
@@ -99,14 +102,32 @@ class ShardWriter:
                 )
                 packed = {f"{layer}.{leaf}": t for leaf, t in leaves.items()}
                 tensors |= packed
-                account[info.name] = TensorRecord("quantized", sorted(packed))
+                account[name] = TensorRecord("quantized", sorted(packed))
             else:
-                tensors[name] = result.changed.get(name, info)
-                how = "rescaled" if name in result.changed else "copied"
-                account[info.name] = TensorRecord(how, [name])
+                tensors[name] = changed.get(name, info)
+                how = "rescaled" if name in changed else "copied"
+                how = "carried" if places.by_disk[name].parameter is None else how
+                account[name] = TensorRecord(how, [name])
         lost = {f"{n}.weight" for n in result.weights} - sources.keys()
         if lost:
             raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")
-        tensors |= result.cache
-        account |= {name: TensorRecord("added", [name]) for name in result.cache}
+        cache = self._cache(result)
+        tensors |= cache
+        account |= {name: TensorRecord("added", [name]) for name in cache}
         return tensors, account
+
+    def _cache(self, result: BlockResult) -> dict[str, torch.Tensor]:
+        """The scales of the KV cache by their names on disk: those of the attention they belong to."""
+        places = skeleton.places(self.run.model)
+        split = ((*name.rpartition("."), tensor) for name, tensor in result.cache.items())
+        return {f"{places.on_disk(module)}.{leaf}": tensor for module, _, leaf, tensor in split}
+
+
+def _one(places: Places, parameter: str) -> str:
+    """The tensor on disk of a parameter that was changed; ModelError if it is made of several."""
+    parts = places.by_parameter[parameter]
+    if len(parts) != 1 or not parts[0].whole:
+        raise ModelError(
+            f"{parameter} is assembled from {', '.join(each.disk for each in parts)}; leave out transforms"
+        )
+    return parts[0].disk

@@ -4,19 +4,13 @@ import re
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from quantkit.models import families
 
 
-def architecture(model_type):
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(model_type))]
-
-
 @pytest.mark.parametrize("model_type", [*families.FAMILIES, *families.OTHERS])
-def test_base_prefix_and_tying_are_those_of_transformers(model_type):
+def test_tying_is_that_of_transformers(model_type):
     family = families.family(model_type)
-    assert family.base_prefix == architecture(model_type).base_model_prefix
     assert family.tied == bool(AutoConfig.for_model(model_type).tie_word_embeddings)
 
 
@@ -43,22 +37,10 @@ def test_dropped_patterns_never_hit_a_parameter():
     assert families.dropped("llama", "h.0.attn.bias") is None
 
 
-def test_module_names_with_and_without_the_base_prefix():
-    full = ["transformer.h.0.attn.c_attn.weight", "lm_head.weight"]
-    assert families.module_names("gpt2", full) == dict(zip(full, full, strict=True))
-    assert families.module_names("gpt2", ["h.0.ln_1.bias", "lm_head.weight"]) == {
-        "h.0.ln_1.bias": "transformer.h.0.ln_1.bias",
-        "lm_head.weight": "lm_head.weight",
-    }
-    assert families.module_names("opt", ["decoder.embed_tokens.weight"]) == {
-        "decoder.embed_tokens.weight": "model.decoder.embed_tokens.weight"
-    }
-    assert families.module_names("unlisted", ["blocks.0.weight"]) == {"blocks.0.weight": "blocks.0.weight"}
-
-
-def test_renamed_head():
-    names = families.module_names("gpt_neox", ["gpt_neox.layers.0.mlp.bias", "embed_out.weight"])
-    assert names["embed_out.weight"] == "lm_head.weight"
+def test_towers_are_told_by_a_whole_part_of_a_name():
+    assert families.tower("model.vision_tower.encoder.layers.0.q_proj") == "vision_tower"
+    assert families.tower("visual.blocks.0.attn.qkv") == "visual"
+    assert families.tower("model.layers.0.visualise.weight") is None
 
 
 def test_every_pattern_compiles():

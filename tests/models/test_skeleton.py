@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from quantkit.errors import ModelError
 from quantkit.models import skeleton
@@ -248,13 +248,13 @@ def test_chosen_tensors_keep_their_stored_dtype(tmp_path):
 
 def test_the_users_random_state_stays(tmp_path, monkeypatch):
     save(tmp_path, "llama")
-    build = AutoModelForCausalLM.from_config
+    build = LlamaForCausalLM._from_config
 
     def drawing(*args, **keywords):  # as a model does that fills a buffer with random numbers
         torch.rand(3)
         return build(*args, **keywords)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", drawing)
+    monkeypatch.setattr(LlamaForCausalLM, "_from_config", drawing)
     before = torch.get_rng_state()
     streamed(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)

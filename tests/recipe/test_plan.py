@@ -9,6 +9,7 @@ import pytest
 from quantkit import assets
 from quantkit.errors import ModelError, RecipeError
 from quantkit.models.headers import read_checkpoint
+from quantkit.models.places import Place, Places
 from quantkit.plan import build_plan
 from quantkit.recipe import parse_recipe
 from quantkit.scheme import Scheme, integer
@@ -135,7 +136,7 @@ def test_skipping_everything_is_an_error(bookworm):
         plan(bookworm, [{"match": "*", "skip": True}])
 
 
-def test_conv1d_shape_is_turned_and_base_prefix_added(tmp_path):
+def test_conv1d_shape_is_turned_and_names_are_those_on_disk(tmp_path):
     shapes = {
         "wte.weight": (32, 64),
         "wpe.weight": (16, 64),
@@ -143,9 +144,9 @@ def test_conv1d_shape_is_turned_and_base_prefix_added(tmp_path):
         "h.0.ln_1.weight": (64,),
     }
     found = plan(checkpoint(tmp_path / "m", shapes, model_type="gpt2"))
-    assert found.blocks_prefix == "transformer.h"
+    assert found.blocks_prefix == "h"
     assert [(la.name, la.shape, la.transposed) for la in found.layers] == [
-        ("transformer.h.0.attn.c_attn", (192, 64), True)
+        ("h.0.attn.c_attn", (192, 64), True)
     ]
 
 
@@ -253,11 +254,17 @@ def test_routers_and_state_space_projections_stay_unless_a_rule_names_them(tmp_p
 
 def test_what_the_built_model_says_is_no_linear_is_never_planned(tmp_path):
     headers = checkpoint(tmp_path / "m", MIXED, model_type="own")
-    others = {"model.layers.0.positions": "Embedding", "model.layers.0.mlp.router": "TopKRouter"}
+    owners = {
+        "model.layers.0.positions.weight": "Embedding",
+        "model.layers.0.mlp.router.weight": "TopKRouter",
+    }
+    kinds = {name: ("other", owners[name]) if name in owners else ("linear", "Linear") for name in MIXED}
+    by_disk = {name: Place(name, name, kind, owner) for name, (kind, owner) in kinds.items()}
+    places = Places("model.layers", 1, by_disk, {name: (place,) for name, place in by_disk.items()})
 
     def planned(*rules):
         return build_plan(
-            parse_recipe({"weights": {"algorithm": "rtn", "group_size": 64}, "rules": rules}), headers, others
+            parse_recipe({"weights": {"algorithm": "rtn", "group_size": 64}, "rules": rules}), headers, places
         )
 
     found = planned()

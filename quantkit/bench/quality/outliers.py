@@ -28,6 +28,7 @@ from quantkit.errors import NumericalError, OutputError
 from quantkit.models import skeleton
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import read_checkpoint
+from quantkit.models.places import Places
 from quantkit.models.source import Source
 from quantkit.models.tensors import INDEX, TensorInfo
 from quantkit.plan import build_plan
@@ -52,16 +53,16 @@ def inject(output: Path, model: Path, channels: int = CHANNELS, seed: int = 0) -
         raise OutputError(f"{output} is not empty; give a new folder")
     output.mkdir(parents=True, exist_ok=True)
     source = Source(read_checkpoint(model))
-    plan = build_plan(parse_recipe(RECIPE), source.headers)
-    generator = torch.Generator().manual_seed(seed)
     network = skeleton.build(source)
+    plan = build_plan(parse_recipe(RECIPE), source.headers, skeleton.places(network))
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(source.config.vocab_size, (2, 32), generator=generator)
     shards: list[Written] = []
     rest = dict(source.headers.tensors)
     for run in walk(network, source, plan, ids, Wanted(full=len(ids), quantized=False)):
         for group in _places(run):
             run.fold(group, 1 / _factors(run, group, channels, generator), INSTEAD)
-        tensors = _tensors(run, source)
+        tensors = _tensors(run, source, skeleton.places(network))
         shards.append(write_shard(output / shard_name(run.index, plan.n_blocks + 1), tensors))
         rest = {name: info for name, info in rest.items() if name not in tensors}
     shards.append(write_shard(output / shard_name(plan.n_blocks, plan.n_blocks + 1), rest))
@@ -91,7 +92,7 @@ def _factors(run: BlockRun, group: ScalingGroup, channels: int, generator: torch
     return factors
 
 
-def _tensors(run: BlockRun, source: Source) -> dict[str, torch.Tensor | TensorInfo]:
+def _tensors(run: BlockRun, source: Source, places: Places) -> dict[str, torch.Tensor | TensorInfo]:
     """The block's tensors by disk name: what may have changed in its stored dtype, the rest to be copied."""
     tensors: dict[str, torch.Tensor | TensorInfo] = {}
     changed = dict(run.changed)
@@ -99,8 +100,8 @@ def _tensors(run: BlockRun, source: Source) -> dict[str, torch.Tensor | TensorIn
         weight = held.weight.data.to(run.stored[f"{name}.weight"])
         changed[f"{name}.weight"] = weight.T.contiguous() if run.plans[name].transposed else weight
     for leaf in run.stored:
-        info = source.raw(f"{run.name}.{leaf}")
-        tensors[info.name] = changed.get(leaf, info)
+        for part in places.by_parameter[f"{run.name}.{leaf}"]:
+            tensors[part.disk] = changed.get(leaf, source.raw(part.disk))
     return tensors
 
 
