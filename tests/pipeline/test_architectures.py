@@ -25,6 +25,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 
+HEADS = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX: the head on disk -> in the model
 BACKEND = "reference"  # logits are compared to the bit
 NAMES = list(tiny_models.CONFIGS)
 TIED = ("gemma", "opt", "gpt2", "falcon")  # families whose heads usually are; the others untied
@@ -111,7 +112,8 @@ def dense(original, output, rescaled=False):
             module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)
             count += 1
     parameters = dict(original.named_parameters(remove_duplicate=False))
-    for name, tensor in tensors.items():
+    for disk, tensor in tensors.items():
+        name = HEADS.get(disk, disk)
         if rescaled:
             parameters[name].copy_(tensor)
         else:
