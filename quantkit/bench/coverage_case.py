@@ -134,14 +134,14 @@ def walked(name: str, source: Path) -> float:
     run = prepared(RECIPES[name], source, source.parent / "walk", (), "cpu", None, Silent())
     assert run.windows is not None
     ids = run.windows.ids[:4]
-    streams, as_tuple = None, False
+    streams, form = None, None
     for block in walk(run.model, run.source, run.plan, ids, Wanted(len(ids), quantized=False, behind_last=True)):
         block.leave()
-        streams, as_tuple = block.streams, block.as_tuple
+        streams, form = block.streams, block.form
     assert streams is not None
     prefix, blocks = skeleton.find_blocks(run.model, run.plan.blocks_prefix)
     skeleton.load_outside(run.model, run.source, prefix)
-    found = finish(run.model, blocks, streams.of(True), ids, as_tuple)
+    found = finish(run.model, blocks, streams.of(True), ids, form)
     from quantkit.checkpoint.load import load
 
     return relative(found, load(source, device="cpu")(input_ids=ids, use_cache=False).logits)

@@ -18,6 +18,7 @@ from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.memory import give_back
 from quantkit.calibration.replay import Replay
+from quantkit.calibration.returned import Returned, returned
 from quantkit.calibration.streams import Streams, kept
 from quantkit.errors import NumericalError
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
@@ -70,7 +71,7 @@ class BlockRun:
         self.changed: dict[str, torch.Tensor] = {}
         self.model_type = ""
         self.kv: BlockKV | None = None
-        self.as_tuple = False
+        self.form: Returned = None
         self.seconds_once = (
             0.0  # of the time with this block, what the next ones of its structure will not need
         )
@@ -121,7 +122,7 @@ class BlockRun:
         call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)), cache)
         with patched(self._replay.forwards(chunk, full)):
             out = self.module(hidden, *call.args, **call.kwargs)
-        self.as_tuple = isinstance(out, tuple | list)
+        self.form = returned(out)
         return first_output(out), call
 
     @torch.no_grad()

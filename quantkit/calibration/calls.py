@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantkit.calibration.forward import Call, embed
+from quantkit.calibration.forward import Call, block_form, embed
+from quantkit.calibration.returned import Returned
 from quantkit.calibration.streams import Shared
 from quantkit.errors import ModelError
 
@@ -177,13 +178,14 @@ def record(
     be called with a key-value cache; ModelError if the model hands them none.
     """
     per_size = {}
+    form = block_form(model, blocks, ids[:1].to(device))
     for size in {1, batch, len(ids) % batch or batch}:
-        per_size[size] = embed(model, blocks, ids[:size].to(device))[1]
+        per_size[size] = embed(model, blocks, ids[:size].to(device), form=form)[1]
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
-    other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device))[1]
+    other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device), form=form)[1]
     varying = [differing(call, twin) for call, twin in zip(per_size[1], other, strict=True)]
     cache_at = (
-        _cache_places(model, blocks, ids[:1].to(device), per_size[1]) if cached else [None] * len(blocks)
+        _cache_places(model, blocks, ids[:1].to(device), per_size[1], form) if cached else [None] * len(blocks)
     )
     calls = [
         BlockCalls({size: each[i] for size, each in per_size.items()}, places, cache_at=cache_at[i])
@@ -192,7 +194,7 @@ def record(
     states = []
     if hidden or any(varying):
         for number, chunk in enumerate(ids.split(batch)):
-            state, own = embed(model, blocks, chunk.to(device))
+            state, own = embed(model, blocks, chunk.to(device), form=form)
             states.append(state.cpu())
             for block, call in zip(calls, own, strict=True):
                 found = dict(leaves(_tree(call))) if block.varying else {}
@@ -201,14 +203,14 @@ def record(
 
 
 def _cache_places(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, without: list[Call]
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, without: list[Call], form: Returned
 ) -> list[Place | None]:
     """Where each block is given the model's key-value cache, in the calls `without` one too; ModelError if nowhere."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     found: list[Place | None] = []
-    for number, (call, plain) in enumerate(zip(embed(model, blocks, ids, cache)[1], without, strict=True)):
+    for number, (call, plain) in enumerate(zip(embed(model, blocks, ids, cache, form)[1], without, strict=True)):
         places = [at for at, value in leaves(_tree(call)) if value is cache]
         if len(places) != 1 or places[0] not in dict(leaves(_tree(plain))):
             raise ModelError(

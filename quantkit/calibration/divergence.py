@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.calibration.forward import finish
+from quantkit.calibration.returned import Returned
 from quantkit.models import skeleton
 from quantkit.models.source import Source
 
@@ -43,13 +44,13 @@ def window_kl(
     ids: torch.Tensor,
     original: torch.Tensor,
     others: Sequence[torch.Tensor],
-    as_tuple: bool,
+    form: Returned,
     device: torch.device,
 ) -> torch.Tensor:
     """Mean KL(original || other) over the tokens of each window, in nats: fp64 [others, windows].
 
     ids: [windows, length]. original, others: hidden states behind the last block [windows, length, hidden].
-    as_tuple: whether the blocks return theirs in a tuple.
+    form: how the blocks return theirs.
     """
     prefix, blocks = skeleton.find_blocks(model, blocks_prefix)
     skeleton.load_outside(model, source, prefix, device=device)
@@ -61,7 +62,7 @@ def window_kl(
     def logits(hidden: torch.Tensor, window: int, tokens: slice) -> torch.Tensor:
         states = hidden[window : window + 1, tokens].to(device)
         given = ids[window : window + 1, tokens].to(device)
-        return finish(model, blocks, states, given, as_tuple)[0].float()  # (tokens, vocabulary)
+        return finish(model, blocks, states, given, form)[0].float()  # (tokens, vocabulary)
 
     for window in range(windows):
         for start in range(0, length, step):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from quantkit.calibration.returned import Returned, seen_on_meta, wrapped
 from quantkit.errors import ModelError
 from quantkit.structure.trace import first_output
 
@@ -100,23 +101,28 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, cache: Any = None
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    ids: torch.Tensor,
+    cache: Any = None,
+    form: Returned = None,
 ) -> tuple[torch.Tensor, list[Call]]:
     """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape.
 
-    cache: a key-value cache that the model is to hand to its blocks; None: it uses none.
+    cache: a key-value cache that the model is to hand to its blocks; None: it uses none. form: how the blocks return
+    their hidden states, see `block_form`.
     """
     given = {} if cache is None else {"past_key_values": cache}
     hidden: list[torch.Tensor] = []
     calls: list[Call] = []
 
-    def record(*args: object, **kwargs: object) -> torch.Tensor:
+    def record(*args: object, **kwargs: object) -> Any:
         h, call = _split(args, kwargs)
         hidden.append(h)
         calls.append(call)
         if len(calls) == len(blocks):
             raise Stop
-        return h
+        return wrapped(h, form)
 
     with refusing(type(model).__name__), patched((b, record) for b in blocks):
         try:
@@ -131,13 +137,38 @@ def embed(
 
 
 @torch.no_grad()
+def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor) -> Returned:
+    """How the blocks return their hidden states, which a model unpacks; the first one is run without weights.
+
+    None, for hidden states alone, where that is not found out; what is outside the blocks is loaded.
+    """
+    first: list[tuple[torch.Tensor, Call]] = []
+
+    def stop(*args: object, **kwargs: object) -> None:
+        first.append(_split(args, kwargs))
+        raise Stop
+
+    try:
+        with patched([(blocks[0], stop)]):
+            model(input_ids=ids, use_cache=False)
+    except Stop:
+        return seen_on_meta(blocks[0], *first[0])
+    except _FORWARD_ERRORS:  # `embed` meets it too, and says it by name
+        pass
+    return None
+
+
+@torch.no_grad()
 def finish(
-    model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, as_tuple: bool
+    model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, form: Returned
 ) -> torch.Tensor:
-    """Logits from the hidden states after the last block: final norm and head by the model's own forward."""
+    """Logits from the hidden states after the last block: final norm and head by the model's own forward.
+
+    form: how the blocks return their hidden states.
+    """
 
     def give(*args: object, **kwargs: object) -> object:
-        return (hidden,) if as_tuple else hidden
+        return wrapped(hidden, form)
 
     with patched((b, give) for b in blocks):
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.calibration.returned import Returned, returned, wrapped
 from quantkit.structure.trace import Trace
 
 # Bytes of inputs kept: at least KEPT_BYTES, and what the matrices of the widest linear (H, its factor, the drift) leave
@@ -33,18 +34,17 @@ class Replay:
         self._outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._last = {linear: name for name, linear in trace.output_of.items()}  # last linear -> its module
         self._returned: dict[
-            str, tuple[type, int] | None
+            str, Returned
         ] = {}  # (tuple or list, its length), or a tensor alone
         self._done: set[str] = set()
         for name in trace.output_of:
             block.get_submodule(name).register_forward_hook(self._note_returned(name))
 
     def _note_returned(self, name: str) -> Callable[..., Any]:
-        returned = self._returned  # and not self: the hook stays with the module, which self holds
+        forms = self._returned  # and not self: the hook stays with the module, which self holds
 
         def hook(module: nn.Module, args: object, out: object) -> None:
-            kind = list if isinstance(out, list) else tuple
-            returned.setdefault(name, (kind, len(out)) if isinstance(out, tuple | list) else None)
+            forms.setdefault(name, returned(out))
 
         return hook
 
@@ -78,12 +78,7 @@ class Replay:
             def replay(
                 *args: object, to: str = name, out: torch.Tensor = outputs[chunk.start], **kw: object
             ) -> object:
-                returned = self._returned[to]
-                out = out.clone()  # a model may add to it in place
-                if returned is None:
-                    return out
-                kind, length = returned
-                return kind([out, *[None] * (length - 1)])
+                return wrapped(out.clone(), self._returned[to])  # a clone, as a model may add to it in place
 
             found.append((self.block.get_submodule(name), replay))
         return found

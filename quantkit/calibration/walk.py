@@ -21,9 +21,10 @@ from torch import nn
 from quantkit.calibration.block_run import BlockRun, Groups
 from quantkit.calibration.calls import BlockCalls, record
 from quantkit.calibration.collect import Gatherer
-from quantkit.calibration.forward import Stop, embed, finish
+from quantkit.calibration.forward import Stop, block_form, embed, finish
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.memory import give_back
+from quantkit.calibration.returned import Returned, returned
 from quantkit.calibration.streams import Streams
 from quantkit.errors import ModelError
 from quantkit.models import skeleton
@@ -181,7 +182,7 @@ def inputs_after_blocks(
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     batch = chunk_windows(plan, windows)
     skeleton.load_outside(model, source, prefix, skeleton.head_tensors(model), device=device)
-    as_tuple = _returns_tuple(model, source, plan, windows, device)
+    form = _form(model, source, plan, windows, device)
     gatherer: Gatherer | None = None
     for start in range(0, len(windows), batch):
         chunk = slice(start, start + batch)
@@ -202,7 +203,7 @@ def inputs_after_blocks(
             handle = model.get_submodule(name).register_forward_pre_hook(hook)
             try:
                 hidden = streams.of(full)[chunk].to(device)
-                finish(model, blocks, hidden, windows[chunk].to(device), as_tuple)
+                finish(model, blocks, hidden, windows[chunk].to(device), form)
             except Stop:
                 pass
             finally:
@@ -219,13 +220,14 @@ def inputs_after_blocks(
     return gatherer.finish()
 
 
-def _returns_tuple(
+def _form(
     model: PreTrainedModel, source: Source, plan: Plan, windows: torch.Tensor, device: torch.device
-) -> bool:
-    """Whether the blocks return their hidden states in a tuple or list, seen on one window through the first one."""
+) -> Returned:
+    """How the blocks return their hidden states, seen on one window through the first one."""
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
-    hidden, calls = embed(model, blocks, windows[:1].to(device))
+    ids = windows[:1].to(device)
+    hidden, calls = embed(model, blocks, ids, form=block_form(model, blocks, ids))
     block = skeleton.load_block(model, source, 0, device=device, blocks_prefix=prefix)
     out = block(hidden, *calls[0].args, **calls[0].kwargs)
     skeleton.free_block(model, 0, prefix)
-    return isinstance(out, tuple | list)
+    return returned(out)

@@ -128,7 +128,7 @@ class _Searching:
         ids = self.ids if not self.input_max else self.ids[: self.windows]
         wanted = Wanted(full=len(ids), quantized=False, behind_last=True)
         streams: list[Streams] = []
-        original, as_tuple = None, False
+        original, form = None, None
         for block in walk(run.model, run.source, run.plan, ids, wanted, device=run.device, now=run.clock.now):
             original = block.streams.of(full=True)
             streams = streams or [Streams(original[: self.windows].clone(), None) for _ in strengths]
@@ -138,12 +138,12 @@ class _Searching:
             for strength, stream in zip(strengths, streams, strict=True):
                 with self._tried(block, strength):
                     block.carry(stream)
-            as_tuple = block.as_tuple
+            form = block.form
             self._step(len(ids) + len(strengths) * self.windows)
         assert original is not None
         others = [stream.of(full=True) for stream in streams]
         first, prefix = ids[: self.windows], run.plan.blocks_prefix
-        losses = window_kl(run.model, run.source, prefix, first, original, others, as_tuple, run.device)
+        losses = window_kl(run.model, run.source, prefix, first, original, others, form, run.device)
         self.walks += 1
         for strength, loss in zip(strengths, losses, strict=True):
             if not bool(torch.isfinite(loss).all()):

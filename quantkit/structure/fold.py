@@ -125,10 +125,10 @@ class Prover:
         self.generator = torch.Generator().manual_seed(0)
         length = hidden.shape[1]
         noise = torch.randn(hidden.shape, generator=self.generator, dtype=torch.float64).to(hidden.device)
-        call = _map_tensors((args, kwargs), lambda t: t.double() if t.is_floating_point() else t)
+        call = map_tensors((args, kwargs), lambda t: t.double() if t.is_floating_point() else t)
         try:
             self.hidden = noise[:, :PROOF_TOKENS]
-            self.args, self.kwargs = _map_tensors(call, lambda t: _cut(t, length, self.hidden.shape[1]))
+            self.args, self.kwargs = map_tensors(call, lambda t: _cut(t, length, self.hidden.shape[1]))
             self.reference = self.added()
         except (
             RuntimeError,
@@ -174,16 +174,16 @@ def _float64(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Apply `function` to the tensors in nested tuples, lists and mappings, which are copied."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_map_tensors(item, function) for item in tree)
+        return type(tree)(map_tensors(item, function) for item in tree)
     if isinstance(tree, MutableMapping):
         own = copy.copy(tree)
         for key, item in tree.items():
-            own[key] = _map_tensors(item, function)
+            own[key] = map_tensors(item, function)
         return own
     return tree
 

@@ -144,5 +144,5 @@ def test_behind_the_last_block_are_the_models_own_logits(tmp_path, monkeypatch, 
             wanted = reference(input_ids=windows[chunk]).logits
         for full in (True, False):
             hidden = last.streams.of(full)[chunk]
-            found = finish(checkpoint.model, blocks, hidden, windows[chunk], last.as_tuple)
+            found = finish(checkpoint.model, blocks, hidden, windows[chunk], last.form)
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

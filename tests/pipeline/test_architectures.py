@@ -18,12 +18,14 @@ from transformers.pytorch_utils import Conv1D
 import quantkit
 from quantkit import assets
 from quantkit.calibration.forward import embed, finish
+from quantkit.calibration.returned import returned
 from quantkit.cli.main import run
 from quantkit.errors import DataError, ModelError
 from quantkit.formats.registry import codec
 from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.structure.trace import first_output
 
 HEADS = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX: the head on disk -> in the model
 BACKEND = "reference"  # logits are compared to the bit
@@ -151,10 +153,10 @@ def test_the_streamed_walk_gives_the_models_logits(tmp_path, name, tie):
         block = skeleton.load_block(model, source, index, blocks_prefix=prefix)
         with torch.no_grad():
             out = block(hidden, *call.args, **call.kwargs)
-        as_tuple = isinstance(out, tuple)
-        hidden = out[0] if as_tuple else out
+        form = returned(out)
+        hidden = first_output(out)
         skeleton.free_block(model, index, prefix)
-    assert torch.equal(finish(model, blocks, hidden, ids(), as_tuple), logits(reference))
+    assert torch.equal(finish(model, blocks, hidden, ids(), form), logits(reference))
 
 
 # quantize, save, load ------------------------------
