@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -32,7 +31,6 @@ SCHEMA = "quantkit-coverage/1"
 SECONDS = 180.0  # a type may take
 FAMILIES = ("dense", "hybrid", "wrapper", "mixture", "other")
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
-_WORLD = re.compile(r"encoder-decoder|mixture of experts")
 
 
 def types() -> dict[str, str]:
@@ -40,10 +38,14 @@ def types() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     texts = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return dict(sorted((dict(texts) | dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)).items()))
+    return dict(
+        sorted((dict(texts) | dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)).items())
+    )
 
 
-def run(chosen: dict[str, str], recipes: list[str], jobs: int, kept: dict[str, Any], file: Path | None) -> None:
+def run(
+    chosen: dict[str, str], recipes: list[str], jobs: int, kept: dict[str, Any], file: Path | None
+) -> None:
     """Fill `kept` (type -> what became of it), and write it to `file` after each one."""
     _preload()
     context = multiprocessing.get_context("fork")
@@ -76,7 +78,11 @@ def _answer(child: Any, pipe: Connection, deadline: float) -> dict[str, Any] | N
             found: dict[str, Any] = pipe.recv()
         except EOFError:
             child.join()
-            found = {"family": "other", "built": f"the process ended with status {child.exitcode}", "outcomes": {}}
+            found = {
+                "family": "other",
+                "built": f"the process ended with status {child.exitcode}",
+                "outcomes": {},
+            }
         child.join()
         return found
     if time.monotonic() > deadline:
@@ -101,16 +107,17 @@ def _preload() -> None:
     import torch
     import transformers
 
-    import quantkit
+    from quantkit.bench import coverage_case
     from quantkit.checkpoint import plugin
     from quantkit.pipeline import quantize
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "BertModel", "AutoProcessor", "GenerationConfig"):
+    for module in (coverage_case, plugin, quantize):
+        assert module.__doc__
+    for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "BertModel", "AutoProcessor"):
         getattr(transformers, name)
-    assert quantkit and plugin and quantize
 
 
 def line(found: dict[str, Any]) -> str:
@@ -138,7 +145,10 @@ def verdict(found: dict[str, Any]) -> str:
 
 def counts(cases: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Family -> verdict -> number of types."""
-    table = {family: dict.fromkeys(("accepted", "partly", "refused", "wrong", "not buildable"), 0) for family in FAMILIES}
+    table = {
+        family: dict.fromkeys(("accepted", "partly", "refused", "wrong", "not buildable"), 0)
+        for family in FAMILIES
+    }
     for case in cases:
         table[case["family"]][verdict(case)] += 1
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tempfile
 import traceback
@@ -19,22 +20,34 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LIMITS = {"w8-rtn": 0.03, "w4-gptq": 0.5, "w4-awq": 0.5}  # relative error of the logits above which a result is wrong
+LIMITS = {
+    "w8-rtn": 0.03,
+    "w4-gptq": 0.5,
+    "w4-awq": 0.5,
+}  # relative error of the logits above which a result is wrong
 WALK_LIMIT = 1e-3  # of the logits behind the block walk, which quantizes nothing
 LARGEST = 8_000_000  # weights of a tiny model
 TEXT, BATCH = 32, 2  # tokens of a window, windows
 _CALIBRATION = {"samples": 8, "sequence_length": TEXT, "seed": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "w8-rtn": {"weights": {"preset": "W8A16", "algorithm": "rtn", "group_size": "channel"}},
-    "w4-gptq": {"weights": {"preset": "W4A16", "algorithm": "gptq", "group_size": 16}, "calibration": _CALIBRATION},
+    "w4-gptq": {
+        "weights": {"preset": "W4A16", "algorithm": "gptq", "group_size": 16},
+        "calibration": _CALIBRATION,
+    },
     "w4-awq": {
         "weights": {"preset": "W4A16_ASYM", "algorithm": "rtn", "group_size": 16},
         "transforms": ["awq"],
         "calibration": _CALIBRATION,
     },
 }
-GENERATES, WALKS = "w8-rtn", "w4-gptq"  # what decoding with a cache and the block walk are looked at with, once
-_RECURRENT = re.compile(r"(^|\.)(A_log|conv1d|conv|rg_lru|time_decay|time_mix_key|igate_preact|q_conv1d)(\.|$)")
+GENERATES, WALKS = (
+    "w8-rtn",
+    "w4-gptq",
+)  # what decoding with a cache and the block walk are looked at with, once
+_RECURRENT = re.compile(
+    r"(^|\.)(A_log|conv1d|conv|rg_lru|time_decay|time_mix_key|igate_preact|q_conv1d)(\.|$)"
+)
 _FREE = re.compile(r"/tmp\S*/|/\S*quantkit-coverage\S*")
 
 
@@ -102,7 +115,7 @@ def outcome(
     try:
         loaded = quantkit.load(output, device="cpu")
         error_of_logits = relative(logits(loaded), wanted)
-        tokens = generated(loaded) if name == GENERATES else ""
+        tokens = generated(loaded) if name == GENERATES and not generated(original) else ""
     except Exception as error:  # whatever it is, the finished checkpoint does not run
         return {"outcome": "wrong", "reason": f"finished, does not load or run: {said(error)} {where(error)}"}
     found: dict[str, Any] = {"outcome": "accepted", "error": round(error_of_logits, 4)}
@@ -135,7 +148,9 @@ def walked(name: str, source: Path) -> float:
     assert run.windows is not None
     ids = run.windows.ids[:4]
     streams, form = None, None
-    for block in walk(run.model, run.source, run.plan, ids, Wanted(len(ids), quantized=False, behind_last=True)):
+    for block in walk(
+        run.model, run.source, run.plan, ids, Wanted(len(ids), quantized=False, behind_last=True)
+    ):
         block.leave()
         streams, form = block.streams, block.form
     assert streams is not None
@@ -188,7 +203,9 @@ def built(model_type: str, architecture: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Matrices of variance 1/columns, embeddings of variance 1; the weights of norms within 0.5 of their default; other vectors within 0.1."""
+    """Matrices get variance 1/columns and embeddings 1; the weights of norms stay within 0.5 of their default, other
+    vectors within 0.1.
+    """
     generator = torch.Generator().manual_seed(1)
     seen: set[int] = set()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -217,13 +234,18 @@ def family_of(model_type: str, model: nn.Module | None) -> str:
     config = CONFIG_MAPPING[model_type]
     names = [name for name, _ in model.named_parameters()] if model is not None else []
     fields = set(getattr(config, "__dataclass_fields__", ()))
-    if model is not None and any(type(m).__name__.endswith(("Experts", "MoE", "MoeBlock")) for m in model.modules()):
+    if model is not None and any(
+        type(m).__name__.endswith(("Experts", "MoE", "MoeBlock")) for m in model.modules()
+    ):
         return "mixture"
-    if any(n.startswith(("num_experts", "n_routed_experts", "num_local_experts")) for n in fields) and model is None:
+    if (
+        any(n.startswith(("num_experts", "n_routed_experts", "num_local_experts")) for n in fields)
+        and model is None
+    ):
         return "mixture"
     if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "vision_config" in fields:
         return "wrapper"
-    if {"is_decoder", "is_encoder_decoder", "decoder_layers"} & set(config.__dict__.get("__annotations__", ())):
+    if {"is_decoder", "is_encoder_decoder", "decoder_layers"} & set(inspect.get_annotations(config)):
         return "other"
     if any(_RECURRENT.search(name) for name in names):
         return "hybrid"
@@ -269,5 +291,9 @@ def said(error: BaseException) -> str:
 def where(error: BaseException) -> str:
     """The innermost line of an error's traceback that is ours or transformers'."""
     frames: Iterator[traceback.FrameSummary] = reversed(traceback.extract_tb(error.__traceback__))
-    named = (f"({Path(f.filename).name}:{f.lineno})" for f in frames if re.search("quantkit|transformers", f.filename))
+    named = (
+        f"({Path(f.filename).name}:{f.lineno})"
+        for f in frames
+        if re.search("quantkit|transformers", f.filename)
+    )
     return next(named, "")

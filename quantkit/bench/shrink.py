@@ -48,10 +48,22 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"hidden_size_per_layer_input", HEAD),
 )  # fmt: skip
 _SIZES_COMPILED = tuple((re.compile(pattern), size) for pattern, size in _SIZES)
-_LAYERS = re.compile(r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|depth|num_blocks|n_blocks|num_layer)")
+_LAYERS = re.compile(
+    r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|depth|num_blocks|n_blocks|num_layer)"
+)
 _TOKEN = re.compile(r".*_(token|sequence)_?(id|index|ids)|.*_token_id_.*|.*_id|.*_index")
-_ORDINARY = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "decoder_start_token_id": 1}
-_UNSAID = {"head_dim": HEAD, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}  # what a class leaves at None
+_ORDINARY = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+_UNSAID = {
+    "head_dim": HEAD,
+    "num_key_value_heads": HEADS,
+    "num_experts_per_tok": 2,
+}  # what a class leaves at None
 _NO_TOKEN = re.compile(r".*(ignore|layer|codebook|head_in).*")
 
 
@@ -110,7 +122,9 @@ def _default(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config
 
 
-def tiny(config: PreTrainedConfig, strategy: Strategy, counts: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+def tiny(
+    config: PreTrainedConfig, strategy: Strategy, counts: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
     """A config of the same class with small sizes. counts: values for this config that are decided already."""
     values = _values(config)
     mended = fixes().get(config.model_type, {})
@@ -121,7 +135,9 @@ def tiny(config: PreTrainedConfig, strategy: Strategy, counts: Mapping[str, Any]
     for name, value in values.items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             changed[name] = tiny(value, strategy).to_dict()
-        elif isinstance(value, list | tuple) and depth and len(value) == depth and not _is_numbers(value, name):
+        elif (
+            isinstance(value, list | tuple) and depth and len(value) == depth and not _is_numbers(value, name)
+        ):
             changed[name] = [value[i] for i in kept]
         elif type(value) is int:
             new = _small(name, value, values, len(kept), strategy)
@@ -154,7 +170,14 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config and what they are once the class has filled them in."""
     names = [n for n in getattr(type(config), "__dataclass_fields__", {}) if not n.startswith("_")]
     given = {n: _value(config, n) for n in names or config.to_dict()}
-    skipped = {"model_type", "transformers_version", "architectures", "id2label", "label2id", "chunk_size_feed_forward"}
+    skipped = {
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "id2label",
+        "label2id",
+        "chunk_size_feed_forward",
+    }
     return {n: v for n, v in given.items() if n not in skipped}
 
 

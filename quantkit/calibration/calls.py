@@ -185,7 +185,9 @@ def record(
     other = embed(model, blocks, ((ids[:1] + 1) % vocabulary).to(device), form=form)[1]
     varying = [differing(call, twin) for call, twin in zip(per_size[1], other, strict=True)]
     cache_at = (
-        _cache_places(model, blocks, ids[:1].to(device), per_size[1], form) if cached else [None] * len(blocks)
+        _cache_places(model, blocks, ids[:1].to(device), per_size[1], form)
+        if cached
+        else [None] * len(blocks)
     )
     calls = [
         BlockCalls({size: each[i] for size, each in per_size.items()}, places, cache_at=cache_at[i])
@@ -210,7 +212,9 @@ def _cache_places(
 
     cache = DynamicCache()
     found: list[Place | None] = []
-    for number, (call, plain) in enumerate(zip(embed(model, blocks, ids, cache, form)[1], without, strict=True)):
+    for number, (call, plain) in enumerate(
+        zip(embed(model, blocks, ids, cache, form)[1], without, strict=True)
+    ):
         places = [at for at, value in leaves(_tree(call)) if value is cache]
         if len(places) != 1 or places[0] not in dict(leaves(_tree(plain))):
             raise ModelError(

@@ -107,7 +107,7 @@ def embed(
     cache: Any = None,
     form: Returned = None,
 ) -> tuple[torch.Tensor, list[Call]]:
-    """Hidden states [batch, length, hidden] before block 0 and the call of every block for token ids of this shape.
+    """Hidden states [batch, length, ..., hidden] before block 0, and the call of every block, for such token ids.
 
     cache: a key-value cache that the model is to hand to its blocks; None: it uses none. form: how the blocks return
     their hidden states, see `block_form`.
@@ -128,7 +128,7 @@ def embed(
         try:
             model(input_ids=ids, use_cache=cache is not None, **given)
         except Stop:
-            if hidden[0].dim() != 3 or hidden[0].shape[:2] != ids.shape:
+            if hidden[0].dim() < 3 or hidden[0].shape[0] != len(ids):
                 raise ValueError(
                     f"its blocks take hidden states of shape {list(hidden[0].shape)} for {list(ids.shape)} tokens"
                 ) from None

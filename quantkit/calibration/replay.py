@@ -33,9 +33,7 @@ class Replay:
         self._inputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._last = {linear: name for name, linear in trace.output_of.items()}  # last linear -> its module
-        self._returned: dict[
-            str, Returned
-        ] = {}  # (tuple or list, its length), or a tensor alone
+        self._returned: dict[str, Returned] = {}  # (tuple or list, its length), or a tensor alone
         self._done: set[str] = set()
         for name in trace.output_of:
             block.get_submodule(name).register_forward_hook(self._note_returned(name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 # Siblings (linears of a block that share an input) that engines fuse into one and that therefore share a scheme.
 SIBLINGS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
@@ -108,11 +109,14 @@ SET_ASIDE = (
     (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
 )
 
-# model_type -> why it is refused although nothing above shows it.
-UNSUPPORTED: dict[str, str] = {
-    "mamba": "a state-space model has no attention blocks",
-    "mamba2": "a state-space model has no attention blocks",
-    "rwkv": "a recurrent model has no attention blocks",
+# model_type -> (key of config.json, the only value with which it is supported, why).
+UNSUPPORTED: dict[str, tuple[str, Any, str]] = {
+    "rwkv": (
+        "rescale_every",
+        0,
+        "its forward halves the weights of linears in place, against overflow in fp16; with rescale_every: 0 in "
+        "config.json it computes the same without that, and is supported",
+    ),
 }
 
 

@@ -142,8 +142,9 @@ def _config(path: Path) -> dict[str, Any]:
     text = text_config(config)
     for part in (config,) if text is config else (config, text):
         _refuse_kind(part, f"{path} ({part.get('model_type', kind)})")
-    if kind in families.UNSUPPORTED:
-        raise ModelError(f"{path}: model type {kind} is not supported: {families.UNSUPPORTED[kind]}")
+    key, supported, reason = families.UNSUPPORTED.get(kind, ("", None, ""))
+    if key and config.get(key) != supported:
+        raise ModelError(f"{path}: model type {kind} is not supported: {reason}")
     architectures = config.get("architectures") or []
     other_heads = [a for a in architectures if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", a)]
     if other_heads:
