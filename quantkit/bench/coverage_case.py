@@ -165,12 +165,13 @@ def walked(name: str, source: Path) -> float:
 def generated(model: PreTrainedModel) -> str:
     """What is wrong with decoding behind a state cache: "" if its tokens are those of whole forwards."""
     ids = torch.arange(5, 13)[None]
-    config = model.generation_config
+    config: Any = model.generation_config
+    generate: Any = model.generate
     config.eos_token_id = config.pad_token_id = None
     try:
         with torch.no_grad():
-            by_cache = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
-            whole = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+            by_cache = generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+            whole = generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
     except Exception as error:
         return f"generate: {said(error)} {where(error)}"
     return "" if torch.equal(by_cache, whole) else "generate: a cache gives other tokens than whole forwards"
