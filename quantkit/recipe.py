@@ -34,6 +34,7 @@ from quantkit.recipe_schemes import (
     none_is_none,
     scheme_of,
 )
+from quantkit.recipe_target import TargetPart
 from quantkit.recipe_words import did_you_mean, meant_value
 from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, read
 from quantkit.scheme import PRESETS
@@ -116,7 +117,7 @@ class Recipe(Part):
     """What a run does. model: a folder or a hub id[@revision]; None = the embedded default.
 
     weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
-    keeps it exact.
+    keeps it exact. target: what must be able to run the result.
     """
 
     model: Text | None = None
@@ -126,6 +127,7 @@ class Recipe(Part):
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     calibration: Calibration = Calibration()
+    target: TargetPart | None = None
     output: Output = Output()
 
     @model_validator(mode="before")
@@ -196,7 +198,8 @@ class Recipe(Part):
         for part, keys in (
             (data["weights"], UNUSUAL),
             (data["kv_cache"], KVCache.model_fields),
-            (data, ("inputs", "kv_cache")),
+            (data, ("inputs", "kv_cache", "target")),
+            (data.get("target"), ("gpu",)),
         ):
             for key in keys if isinstance(part, dict) else ():
                 if part[key] is None:
@@ -218,6 +221,7 @@ class Recipe(Part):
         """
         data = self.resolved()
         del data["calibration"]["data"]
+        data.pop("target", None)
         return data | {"model": None}
 
 

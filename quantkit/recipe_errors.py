@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 from quantkit.recipe_words import did_you_mean, meant_key, meant_value
 from quantkit.recipe_yaml import Path
 
-NOT_YET = ("target",)  # keys of docs/design.md that no code stands behind yet
 _LONGEST = 500  # characters of one message
 
 Configs = Mapping[str, type[BaseModel]]
@@ -93,13 +92,7 @@ def _message(
 
 def _unknown_key(path: Path, part: type[BaseModel] | None) -> str:
     """path: that of the key. part: what it was written in, if that is known."""
-    if len(path) == 1 and path[0] in NOT_YET:
-        return "not available yet in this version; remove the key"
     known = tuple(part.model_fields) if part else ()
     meant = meant_key(str(path[-1]), known)
     listed = f"; known here: {', '.join(known)}" if known else ""
-    if meant is not None and meant.strip("`") in NOT_YET:
-        return (
-            f"unknown key; {meant} would be its name here, but is not available yet in this version{listed}"
-        )
     return f"unknown key{did_you_mean(meant)}{listed}"

@@ -71,6 +71,8 @@ KEYS: dict[str, str] = {
         ("output_dir", "save_dir", "save_path", "export_dir"),
         "the option --output of the command line; a recipe does not name its output",
     ),
+    **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), "target.tensor_parallel"),
+    **dict.fromkeys(("backend", "serve_with"), "target.engine"),
     **dict.fromkeys(("device", "device_map"), "the option --device of the command line"),
 }  # fmt: skip
 

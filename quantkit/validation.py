@@ -12,10 +12,15 @@ from typing import Any, TypeVar
 
 from quantkit.calibration.documents import check_source
 from quantkit.errors import RecipeError, UserError
+from quantkit.formats.compressed_tensors_config import written_config
+from quantkit.formats.registry import MEMORY
+from quantkit.models import families
 from quantkit.models.companions import find_companions
-from quantkit.models.headers import read_checkpoint, resolve_model
+from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
 from quantkit.predict import Prediction, predict
+from quantkit.preflight.check import preflight, verdicts
+from quantkit.preflight.subject import Linear, Subject
 from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
 
 T = TypeVar("T")
@@ -23,11 +28,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Validated:
-    """A recipe without mistakes; with a model also what happens to each linear, and what the run will need."""
+    """A recipe without mistakes; with a model also what happens to each linear, and what the run will need.
+
+    engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target.
+    """
 
     recipe: Recipe
     plan: Plan | None = None
     prediction: Prediction | None = None
+    engines: tuple[tuple[bool, str], ...] = ()
 
 
 class _Mistakes:
@@ -67,8 +76,42 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
         mistakes.collect(find_companions, headers.path)
     if checked is not None and headers is not None:
         plan = mistakes.collect(build_plan, checked, headers)
+    if checked is not None and headers is not None and plan is not None:
+        mistakes.collect(check_target, checked, plan, headers)
     mistakes.raise_all()
     assert checked is not None
     if plan is None or headers is None:
         return Validated(checked)
-    return Validated(checked, plan, predict(checked, plan, headers))
+    asked = checked.target is not None
+    engines = () if asked else tuple(verdicts(subject_of(plan, headers)))
+    return Validated(checked, plan, predict(checked, plan, headers), engines)
+
+
+def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:
+    """RecipeError with all that the recipe's target would refuse; nothing without a target, or without files."""
+    if recipe.target is None or recipe.output.format == MEMORY:
+        return
+    asked = recipe.target.asked
+    found = preflight(subject_of(plan, headers), asked)
+    if found:
+        raise RecipeError("\n".join(f"target: {asked}: {each}" for each in found))
+
+
+def subject_of(plan: Plan, headers: Headers) -> Subject:
+    """The checkpoint that a plan will write, as the rules about engines look at it."""
+    schemes = {layer.name: layer.scheme for layer in plan.layers}
+    linears = [
+        Linear(
+            layer.name,
+            layer.shape,
+            layer.scheme,
+            transposed=families.is_conv1d(headers.model_type, layer.name),
+        )
+        for layer in plan.layers
+    ]
+    shapes = {headers.module_names[name]: tensor.shape for name, tensor in headers.tensors.items()}
+    left = {name: shapes.get(f"{name}.weight", ()) for name, _ in plan.skipped}
+    linears += [Linear(name, (shape[0], shape[1]), None) for name, shape in left.items() if len(shape) == 2]
+    kv = plan.kv if plan.calibrates_cache else None
+    config = written_config(schemes, sorted(left), kv) if schemes or kv else {}
+    return Subject(linears, headers.config, config, plan.kv, list(headers.tensors))

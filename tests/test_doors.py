@@ -22,13 +22,14 @@ DOORS: dict[str, set[str]] = {
     "transforms": {"numerics"},
     "models": {"formats"},
     "structure": set(),
-    "recipe": {"algorithms", "assets", "formats", "transforms"},
+    "preflight": {"formats"},
+    "recipe": {"algorithms", "assets", "formats", "preflight", "transforms"},
     "plan": {"algorithms", "models", "recipe"},
     "predict": {"formats", "models", "plan", "recipe"},
     "calibration": {"models", "numerics", "quantkit_eval", "structure"},
-    "validation": {"calibration", "models", "plan", "predict", "recipe"},
+    "validation": {"calibration", "formats", "models", "plan", "predict", "preflight", "recipe"},
     "layers": {"formats", "numerics", "quantkit_kernels"},
-    "checkpoint": {"formats", "layers", "models", "numerics", "quantkit_eval"},
+    "checkpoint": {"formats", "layers", "models", "numerics", "preflight", "quantkit_eval"},
     "runtime": {"layers", "quantkit_eval", "quantkit_kernels"},
 }
 for top in ("pipeline", "bench", "cli"):

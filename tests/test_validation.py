@@ -7,6 +7,7 @@ import pytest
 
 from quantkit import assets
 from quantkit.errors import DataError, ModelError, RecipeError, UserError
+from quantkit.pipeline.quantize import quantize
 from quantkit.validation import validate
 
 BOOKWORM = str(assets.default_model())
@@ -88,3 +89,25 @@ def test_a_file_that_cannot_travel_is_found_with_the_other_mistakes(tmp_path):
         validate("w4a16-gptq", str(tmp_path / "m"), ["weights.group_size=96"])
     assert "NOTICE is a symbolic link to a file outside the model's folder" in str(caught.value)
     assert "is not divisible by group_size=96" in str(caught.value)
+
+
+def test_a_target_refuses_before_anything_is_computed(tmp_path):
+    def targeted(target, weights="{preset: W4A16, algorithm: rtn}"):
+        return written(tmp_path, f"weights: {weights}\ntarget: {target}\n")
+
+    assert validate(targeted("{engine: vllm, tensor_parallel: 2, gpu: sm80}"), BOOKWORM).engines == ()
+    with pytest.raises(RecipeError) as caught:
+        validate(targeted("{engine: vllm, tensor_parallel: 4, gpu: sm80}"), BOOKWORM)
+    said = str(caught.value)
+    assert said.startswith("target: vLLM on sm80, tensor_parallel 4: model.layers.*.")
+    assert "o_proj (8): in_features 256 / tensor_parallel 4 = 64 is not whole groups of 128" in said
+    with pytest.raises(RecipeError, match="W4A16 g128 sym has no kernel in vLLM on cpu-avx2"):
+        quantize(targeted("{engine: vllm, gpu: cpu-avx2}"), BOOKWORM, tmp_path / "out", evaluate=False)
+    assert not (tmp_path / "out").exists()
+    assert validate(targeted("quantkit", "{preset: W2A16, algorithm: rtn}"), BOOKWORM).plan
+
+
+def test_without_a_target_the_engines_that_run_it_are_named():
+    engines = dict(reversed(each) for each in validate("w2a16-gptq", BOOKWORM).engines)
+    assert engines["quantkit"]
+    assert any(said.startswith("vLLM on cpu: ") and not runs for said, runs in engines.items())

@@ -10,6 +10,8 @@ The report, schema `quantkit-inspect/1`:
     totals: {bytes, quantized_bytes, weights, quantized_weights, quantized_layers,
              linear_bits_per_weight or None, model_bits_per_weight}
     loaders: [{name, loads, how}]
+    engines: [{runs, said}], what each engine would refuse, by `quantkit.preflight`
+    target: {asked, findings: [{rule, layers, numbers, remedy, source}]} of the engine that was named, or None
     searches: [{transform, strength, windows, tokens, walks, trials}], see `quantkit.checkpoint.records.SearchRecord`
 """
 
@@ -26,22 +28,29 @@ from safetensors import safe_open
 
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.kv import stored_scheme
-from quantkit.checkpoint.loaders import engine_flag, loaders
+from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import plain
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec
+from quantkit.models import families
 from quantkit.models.config import read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
+from quantkit.preflight.cache import engine_flag
+from quantkit.preflight.check import preflight, verdicts
+from quantkit.preflight.subject import Linear, Subject
+from quantkit.preflight.target import Target
 from quantkit.scheme import KVScheme, Scheme
 
 SCHEMA = "quantkit-inspect/1"
 
 
-def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
+def inspect_checkpoint(
+    path: str | Path, verify: bool = False, target: Target | None = None
+) -> dict[str, Any]:
     """The report on the folder `path`; ModelError if it is damaged or packed in a way we do not read.
 
-    verify: compare the sha256 of every file with quantkit.json too.
+    verify: compare the sha256 of every file with quantkit.json too. target: what must be able to run it.
     """
     path = Path(path)
     config = read_config(path)
@@ -65,6 +74,7 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         if name not in parts and leaf == "weight" and len(tensor.shape) == 2:
             layers.append(_plain(module, tensor))
     layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
+    subject = _subject(config, quantization, layers, schemes, cache, tensors)
     return {
         "schema": SCHEMA,
         "path": str(path),
@@ -75,8 +85,38 @@ def inspect_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]
         "totals": _totals(layers, tensors, parts),
         "kv_cache": _cache(cache),
         "loaders": [each.report() for each in loaders(model_type, schemes, cache)],
+        "engines": [{"runs": runs, "said": said} for runs, said in verdicts(subject)]
+        if schemes or cache
+        else [],
+        "target": None if target is None else _asked(subject, target),
         "searches": plain(manifest.searches or []) if manifest else [],
     }
+
+
+def _asked(subject: Subject, target: Target) -> dict[str, Any]:
+    return {"asked": str(target), "findings": [finding.report() for finding in preflight(subject, target)]}
+
+
+def _subject(
+    config: dict[str, Any],
+    quantization: dict[str, Any] | None,
+    layers: list[dict[str, Any]],
+    schemes: dict[str, Scheme],
+    cache: KVScheme | None,
+    tensors: dict[str, TensorInfo],
+) -> Subject:
+    """The checkpoint as the rules about engines look at it."""
+    model_type = str(config.get("model_type", ""))
+    linears = [
+        Linear(
+            layer["name"],
+            (layer["shape"][0], layer["shape"][1]),
+            schemes.get(layer["name"]),
+            transposed=layer["name"] in schemes and families.is_conv1d(model_type, layer["name"]),
+        )
+        for layer in layers
+    ]
+    return Subject(linears, config, quantization or {}, cache, list(tensors))
 
 
 def _cache(scheme: KVScheme | None) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Who can load a packed checkpoint, and how; found out from the schemes and from the model's own code.
 
-What plain transformers does was seen with compressed-tensors 0.20, what vLLM does with vLLM 0.32 (docs/checkpoint.md).
+What plain transformers does was seen with compressed-tensors 0.20 (docs/checkpoint.md); what vLLM has kernels for is a
+table of `quantkit.preflight`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quantkit.models import families
+from quantkit.preflight.cache import engine_flag
+from quantkit.preflight.kernels import devices_for
+from quantkit.preflight.target import DEVICES
 from quantkit.scheme import KVScheme, Scheme
 
 TRANSFORMERS = "transformers + compressed-tensors"
 PLAIN = "AutoModelForCausalLM.from_pretrained(path)"
 DEQUANTIZED = f"{PLAIN[:-1]}, quantization_config=CompressedTensorsConfig(dequantize=True))"
-MARLIN_GROUPS = (None, 32, 64, 128)
+GPUS = ("sm80", "sm90", "sm100")  # if all of these run a scheme, nothing is said of the device
 
 
 @dataclass(frozen=True)
@@ -130,57 +134,35 @@ def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
 
 
 def _vllm(kinds: set[Scheme]) -> Loader:
-    """vLLM's own CUDA kernels (Marlin) take the common schemes; its optional ones (Humming) all of 2 to 8 bits.
-
-    From its sources, of 8-bit inputs: FP8 with FP8 weights (older GPUs run the weights alone), int8 of a token or a
-    calibrated tensor with int8 weights; of 4-bit weights only those beside int8 tokens, for which few devices have
-    kernels.
-    """
-    strange = sorted(str(scheme) for scheme in kinds if scheme.inputs and not _rounds_inputs(scheme))
-    if strange:
-        return Loader("vLLM", False, f"it has no kernels for {', '.join(strange[:4])}")
-    few = sorted(str(scheme) for scheme in kinds if scheme.inputs and scheme.weights.bits != 8)
-    if few:
-        return Loader("vLLM", True, "vllm serve path", f"a device with kernels for {', '.join(few[:4])}")
-    odd = sorted(str(scheme) for scheme in kinds if not _marlin(scheme))
-    if not odd:
+    """On the GPUs of today, by the table of `quantkit.preflight`; what a shard of a layer must be is asked there."""
+    own, optional = _everywhere(kinds, optional=False), _everywhere(kinds, optional=True)
+    few = sorted(str(scheme) for scheme in kinds if not set(GPUS) <= set(devices_for(scheme, "vllm")))
+    nowhere = sorted(str(scheme) for scheme in kinds if not devices_for(scheme, "vllm"))
+    if nowhere:
+        return Loader("vLLM", False, f"it has no kernels for {', '.join(nowhere[:4])}")
+    if set(GPUS) <= own:
         return Loader("vLLM", True, "vllm serve path")
-    needs = f"on CUDA with its optional Humming kernels, for {', '.join(odd[:4])}"
-    return Loader("vLLM", True, "vllm serve path", needs)
-
-
-def _marlin(scheme: Scheme) -> bool:
-    grid = scheme.weights
-    if grid.number.kind != "int" or scheme.inputs:
-        return True
-    bits = (4, 8) if grid.symmetric else (4,)
-    return grid.bits in bits and grid.group_size in MARLIN_GROUPS
-
-
-def _rounds_inputs(scheme: Scheme) -> bool:
-    """Whether vLLM has a scheme with quantized inputs."""
-    grid, inputs = scheme.weights, scheme.inputs
-    if inputs is None or inputs.number.kind != grid.number.kind or not grid.symmetric:
-        return False
-    if inputs.number.kind == "float":
-        return (inputs.granularity == "group") == (grid.granularity == "block")
-    return inputs.granularity in ("token", "tensor") and (
-        (grid.bits == 8 and grid.granularity != "group") or (grid.bits == 4 and inputs.dynamic)
+    if set(GPUS) <= optional:
+        every = {scheme: set(devices_for(scheme, "vllm", optional=False)) for scheme in kinds}
+        odd = sorted(str(scheme) for scheme, devices in every.items() if not set(GPUS) <= devices)
+        needs = f"on CUDA with its optional Humming kernels, for {', '.join(odd[:4])}"
+        return Loader("vLLM", True, "vllm serve path", needs)
+    where = ", ".join(name for name in DEVICES if name in optional)
+    if not where:
+        return Loader(
+            "vLLM", False, f"no device has kernels for all of {', '.join(sorted(map(str, kinds))[:4])}"
+        )
+    return Loader(
+        "vLLM", True, "vllm serve path", f"only on {where}, where it has kernels for {', '.join(few[:4])}"
     )
 
 
-def engine_flag(scheme: KVScheme) -> str | None:
-    """What makes vLLM run a cache as quantkit does; None: nothing.
-
-    Its caches have no exact tokens, and its 4-bit one always rotates keys. Stored scales it finds in the checkpoint.
-    """
-    if scheme.keys != scheme.values or scheme.sinks or scheme.residual:
-        return None
-    if not scheme.dynamic:
-        return "--kv-cache-dtype fp8"
-    kind = (scheme.keys.number.name, scheme.rotate)
-    known = {("int8", False): "int8_per_token_head", ("int4", True): "int4_per_token_head"}
-    return f"--kv-cache-dtype {known[kind]}" if kind in known and scheme.keys.group_size is None else None
+def _everywhere(kinds: set[Scheme], optional: bool) -> set[str]:
+    """The devices on which vLLM has kernels for all of these schemes."""
+    found = set(DEVICES)
+    for scheme in kinds:
+        found &= set(devices_for(scheme, "vllm", optional))
+    return found
 
 
 def reads_weight(model_type: str, linears: Iterable[str]) -> str | None:

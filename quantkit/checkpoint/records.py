@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from quantkit_eval.report import Report
 
-from quantkit.checkpoint.loaders import engine_flag
+from quantkit.preflight.cache import engine_flag
 from quantkit.scheme import NUMBERS, Grid, KVScheme
 
 Record = TypeVar("Record")

@@ -12,6 +12,9 @@ from rich.table import Column, Table
 from quantkit.cli.opening import device_option, dtype_option, resolve, verify_option
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.device import find_device
+from quantkit.errors import ModelError
+from quantkit.preflight.subject import Finding
+from quantkit.preflight.target import parse_target
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")  # a part of a dotted name that is a number
 
@@ -21,12 +24,23 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")  # a part of a dotted n
 @click.option(
     "--all", "every_layer", is_flag=True, help="A line per layer instead of a line per kind of layer."
 )
+@click.option(
+    "--target",
+    metavar="engine=NAME[,tensor_parallel=N][,gpu=KIND]",
+    help="Whether this engine would load and run it; exit code 2 if not.",
+)
 @verify_option
 @device_option
 @dtype_option
 @json_option
 def command(
-    model: str, every_layer: bool, verify: bool, device: str, dtype: str, json_file: str | None
+    model: str,
+    every_layer: bool,
+    target: str | None,
+    verify: bool,
+    device: str,
+    dtype: str,
+    json_file: str | None,
 ) -> None:
     """Show what MODEL (a folder or hub id) holds per kind of layer; no model is built.
 
@@ -35,7 +49,8 @@ def command(
     """
     from quantkit.checkpoint.inspect import inspect_checkpoint
 
-    report = inspect_checkpoint(resolve(model), verify)
+    asked = None if target is None else parse_target(target)
+    report = inspect_checkpoint(resolve(model), verify, asked)
     memory = _memory(report, device, dtype)
 
     def draw() -> None:
@@ -44,6 +59,11 @@ def command(
         console.print(memory)
 
     deliver(json_file, report, draw)
+    if asked is not None:
+        findings = [Finding(**each) for each in report["target"]["findings"]]
+        if findings:
+            raise ModelError("\n".join(f"{asked}: {each}" for each in findings))
+        make_console().print(f"nothing is known that {asked} would refuse")
 
 
 def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool = False) -> None:
@@ -66,6 +86,9 @@ def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool 
         console.print(str(parse(SearchRecord, search)))
     for loader in report["loaders"]:
         console.print(f"{'yes' if loader['loads'] else 'no':<3}  {loader['name']}: {loader['how']}")
+    for engine in report["engines"]:
+        if not engine["runs"]:
+            console.print(f"no   {engine['said']}", soft_wrap=True)
 
 
 def _checks(checks: dict[str, Any]) -> str:

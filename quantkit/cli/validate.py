@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import click
 import yaml
 from rich.table import Column, Table
@@ -25,6 +27,9 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
         console = make_console()
         print_plan(found.plan, console)
         print_prediction(found.prediction, console)
+        print_engines(found.engines, console)
+        if found.recipe.target is not None:
+            console.print(f"nothing is known that {found.recipe.target.asked} would refuse")
     say(f"{recipe}: valid")
 
 
@@ -52,3 +57,9 @@ def print_prediction(found: Prediction, console: Screen) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_engines(engines: Iterable[tuple[bool, str]], console: Screen) -> None:
+    """Who will run the result, and what each would refuse."""
+    for runs, said in engines:
+        console.print(f"{'yes' if runs else 'no':<3}  {said}", highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 FORMATS = (PACKED, INT, FLOAT, NVFP4, MXFP4)
 DENSE = "dense"  # no weight is quantized, only the cache
 MIXED = "mixed-precision"  # several groups; each then names its format
+HEADS = ("lm_head", "embed_out")
 CORRUPT = "the checkpoint is corrupt, fetch it again"
 VERSION = "0.19.0"  # of compressed-tensors, whose files these equal
 _SCALES = {"fp8_e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
@@ -67,7 +68,9 @@ def memory_format(scheme: Scheme) -> str:
 def written_config(
     schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
 ) -> dict[str, Any]:
-    """One scheme targets the class "Linear"; several target their modules by name. kv: of a cache with stored scales.
+    """One scheme targets the class "Linear" and a quantized head; several target their modules by name.
+
+    kv: of a cache with stored scales.
 
     Weights alone, as integers, are described by the keys that say something; everything else by all keys that
     llm-compressor writes.
@@ -77,7 +80,12 @@ def written_config(
     short = kv is None and set(formats) == {PACKED}
     groups = {}
     for number, (scheme, kind) in enumerate(zip(kinds, formats, strict=True)):
-        targets = ["Linear"] if len(kinds) == 1 else sorted(n for n, s in schemes.items() if s == scheme)
+        targets = sorted(n for n, s in schemes.items() if s == scheme)
+        if len(kinds) == 1:  # to engines a head is no Linear, so it is named
+            targets = [
+                "Linear",
+                *(f"re:.*{head}$" for head in HEADS if any(n.endswith(head) for n in schemes)),
+            ]
         if short:
             groups[f"group_{number}"] = {
                 "targets": targets,

@@ -17,7 +17,7 @@ import transformers
 
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import copy_companions
-from quantkit.checkpoint.loaders import engine_flag, loaders
+from quantkit.checkpoint.loaders import loaders
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
 from quantkit.checkpoint.records import (
     Calibration,
@@ -42,6 +42,9 @@ from quantkit.models.tensors import INDEX
 from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
+from quantkit.preflight.cache import engine_flag
+from quantkit.preflight.check import verdicts
+from quantkit.validation import subject_of
 
 
 def publish(
@@ -151,6 +154,12 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
     known = loaders(run.source.headers.text_type, schemes, run.plan.kv)
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
+    if run.recipe.target is None:
+        notes += [
+            f"refused by {said}"
+            for runs, said in verdicts(subject_of(run.plan, run.source.headers))
+            if not runs
+        ]
     if run.plan.kv is not None:
         flag = engine_flag(run.plan.kv)
         notes.append(

@@ -45,6 +45,7 @@ from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
+from quantkit.validation import check_target
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def prepared(
         source = Source(headers)
         skeleton_model = skeleton.build(source)
         plan = build_plan(checked, headers, skeleton.places(skeleton_model))
+        check_target(checked, plan, headers)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)

@@ -144,3 +144,18 @@ def test_all_gives_every_layer_a_line(tmp_path, capsys):
     for options, shown in (([], 0), (["--all"], 1)):
         assert run(["inspect", str(folder), "--device", "cpu", *options]) == 0
         assert capsys.readouterr().out.count("layers.1.") == shown
+
+
+def test_a_target_is_checked_and_refused_with_exit_code_2(tmp_path, capsys):
+    folder = packed_folder(tmp_path / "m", [Scheme(integer(3, 32, True))])
+    assert run(["inspect", str(folder), "--target", "engine=vllm,gpu=sm90"]) == 0
+    assert "nothing is known that vLLM on sm90 would refuse" in capsys.readouterr().out
+    report = tmp_path / "report.json"
+    assert run(["inspect", str(folder), "--target", "vllm,gpu=cpu", "--json", str(report)]) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.*.mlp.c_fc (1): W3A16 g32 sym has no kernel in vLLM on cpu; use gpu: sm75" in said
+    (finding,) = json.loads(report.read_text())["target"]["findings"]
+    assert finding["rule"] == "kernel"
+    assert finding["source"].startswith("vLLM 0.32.0, model_executor/")
+    assert run(["inspect", str(folder), "--target", "vllm,gpu=h100"]) == 2
+    assert "gpu must be one of" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import quantkit
 from quantkit import assets
 from quantkit.calibration.kv import PassingCache
 from quantkit.calibration.kv_range import KVRange, check_scale
-from quantkit.checkpoint.loaders import engine_flag
 from quantkit.checkpoint.manifest import read_manifest
 from quantkit.checkpoint.records import KVRecord
 from quantkit.checkpoint.verify import verify_shard
@@ -21,6 +20,7 @@ from quantkit.errors import NumericalError, RecipeError, VerificationError
 from quantkit.formats.registry import codec
 from quantkit.numerics.kv import KVScales, rounded
 from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.preflight.cache import engine_flag
 from quantkit.scheme import KV_PRESETS, KVScheme
 
 pytestmark = pytest.mark.usefixtures("steady")

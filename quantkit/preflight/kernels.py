@@ -1,0 +1,164 @@
+"""Which kernels an engine has for a scheme: on which devices, and for which shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quantkit.preflight.subject import Finding, Linear
+from quantkit.preflight.tables import FOREIGN, KERNELS, Kernel, source
+from quantkit.preflight.target import DEVICES, NAMES, Device, Target
+from quantkit.scheme import Scheme
+
+_GROUPS = (128, 64, 32, None)
+
+
+def family_of(scheme: Scheme) -> str | None:
+    """The kind of kernel that a scheme needs, as `Kernel.family` names it; None if engines have no such kind.
+
+    The order of vLLM's `_get_scheme_from_parts` (compressed_tensors.py).
+    """
+    grid, inputs = scheme.weights, scheme.inputs
+    if grid.number.name == "fp4_e2m1":
+        kind = {"fp8_e4m3": "nvfp4", "e8m0": "mxfp4"}.get(str(grid.scale))
+        return kind if inputs is None else None
+    if grid.number.name == "fp8_e4m3":
+        if inputs is None:
+            return "fp8 weights"
+        if inputs.number.kind != "float" or (inputs.granularity == "group") != (grid.granularity == "block"):
+            return None
+        if grid.granularity == "block":
+            return "fp8 block"
+        return "fp8 tensor" if not inputs.dynamic else "fp8 token"
+    if grid.number.kind != "int":
+        return None
+    if inputs is None:
+        return "integers" if grid.granularity in ("channel", "group") else None
+    if inputs.number.kind != "int" or not grid.symmetric or inputs.granularity not in ("token", "tensor"):
+        return None
+    if grid.bits == 8 and grid.granularity in ("channel", "tensor"):
+        return "int8 inputs"
+    four = grid.bits == 4 and inputs.dynamic and grid.granularity in ("channel", "group")
+    return "int4, int8 inputs" if four else None
+
+
+def kernels_for(scheme: Scheme, engine: str, device: Device) -> list[Kernel]:
+    """The kernels of an engine that run a scheme on a kind of device, in its order of preference."""
+    family, grid = family_of(scheme), scheme.weights
+    return [
+        kernel
+        for kernel in KERNELS
+        if kernel.engine == engine
+        and kernel.family == family
+        and kernel.runs_on(device)
+        and kernel.takes(grid.bits, grid.symmetric, grid.group_size)
+    ]
+
+
+def devices_for(scheme: Scheme, engine: str, optional: bool = True) -> list[str]:
+    """The kinds of device on which an engine runs a scheme; optional: also with its optional packages."""
+    return [
+        name
+        for name, device in DEVICES.items()
+        if any(optional or kernel.needs is None for kernel in kernels_for(scheme, engine, device))
+    ]
+
+
+def needed(schemes: Iterable[Scheme], engine: str, device: Device) -> list[str]:
+    """The optional packages without which an engine does not run these schemes on a device."""
+    found: dict[str, None] = {}
+    for scheme in schemes:
+        kernels = kernels_for(scheme, engine, device)
+        if kernels and all(kernel.needs for kernel in kernels):
+            found[str(kernels[0].needs)] = None
+    return list(found)
+
+
+def no_kernel(linear: Linear, shard: tuple[int, int], target: Target) -> Finding | None:
+    """Why none of the target's devices runs a linear, whose part on one device is `shard`; None if one does."""
+    scheme, engine = linear.scheme, target.engine
+    if scheme is None or engine not in ("vllm", "sglang"):
+        return None
+    foreign = FOREIGN.get(linear.format)
+    kind = (scheme.weights.bits, scheme.weights.symmetric)
+    if foreign is not None and kind not in foreign[0]:
+        known = ", ".join(f"{bits} bits {'symmetric' if even else 'asymmetric'}" for bits, even in foreign[0])
+        return _finding(linear, f"{linear.format} files hold {known} there", target, (), foreign[1])
+    kernels = [kernel for device in target.devices for kernel in kernels_for(scheme, engine, device)]
+    if any(kernel.fits(*shard) for kernel in kernels):
+        return None
+    if kernels:
+        tiles = "; ".join(dict.fromkeys(f"{k.name} takes N % {k.rows} and K % {k.columns}" for k in kernels))
+        file = kernels[0].file
+        return _finding(
+            linear, f"a shard of {shard[0]} x {shard[1]} is not whole tiles ({tiles})", target, (), file
+        )
+    return _finding(linear, "no kernel", target, _others(scheme, engine, target), _file(scheme, engine))
+
+
+def _finding(linear: Linear, why: str, target: Target, others: tuple[str, ...], file: str) -> Finding:
+    remedy = f"use {' or '.join(others)}" if others else "use another preset or another engine"
+    return Finding(
+        "kernel", "", f"{linear.scheme} has {why} in {target}", remedy, source(target.engine, file)
+    )
+
+
+def _file(scheme: Scheme, engine: str) -> str:
+    family = family_of(scheme)
+    files = [kernel.file for kernel in KERNELS if kernel.engine == engine and kernel.family == family]
+    return (
+        files[0] if files else "model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
+    )
+
+
+def _others(scheme: Scheme, engine: str, target: Target) -> tuple[str, ...]:
+    """What runs instead: another device for the scheme, or other bits and groups on these devices."""
+    found = []
+    devices = devices_for(scheme, engine)
+    if devices:
+        found.append(f"gpu: {', '.join(devices)}")
+    grid = scheme.weights
+    if family_of(scheme) == "integers":
+        for bits, even in ((grid.bits, grid.symmetric), (grid.bits, True), (4, grid.symmetric), (4, True)):
+            sizes = [
+                size or "channel"
+                for size in _GROUPS
+                if any(
+                    kernel.takes(bits, even, size)
+                    for device in target.devices
+                    for kernel in KERNELS
+                    if (kernel.engine, kernel.family) == (engine, "integers") and kernel.runs_on(device)
+                )
+            ]
+            if sizes:
+                shown = ", ".join(map(str, sizes))
+                found.append(f"bits: {bits}, symmetric: {str(even).lower()}, group_size: {shown}")
+                break
+    elif not devices:
+        found.append("W4A16, W8A8 or FP8_DYNAMIC")
+    else:
+        found += [
+            name
+            for name, kind in (("W8A8", "int8 inputs"), ("FP8_DYNAMIC", "fp8 token"), ("W4A16", "integers"))
+            if any(
+                (kernel.engine, kernel.family) == (engine, kind) and kernel.runs_on(device)
+                for device in target.devices
+                for kernel in KERNELS
+            )
+        ][:1]
+    return tuple(found)
+
+
+def summary(schemes: Iterable[Scheme], engine: str) -> str:
+    """On which devices an engine has kernels for all of these schemes, in one line without its name."""
+    kinds = sorted(set(schemes), key=str)
+    runs, optional, refused = [], [], []
+    for name, device in DEVICES.items():
+        lacking = [scheme for scheme in kinds if not kernels_for(scheme, engine, device)]
+        if lacking:
+            refused.append(name)
+        else:
+            (optional if needed(kinds, engine, device) else runs).append(name)
+    parts = [f"runs on {', '.join(runs)}"] if runs else []
+    parts += [f"with the package humming on {', '.join(optional)}"] if optional else []
+    parts += [f"no kernels on {', '.join(refused)}"] if refused else []
+    return "; ".join(parts) or f"{NAMES[engine]} has no kernels"
