@@ -7,7 +7,7 @@ this machine (what a manifest stores), `identity()` what decides the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -195,12 +195,13 @@ class Recipe(Part):
                 written["inputs"] = "none"
         if self.weights is None:
             data["weights"] = "none"
-        for part, keys in (
+        unusual: tuple[tuple[Any, Iterable[str]], ...] = (
             (data["weights"], UNUSUAL),
             (data["kv_cache"], KVCache.model_fields),
             (data, ("inputs", "kv_cache", "target")),
-            (data.get("target"), ("gpu",)),
-        ):
+            (data["target"], ("gpu",)),
+        )
+        for part, keys in unusual:
             for key in keys if isinstance(part, dict) else ():
                 if part[key] is None:
                     del part[key]

@@ -19,7 +19,7 @@ from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
 from quantkit.predict import Prediction, predict
-from quantkit.preflight.check import preflight, verdicts
+from quantkit.preflight.check import outlook, preflight, verdicts
 from quantkit.preflight.subject import Linear, Subject
 from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
 
@@ -30,13 +30,15 @@ T = TypeVar("T")
 class Validated:
     """A recipe without mistakes; with a model also what happens to each linear, and what the run will need.
 
-    engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target.
+    engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target; outlook:
+    what to say of the target, if it names one.
     """
 
     recipe: Recipe
     plan: Plan | None = None
     prediction: Prediction | None = None
     engines: tuple[tuple[bool, str], ...] = ()
+    outlook: str = ""
 
 
 class _Mistakes:
@@ -82,9 +84,10 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
     assert checked is not None
     if plan is None or headers is None:
         return Validated(checked)
-    asked = checked.target is not None
-    engines = () if asked else tuple(verdicts(subject_of(plan, headers)))
-    return Validated(checked, plan, predict(checked, plan, headers), engines)
+    subject, prediction = subject_of(plan, headers), predict(checked, plan, headers)
+    if checked.target is None:
+        return Validated(checked, plan, prediction, tuple(verdicts(subject)))
+    return Validated(checked, plan, prediction, outlook=outlook(subject, checked.target.asked))
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:

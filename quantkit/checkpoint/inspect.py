@@ -11,7 +11,7 @@ The report, schema `quantkit-inspect/1`:
              linear_bits_per_weight or None, model_bits_per_weight}
     loaders: [{name, loads, how}]
     engines: [{runs, said}], what each engine would refuse, by `quantkit.preflight`
-    target: {asked, findings: [{rule, layers, numbers, remedy, source}]} of the engine that was named, or None
+    target: {asked, findings: [{rule, layers, numbers, remedy, source}], outlook} of the engine that was named, or None
     searches: [{transform, strength, windows, tokens, walks, trials}], see `quantkit.checkpoint.records.SearchRecord`
 """
 
@@ -37,7 +37,7 @@ from quantkit.models import families
 from quantkit.models.config import read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.preflight.cache import engine_flag
-from quantkit.preflight.check import preflight, verdicts
+from quantkit.preflight.check import outlook, preflight, verdicts
 from quantkit.preflight.subject import Linear, Subject
 from quantkit.preflight.target import Target
 from quantkit.scheme import KVScheme, Scheme
@@ -94,7 +94,12 @@ def inspect_checkpoint(
 
 
 def _asked(subject: Subject, target: Target) -> dict[str, Any]:
-    return {"asked": str(target), "findings": [finding.report() for finding in preflight(subject, target)]}
+    findings = [finding.report() for finding in preflight(subject, target)]
+    return {
+        "asked": str(target),
+        "findings": findings,
+        "outlook": None if findings else outlook(subject, target),
+    }
 
 
 def _subject(

@@ -63,7 +63,7 @@ def command(
         findings = [Finding(**each) for each in report["target"]["findings"]]
         if findings:
             raise ModelError("\n".join(f"{asked}: {each}" for each in findings))
-        make_console().print(f"nothing is known that {asked} would refuse")
+        make_console().print(report["target"]["outlook"])
 
 
 def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool = False) -> None:

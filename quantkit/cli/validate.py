@@ -29,7 +29,7 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
         print_prediction(found.prediction, console)
         print_engines(found.engines, console)
         if found.recipe.target is not None:
-            console.print(f"nothing is known that {found.recipe.target.asked} would refuse")
+            console.print(found.outlook)
     say(f"{recipe}: valid")
 
 

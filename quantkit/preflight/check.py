@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.preflight.cache import caches
-from quantkit.preflight.kernels import no_kernel
+from quantkit.preflight.kernels import needed, no_kernel
 from quantkit.preflight.names import siblings, spelled
 from quantkit.preflight.sharding import heads, shard_of, splits
 from quantkit.preflight.subject import HEAD, Finding, Linear, Subject, gathered, starred
@@ -33,6 +33,14 @@ def preflight(subject: Subject, target: Target) -> list[Finding]:
         found += _mtp(subject, target)
         found += _heads_tied(subject, target)
     return found + list(caches(subject, target))
+
+
+def outlook(subject: Subject, target: Target) -> str:
+    """What to say of a target that refuses nothing: which optional packages it needs, if any."""
+    packages = needed({linear.scheme for linear in subject.quantized if linear.scheme}, target)
+    return f"nothing is known that {target} would refuse" + (
+        f", with {', '.join(packages)}" if packages else ""
+    )
 
 
 def _linear(linear: Linear, subject: Subject, target: Target) -> Iterator[Finding]:
@@ -125,6 +133,11 @@ def verdicts(subject: Subject) -> list[tuple[bool, str]]:
         if runs:
             widths = [n for n in (1, 2, 4, 8) if not preflight(subject, Target(engine, n, runs[0]))]
             shared = f"; tensor_parallel {', '.join(map(str, widths))}" if runs[0] != "cpu" else ""
-            lines.append((True, f"{NAMES[engine]} on {', '.join(runs)}{shared}"))
+            schemes = {linear.scheme for linear in subject.quantized if linear.scheme}
+            packages = {device: needed(schemes, Target(engine, 1, device)) for device in runs}
+            said = [
+                f"{device} (with {packages[device][0]})" if packages[device] else device for device in runs
+            ]
+            lines.append((True, f"{NAMES[engine]} on {', '.join(said)}{shared}"))
         lines += [(False, f"{NAMES[engine]} on {device}: {said}") for device, said in refused.items()]
     return lines

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from quantkit.preflight.subject import Finding, Linear
 from quantkit.preflight.tables import FOREIGN, KERNELS, Kernel, source
-from quantkit.preflight.target import DEVICES, NAMES, Device, Target
+from quantkit.preflight.target import DEVICES, Device, Target
 from quantkit.scheme import Scheme
 
 _GROUPS = (128, 64, 32, None)
@@ -63,13 +63,13 @@ def devices_for(scheme: Scheme, engine: str, optional: bool = True) -> list[str]
     ]
 
 
-def needed(schemes: Iterable[Scheme], engine: str, device: Device) -> list[str]:
-    """The optional packages without which an engine does not run these schemes on a device."""
+def needed(schemes: Iterable[Scheme], target: Target) -> list[str]:
+    """The optional packages without which the target runs one of these schemes on none of its devices."""
     found: dict[str, None] = {}
     for scheme in schemes:
-        kernels = kernels_for(scheme, engine, device)
-        if kernels and all(kernel.needs for kernel in kernels):
-            found[str(kernels[0].needs)] = None
+        each = [kernel for device in target.devices for kernel in kernels_for(scheme, target.engine, device)]
+        if each and all(kernel.needs for kernel in each):
+            found |= {str(kernel.needs): None for kernel in each}
     return list(found)
 
 
@@ -146,19 +146,3 @@ def _others(scheme: Scheme, engine: str, target: Target) -> tuple[str, ...]:
             )
         ][:1]
     return tuple(found)
-
-
-def summary(schemes: Iterable[Scheme], engine: str) -> str:
-    """On which devices an engine has kernels for all of these schemes, in one line without its name."""
-    kinds = sorted(set(schemes), key=str)
-    runs, optional, refused = [], [], []
-    for name, device in DEVICES.items():
-        lacking = [scheme for scheme in kinds if not kernels_for(scheme, engine, device)]
-        if lacking:
-            refused.append(name)
-        else:
-            (optional if needed(kinds, engine, device) else runs).append(name)
-    parts = [f"runs on {', '.join(runs)}"] if runs else []
-    parts += [f"with the package humming on {', '.join(optional)}"] if optional else []
-    parts += [f"no kernels on {', '.join(refused)}"] if refused else []
-    return "; ".join(parts) or f"{NAMES[engine]} has no kernels"

@@ -8,8 +8,8 @@ import pytest
 from engine_subjects import FOUR, PRESETS, llama, subject
 
 from quantkit.errors import RecipeError
-from quantkit.preflight.check import preflight, verdicts
-from quantkit.preflight.kernels import devices_for, summary
+from quantkit.preflight.check import outlook, preflight, verdicts
+from quantkit.preflight.kernels import devices_for
 from quantkit.preflight.subject import Linear
 from quantkit.preflight.tables import FUSIONS, KERNELS, RENAMED, ROW_PARALLEL
 from quantkit.preflight.target import DEVICES, ENGINES, Target, parse_target
@@ -63,10 +63,11 @@ def test_every_bit_width_runs_on_cuda_with_humming(bits, symmetric):
     assert set(devices_for(Scheme(integer(bits, 96, symmetric)), "vllm")) >= GPUS
 
 
-def test_a_summary_names_devices():
-    said = summary([Scheme(integer(8, 128, False))], "vllm")
-    assert said.startswith("runs on sm90; with the package humming on sm75, sm80")
-    assert said.endswith("no kernels on cpu, cpu-avx2, cpu-amx")
+def test_what_runs_with_an_optional_package_alone_says_so():
+    odd = llama(Scheme(integer(8, 128, False)))
+    assert outlook(odd, Target("vllm", 1, "sm80")).endswith("would refuse, with the package humming")
+    assert outlook(odd, Target("vllm", 1, "sm90")).endswith("would refuse")
+    assert verdicts(odd)[0][1].startswith("vLLM on sm80 (with the package humming), sm90, sm100 (with")
 
 
 def test_what_gptq_and_awq_files_may_hold():
