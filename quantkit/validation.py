@@ -14,7 +14,6 @@ from quantkit.calibration.documents import check_source
 from quantkit.errors import RecipeError, UserError
 from quantkit.formats.compressed_tensors_config import written_config
 from quantkit.formats.registry import MEMORY
-from quantkit.models import families
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
@@ -103,17 +102,12 @@ def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:
 def subject_of(plan: Plan, headers: Headers) -> Subject:
     """The checkpoint that a plan will write, as the rules about engines look at it."""
     schemes = {layer.name: layer.scheme for layer in plan.layers}
-    linears = [
-        Linear(
-            layer.name,
-            layer.shape,
-            layer.scheme,
-            transposed=families.is_conv1d(headers.model_type, layer.name),
-        )
-        for layer in plan.layers
-    ]
-    shapes = {headers.module_names[name]: tensor.shape for name, tensor in headers.tensors.items()}
-    left = {name: shapes.get(f"{name}.weight", ()) for name, _ in plan.skipped}
+    linears = [Linear(one.name, one.shape, one.scheme, transposed=one.transposed) for one in plan.layers]
+    left = {
+        name: headers.tensors[f"{name}.weight"].shape
+        for name, _ in plan.skipped
+        if f"{name}.weight" in headers.tensors
+    }
     linears += [Linear(name, (shape[0], shape[1]), None) for name, shape in left.items() if len(shape) == 2]
     kv = plan.kv if plan.calibrates_cache else None
     config = written_config(schemes, sorted(left), kv) if schemes or kv else {}

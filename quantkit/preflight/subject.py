@@ -76,7 +76,7 @@ class Subject:
     def of_mtp(self, name: str) -> bool:
         """Whether a tensor or linear belongs to a layer that predicts further tokens."""
         blocks = self.count("num_hidden_layers")
-        number = re.match(r"(?:model\.)?layers\.(\d{1,6})\.", name)
+        number = re.match(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,6})\.", name)
         return bool(_MTP.search(name)) or (
             number is not None and blocks is not None and int(number[1]) >= blocks
         )
