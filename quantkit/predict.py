@@ -53,7 +53,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
     for disk, info in tensors.items():
         layer = planned.get(disk)
         if layer is None:
-            copied += info.nbytes
+            copied += info.dense_bytes
             names += len(disk)
         else:
             packed += packed_bytes(layer, _itemsize(info))
@@ -102,7 +102,7 @@ def _words(count: int, bits: int) -> int:
 
 
 def _itemsize(info: TensorInfo) -> int:
-    return info.nbytes // max(1, math.prod(info.shape))
+    return info.dense_bytes // max(1, math.prod(info.shape))
 
 
 def _parameters(tensors: Iterable[TensorInfo]) -> int:
@@ -184,7 +184,7 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
             continue
         number = plan.parts.get(disk)
         if number is not None:
-            block_bytes[number] = block_bytes.get(number, 0) + info.nbytes
+            block_bytes[number] = block_bytes.get(number, 0) + info.dense_bytes
         elif not (families.is_head(disk.removesuffix(".weight")) or families.tower(disk)):
             outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
     working = max(

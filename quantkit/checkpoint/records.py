@@ -31,10 +31,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What became of a source tensor. how: quantized, copied, rescaled, carried or dropped; the last has a `reason`.
+    """What became of a source tensor.
 
-    "carried": copied, and no part of the model that transformers builds. "added": no source tensor but a new one, a
-    scale of the KV cache.
+    how: quantized, copied, rescaled, decoded, carried or dropped; the last has a `reason`. "decoded": of a quantized
+    source, written as its decoded weight. "carried": copied, and no part of the model that transformers builds.
+    "added": no source tensor but a new one, a scale of the KV cache.
     """
 
     how: str

@@ -22,6 +22,16 @@ WEIGHTS = frozenset(
 )  # fmt: skip
 CODE = frozenset((".py", ".pyc", ".pyi", ".ipynb", ".so", ".sh", ".dll", ".exe", ".bat", ".ps1"))
 WRITTEN = frozenset(("config.json", "quantkit.json", "quantkit.run.json"))
+# How another tool quantized these weights: beside weights in another scheme they would mislead an engine.
+STALE = frozenset(
+    (
+        "quantize_config.json",
+        "quant_config.json",
+        "quantization_config.json",
+        "hf_quant_config.json",
+        "recipe.yaml",
+    )
+)
 MAX_FILES = 2000
 MAX_DEPTH = 4  # folders below the model's
 
@@ -89,6 +99,8 @@ def _stays(name: str) -> str | None:
     suffix = Path(name).suffix.lower()
     if suffix in WEIGHTS:
         return "weights"
+    if name in STALE:
+        return "it describes the source's quantization"
     return "code, which quantkit never runs" if suffix in CODE else None
 
 

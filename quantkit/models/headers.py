@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ModelError
+from quantkit.formats.encodings import Encoding, encoding_of, quantization_of
 from quantkit.formats.foreign import QUANTIZED_TENSOR
 from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import check_sizes, longest_window, read_config
-from quantkit.models.tensors import WEIGHT_DTYPES, TensorInfo, named, read_tensors
+from quantkit.models.tensors import DTYPES, WEIGHT_DTYPES, TensorInfo, named, read_tensors
 from quantkit.paths import weights_path
 
 _DOWNLOADED = (
@@ -35,12 +36,22 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Headers:
-    """A checkpoint that passed every check its headers allow. tensors: by disk name, in file order."""
+    """A checkpoint that passed every check its headers allow. tensors: by disk name, in file order.
+
+    encoding: how its linears are stored, if it is quantized already. Each of these is one tensor here, the decoded
+    weight `P.weight`, whose `parts` are the stored ones.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: list[Path]
+    encoding: Encoding | None = None
+
+    @cached_property
+    def stored(self) -> dict[str, TensorInfo]:
+        """Every tensor of the files."""
+        return {each.name: each for info in self.tensors.values() for each in info.parts or (info,)}
 
     @property
     def model_type(self) -> str:
@@ -55,7 +66,9 @@ class Headers:
     def dropped(self) -> dict[str, str]:
         """Disk name -> why transformers leaves this tensor out."""
         reasons = {name: families.dropped(self.model_type, name) for name in self.tensors}
-        return {name: reason for name, reason in reasons.items() if reason}
+        found = {name: reason for name, reason in reasons.items() if reason}
+        cache = (name for name in self.tensors if self.encoding and self.encoding.of_cache(name))
+        return found | dict.fromkeys(cache, "scale of the KV cache of the source's quantization")
 
     @cached_property
     def name(self) -> str:
@@ -129,14 +142,54 @@ def read_checkpoint(path: str | Path) -> Headers:
         raise ModelError(f"no model folder {path}")
     config = _config(path)
     files, tensors = read_tensors(path)
+    encoding = None
+    if (quantization := quantization_of(config)) is not None:
+        try:
+            encoding = encoding_of(quantization)
+            tensors = _decodable(encoding, config, tensors)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
     check_sizes(path, config, tensors)
-    headers = Headers(path, config, tensors, files)
+    headers = Headers(path, config, tensors, files, encoding)
     _check_tensors(headers)
     return headers
 
 
+def _decodable(
+    encoding: Encoding, config: Mapping[str, Any], stored: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The tensors of a quantized checkpoint, with one decoded weight in place of those that it is made of."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in stored.items():
+        if split := encoding.split(name):
+            found.setdefault(split[0], {})[split[1]] = info
+    found = {linear: leaves for linear, leaves in found.items() if leaves.keys() != {"weight"}}
+    tensors = {}
+    for name, info in stored.items():
+        linear, leaf = encoding.split(name) or ("", "")
+        if linear not in found or leaf not in found[linear]:
+            tensors[name] = info
+            continue
+        weight = f"{linear}.weight"
+        if weight in tensors:
+            continue
+        parts = tuple(found[linear].values())
+        shape = encoding.shape(linear, {leaf: part.shape for leaf, part in found[linear].items()})
+        size = sum(part.nbytes for part in parts)
+        tensors[weight] = TensorInfo(weight, _decoded_dtype(config, parts), shape, info.file, 0, size, parts)
+    return tensors
+
+
+def _decoded_dtype(config: Mapping[str, Any], parts: Iterable[TensorInfo]) -> str:
+    """The dtype a weight is decoded to: the model's, by config.json or else by the scales; BF16 if neither says."""
+    said = text_config(config).get("dtype") or config.get("dtype") or config.get("torch_dtype")
+    names = {torch_name: name for name, (_, torch_name) in DTYPES.items() if name in WEIGHT_DTYPES}
+    scales = (part.dtype for part in parts if part.dtype in WEIGHT_DTYPES)
+    return names.get(said) or next(scales, "BF16")
+
+
 def _config(path: Path) -> dict[str, Any]:
-    """config.json, refused if it describes something other than a dense, unquantized model that generates text."""
+    """config.json, refused if it describes something other than a dense model that generates text."""
     config = read_config(path)
     kind = config["model_type"]
     text = text_config(config)
@@ -155,10 +208,6 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_kind(config: Mapping[str, Any], what: str) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ModelError(f"{what} is already quantized ({method}); give the original checkpoint")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{what} is an encoder-decoder model; only decoder-only causal LMs are supported")
     if config.get("auto_map") and config.get("model_type") not in families.FAMILIES:
@@ -176,7 +225,8 @@ def _check_tensors(headers: Headers) -> None:
     quantized = [name for name in names if QUANTIZED_TENSOR.search(name)]
     if quantized:
         raise ModelError(
-            f"{headers.path} is already quantized ({named(quantized)}); give the original checkpoint"
+            f"{headers.path} is already quantized ({named(quantized)}) in a way that its config.json does not say; "
+            "give the original checkpoint"
         )
     wrong = [
         f"{n} ({headers.tensors[n].dtype})" for n in names if headers.tensors[n].dtype not in WEIGHT_DTYPES

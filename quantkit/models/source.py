@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import ModelError
+from quantkit.formats.registry import codec_of
 from quantkit.models.config import open_config
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo, torch_dtype
@@ -79,9 +80,11 @@ class Source:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor in `dtype` (None: as stored), on the CPU; ModelError if a value is not finite.
 
-        A cast is done by chunks, so that no second whole copy exists.
+        A cast is done by chunks, so that no second whole copy exists. A weight that is stored quantized is decoded.
         """
         info = self.raw(name)
+        if info.parts:
+            return self._decoded(info, dtype or torch_dtype(info.dtype))
         stored = torch_dtype(info.dtype)
         out = torch.empty(info.shape, dtype=dtype or stored)
         flat = out.view(-1)
@@ -97,9 +100,34 @@ class Source:
                     self._refuse(info, raw, out.dtype)
         return out
 
+    def _decoded(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+        """A weight from the tensors it is stored in, computed in fp32."""
+        encoding = self.headers.encoding
+        assert encoding is not None
+        linear = info.name.removesuffix(".weight")
+        scheme = encoding.scheme(linear)
+        leaves = {part.name.removeprefix(f"{linear}."): self._whole(part) for part in info.parts}
+        try:
+            assert scheme is not None  # or its shape would not be known
+            weight = codec_of(encoding.config).unpack(leaves, scheme).dequantize(dtype)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {linear}: {error}") from None
+        if not _finite(weight):
+            self._refuse(info, weight, dtype)
+        return weight
+
+    def _whole(self, info: TensorInfo) -> torch.Tensor:
+        """A stored tensor as it is, whatever its values."""
+        out = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        with self._open(info) as file:
+            self._read(file.fileno(), out.view(-1), info, 0)
+        return out
+
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors have equal dtype, shape and bytes."""
         x, y = self.raw(a), self.raw(b)
+        if x.parts or y.parts:
+            return x.shape == y.shape and torch.equal(self.tensor(a), self.tensor(b))
         if (x.dtype, x.shape) != (y.dtype, y.shape):
             return False
         one = torch.empty(min(CHUNK_BYTES, x.nbytes), dtype=torch.uint8)

@@ -39,7 +39,11 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor. dtype: as safetensors spells it ("BF16"). offset: bytes from the start of `file`."""
+    """One stored tensor. dtype: as safetensors spells it ("BF16"). offset: bytes from the start of `file`.
+
+    parts: of a weight that is stored quantized, the tensors it is decoded from. It has the name, dtype and shape of the
+    decoded weight, and as `nbytes` those of its parts together.
+    """
 
     name: str
     dtype: str
@@ -47,6 +51,12 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    parts: tuple[TensorInfo, ...] = ()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the tensor in its dtype, decoded if it is stored quantized."""
+        return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
 
 
 def torch_dtype(stored: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import math
@@ -38,6 +39,7 @@ from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.companions import Companions, find_companions
+from quantkit.models.headers import Headers
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.report import RUN_SCHEMA
@@ -60,8 +62,13 @@ def publish(
     shards = {e["written"]["file"]: e["written"] for e in entries}
     account = {n: TensorRecord(**a) for e in entries for n, a in e["account"].items()}
     dropped = run.source.dropped
-    account |= {n: TensorRecord("dropped", reason=reason) for n, reason in dropped.items()}
-    lost = run.source.headers.tensors.keys() - account.keys()
+    tensors = run.source.headers.tensors
+    account |= {
+        part.name: TensorRecord("dropped", reason=reason)
+        for name, reason in dropped.items()
+        for part in tensors[name].parts or (tensors[name],)
+    }
+    lost = run.source.headers.stored.keys() - account.keys()
     if lost:
         raise VerificationError(f"source tensors without an account: {sorted(lost)[:8]}")
     with clock("write"):
@@ -114,10 +121,12 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
     weight_map = {t: file for file, w in shards.items() for t in w["tensors"]}
     total = sum(n for w in shards.values() for n in w["tensors"].values())
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = dict(source.headers.config)
+    config = copy.deepcopy(source.headers.config)
     schemes = {name: layer.scheme for layer in run.plan.layers for name in (layer.name, layer.module)}
     kv = run.plan.kv if run.plan.calibrates_cache else None
-    config.pop("quantization_config", None)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
     if schemes or kv is not None:
         ignored = ignore_list(run.model, schemes) if schemes else []
         config["quantization_config"] = codec(run.recipe.output.format).config(schemes, ignored, kv)
@@ -131,9 +140,9 @@ def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str
     tensors = {n: b for w in shards.values() for n, b in w["tensors"].items()}
     weights = sum(layer.shape[0] * layer.shape[1] for layer in run.plan.layers)
     planned = {name: each for name, each in account.items() if each.how == "quantized"}
-    packed = sum(tensors[part] for each in planned.values() for part in each.became or ())
-    original = {i.name: i for i in run.source.headers.tensors.values()}
-    parameters = sum(math.prod(i.shape) for n, i in original.items() if n not in run.source.dropped)
+    packed = sum(tensors[part] for part in {part for each in planned.values() for part in each.became or ()})
+    original, dense = run.source.headers.stored, run.source.headers.tensors
+    parameters = sum(math.prod(i.shape) for n, i in dense.items() if n not in run.source.dropped)
     return Size(
         original_linear_bits_per_weight=8 * sum(original[n].nbytes for n in planned) / max(1, weights),
         original_bytes=sum(i.nbytes for i in original.values()),
@@ -144,7 +153,8 @@ def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str
 
 
 def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -> list[str]:
-    notes = [f"{layer.name}: {text}" for layer in layers for text in layer.fallbacks or ()]
+    notes = source_notes(run.source.headers)
+    notes += [f"{layer.name}: {text}" for layer in layers for text in layer.fallbacks or ()]
     notes += [f"{s['transform']} on {s['producer']}: {s['note']}" for s in scaling if "note" in s]
     left_out = Counter((s["transform"], name) for s in scaling if "left_out" in s for name in s["consumers"])
     notes += [
@@ -166,6 +176,21 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
             f"KV cache in vLLM: {flag}" if flag else f"no option of vLLM is the KV cache {run.plan.kv}"
         )
     return notes + (list(run.windows.notes) if run.windows else [])
+
+
+def source_notes(headers: Headers) -> list[str]:
+    """What a report says of a source that was quantized already."""
+    if headers.encoding is None:
+        return []
+    linears = [name.removesuffix(".weight") for name, info in headers.tensors.items() if info.parts]
+    schemes = sorted({str(headers.encoding.scheme(name)) for name in linears})
+    if not linears:
+        return ["source: only its KV cache is quantized, whose scales are left out"]
+    said = f"source: {headers.encoding.config.get('quant_method')}, {'; '.join(schemes)} ({len(linears)} linears)"
+    notes = [f"{said}; errors are against its decoded weights"]
+    if headers.encoding.rounds_inputs(linears):
+        notes.append("source: it rounds inputs of linears too, which its decoded weights do not")
+    return notes
 
 
 def write_run_facts(run: Run, manifest: Manifest, resumed: int) -> None:

@@ -102,12 +102,14 @@ class ShardWriter:
                 )
                 packed = {f"{layer}.{leaf}": t for leaf, t in leaves.items()}
                 tensors |= packed
-                account[name] = TensorRecord("quantized", sorted(packed))
+                record = TensorRecord("quantized", sorted(packed))
             else:
-                tensors[name] = changed.get(name, info)
-                how = "rescaled" if name in changed else "copied"
+                decoded = info.parts and name not in changed
+                tensors[name] = self.run.source.tensor(name) if decoded else changed.get(name, info)
+                how = "rescaled" if name in changed else "decoded" if decoded else "copied"
                 how = "carried" if places.by_disk[name].parameter is None else how
-                account[name] = TensorRecord(how, [name])
+                record = TensorRecord(how, [name])
+            account |= {part.name: record for part in info.parts or (info,)}
         lost = {f"{n}.weight" for n in result.weights} - sources.keys()
         if lost:
             raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")

@@ -261,7 +261,7 @@ def test_other_weight_files_are_refused_with_advice(folder, name, advice):
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "already quantized by the method 'hqq' (HQQ)"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
         ({"text_config": {"model_type": "t5", "is_encoder_decoder": True}}, "(t5) is an encoder-decoder"),
