@@ -185,7 +185,7 @@ def _decoded_dtype(config: Mapping[str, Any], parts: Iterable[TensorInfo]) -> st
     said = text_config(config).get("dtype") or config.get("dtype") or config.get("torch_dtype")
     names = {torch_name: name for name, (_, torch_name) in DTYPES.items() if name in WEIGHT_DTYPES}
     scales = (part.dtype for part in parts if part.dtype in WEIGHT_DTYPES)
-    return names.get(said) or next(scales, "BF16")
+    return names.get(str(said)) or next(scales, "BF16")
 
 
 def _config(path: Path) -> dict[str, Any]:
