@@ -82,15 +82,19 @@ def no_kernel(linear: Linear, shard: tuple[int, int], target: Target) -> Finding
     kind = (scheme.weights.bits, scheme.weights.symmetric)
     if foreign is not None and kind not in foreign[0]:
         known = ", ".join(f"{bits} bits {'symmetric' if even else 'asymmetric'}" for bits, even in foreign[0])
-        return _finding(linear, f"{linear.format} files hold {known} there", target, (), foreign[1])
+        said = f"{linear.scheme} in {linear.format} files, of which it reads {known}: {target}"
+        return Finding(
+            "kernel", "", said, "use compressed-tensors or another scheme", source(engine, foreign[1])
+        )
     kernels = [kernel for device in target.devices for kernel in kernels_for(scheme, engine, device)]
     if any(kernel.fits(*shard) for kernel in kernels):
         return None
     if kernels:
         tiles = "; ".join(dict.fromkeys(f"{k.name} takes N % {k.rows} and K % {k.columns}" for k in kernels))
         file = kernels[0].file
-        return _finding(
-            linear, f"a shard of {shard[0]} x {shard[1]} is not whole tiles ({tiles})", target, (), file
+        said = f"{linear.scheme} as {shard[0]} x {shard[1]} is not whole tiles there ({tiles})"
+        return Finding(
+            "kernel", "", f"{said}: {target}", "skip this layer, or use fewer devices", source(engine, file)
         )
     return _finding(linear, "no kernel", target, _others(scheme, engine, target), _file(scheme, engine))
 

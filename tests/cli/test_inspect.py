@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from quantkit.cli.main import run
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.numerics.weight import QuantizedWeight
+from quantkit.preflight.target import parse_target
 from quantkit.scheme import Scheme, integer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def packed_folder(folder, schemes, model_type="llama"):
@@ -144,6 +148,25 @@ def test_all_gives_every_layer_a_line(tmp_path, capsys):
     for options, shown in (([], 0), (["--all"], 1)):
         assert run(["inspect", str(folder), "--device", "cpu", *options]) == 0
         assert capsys.readouterr().out.count("layers.1.") == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "rules"),
+    [
+        ("mixed-w4-w8", "vllm,gpu=sm80", set()),
+        ("mixed-w4-w8", "vllm,gpu=cpu", {"kernel"}),
+        ("mixed-w4-w8", "vllm,gpu=sm80,tensor_parallel=4", {"groups"}),
+        ("w8a8-int8-static-asym", "vllm,gpu=cpu-avx2", set()),
+        ("model-free-fp8-dynamic", "vllm,gpu=sm90", set()),
+        ("fp8-block", "vllm,gpu=sm90", {"blocks"}),
+        ("kv-int8-tensor", "vllm,gpu=sm90", {"cache"}),
+        ("kv-fp8-head", "vllm,gpu=sm90", set()),
+        ("w4a8-int8", "vllm,gpu=sm90", {"kernel"}),
+    ],
+)
+def test_checkpoints_of_other_tools_are_asked_the_same(name, target, rules):
+    found = inspect_checkpoint(FIXTURES / name, target=parse_target(target))["target"]
+    assert {finding["rule"] for finding in found["findings"]} == rules
 
 
 def test_a_target_is_checked_and_refused_with_exit_code_2(tmp_path, capsys):
