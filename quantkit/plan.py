@@ -151,7 +151,7 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
         else:
             layers.append(_layer(linear, recipe, recipe.weights, last))
     if not recipe.output.allow_split_fusion:
-        problems += _split_fusions(layers, skipped)
+        problems += _split_fusions(layers, [each for each in skipped if each[0] not in refused])
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
     widest = max((max(linear.shape) for linear in linears if linear.block is not None), default=1)
     plan = Plan(blocks.prefix, blocks.count, tuple(layers), tuple(skipped), kv, widest, blocks.of)

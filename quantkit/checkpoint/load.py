@@ -25,6 +25,7 @@ from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import check_sizes, open_config, read_config
 from quantkit.models.headers import resolve_model
+from quantkit.models.skeleton import misfits
 from quantkit.models.tensors import TensorInfo, named, read_tensors
 from quantkit.scheme import KVScheme
 
@@ -128,7 +129,7 @@ def _opened(
         )
     model: PreTrainedModel
     model, info = opened
-    _refuse_incomplete(path, config.model_type, info)
+    _refuse_incomplete(path, model, info)
     return model
 
 
@@ -154,11 +155,12 @@ def _on_cpu(device_map: Any) -> bool:
     return device_map is None or not torch.cuda.is_available()
 
 
-def _refuse_incomplete(path: Path, model_type: str, info: dict[str, Any]) -> None:
-    """ModelError for what transformers only warns about; tensors that `quantize` leaves out are no problem here."""
-    unknown = [
-        name for name in info.get("unexpected_keys") or () if not families.dropped(model_type, str(name))
-    ]
+def _refuse_incomplete(path: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """ModelError for what transformers only warns about; tensors that `quantize` leaves out or carries are none."""
+    config = read_config(path)
+    kind = str(config["model_type"])
+    extra = [str(name) for name in info.get("unexpected_keys") or ()]
+    unknown = misfits(model, config, [name for name in extra if not families.dropped(kind, name)])
     problems = [
         f"{what}: {named(str(name) for name in names)}"
         for what, names in (

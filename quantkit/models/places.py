@@ -95,12 +95,12 @@ class Places:
         return [name for name, place in self.by_disk.items() if place.parameter is None]
 
     def on_disk(self, module: str) -> str:
-        """The name on disk of a module of the model, told by its tensors; its own name if none tells."""
-        return self._modules[1].get(module, module)
+        """The name on disk of a module of the model, told by its tensors or those of what it lies in."""
+        return _translated(module, self._modules[1])
 
     def in_model(self, module: str) -> str:
-        """The module of the model that is called `module` on disk; its own name if no tensor tells."""
-        return self._modules[0].get(module, module)
+        """The module of the model that is called `module` on disk, told by its tensors or those of what it lies in."""
+        return _translated(module, self._modules[0])
 
     @cached_property
     def _modules(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -254,6 +254,14 @@ def _parts(
             first = first if stacked else last
         if stacked and names:
             first += tensors[names[0]][0]
+
+
+def _translated(name: str, known: Mapping[str, str]) -> str:
+    """A module's name with the longest part that is `known` replaced."""
+    head = name
+    while head and head not in known:
+        head = head.rpartition(".")[0]
+    return known[head] + name.removeprefix(head) if head else name
 
 
 def _under(name: str, modules: Iterable[str]) -> bool:

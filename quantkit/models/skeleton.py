@@ -8,7 +8,8 @@ back, whatever was swapped inside the copy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -233,7 +234,11 @@ def check_fit(model: PreTrainedModel, source: Source) -> None:
     wanted, ties, where = _wanted(model), tied(model), places(model)
     held, problems = where.by_parameter, []
     missing = [n for n in wanted if n not in ties and _stored_as(n, where, ties) not in held]
-    unknown = beyond_blocks(source.headers.config, where)
+    extra = {
+        where.in_model(name.rpartition(".")[0]) + "." + name.rpartition(".")[2]: name
+        for name in where.extra()
+    }
+    unknown = [extra[name] for name in misfits(model, source.headers.config, extra)]
     if missing:
         problems.append(f"tensors that are missing: {named(missing)}")
         unknown = unknown or where.extra()
@@ -261,13 +266,24 @@ def check_fit(model: PreTrainedModel, source: Source) -> None:
         )
 
 
-def beyond_blocks(config: Mapping[str, Any], where: Places) -> list[str]:
-    """Extra tensors of decoder blocks that config.json does not count; those of MTP layers are none."""
-    extra = where.extra()
-    found = [(name, match) for name in extra if (match := NUMBERED.match(name))]
-    prefix = where.on_disk(where.blocks)
-    beyond = [n for n, match in found if match[1] == prefix and int(match[2]) >= where.n_blocks]
-    return [] if predicts_further(config, beyond) else beyond
+def misfits(model: PreTrainedModel, config: Mapping[str, Any], extra: Iterable[str]) -> list[str]:
+    """Those of the tensors without a parameter that show that config.json describes another model; others are carried.
+
+    A tensor of a module that has others (a bias, say) would be left out of what it computes, and decoder blocks
+    that config.json (`config`) does not count would be left out whole. extra: names as in the model. What transformers
+    itself lists as unused, and layers that predict further tokens (MTP), fit.
+    """
+    prefix, blocks = find_blocks(model)
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    modules, found, beyond = dict(model.named_modules()), [], []
+    for name in extra:
+        match, owner = NUMBERED.match(name), modules.get(name.rpartition(".")[0])
+        if match and match[1] == prefix and int(match[2]) >= len(blocks):
+            beyond.append(name)
+        elif owner is not None and (*owner.parameters(recurse=False), *owner.buffers(recurse=False)):
+            found.append(name)
+    found += [] if predicts_further(config, beyond) else beyond
+    return [name for name in found if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _first(held: Mapping[str, tuple[Place, ...]], name: str) -> str:
