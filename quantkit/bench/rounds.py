@@ -18,9 +18,11 @@ def interleave(
     write: Callable[[str], None] = print,
     unit: str = "tokens/s",
     warm: Collection[str] = (),
+    keep: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Run every engine once per round, after a warm-up round without those in `warm`, which warm up by themselves.
 
+    keep: gets the result so far after every round, so that a run that is cut short leaves something.
     {"read_bytes_per_s": [..], "engines": {name: {"decode": {"median", "min", "max", "rounds"}, "prefill": ..}}}
     """
     reads: list[float] = []
@@ -37,10 +39,16 @@ def interleave(
                 seen[name].append(measured)
                 speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in measured.items())
                 write(f"round {number}  {name:24} {speeds} {unit}")
+        if number and keep is not None:
+            keep(_summed(reads, seen))
+    return _summed(reads, seen)
+
+
+def _summed(reads: list[float], seen: Mapping[str, list[Measured]]) -> dict[str, Any]:
     rows = {
         name: {kind: spread([m[kind] for m in found]) for kind in found[0]} for name, found in seen.items()
     }
-    return {"read_bytes_per_s": reads, "engines": rows}
+    return {"read_bytes_per_s": list(reads), "engines": rows}
 
 
 def spread(values: list[float]) -> dict[str, Any]:

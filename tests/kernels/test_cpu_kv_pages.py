@@ -168,6 +168,14 @@ def test_masks_windows_and_caps(path, mask, softcap):
         assert_right(f"{path} {kind} {mask} T={tokens}", given, 4e-6)
 
 
+@pytest.mark.parametrize("mask", [None, "padded", "window"])
+def test_more_rows_than_a_tile_holds(path, mask):
+    """131 rows of a head: a full tile and a rest, blocks that some rows, all and none of them see."""
+    for kind, d in zip(KINDS, (64, 34, 48), strict=True):
+        given = given_of((kind, kind), b=1, heads=1, group=1, tokens=131, d=d, count=260, page=100, mask=mask)
+        assert_right(f"{path} {kind} {mask} d={d}", given, 4e-6)
+
+
 def test_a_row_that_sees_nothing_stays_as_it_was(path):
     given = given_of(("int8", "int8"), tokens=4, mask="padded", count=70)
     sums = kv_pages.attend(given)

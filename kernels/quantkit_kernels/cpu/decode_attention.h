@@ -27,12 +27,14 @@ void combine(const float *coefficient, int ldc, const T *rows, int ldr, int coun
 template <class T>
 void combine_rows(int count_rows, const float *coefficient, int ldc, const T *rows, int ldr, int count,
                   float *out, int ldo, int width) {
-    constexpr int R = 4, WIDE = 2;
+    constexpr int R = LANES == 4 ? 4 : LANES == 8 ? 6 : 12, WIDE = 2;  // what fits in the registers
     int c = 0;
     for (; c + WIDE * LANES <= width; c += WIDE * LANES) {
         int r = 0;
-        for (; r + R <= count_rows; r += R)
+        for (; r + R <= count_rows && count_rows - r != 8; r += R)
             combine<R, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
+        for (; r + 4 <= count_rows; r += 4)
+            combine<4, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
         for (; r + 2 <= count_rows; r += 2)
             combine<2, WIDE>(coefficient + r * ldc, ldc, on(rows, c), ldr, count, out + r * ldo + c, ldo);
         for (; r < count_rows; r++)

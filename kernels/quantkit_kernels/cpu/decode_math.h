@@ -1,6 +1,6 @@
 // What the decoder computes itself, between the packed linears, as a table of functions per instruction set.
 // decode_portable.cpp, decode_avx2.cpp and decode_avx512.cpp compile the same source (decode_simd.h,
-// decode_rows.h, decode_dense.h, decode_attention.h, kv_pages_path.h) for theirs.
+// decode_rows.h, decode_dense.h, decode_attention.h, kv_pages_path.h, kv_pages_wide.h) for theirs.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -10,6 +10,8 @@ namespace {
 #include "decode_attention.h"
 //
 #include "kv_pages_path.h"
+//
+#include "kv_pages_wide.h"
 }  // namespace
 extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, attend, kv_pages};
 }  // namespace qk

@@ -19,7 +19,7 @@ bool known(const qk_kv_side &side) {
     return side.type == QK_KV_INT8 || side.type == QK_KV_FP8 || (side.type == QK_KV_INT4 && side.dim % 2 == 0);
 }
 
-constexpr int HEADS = 2, ROWS_EACH = 11, PLACES = 100, SIZE = 37 * 2;  // ragged everywhere
+constexpr int HEADS = 2, ROWS_EACH = 23, PLACES = 100, SIZE = 37 * 2;  // ragged everywhere
 
 // Largest scores, masses and outputs of a small random cache.
 std::vector<float> sample(const Math &math, int type, bool stored) {

@@ -42,11 +42,16 @@ int qk_kv_attend(const qk_kv_pages *pages, int threads);
 
 namespace qk {
 
-constexpr int KV_BLOCK = 64;  // places at a time
-constexpr int KV_TILE = 32;   // rows that go over them together, at most
+constexpr int KV_BLOCK = 64;       // places at a time
+constexpr int KV_WIDE_ROWS = 8;    // from so many rows on, a block of codes is made floats once
+constexpr int KV_WIDE_TILE = 128;  // rows that go over it together, at most
+
+// A head's values as floats are padded to a multiple of the widest vector.
+inline int64_t kv_stride(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 inline size_t kv_pages_floats(const qk_kv_pages &a) {
-    return size_t(KV_TILE) * (a.k.dim + KV_BLOCK) + size_t(KV_BLOCK) * (a.k.dim + a.v.dim + 2);
+    const size_t stride = kv_stride(a.v.dim);
+    return KV_WIDE_TILE * (KV_BLOCK + stride) + KV_BLOCK * (a.k.dim + stride + 2);
 }
 
 bool kv_pages_agree(int isa);  // whether a path computes what the portable one does

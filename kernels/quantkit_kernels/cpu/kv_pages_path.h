@@ -108,27 +108,6 @@ void add_values(const float *p, int rows, const T *values, int64_t d, int count,
             for (int i = 0; i < count; i++) out[r * d + c] += p[r * KV_BLOCK + i] * lane(values, i * d + c);
 }
 
-template <class T>
-void spread(const T *from, float *to, int64_t count) {
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, load(on(from, i)));
-    for (; i < count; i++) to[i] = lane(from, i);
-}
-
-// Codes of `count` places of one head; `wide`: where they go as floats first, or null.
-template <class T>
-void scores_from(const float *q, int rows, const T *keys, int64_t d, int count, float *scores, float *wide) {
-    if (!wide) return scores_of(q, rows, keys, d, count, scores);
-    spread(keys, wide, count * d);
-    scores_of(q, rows, wide, d, count, scores);
-}
-template <class T>
-void values_from(const float *p, int rows, const T *values, int64_t d, int count, float *out, float *wide) {
-    if (!wide) return add_values(p, rows, values, d, count, out);
-    spread(values, wide, count * d);
-    add_values(p, rows, wide, d, count, out);
-}
-
 // What every code is multiplied by, but for scales of places: the stored scale, and 256 where FP8 is read without it.
 inline float kv_factor(const qk_kv_side &side, int64_t head) {
     return (side.stored ? side.stored[head] : 1.0f) * (side.type == QK_KV_FP8 ? 256.0f : 1.0f);
@@ -148,22 +127,42 @@ inline vf cap(vf x, float most) {  // most tanh(x / most)
     return (vf)((vi)capped | (x != x));  // NaN stays
 }
 
+// What a bool mask says of `count` places.
+enum { NONE, SOME, ALL };
+inline int seen_in(const uint8_t *mask, int count) {
+    const uint64_t ones = 0x0101010101010101u;
+    uint64_t any = 0, every = ones;
+    int i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint64_t word;
+        __builtin_memcpy(&word, mask + i, 8);
+        any |= word, every &= word;
+    }
+    for (; i < count; i++) any |= mask[i], every &= mask[i] == 1 ? ones : 0;
+    return any == 0 ? NONE : every == ones ? ALL : SOME;
+}
+
+// Where the mask of a row's query begins, in its elements.
+inline int64_t mask_place(const qk_kv_pages &a, int64_t batch, int64_t head, int64_t row, int64_t first) {
+    const int64_t token = row % a.tokens, query_head = head * (a.rows / a.tokens) + row / a.tokens;
+    return batch * a.mask_batch + query_head * a.mask_head + token * a.mask_token + first;
+}
+
 // Row `row` of a head under the mask, places [first, first + count); -inf behind them. False: it sees none of them.
 inline bool under_mask(const qk_kv_pages &a, int64_t batch, int64_t head, int64_t row, int64_t first, int count,
                        float *scores) {
     const float none = -__builtin_inff();
-    const int64_t token = row % a.tokens, query_head = head * (a.rows / a.tokens) + row / a.tokens;
-    const int64_t at = batch * a.mask_batch + query_head * a.mask_head + token * a.mask_token + first;
     int seen = count;
     if (a.mask_type == QK_MASK_BOOL) {
-        const uint8_t *mask = (const uint8_t *)a.mask + at;
-        seen = 0;
-        for (int i = 0; i < count; i++) scores[i] = mask[i] ? scores[i] : none, seen += mask[i] != 0;
+        const uint8_t *mask = (const uint8_t *)a.mask + mask_place(a, batch, head, row, first);
+        seen = seen_in(mask, count);
+        if (seen == SOME)
+            for (int i = 0; i < count; i++) scores[i] = mask[i] ? scores[i] : none;
     } else if (a.mask_type == QK_MASK_FP32) {
-        const float *mask = (const float *)a.mask + at;
+        const float *mask = (const float *)a.mask + mask_place(a, batch, head, row, first);
         for (int i = 0; i < count; i++) scores[i] += mask[i];
     } else {
-        const int64_t high = a.position + token + 1 - first;
+        const int64_t high = a.position + row % a.tokens + 1 - first;
         seen = high < 0 ? 0 : high < count ? (int)high : count;
         for (int i = seen; i < count; i++) scores[i] = none;
     }
@@ -176,15 +175,11 @@ inline bool anyone_sees(const qk_kv_pages &a, int64_t batch, int64_t head, int64
                         int count) {
     if (a.mask_type == QK_MASK_FP32) return true;
     for (int r = 0; r < rows; r++) {
-        const int64_t token = (row + r) % a.tokens, query_head = head * (a.rows / a.tokens) + (row + r) / a.tokens;
         if (a.mask_type == QK_MASK_CAUSAL) {
-            if (a.position + token >= first) return true;
-            continue;
+            if (a.position + (row + r) % a.tokens >= first) return true;
+        } else if (seen_in((const uint8_t *)a.mask + mask_place(a, batch, head, row + r, first), count)) {
+            return true;
         }
-        const uint8_t *mask = (const uint8_t *)a.mask + batch * a.mask_batch + query_head * a.mask_head +
-                              token * a.mask_token + first;
-        for (int i = 0; i < count; i++)
-            if (mask[i]) return true;
     }
     return false;
 }
@@ -223,15 +218,12 @@ inline void soften_row(float *scores, float &top, float &mass, float *out, int64
     mass += sum(total);
 }
 
-// Rows [row, row + rows) of one head of one sequence, over all places.
+// Fewer than KV_WIDE_ROWS rows [row, row + rows) of one head of one sequence, over all places.
 inline void kv_tile(const qk_kv_pages &a, float *scratch, int64_t batch, int64_t head, int64_t row, int rows) {
     const int64_t pair = batch * a.kv_heads + head, dk = a.k.dim, dv = a.v.dim;
-    float *q = scratch, *scores = q + KV_TILE * dk, *scales = scores + KV_TILE * KV_BLOCK;
-    float *v_scales = scales + KV_BLOCK, *wide_keys = v_scales + KV_BLOCK, *wide_values = wide_keys + KV_BLOCK * dk;
-    if (rows < WIDENED_ROWS) wide_keys = wide_values = nullptr;
+    float *scores = scratch, *scales = scores + KV_WIDE_ROWS * KV_BLOCK, *v_scales = scales + KV_BLOCK;
     const float k_factor = kv_factor(a.k, head), v_factor = kv_factor(a.v, head);
-    const float *from = a.q + (pair * a.rows + row) * dk;
-    for (int64_t i = 0; i < rows * dk; i++) q[i] = from[i];
+    const float *q = a.q + (pair * a.rows + row) * dk;
     float *top = a.top + pair * a.rows + row, *mass = a.mass + pair * a.rows + row;
     float *out = a.out + (pair * a.rows + row) * dv;
     for (int64_t first = 0; first < a.places;) {
@@ -242,11 +234,11 @@ inline void kv_tile(const qk_kv_pages &a, float *scratch, int64_t batch, int64_t
             const int64_t place = pair * a.page + at;
             const char *keys = kv_codes(a.k, page, place), *values = kv_codes(a.v, page, place);
             if (a.k.type == QK_KV_INT8)
-                scores_from(q, rows, (const i8 *)keys, dk, count, scores, wide_keys);
+                scores_of(q, rows, (const i8 *)keys, dk, count, scores);
             else if (a.k.type == QK_KV_FP8)
-                scores_from(q, rows, (const e4m3 *)keys, dk, count, scores, wide_keys);
+                scores_of(q, rows, (const e4m3 *)keys, dk, count, scores);
             else
-                scores_from(q, rows, (const s4 *)keys, dk, count, scores, wide_keys);
+                scores_of(q, rows, (const s4 *)keys, dk, count, scores);
             kv_scales(a.k, page, place, count, k_factor, scales);
             kv_scales(a.v, page, place, count, v_factor, v_scales);
             for (int r = 0; r < rows; r++) {
@@ -264,23 +256,12 @@ inline void kv_tile(const qk_kv_pages &a, float *scratch, int64_t batch, int64_t
                 for (int i = 0; i < KV_BLOCK; i += LANES) store(of + i, load(of + i) * load(v_scales + i));
             }
             if (a.v.type == QK_KV_INT8)
-                values_from(scores, rows, (const i8 *)values, dv, count, out, wide_values);
+                add_values(scores, rows, (const i8 *)values, dv, count, out);
             else if (a.v.type == QK_KV_FP8)
-                values_from(scores, rows, (const e4m3 *)values, dv, count, out, wide_values);
+                add_values(scores, rows, (const e4m3 *)values, dv, count, out);
             else
-                values_from(scores, rows, (const s4 *)values, dv, count, out, wide_values);
+                add_values(scores, rows, (const s4 *)values, dv, count, out);
         }
         first += count;
-    }
-}
-
-// Fewer rows to a tile where there are too few tiles for all parts.
-void kv_pages(const qk_kv_pages &a, float *scratch, int part, int parts) {
-    const int64_t pairs = a.batch * a.kv_heads, share = (a.rows * pairs + parts - 1) / parts;
-    const int64_t size = share < KV_TILE ? share : KV_TILE, tiles = (a.rows + size - 1) / size;
-    for (int64_t task = part; task < tiles * pairs; task += parts) {
-        const int64_t pair = task / tiles, row = task % tiles * size;
-        const int rows = (int)(row + size <= a.rows ? size : a.rows - row);
-        kv_tile(a, scratch, pair / a.kv_heads, pair % a.kv_heads, row, rows);
     }
 }

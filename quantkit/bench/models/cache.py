@@ -6,7 +6,8 @@ The 1.1B Llama of quantkit.bench.models.decode (random weights, W4 g128, int8 ac
 Each cache is filled with `depth` random tokens once; a round then decodes `new` tokens behind them with every cache in
 turn, and forgets those again. Prefill is measured in the same rounds, on `prompt` tokens behind the context. With
 --transformers the same weights run inside transformers too, with the caches named (all if none is): `exact` is
-transformers' own one in bf16 with its own attention; they are filled with random keys and values. With
+transformers' own one in bf16 with its own attention; they are filled with random keys and values, and a chunk of
+`chunk` tokens behind the context is measured beside the prompt. The JSON is written after every round. With
 --llamacpp DIR (a folder of quantkit.bench.models.llamacpp) llama.cpp decodes Q4_0 weights with keys and values of
 `--llamacpp-caches` at the same depth, in the same rounds; it fills its cache again for each of them, which takes
 minutes.
@@ -86,36 +87,42 @@ def engines(
     return ready, sizes
 
 
-def inside(model: Any, attention: str, cache: Any, prompt: torch.Tensor, new: int) -> Measured:
-    """`measure` inside transformers, by a named attention implementation."""
+def inside(
+    model: Any, attention: str, cache: Any, prompt: torch.Tensor, chunk: torch.Tensor, new: int
+) -> Measured:
+    """`measure` inside transformers, by a named attention implementation; also of the tokens `chunk`."""
     model.set_attn_implementation(attention)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         found = model(tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1:]
         return torch.as_tensor(found.argmax(-1))
 
-    with torch.inference_mode():
+    def speed(tokens: torch.Tensor) -> float:
         start = time.perf_counter()
-        step(prompt)
-        prefill = len(prompt) / (time.perf_counter() - start)
-        cache.crop(-len(prompt))
+        step(tokens)
+        found = len(tokens) / (time.perf_counter() - start)
+        cache.crop(-len(tokens))
+        return found
+
+    with torch.inference_mode():
+        measured = {"prefill": speed(prompt), "chunk": speed(chunk)}
         token = step(prompt[:1])
         start = time.perf_counter()
         for _ in range(new):
             token = step(token)
-        measured = {"decode": new / (time.perf_counter() - start), "prefill": prefill}
+        measured["decode"] = new / (time.perf_counter() - start)
         cache.crop(-(new + 1))
     return measured
 
 
 def within_transformers(
-    work: Path, kinds: list[str], depth: int, prompt: int, new: int
+    work: Path, kinds: list[str], depth: int, prompt: int, chunk: int, new: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """As `engines`, of caches inside transformers; their keys and values are random numbers."""
     model = decode.open_model(decode.models(work)["packed"], decode.WAYS["eager W4A8"])
     own, config = model.config._attn_implementation, model.config
     random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (prompt,), generator=random)
+    tokens = torch.randint(0, config.vocab_size, (max(prompt, chunk),), generator=random)
     d = config.hidden_size // config.num_attention_heads
     kv_attention.register()
     ready: dict[str, Any] = {}
@@ -131,7 +138,7 @@ def within_transformers(
             pair = torch.randn(2, 1, config.num_key_value_heads, depth, d, generator=random)
             cache.update(*pair.to(model.dtype), layer)
         name, attention = f"transformers {kind}", own if scheme is None else kv_attention.NAME
-        ready[name] = partial(inside, model, attention, cache, tokens, new)
+        ready[name] = partial(inside, model, attention, cache, tokens[:prompt], tokens[:chunk], new)
         if scheme is None:
             sizes[name] = sum(each.keys.nbytes + each.values.nbytes for each in cache.layers)
         else:
@@ -165,6 +172,9 @@ def main() -> None:
     parser.add_argument("--transformers", nargs="*", choices=INSIDE, help="caches inside transformers, too")
     parser.add_argument("--depth", type=int, default=8192)
     parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument(
+        "--chunk", type=int, default=512, help="tokens of a longer prompt inside transformers"
+    )
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -173,32 +183,40 @@ def main() -> None:
     ready, sizes = engines(arguments.work, arguments.caches, depth, arguments.prompt, new)
     if arguments.transformers is not None:
         kinds = arguments.transformers or list(INSIDE)
-        more, bytes_of = within_transformers(arguments.work, kinds, depth, arguments.prompt, new)
+        more, bytes_of = within_transformers(
+            arguments.work, kinds, depth, arguments.prompt, arguments.chunk, new
+        )
         ready, sizes = ready | more, sizes | bytes_of
     theirs: dict[str, Callable[[], Measured]] = {}
     if arguments.llamacpp:
         folder, kinds = arguments.llamacpp.resolve(), arguments.llamacpp_caches
         theirs = peers(arguments.work, folder, kinds, depth, new)
-    report: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "schema": "quantkit-cache/1",
         "machine": machine() | where("cpu"),
         "model": SHAPES["1.1b"]._asdict()
         | {"layers": decode.LAYERS, "scheme": "W4 g128 sym, head too, int8 inputs"},
         "depth": depth,
         "prompt_tokens": arguments.prompt,
+        "chunk_tokens": arguments.chunk,
         "new_tokens": new,
         "cache_bytes": sizes,
-        **interleave(ready | theirs, arguments.rounds, warm=theirs),
     }
-    report["times_faster"] = {name: ratios(report, name, [*ready, *theirs]) for name in sizes}
+
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        report = facts | found
+        report["times_faster"] = {name: ratios(report, name, [*ready, *theirs]) for name in sizes}
+        if arguments.json:
+            write_json(arguments.json, report)
+        return report
+
+    report = kept(interleave(ready | theirs, arguments.rounds, warm=theirs, keep=kept))
     for name, row in report["engines"].items():
         print(
             name,
             *(f"{kind} {found['median']:.1f} tokens/s" for kind, found in row.items()),
             sizes.get(name, ""),
         )
-    if arguments.json:
-        write_json(arguments.json, report)
 
 
 if __name__ == "__main__":
