@@ -22,6 +22,7 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.models import families
 from quantkit.models.blocks import Blocks, find_blocks
 from quantkit.models.headers import Headers
+from quantkit.models.names import find_linears
 from quantkit.recipe import Recipe
 from quantkit.recipe_schemes import InputRange, Rule, Weights
 from quantkit.scheme import Grid, KVScheme, Scheme
@@ -122,13 +123,16 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
     places: where each tensor goes in the model; None while it is not built. RecipeError, or ModelError if only the
     model's shapes are in the way.
     """
-    if places is None:
-        blocks = find_blocks(headers.path, headers.config, headers.tensors)
+    if recipe.model_free:
+        found = find_linears(headers)
+        blocks, refused = found.blocks, dict(found.refused)
+        linears = [
+            _Linear(each.name, None, each.shape, each.transposed, each.block, each.left)
+            for each in found.linears
+        ]
     else:
-        numbers = {disk: places.block_of(disk) for disk in places.by_disk}
-        of = {disk: number for disk, number in numbers.items() if number is not None}
-        blocks = Blocks(places.blocks, places.n_blocks, of)
-    linears, refused = _linears(headers, blocks, places)
+        blocks = _blocks(headers, places)
+        linears, refused = _linears(headers, blocks, places)
     problems, only_ordinary = [], []
     for number, rule in enumerate(recipe.rules):
         only_ordinary.append(any(rule.fits(linear.name) for linear in linears if linear.aside is None))
@@ -164,6 +168,15 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
     if groups:
         raise ModelError("\n".join(groups))
     return plan
+
+
+def _blocks(headers: Headers, places: Places | None) -> Blocks:
+    """The decoder blocks: of the model, or by names while it is not built."""
+    if places is None:
+        return find_blocks(headers.path, headers.config, headers.tensors)
+    numbers = {disk: places.block_of(disk) for disk in places.by_disk}
+    of = {disk: number for disk, number in numbers.items() if number is not None}
+    return Blocks(places.blocks, places.n_blocks, of)
 
 
 def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None) -> LayerPlan:
@@ -258,9 +271,9 @@ def _outside_problem(
         return (
             None
             if rule.skip
-            else f"{rule.match!r} fits {_starred(fitting[0])}, {refused[fitting[0]]}; remove the rule"
+            else f"{rule.match!r} fits {starred(fitting[0])}, {refused[fitting[0]]}; remove the rule"
         )
-    example = ", ".join(dict.fromkeys(_starred(linear.name) for linear in linears))
+    example = ", ".join(dict.fromkeys(starred(linear.name) for linear in linears))
     return f"{rule.match!r} fits no linear of this model; its linears are {example}"
 
 
@@ -284,7 +297,7 @@ def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str
             if len(set(here.values())) > 1:
                 told = ", ".join(f"{member} {scheme or 'skipped'}" for member, scheme in here.items())
                 found[
-                    f"{_starred(parent)}: {told}: inference engines fuse these and need one scheme; let "
+                    f"{starred(parent)}: {told}: inference engines fuse these and need one scheme; let "
                     "the rules cover all of them, or set output.allow_split_fusion: true"
                 ] = None
     return list(found)
@@ -308,7 +321,7 @@ def _group_problems(layers: Sequence[LayerPlan]) -> list[str]:
         for grid in (layer.scheme.weights, layer.scheme.inputs):
             if grid is not None and not grid.divides(layer.shape[1]):
                 fixed = grid.number.kind != "int" or grid is layer.scheme.inputs
-                key = (_starred(layer.name), layer.shape[1], grid, fixed)
+                key = (starred(layer.name), layer.shape[1], grid, fixed)
                 bad[key] = bad.get(key, 0) + 1
     return [
         f"in_features={k} is not divisible by group_size={grid.group(k)} in {name} ({count} of them); use "
@@ -323,6 +336,6 @@ def _fitting_groups(columns: int) -> str:
     return f"group_size {', '.join([*map(str, sizes), 'channel'])}"
 
 
-def _starred(name: str) -> str:
+def starred(name: str) -> str:
     """model.layers.3.mlp.up_proj -> model.layers.*.mlp.up_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)

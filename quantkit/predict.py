@@ -26,6 +26,7 @@ KEPT, SPARE = 128 << 20, 480 << 20  # inputs that calibration keeps for replay: 
 LOGITS = 1 << 22  # elements of the logits that a search compares at once
 CHUNK = 1 << 20  # elements of the largest tensor in one forward of a chunk of windows
 EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
+PIECES = 128 << 20  # pieces of a weight while they are rounded, without a model class
 _SHAPE = 16  # int64 [2], the shape stored beside every packed weight
 
 
@@ -171,9 +172,13 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
       the head, if it is quantized: the same with the head as the block;
       a block whose cache is calibrated: its weights in fp32 and a chunk;
     or what a search before them takes (`_search_memory`).
-    Without text five copies of the largest linear in fp32 and two of a block's codes remain. Against measurements: see
+    Without text five copies of the largest linear in fp32 and two of a block's codes remain; of a run without a model
+    class, what was written of the largest linear and its layout for kernels, and pieces. Against measurements: see
     tests/test_predict.py (the embedded model, and docs/benchmarks/memory-*.json).
     """
+    if recipe.model_free:
+        largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
+        return PROCESS + MODEL + FLOAT * largest + PIECES
     by_block: dict[int | None, list[LayerPlan]] = {}
     for layer in plan.layers:
         by_block.setdefault(layer.block, []).append(layer)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from quantkit import assets
+from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
 from quantkit.formats import registry
 from quantkit.paths import user_path
@@ -42,6 +43,9 @@ from quantkit.transforms.config import TransformConfig
 
 Transform = Annotated[TransformConfig, BeforeValidator(lambda value: named(value, "transform"))]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+_INSTEAD = "use algorithm: rtn with inputs as they are or rounded by token, or remove that key"
 
 
 class DataSource(Part):
@@ -117,10 +121,12 @@ class Recipe(Part):
     """What a run does. model: a folder or a hub id[@revision]; None = the embedded default.
 
     weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
-    keeps it exact. target: what must be able to run the result.
+    keeps it exact. model_free: from tensors to tensors by their names, without a model class and without text. target:
+    what must be able to run the result.
     """
 
     model: Text | None = None
+    model_free: bool = False
     weights: Weights | None
     inputs: MaybeInputs = None
     kv_cache: KVCache | None = None
@@ -168,6 +174,33 @@ class Recipe(Part):
                 raise ValueError(why)
         return self
 
+    def text_for(self) -> dict[tuple[str | int, ...], str]:
+        """Place of every key that needs calibration text -> what it is."""
+        found: dict[tuple[str | int, ...], str] = {
+            ("transforms", number): f"the transform {each.name}"
+            for number, each in enumerate(self.transforms)
+        }
+        if self.weights is not None and self.weights.algorithm.needs:
+            found["weights", "algorithm"] = _described(self.weights.algorithm)
+        if self.inputs is not None and not self.inputs.dynamic:
+            found["inputs",] = "a calibrated scale of inputs"
+        for number, rule in enumerate(self.rules):
+            if rule.algorithm is not None and rule.algorithm.needs:
+                found["rules", number, "algorithm"] = _described(rule.algorithm)
+            if rule.inputs is not None and not rule.inputs.dynamic:
+                found["rules", number, "inputs"] = "a calibrated scale of inputs"
+        if self.kv_cache is not None and not self.kv_cache.scheme.dynamic:
+            found["kv_cache",] = "a calibrated scale of the cache"
+        return found
+
+    @property
+    def says_no_text(self) -> str | None:
+        """The key that says that there is no calibration text, as written; None: there is some."""
+        if self.model_free:
+            return "model_free: true"
+        none = self.weights is not None and self.weights.calibration is not None
+        return "weights.calibration: none" if none else None
+
     @field_validator("transforms")
     @classmethod
     def _search_sees_the_model_as_it_is(cls, value: tuple[Transform, ...]) -> tuple[Transform, ...]:
@@ -195,8 +228,10 @@ class Recipe(Part):
                 written["inputs"] = "none"
         if self.weights is None:
             data["weights"] = "none"
+        if not self.model_free:
+            del data["model_free"]
         unusual: tuple[tuple[Any, Iterable[str]], ...] = (
-            (data["weights"], UNUSUAL),
+            (data["weights"], (*UNUSUAL, "calibration")),
             (data["kv_cache"], KVCache.model_fields),
             (data, ("inputs", "kv_cache", "target")),
             (data["target"], ("gpu",)),
@@ -224,6 +259,12 @@ class Recipe(Part):
         del data["calibration"]["data"]
         data.pop("target", None)
         return data | {"model": None}
+
+
+def _described(algorithm: AlgorithmConfig) -> str:
+    """An algorithm that needs text, with what makes it need some."""
+    weighted = algorithm.name == "rtn"
+    return "algorithm: rtn with range: weighted" if weighted else f"algorithm: {algorithm.name}"
 
 
 def refuse_in_memory(recipe: Recipe) -> None:
@@ -314,6 +355,9 @@ def _validate(found: Located, overrides: Sequence[str]) -> Recipe:
         except ValidationError as error:
             for path, message in problems(error, found.data, Recipe, ALGORITHMS | TRANSFORMS):
                 found.problem(path, message)
+        if recipe is not None and (key := recipe.says_no_text) is not None:
+            for path, what in recipe.text_for().items():
+                found.problem(path, f"{what} needs calibration text, and {key} has none; {_INSTEAD}")
     if found.problems or recipe is None:
         raise RecipeError("\n".join(dict.fromkeys(found.problems)))
     return recipe

@@ -194,7 +194,10 @@ def scheme_of(keys: Mapping[str, Any], inputs: Inputs | None) -> Scheme:
 
 
 class Weights(SchemePart):
-    """What happens to every linear of the decoder blocks. A preset fills the keys after it, and `inputs`."""
+    """What happens to every linear of the decoder blocks. A preset fills the keys after it, and `inputs`.
+
+    calibration: `none` refuses a recipe that would need text.
+    """
 
     algorithm: Algorithm
     preset: PresetName | None = Field(None, exclude=True)
@@ -204,6 +207,7 @@ class Weights(SchemePart):
     group_size: GroupSize = 128
     symmetric: bool = True
     scale: ScaleName | None = None
+    calibration: Literal["none"] | None = None
 
     @model_validator(mode="after")
     def _is_a_scheme(self) -> Self:

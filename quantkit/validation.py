@@ -38,6 +38,7 @@ class Validated:
     prediction: Prediction | None = None
     engines: tuple[tuple[bool, str], ...] = ()
     outlook: str = ""
+    headers: Headers | None = None
 
 
 class _Mistakes:
@@ -62,6 +63,10 @@ class _Mistakes:
             raise RecipeError("\n".join(dict.fromkeys(map(str, self.found))))
 
 
+def _is_model_free(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.model_free
+
+
 def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[str] = ()) -> Validated:
     """Check a recipe (a file or a shipped name) and, with a model, that it fits; UserError with every mistake."""
     mistakes = _Mistakes()
@@ -72,7 +77,9 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
             mistakes.collect(check_source, source)
     headers = plan = None
     if model is not None:
-        headers = mistakes.collect(lambda: read_checkpoint(resolve_model(model, Path(model))))
+        headers = mistakes.collect(
+            lambda: read_checkpoint(resolve_model(model, Path(model)), _is_model_free(checked))
+        )
     if headers is not None:
         mistakes.collect(find_companions, headers.path)
     if checked is not None and headers is not None:
@@ -85,8 +92,8 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
         return Validated(checked)
     subject, prediction = subject_of(plan, headers), predict(checked, plan, headers)
     if checked.target is None:
-        return Validated(checked, plan, prediction, tuple(verdicts(subject)))
-    return Validated(checked, plan, prediction, outlook=outlook(subject, checked.target.asked))
+        return Validated(checked, plan, prediction, tuple(verdicts(subject)), headers=headers)
+    return Validated(checked, plan, prediction, outlook=outlook(subject, checked.target.asked), headers=headers)
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:

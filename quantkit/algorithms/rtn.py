@@ -45,9 +45,14 @@ def rtn(
     method: str = "minmax",
     refit: int = 0,
     importance: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Quantize `weight` [N, K]; `dtype` is the model's, importance the mean square input [K]."""
-    global_scale = search_global(weight, grid, method, importance)
+    """Quantize `weight` [N, K]; `dtype` is the model's, importance the mean square input [K].
+
+    global_scale: of a two-level grid, if the weight is only some rows of one; None: it is searched.
+    """
+    if global_scale is None:
+        global_scale = search_global(weight, grid, method, importance)
     scale, zero = search_grid(weight, grid, dtype, method, importance, global_scale)
     if refit:
         scale = refit_scale(weight, scale, zero, grid, dtype, refit, importance, global_scale)

@@ -202,7 +202,7 @@ class SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The record of a finished checkpoint (`quantkit.json`)."""
+    """The record of a finished checkpoint (`quantkit.json`). model_free: True if it was made without a model class."""
 
     schema: str
     identity: dict[str, Any]
@@ -220,6 +220,7 @@ class Manifest:
     searches: list[SearchRecord] | None = None
     evaluation: Report | None = None
     kv_cache: KVRecord | None = None
+    model_free: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the file says `null` where nothing was calibrated or evaluated."""

@@ -27,6 +27,19 @@ _PIECE = 4 << 20
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """A tensor that is made while it is written. dtype: as safetensors spells it. pieces: its rows in order, once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
 class Written:
     """A finished file: its size and digest, and the bytes and the CRC-32 (hex) of each tensor."""
 
@@ -42,16 +55,20 @@ def shard_name(part: int, parts: int) -> str:
     return f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) -> Written:
+Entry = torch.Tensor | TensorInfo | Streamed
+
+
+def write_shard(path: Path, tensors: Mapping[str, Entry]) -> Written:
     """Write `tensors` to `path` atomically: temporary file, fsync, rename, fsync of the folder.
 
-    A `TensorInfo` is copied byte by byte from its source file and checked for NaN and infinity on the way.
+    A `TensorInfo` is copied byte by byte from its source file and checked for NaN and infinity on the way. Tensors are
+    written, and those that are `Streamed` made, in the order of their names.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, sizes = 0, {}
     for name in sorted(tensors):
         t = tensors[name]
-        dtype, shape = t.dtype if isinstance(t, TensorInfo) else stored_dtype(t.dtype), list(t.shape)
+        dtype, shape = stored_dtype(t.dtype) if isinstance(t, torch.Tensor) else t.dtype, list(t.shape)
         sizes[name] = t.nbytes
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
@@ -65,7 +82,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
         yield text
         for name in sorted(tensors):
             t, crc = tensors[name], 0
-            for piece in _copied(t) if isinstance(t, TensorInfo) else _own(path, name, t):
+            for piece in _bytes(path, name, t):
                 crc = zlib.crc32(piece, crc)
                 yield piece
             sums[name] = f"{crc:08x}"
@@ -74,15 +91,36 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | TensorInfo]) ->
     return Written(path.name, 8 + len(text) + offset, digest, sizes, sums)
 
 
+def _bytes(path: Path, name: str, entry: Entry) -> Iterator[memoryview | bytes]:
+    if isinstance(entry, TensorInfo):
+        yield from _copied(entry)
+    elif isinstance(entry, torch.Tensor):
+        yield from _own(path, name, entry)
+    else:
+        left = entry.nbytes
+        for piece in entry.pieces():
+            left -= piece.nbytes
+            yield from _own(path, name, piece)
+        assert not left, f"{name}: {left} bytes more than were made"
+
+
 def _own(path: Path, name: str, tensor: torch.Tensor) -> Iterator[memoryview]:
-    values = tensor.float() if tensor.element_size() == 1 else tensor  # torch.isfinite knows no FP8
-    if tensor.is_floating_point() and not bool(torch.isfinite(values).all()):
+    if tensor.is_floating_point() and not _is_finite(tensor):
         raise NumericalError(
             f"{path.name}: {name} became NaN or infinite; look for extreme weights before it"
         )
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
         yield flat.view(torch.uint8).numpy().data
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if (
+        tensor.dtype == torch.float8_e4m3fn
+    ):  # torch.isfinite knows no FP8; its only NaN is all ones but for the sign
+        return not tensor.numel() or int((tensor.view(torch.uint8) & 127).max()) < 127
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(values).all())
 
 
 def _copied(info: TensorInfo) -> Iterator[bytes]:

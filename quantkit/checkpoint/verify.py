@@ -8,6 +8,7 @@ digests, names, shapes and the account of every tensor.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from quantkit.checkpoint.check import damage, digest_file
 from quantkit.checkpoint.manifest import AGAIN
 from quantkit.checkpoint.records import FileRecord, TensorRecord
+from quantkit.checkpoint.shards import Written
 from quantkit.device import find_device
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import Codec
@@ -76,7 +78,65 @@ def verify_shard(
                 pairs += [(read.scale, scale.scale), (read.zero, scale.zero)]
             if not all(map(_same, *zip(*pairs, strict=True))) or (scale is None) != (read is None):
                 raise VerificationError(f"{path.name}: what was read back for {name} is not what was written")
-            _verify_forward(name, stored, scheme, wanted, rounding, codec)
+            x, given = probe(wanted.shape[1], rounding.inputs, stored[codec.scale].dtype, rounding.scale)
+            dense = torch.nn.functional.linear(given, wanted.dequantize().cpu())
+            _compare(name, stored, scheme, wanted.shape, x, dense, codec)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A linear [N, K] = shape that was written in pieces. dtype: the model's, in which scales are stored.
+
+    product: that of the decoded weight with the inputs of `probe` [tokens, N].
+    """
+
+    shape: tuple[int, int]
+    scheme: Scheme
+    dtype: torch.dtype
+    product: torch.Tensor
+
+
+def verify_streamed(path: Path, written: Written, made: Mapping[str, Made], codec: Codec) -> None:
+    """Re-open a shard whose linears were never whole in memory: every tensor of theirs has the bytes that were written,
+    and the stored tensors give the product of what was decoded from the pieces.
+    """
+    try:
+        file = safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{path} cannot be opened again: {error}") from error
+    with file:
+        for name, wanted in made.items():
+            stored = {}
+            for leaf in codec.shapes(*wanted.shape, wanted.scheme):
+                stored[leaf] = file.get_tensor(f"{name}.{leaf}")
+                crc = zlib.crc32(stored[leaf].flatten().view(torch.uint8).numpy().data)
+                if f"{crc:08x}" != written.crc32[f"{name}.{leaf}"]:
+                    raise VerificationError(
+                        f"{path.name}: what was read back for {name} is not what was written"
+                    )
+            x, _ = probe(wanted.shape[1], wanted.scheme.inputs, wanted.dtype)
+            _compare(name, stored, wanted.scheme, wanted.shape, x, wanted.product, codec)
+
+
+def probe(
+    k: int, inputs: Grid | None, scale_dtype: torch.dtype, scale: InputScale | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs [tokens, K] that a linear is tried with, the same in fp32 as its scheme rounds them).
+
+    scale_dtype: of its scales, where the model's type decides. scale: the stored range of its inputs.
+    """
+    x = torch.randn(_PROBE, k, generator=torch.Generator().manual_seed(0))
+    if scale is not None:  # a probe that a stored range rounds to zeros would show nothing
+        x *= 127 * scale.scale.float().cpu() / x.abs().max()
+    x = x.to(_probed_as(scale_dtype))
+    return x, (x if inputs is None else round_inputs(x, inputs, scale)).float()
+
+
+def _probed_as(scale: torch.dtype) -> torch.dtype:
+    """The type of the activations that a linear is tried with here."""
+    if find_device(None).type == "cpu":
+        return torch.float32
+    return scale if scale in _TOLERANCE else torch.bfloat16
 
 
 def _same(read: torch.Tensor | None, written: torch.Tensor | None) -> bool:
@@ -95,32 +155,24 @@ def _same(read: torch.Tensor | None, written: torch.Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def _verify_forward(
+def _compare(
     name: str,
     stored: dict[str, torch.Tensor],
     scheme: Scheme,
-    wanted: QuantizedWeight,
-    rounding: Rounding,
+    shape: tuple[int, int],
+    x: torch.Tensor,
+    dense: torch.Tensor,
     codec: Codec,
 ) -> None:
     """Run the tensors of the file on the device and backend that `load` chooses, against the dense product."""
-    where = find_device(None)
-    scale = stored[codec.scale].dtype
-    dtype = torch.float32 if where.type == "cpu" else scale if scale in _TOLERANCE else torch.bfloat16
-    n, k = wanted.shape
-    linear = QuantLinear(k, n, scheme, False, scale, None, "meta", codec.name)
+    where, (n, k) = find_device(None), shape
+    linear = QuantLinear(k, n, scheme, False, stored[codec.scale].dtype, None, "meta", codec.name)
     for leaf, tensor in stored.items():
         setattr(linear, leaf, tensor.to(where))
-    linear.prepare(None, dtype)
-    x = torch.randn(_PROBE, k, generator=torch.Generator().manual_seed(0))
-    if rounding.scale is not None:  # a probe that a stored range rounds to zeros would show nothing
-        x *= 127 * rounding.scale.scale.float().cpu() / x.abs().max()
-    x = x.to(dtype)
-    given = x if rounding.inputs is None else round_inputs(x, rounding.inputs, rounding.scale)
-    dense = torch.nn.functional.linear(given.float(), wanted.dequantize().cpu())
+    linear.prepare(None, x.dtype)
     off = (linear(x.to(where)).float().cpu() - dense).square().mean().sqrt()
     size = dense.square().mean().sqrt()
-    if not float(off) <= _TOLERANCE[dtype] * float(size) + 1e-12:
+    if not float(off) <= _TOLERANCE[x.dtype] * float(size) + 1e-12:
         raise VerificationError(
             f"{name}: on backend {linear.backend!r} the packed product differs from the dequantized one by "
             f"{float(off):.3g} (root mean square; the product is {float(size):.3g})"

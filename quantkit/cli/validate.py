@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import click
@@ -10,7 +11,8 @@ from rich.table import Column, Table
 
 from quantkit.cli.output import Screen, make_console, size
 from quantkit.cli.terminal import say
-from quantkit.plan import Plan
+from quantkit.models.headers import Headers
+from quantkit.plan import Plan, starred
 from quantkit.predict import Prediction
 from quantkit.validation import validate
 
@@ -25,7 +27,10 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
     say(yaml.safe_dump(found.recipe.resolved(), sort_keys=False), nl=False)
     if found.plan is not None and found.prediction is not None:
         console = make_console()
-        print_plan(found.plan, console)
+        if found.recipe.model_free and found.headers is not None:
+            print_found(found.plan, found.headers, console)
+        else:
+            print_plan(found.plan, console)
         print_prediction(found.prediction, console)
         print_engines(found.engines, console)
         if found.recipe.target is not None:
@@ -46,6 +51,31 @@ def print_plan(plan: Plan, console: Screen) -> None:
         table.add_row(layer.name, f"{n} x {k}", str(layer.scheme), layer.algorithm.name)
     for name, reason in plan.skipped:
         table.add_row(name, "", "as it is", reason)
+    console.print(table)
+
+
+def print_found(plan: Plan, headers: Headers, console: Screen) -> None:
+    """What names and shapes say about a checkpoint, before anything is written: alike tensors in one row."""
+    table = Table(
+        Column("tensors", overflow="fold"),
+        Column("count", justify="right"),
+        "shape",
+        "scheme",
+        Column("why", overflow="fold"),
+        title=f"{plan.n_blocks} blocks in {plan.blocks_prefix or headers.path.name}, by names and shapes",
+    )
+    rows: Counter[tuple[str, str, str, str]] = Counter()
+    for layer in plan.layers:
+        n, k = layer.shape
+        rows[starred(layer.name), f"{n} x {k}", str(layer.scheme), layer.algorithm.name] += 1
+    for name, reason in plan.skipped:
+        info = headers.tensors.get(f"{name}.weight") or headers.tensors[name]
+        rows[starred(name), " x ".join(map(str, info.shape)), "as it is", reason] += 1
+    for (name, shape, scheme, reason), count in rows.items():
+        table.add_row(name, str(count), shape, scheme, reason)
+    vectors = sum(len(info.shape) < 2 for info in headers.tensors.values())
+    if vectors:
+        table.add_row("(norms, biases and other vectors)", str(vectors), "", "as it is", "no matrix")
     console.print(table)
 
 

@@ -170,6 +170,14 @@ class CompressedTensors(Codec):
             global_scale=tensors.get("weight_global_scale"),
         )
 
+    def codes_leaf(self, scheme: Scheme) -> str:
+        return "weight" if self.kind(scheme) in (INT, FLOAT) else "weight_packed"
+
+    def joined(self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        if leaf == "weight_shape":
+            return torch.tensor(shape, dtype=torch.int64)
+        return torch.cat(list(parts))
+
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         scale = tensors["weight_scale"]
         if self.kind(scheme) == MXFP4:
@@ -201,7 +209,7 @@ class CompressedTensors(Codec):
 
     def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
         kind, grid = self.kind(scheme), scheme.weights
-        codes = "weight_shape" if kind == PACKED else "weight" if kind in (INT, FLOAT) else "weight_packed"
+        codes = "weight_shape" if kind == PACKED else self.codes_leaf(scheme)
         if codes not in tensors or "weight_scale" not in tensors:
             raise ModelError(
                 f"a {scheme} linear lacks its {codes} or weight_scale, got {sorted(tensors)}; {CORRUPT}"

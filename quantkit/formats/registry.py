@@ -93,6 +93,14 @@ class Codec(ABC):
             raise ModelError(f"the format {self.name} stores weights only, not {scheme}")
         return self.pack(weight)
 
+    def codes_leaf(self, scheme: Scheme) -> str:
+        """The leaf that holds the codes of a weight, row by row; its name sorts before those that go with rows."""
+        raise ModelError(f"the format {self.name} is not written in pieces")
+
+    def joined(self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+        """A leaf beside the codes of a weight [N, K] = shape, from what it is for pieces of its rows, in order."""
+        raise ModelError(f"the format {self.name} is not written in pieces")
+
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         """What the stored scales of a weight stand for, fp32, in their stored shape."""
         return tensors[self.scale].float()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_CONFIG = 10_000_000  # bytes
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+# What every error about a model class that is missing offers.
+MODEL_FREE = "or add model_free: true to the recipe (--set model_free=true), which needs no model class"
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _SIZE = re.compile(r"(_size|_dim|_heads|_rank|^n_embd|^n_head|^n_inner|^d_model)$")
 _SMALLEST_LIMIT = 1 << 20  # sizes below this cost nothing, whatever the weights say
@@ -97,14 +99,18 @@ def longest_window(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def open_config(path: Path) -> PreTrainedConfig:
-    """transformers' config object of a folder that `read_config` accepts, with generation_config.json tried too."""
+def open_config(path: Path, instead: str = "") -> PreTrainedConfig:
+    """transformers' config object of a folder that `read_config` accepts, with generation_config.json tried too.
+
+    instead: what a user can do whose transformers does not know the model, for the error.
+    """
     from transformers import AutoConfig, GenerationConfig
 
-    what, advice = f"{path / CONFIG} is refused by transformers", ""
+    what, advice = f"{path / CONFIG} is refused by transformers", instead
     if read_config(path).get("auto_map"):
         what = f"{path / CONFIG} asks for Python code of the folder (auto_map), which quantkit never runs"
         advice = "if your transformers knows this model type without it, remove auto_map"
+        advice += f", {instead}" if instead else ""
     with quiet(), foreign_errors(what, advice):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, trust_remote_code=False, local_files_only=True

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 # Siblings (linears of a block that share an input) that engines fuse into one and that therefore share a scheme.
-SIBLINGS = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+SIBLINGS = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+)
 
 # Parts of the names of linears whose output goes into attention logits, where a weight's own output error
 # misleads.
@@ -61,7 +65,7 @@ class Family:
 
 
 _MASK = "causal mask, built by the attention"
-_GPT2_LINEARS = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
+CONV1D = frozenset({"c_attn", "q_attn", "c_fc", "c_proj"})
 _GPT2_MASKS = ((r"(^|\.)attn\.(bias|masked_bias)$", _MASK),)
 
 FAMILIES: dict[str, Family] = {
@@ -73,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(tied=True),
     "phi3": Family(),
     "opt": Family(tied=True),
-    "gpt2": Family(conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
+    "gpt2": Family(conv1d=CONV1D, dropped=_GPT2_MASKS, tied=True),
     "gpt_neox": Family(dropped=((r"(^|\.)attention\.(bias|masked_bias)$", _MASK),)),
     "falcon": Family(tied=True),
 }
@@ -86,7 +90,7 @@ OTHERS: dict[str, Family] = {
     "gpt_neo": Family(tied=True, dropped=((r"\.attention\.(bias|masked_bias)$", _MASK),)),
     "gptj": Family(dropped=_GPT2_MASKS),
     "mpt": Family(tied=True),
-    "openai-gpt": Family(conv1d=_GPT2_LINEARS, dropped=_GPT2_MASKS, tied=True),
+    "openai-gpt": Family(conv1d=CONV1D, dropped=_GPT2_MASKS, tied=True),
 }
 
 # config.json keys whose value above 1 means a mixture of experts, and how experts are called on disk.
@@ -108,6 +112,30 @@ SET_ASIDE = (
     (re.compile(r"\.(dt_proj|x_proj)$"), "a time-step projection of a state-space layer"),
     (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
 )
+
+# What names alone say where no model class can be asked (`names.py`): 2-D tensors that are no linears, whatever a rule
+# says, (pattern of the name without `.weight`, reason),
+TABLES = (
+    (re.compile(r"(embed|wte|wpe)[^.]*$|(^|\.)shared$"), "a table of embeddings"),
+    (
+        re.compile(r"(^|[._])(rel(ative)?_?pos|relative_attention|pos(ition)?_?(bias|emb))[^.]*$"),
+        "a table of positions",
+    ),
+    (re.compile(r"norm[^.]*$|(^|\.)ln(_\w+)?$"), "a norm"),
+    (re.compile(r"conv(1d|2d|3d|_\w+)?$"), "a convolution"),
+)
+# and linears that are left unless a rule names them, beside SET_ASIDE.
+BY_NAME = (
+    (re.compile(r"(^|\.)(lm_head|embed_out)$"), "an output head"),
+    (
+        re.compile(r"\.gate\.(wg|linear|proj)$|\.(classifier|routing|expert_gate)$"),
+        "a router or gate of a few rows",
+    ),
+    (re.compile(r"\.weights_proj$"), "the head weights of a sparse-attention indexer"),
+    (re.compile(r"(^|[._])lora_[ABab]?(\.|$)|(^|[._])(lora|adapter)[^.]*(\.|$)"), "an adapter of low rank"),
+    (re.compile(r"\.(enorm|hnorm|eh_proj|shared_head)(\.|$)"), "a layer that predicts further tokens (MTP)"),
+)
+FEWEST = 16  # rows or columns that a weight has at least to be taken for a linear
 
 # model_type -> (key of config.json, the only value with which it is supported, why).
 UNSUPPORTED: dict[str, tuple[str, Any, str]] = {

@@ -15,7 +15,7 @@ from quantkit.formats.foreign import QUANTIZED_TENSOR
 from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
-from quantkit.models.config import check_sizes, longest_window, read_config
+from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, read_config
 from quantkit.models.tensors import DTYPES, WEIGHT_DTYPES, TensorInfo, named, read_tensors
 from quantkit.paths import weights_path
 
@@ -40,6 +40,7 @@ class Headers:
 
     encoding: how its linears are stored, if it is quantized already. Each of these is one tensor here, the decoded
     weight `P.weight`, whose `parts` are the stored ones.
+    model_free: it is read without a model class, so that every tensor is kept.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Headers:
     tensors: dict[str, TensorInfo]
     files: list[Path]
     encoding: Encoding | None = None
+    model_free: bool = False
 
     @cached_property
     def stored(self) -> dict[str, TensorInfo]:
@@ -65,7 +67,8 @@ class Headers:
     @cached_property
     def dropped(self) -> dict[str, str]:
         """Disk name -> why transformers leaves this tensor out."""
-        reasons = {name: families.dropped(self.model_type, name) for name in self.tensors}
+        names = () if self.model_free else self.tensors
+        reasons = {name: families.dropped(self.model_type, name) for name in names}
         found = {name: reason for name, reason in reasons.items() if reason}
         cache = (name for name in self.tensors if self.encoding and self.encoding.of_cache(name))
         return found | dict.fromkeys(cache, "scale of the KV cache of the source's quantization")
@@ -135,12 +138,15 @@ def _download(hub_id: str) -> Path:
         )
 
 
-def read_checkpoint(path: str | Path) -> Headers:
-    """Read and check the headers of the checkpoint in folder `path`; ModelError, with names, if one fails."""
+def read_checkpoint(path: str | Path, model_free: bool = False) -> Headers:
+    """Read and check the headers of the checkpoint in folder `path`; ModelError, with names, if one fails.
+
+    model_free: no model is built from it, so that its config and its tensors may be of any kind.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ModelError(f"no model folder {path}")
-    config = _config(path)
+    config = read_config(path) if model_free else _config(path)
     files, tensors = read_tensors(path)
     encoding = None
     if (quantization := quantization_of(config)) is not None:
@@ -149,8 +155,11 @@ def read_checkpoint(path: str | Path) -> Headers:
             tensors = _decodable(encoding, config, tensors)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
+    headers = Headers(path, config, tensors, files, encoding, model_free)
+    if model_free:
+        _refuse_quantized(headers, list(tensors))
+        return headers
     check_sizes(path, config, tensors)
-    headers = Headers(path, config, tensors, files, encoding)
     _check_tensors(headers)
     return headers
 
@@ -213,7 +222,7 @@ def _refuse_kind(config: Mapping[str, Any], what: str) -> None:
     if config.get("auto_map") and config.get("model_type") not in families.FAMILIES:
         raise ModelError(
             f"{what} needs remote code (auto_map in config.json), which quantkit never runs; if your "
-            "transformers knows this model type, remove auto_map from config.json"
+            f"transformers knows this model type, remove auto_map from config.json, {MODEL_FREE}"
         )
 
 
@@ -222,18 +231,22 @@ def _check_tensors(headers: Headers) -> None:
     if not names:
         raise ModelError(f"{headers.path} holds no weights")
     _refuse_mixture(headers, names)
-    quantized = [name for name in names if QUANTIZED_TENSOR.search(name)]
-    if quantized:
-        raise ModelError(
-            f"{headers.path} is already quantized ({named(quantized)}) in a way that its config.json does not say; "
-            "give the original checkpoint"
-        )
+    _refuse_quantized(headers, names)
     wrong = [
         f"{n} ({headers.tensors[n].dtype})" for n in names if headers.tensors[n].dtype not in WEIGHT_DTYPES
     ]
     if wrong:
         raise ModelError(
             f"{headers.path} has weights that are not {', '.join(WEIGHT_DTYPES)}: {named(wrong)}"
+        )
+
+
+def _refuse_quantized(headers: Headers, names: list[str]) -> None:
+    quantized = [name for name in names if QUANTIZED_TENSOR.search(name)]
+    if quantized:
+        raise ModelError(
+            f"{headers.path} is already quantized ({named(quantized)}) in a way that its config.json does not say; "
+            "give the original checkpoint"
         )
 
 
@@ -255,5 +268,5 @@ def _refuse_mixture(headers: Headers, names: list[str]) -> None:
         told = "".join(f"{key}: {count}; " for key, count in counts.items() if count > 1)
         raise ModelError(
             f"{headers.path} ({headers.model_type}) is a mixture of experts ({told}{named(experts)}), not supported "
-            "yet; use a dense model"
+            f"yet; use a dense model, {MODEL_FREE}"
         )

@@ -21,6 +21,7 @@ from quantkit.models import families
 from quantkit.models.blocks import NUMBERED, predicts_further
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
+from quantkit.models.config import MODEL_FREE
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
 from quantkit.models.tensors import named, torch_dtype
@@ -42,7 +43,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
             del part.quantization_config
     with (
         quiet(),
-        foreign_errors(f"{source.path}: transformers cannot build a model from config.json"),
+        foreign_errors(f"{source.path}: transformers cannot build a model from config.json", MODEL_FREE),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):

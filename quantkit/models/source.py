@@ -19,7 +19,7 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec_of
-from quantkit.models.config import open_config
+from quantkit.models.config import MODEL_FREE, open_config
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo, torch_dtype
 
@@ -62,7 +62,7 @@ class Source:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """transformers' config object; remote code never runs."""
-        return open_config(self.path)
+        return open_config(self.path, MODEL_FREE)
 
     def names(self) -> list[str]:
         """Names of all tensors, those dropped left out."""
@@ -121,6 +121,18 @@ class Source:
         out = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
         with self._open(info) as file:
             self._read(file.fileno(), out.view(-1), info, 0)
+        return out
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows from `first` to before `last` of a 2-D tensor, fp32, on the CPU; ModelError if a value is not finite."""
+        info = self.raw(name)
+        stored, columns = torch_dtype(info.dtype), info.shape[1]
+        raw = torch.empty((last - first, columns), dtype=stored)
+        with self._open(info) as file:
+            self._read(file.fileno(), raw.view(-1), info, first * columns * stored.itemsize)
+        out = raw.float()
+        if not _finite(out):
+            self._refuse(info, raw, out.dtype)
         return out
 
     def same(self, a: str, b: str) -> bool:

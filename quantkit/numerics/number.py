@@ -17,6 +17,8 @@ import torch
 
 from quantkit.scheme import Number
 
+_LARGEST_FP8 = 448.0
+_NEGATIVE_ZERO = 128  # the code of FP8
 Nearest = Callable[..., torch.Tensor]
 
 
@@ -39,6 +41,9 @@ def encode(x: torch.Tensor, number: Number, zero: torch.Tensor | None = None) ->
     zero: zero points of integers, as numbers that broadcast to x; None: the format's own zero. The float formats'
     negative zero and codes that are not finite are never the answer.
     """
+    if _is_native(number, x):
+        short: torch.Tensor = x.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn).view(torch.uint8)
+        return short.masked_fill_(short == _NEGATIVE_ZERO, 0)
     if number.kind != "int":
         table = _table(number, x.dtype, x.device)
         return table.codes[torch.bucketize(x, table.edges)]
@@ -50,6 +55,8 @@ def decode(
     codes: torch.Tensor, number: Number, zero: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """The levels, as `dtype`, of codes of any integer type; zero as in `encode`."""
+    if number.name == "fp8_e4m3" and codes.dtype == torch.uint8:
+        return codes.view(torch.float8_e4m3fn).to(dtype)
     if number.kind != "int":
         return torch.tensor(number.values, dtype=dtype, device=codes.device)[codes.long()]
     return codes.to(dtype).sub_(number.zero if zero is None else zero)
@@ -69,8 +76,15 @@ def _round_integers(
 def _round_to_table(
     number: Number, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
+    if _is_native(number, x):
+        return (x if out is None else out).copy_(x.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn))
     table = _table(number, x.dtype, x.device)
     return torch.take(table.levels, torch.bucketize(x, table.edges), out=x if out is None else out)
+
+
+def _is_native(number: Number, x: torch.Tensor) -> bool:
+    """Whether torch itself rounds `x` as the table of the format does: to the nearest, ties to the even code."""
+    return number.name == "fp8_e4m3" and x.dtype == torch.float32
 
 
 class _Table(NamedTuple):

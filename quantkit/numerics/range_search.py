@@ -72,14 +72,13 @@ def search_grid(
     if grid.two_level:
         parts = [
             _search(chunk.reshape(-1, group), grid, dtype, column, global_scale)
-            for chunk in torch.split(weight, max(1, _CHUNK // k))
+            for chunk in torch.split(weight, chunk_rows(k))
         ]
         scale, zero = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in (0, 1))
         return scale, zero
     search = _search_natively if _is_native(weight, grid, group) else _search
     parts = [
-        search(chunk.reshape(-1, group), grid, dtype, column)
-        for chunk in torch.split(weight, max(1, _CHUNK // k))
+        search(chunk.reshape(-1, group), grid, dtype, column) for chunk in torch.split(weight, chunk_rows(k))
     ]
     scale, zero = (torch.cat([part[i] for part in parts]).view(n, k // group) for i in (0, 1))
     return scale, zero
@@ -96,23 +95,48 @@ def search_global(
     if not grid.two_level:
         return None
     lo, hi = weight.aminmax()
-    plain = abs_max_global(torch.maximum(-lo, hi), grid)
+    return chosen_global(
+        torch.maximum(-lo, hi), weight[:: global_stride(*weight.shape)], grid, method, importance
+    )
+
+
+def global_stride(n: int, k: int) -> int:
+    """Of a weight [N, K], every so manieth row is in the sample on which its global scale is chosen."""
+    return max(1, n * k // _GLOBAL_SAMPLE)
+
+
+def chosen_global(
+    span: torch.Tensor,
+    sample: torch.Tensor,
+    grid: Grid,
+    method: str = "minmax",
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """`search_global` of a weight that is not whole in memory.
+
+    span: its largest |w|; sample: its rows by `global_stride`.
+    """
+    plain = abs_max_global(span, grid)
     if method == "minmax" or plain is None:
         return plain
-    k = weight.shape[1]
-    w = weight[:: max(1, weight.numel() // _GLOBAL_SAMPLE)].reshape(-1, grid.group(k))
-    column = _columns(weight, grid, method, importance)
+    w = sample.reshape(-1, grid.group(sample.shape[1]))
+    column = _columns(sample, grid, method, importance)
     columns = None if column is None else column.repeat(len(w) // len(column), 1)
     best, least = plain, math.inf
     for step in range(GLOBALS):
         candidate = plain * 2 ** (-step / GLOBALS)
-        scale, zero = _search(w, grid, weight.dtype, column, candidate)
+        scale, zero = _search(w, grid, sample.dtype, column, candidate)
         error = float(
             (_in_steps(w, scale, zero, grid, columns) * _step(scale, columns)).sum(dtype=torch.float64)
         )
         if error < least:
             best, least = candidate, error
     return best
+
+
+def chunk_rows(k: int) -> int:
+    """Rows that are searched at once; a weight searched in multiples of them gets the bits that it gets whole."""
+    return max(1, _CHUNK // k)
 
 
 def _columns(
@@ -149,7 +173,7 @@ def _search_whole(
     errors = []
     for scale, zero in found:
         error = torch.zeros((), dtype=torch.float64, device=weight.device)
-        for chunk in torch.split(weight, max(1, _CHUNK // k)):
+        for chunk in torch.split(weight, chunk_rows(k)):
             s, z = scale.expand(len(chunk)), zero.expand(len(chunk))
             columns = None if column is None else column.expand(len(chunk), -1)
             error += _in_steps(chunk, s, z, grid, columns).sum(dtype=torch.float64)

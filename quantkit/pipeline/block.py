@@ -112,9 +112,21 @@ def check_sound(name: str, weight: torch.Tensor, outcome: Outcome) -> Soundness:
         error, norm = outcome.error, outcome.norm
         total = float(norm.sum())
         objective = float(error.sum()) / total if total > 0 else weight_error
-    if quantized.is_zero or not objective < 1.0 or not weight_error < REFUSED_WEIGHT_ERROR:
+    return judged(name, quantized.is_zero, weight_error, objective, error, norm)
+
+
+def judged(
+    name: str, zero: bool, weight_error: float, objective: float, error: torch.Tensor, norm: torch.Tensor
+) -> Soundness:
+    """The errors of one linear with what is to be noted about them; NumericalError if they say that it has collapsed.
+
+    zero: whether all of the quantized weight is. error, norm: objective of every row [N], and that of a row of zeros.
+    """
+    if not bool(norm.any()):
+        return Soundness(0.0, 0.0, 0.0, [])
+    if zero or not objective < 1.0 or not weight_error < REFUSED_WEIGHT_ERROR:
         raise NumericalError(
-            f"{name}: collapsed: the quantized weight is {'zero' if quantized.is_zero else 'no better than zero'} "
+            f"{name}: collapsed: the quantized weight is {'zero' if zero else 'no better than zero'} "
             f"(relative error of the objective {objective:.3g}, of the weight {weight_error:.3g}); use more bits, a "
             "smaller group, more calibration or more damping for this layer, or skip it with a rule"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -13,14 +13,16 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import inputs_after_blocks, walk
 from quantkit.checkpoint.records import SearchRecord
-from quantkit.models import families
 from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.inputs import round_inputs
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
 from quantkit.pipeline.inputs import CalibratedInputs, calibrated, statistic
+from quantkit.pipeline.model_free import stream_parts
+from quantkit.pipeline.pieces import sharing
 from quantkit.pipeline.run import Run, needs
 from quantkit.pipeline.search import Kept, searched, settled
+from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.transforms.catalog import transform
@@ -55,7 +57,10 @@ def produce(run: Run, writer: Writer) -> tuple[int, Tracker, list[SearchRecord]]
     with _full_precision():
         found = searched(run, writer.journal, tracker)
         if done <= total:
-            if run.needs_streams(done):
+            if run.skeleton is None:
+                assert isinstance(writer, ShardWriter)
+                stream_parts(run, writer, tracker, done)
+            elif run.needs_streams(done):
                 _calibrated(run, writer, tracker, done, settled(run, found))
             else:
                 _data_free(run, writer, tracker, done)
@@ -66,7 +71,7 @@ def _data_free(run: Run, writer: Writer, tracker: Tracker, done: int) -> None:
     """Without calibration: one linear after the other, or those that share a scale; never a whole block."""
     for part in range(done, run.plan.n_blocks + 1):
         result = BlockResult()
-        for plans in _sharing(run, part):
+        for plans in sharing(run, part):
             _quantize_alone(run, part, plans, Statistics(), result)
         tracker.computed(result.weights)
         writer.commit(part, result)
@@ -132,23 +137,6 @@ def _outside(run: Run, streams: Streams) -> BlockResult:
         statistics = _after_blocks(run, streams, plan, needs(plan), inputs) if needs(plan) else Statistics()
         _quantize_alone(run, part, [plan], statistics, result, inputs)
     return result
-
-
-def _sharing(run: Run, part: int) -> list[list[LayerPlan]]:
-    """The linears of a part: siblings that engines fuse together, if their weights have something once, else alone.
-
-    Engines take one scale for all of a fused weight and one global scale of NVFP4.
-    """
-    sets: dict[tuple[Any, ...], list[LayerPlan]] = {}
-    for plan in run.plans(part):
-        parent, _, leaf = plan.name.rpartition(".")
-        fused = next((members for members in families.SIBLINGS if leaf in members), None)
-        key: tuple[Any, ...] = (plan.name,)
-        if fused is not None and plan.scheme.weights.whole_share:
-            dtype = run.parts[part][f"{plan.name}.weight"].dtype
-            key = (parent, fused, plan.scheme, plan.algorithm, dtype)
-        sets.setdefault(key, []).append(plan)
-    return list(sets.values())
 
 
 def _after_blocks(

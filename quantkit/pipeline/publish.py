@@ -9,7 +9,7 @@ import math
 import platform
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,15 @@ from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.companions import Companions, find_companions
 from quantkit.models.headers import Headers
+from quantkit.models.names import ignore_patterns
 from quantkit.models.tensors import INDEX
 from quantkit.pipeline.ignored import ignore_list
+from quantkit.pipeline.model_free import notes
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import verdicts
+from quantkit.scheme import Scheme
 from quantkit.validation import subject_of
 
 
@@ -94,7 +97,8 @@ def publish(
         left_out=companions.left,
         kv_cache=None if run.plan.kv is None else KVRecord.of(run.plan.kv),
         searches=list(found) or None,
-        notes=_notes(run, layers, scaling),
+        model_free=True if run.skeleton is None else None,
+        notes=_notes(run, layers, scaling) + (notes(run, companions.left) if run.skeleton is None else []),
     )
     write_run_facts(run, manifest, resumed)
     write_manifest(output, manifest)
@@ -128,11 +132,19 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
         if isinstance(part, dict):
             part.pop("quantization_config", None)
     if schemes or kv is not None:
-        ignored = ignore_list(run.model, schemes) if schemes else []
+        ignored = _ignored(run, schemes) if schemes else []
         config["quantization_config"] = codec(run.recipe.output.format).config(schemes, ignored, kv)
     write_json(output / "config.json", config)
     written = (INDEX, "config.json")
     return copied | {n: FileRecord(digest_file(output / n), (output / n).stat().st_size) for n in written}
+
+
+def _ignored(run: Run, schemes: Mapping[str, Scheme]) -> list[str]:
+    """What `ignore` of the config says: by the model's linears, or without a model by names."""
+    if run.skeleton is None:
+        left = (name for name, _ in run.plan.skipped)
+        return ignore_patterns(left, schemes, run.plan.blocks_prefix, run.plan.n_blocks)
+    return ignore_list(run.model, schemes)
 
 
 def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str, Any]]) -> Size:

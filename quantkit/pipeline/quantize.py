@@ -21,6 +21,7 @@ from quantkit.errors import (
     OutOfMemory,
     OutputError,
     QuantkitError,
+    RecipeError,
     kept_traceback,
     memory_named,
     memory_ran_out,
@@ -35,6 +36,7 @@ from quantkit.paths import weights_path
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
+from quantkit.pipeline.model_free import evaluable
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of, publish, write_run_facts
@@ -148,6 +150,11 @@ def _evaluate(
 
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
     """
+    tokenizer = run.tokenizer
+    if tokenizer is None:
+        tokenizer, why = evaluable(run.source.path)
+        if tokenizer is None:
+            return manifest, [why]
     run.progress.message("evaluating original and quantized model")
     tracker = tracker or Tracker(run, None)
     begin = run.clock.now()
@@ -160,7 +167,7 @@ def _evaluate(
         evaluation, refused = evaluate_pair(
             run.output,
             run.source.headers,
-            run.tokenizer,
+            tokenizer,
             run.device,
             length,
             request,
@@ -200,26 +207,28 @@ def prepared(
         name, checked = _recipe(recipe, overrides)
         if not in_memory:
             refuse_in_memory(checked)
+        elif checked.model_free:
+            raise RecipeError("model_free: true has no model to quantize in memory; use quantkit.quantize")
         embedded = assets.default_model()
         path = resolve_model(str(model) if model is not None else checked.model, embedded)
         length = checked.calibration.sequence_length
         request = EvaluationRequest.of(*asked, length) if asked else None
-        headers = read_checkpoint(path)
+        headers = read_checkpoint(path, checked.model_free)
         source = Source(headers)
-        skeleton_model = skeleton.build(source)
-        plan = build_plan(checked, headers, skeleton.places(skeleton_model))
+        built = None if checked.model_free else skeleton.build(source)
+        plan = build_plan(checked, headers, None if built is None else skeleton.places(built))
         check_target(checked, plan, headers)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
-        tokenizer = open_tokenizer(path)
+        tokenizer = None if built is None else open_tokenizer(path)
         windows = None
-        if plan.needs_text(checked):
+        if built is not None and tokenizer is not None and plan.needs_text(checked):
             windows = token_windows(
                 checked.calibration,
                 tokenizer,
                 assets.calibration_text(),
-                vocabulary=skeleton_model.get_input_embeddings().get_parameter("weight").shape[0],
+                vocabulary=built.get_input_embeddings().get_parameter("weight").shape[0],
             )
         if not in_memory and not (folder / MANIFEST).exists():
             check_disk(folder, predict(checked, plan, headers).disk)
@@ -236,7 +245,7 @@ def prepared(
         recipe=checked,
         plan=plan,
         source=source,
-        model=skeleton_model,
+        skeleton=built,
         tokenizer=tokenizer,
         windows=windows,
         device=where,

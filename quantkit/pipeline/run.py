@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Run:
     """The inputs of one run and where it reports to.
 
-    model: the skeleton on meta, checked against the checkpoint. windows: None if no layer needs text. identity: what
+    skeleton: the model on meta, checked against the checkpoint; None if it is quantized by names alone, without one,
+    and tokenizer then too. windows: None if no layer needs text. identity: what
     decides the result; two runs with equal ones write equal files. request: the closing evaluation, if any.
     clock, progress: where time goes, and who is told.
     """
@@ -38,8 +39,8 @@ class Run:
     recipe: Recipe
     plan: Plan
     source: Source
-    model: PreTrainedModel
-    tokenizer: Tokenizer
+    skeleton: PreTrainedModel | None
+    tokenizer: Tokenizer | None
     windows: Windows | None
     device: torch.device
     output: Path
@@ -47,6 +48,12 @@ class Run:
     request: EvaluationRequest | None
     clock: Clock
     progress: Progress
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The skeleton, of a run that has one."""
+        assert self.skeleton is not None
+        return self.skeleton
 
     @cached_property
     def parts(self) -> list[dict[str, TensorInfo]]:
