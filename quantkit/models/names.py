@@ -174,11 +174,16 @@ def _pattern(name: str, quantized: set[str], prefix: str, count: int) -> str:
     if number is not None and number[1] == prefix and int(number[2]) >= count:
         tries.append(rf"re:.*{re.escape(prefix.rpartition('.')[2])}\.{number[2]}\..*")
     if _STACKED.match(name):
-        tries.append(r"re:.*\.experts(\..*)?$")
+        tries += [r"re:.*\.experts(\..*)?$", rf"re:.*\.{_expression(_holder(name))}\.experts(\..*)?$"]
     ends = [parts[-count:] for count in range(1, len(parts))]
     tries += [rf"re:.*\.{_expression(end)}$" for end in ends]
     tries += [rf"re:.*\.{re.escape('.'.join(end))}$" for end in ends]
     return next((each for each in tries if not any(re.match(each[3:], q) for q in quantized)), name)
+
+
+def _holder(name: str) -> list[str]:
+    """The last part of the name of the module that holds stacked experts."""
+    return name.split(".experts.")[0].split(".")[-1:]
 
 
 def _expression(parts: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from quantkit.models.borders import quiet, reason
 from quantkit.models.companions import CODE
 from quantkit.models.config import open_config
 from quantkit.models.tokenizer import open_tokenizer
-from quantkit.pipeline.pieces import Alike, sharing
+from quantkit.pipeline.pieces import Alike, PiecewiseLinear, sharing
 from quantkit.pipeline.shard_writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ def stream_parts(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> 
 
 
 def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
-    sets = [Alike(plans, run.source, writer.codec) for plans in sharing(run, part)]
-    linears = {linear.name: linear for alike in sets for linear in alike.linears}
+    linears: dict[str, PiecewiseLinear] = {}
+    for plans in sharing(run, part):
+        alike = Alike(plans, run.source, writer.codec)
+        linears |= {plan.name: PiecewiseLinear(plan, alike) for plan in plans}
     tensors: dict[str, Entry] = {}
     account: dict[str, TensorRecord] = {}
     for name, info in run.parts[part].items():

@@ -16,6 +16,7 @@ import torch
 
 from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.rtn import rtn
+from quantkit.calibration.memory import give_back
 from quantkit.checkpoint.records import LayerRecord
 from quantkit.checkpoint.shards import Streamed
 from quantkit.checkpoint.verify import Made, probe
@@ -56,10 +57,9 @@ class Alike:
     def __init__(self, plans: Sequence[LayerPlan], source: Source, codec: Codec) -> None:
         first = plans[0]
         assert isinstance(first.algorithm, RtnConfig)
-        self.config, self.scheme, self.source, self.codec = first.algorithm, first.scheme, source, codec
-        self.grid = first.scheme.weights
+        self.plans, self.config, self.scheme = plans, first.algorithm, first.scheme
+        self.grid, self.source, self.codec = first.scheme.weights, source, codec
         self.dtype = torch_dtype(source.raw(f"{first.name}.weight").dtype)
-        self.linears = [PiecewiseLinear(plan, self) for plan in plans]
         self._whole: dict[str, QuantizedWeight] = {}
 
     @cached_property
@@ -67,38 +67,57 @@ class Alike:
         """Of a two-level grid, from one pass over all rows; None for another grid."""
         if not self.grid.two_level:
             return None
-        rows = sum(linear.shape[0] for linear in self.linears)
-        stride = global_stride(rows, self.linears[0].shape[1])
+        rows = sum(plan.shape[0] for plan in self.plans)
+        stride = global_stride(rows, self.plans[0].shape[1])
         sample, span, begin = [], torch.zeros(()), 0
-        for linear in self.linears:
-            for first, weight in linear.read():
+        for plan in self.plans:
+            for first, weight in self.read(plan):
                 low, high = weight.aminmax()
                 span = torch.maximum(span, torch.maximum(-low, high))
                 sample.append(weight[-(begin + first) % stride :: stride].clone())
-            begin += linear.shape[0]
+            begin += plan.shape[0]
         return chosen_global(span, torch.cat(sample), self.grid, self.config.range)
 
-    def quantized(self, linear: PiecewiseLinear) -> Iterator[tuple[torch.Tensor, QuantizedWeight]]:
-        """(rows of a linear in fp32, what they became), piece by piece."""
+    def quantized(self, plan: LayerPlan) -> Iterator[tuple[int, torch.Tensor, QuantizedWeight]]:
+        """(number of the first row, rows of a linear in fp32, what they became), piece by piece."""
         if self.grid.granularity == "tensor":
-            weight = torch.cat([piece for _, piece in linear.read()])
-            yield weight, self._together(linear)
+            yield 0, torch.cat([piece for _, piece in self.read(plan)]), self._together(plan)
             return
-        for _, weight in linear.read():
-            yield weight, self._rtn(weight, self.global_scale)
+        for first, weight in self.read(plan):
+            yield first, weight, self._rtn(weight, self.global_scale)
+
+    def read(self, plan: LayerPlan) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first row, rows of a linear in fp32 [rows, K]), piece by piece."""
+        n, name, step = plan.shape[0], f"{plan.name}.weight", self._rows(plan)
+        whole = self.source.tensor(name).T if plan.transposed else None
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            if whole is None:
+                yield first, self.source.rows(name, first, last)
+            else:
+                yield first, whole[first:last].contiguous().float()
+
+    def _rows(self, plan: LayerPlan) -> int:
+        """Rows of a piece: whole groups of rows that share a scale, whole words of zero points, whole chunks."""
+        n, k = plan.shape
+        if self.grid.granularity == "tensor":
+            return n
+        chunk = 1 if self.config.range == "minmax" else chunk_rows(k)
+        unit = math.lcm(_WHOLE_WORDS, self.grid.rows(n), chunk)
+        return unit * max(1, _PIECE // (unit * k))
 
     def _rtn(self, weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> QuantizedWeight:
         config = self.config
         return rtn(weight, self.grid, self.dtype, config.range, config.refit, global_scale=global_scale)
 
-    def _together(self, wanted: PiecewiseLinear) -> QuantizedWeight:
+    def _together(self, wanted: LayerPlan) -> QuantizedWeight:
         """One of the linears, all of which are rounded as one weight when the first of them is asked for."""
         if not self._whole:
-            outcome = self._rtn(torch.cat([piece for each in self.linears for _, piece in each.read()]))
+            outcome = self._rtn(torch.cat([piece for plan in self.plans for _, piece in self.read(plan)]))
             end = 0
-            for each in self.linears:
-                end += each.shape[0]
-                self._whole[each.name] = outcome.rows(slice(end - each.shape[0], end))
+            for plan in self.plans:
+                end += plan.shape[0]
+                self._whole[plan.name] = outcome.rows(slice(end - plan.shape[0], end))
         return self._whole.pop(wanted.name)
 
 
@@ -108,31 +127,7 @@ class PiecewiseLinear:
     def __init__(self, plan: LayerPlan, alike: Alike) -> None:
         self.plan, self.alike, self.name, self.shape = plan, alike, plan.name, plan.shape
         self._beside: list[dict[str, torch.Tensor]] = []
-        self._products: list[torch.Tensor] = []
-        self._errors: list[torch.Tensor] = []
-        self._norms: list[torch.Tensor] = []
         self._zero = True
-
-    @property
-    def rows(self) -> int:
-        """Rows of a piece: whole groups of rows that share a scale, whole words of zero points, whole chunks."""
-        n, k = self.shape
-        grid, config = self.alike.grid, self.alike.config
-        if grid.granularity == "tensor":
-            return n
-        unit = math.lcm(_WHOLE_WORDS, grid.rows(n), 1 if config.range == "minmax" else chunk_rows(k))
-        return unit * max(1, _PIECE // (unit * k))
-
-    def read(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number of the first row, rows in fp32 [rows, K]), piece by piece."""
-        n, source, name = self.shape[0], self.alike.source, f"{self.name}.weight"
-        whole = source.tensor(name).T if self.plan.transposed else None
-        for first in range(0, n, self.rows):
-            last = min(first + self.rows, n)
-            if whole is None:
-                yield first, source.rows(name, first, last)
-            else:
-                yield first, whole[first:last].contiguous().float()
 
     def leaves(self) -> dict[str, Streamed]:
         """The stored tensors by leaf. The codes must be written before the others: they come first in their names."""
@@ -149,14 +144,16 @@ class PiecewiseLinear:
         }
 
     def _codes(self) -> Iterator[torch.Tensor]:
-        codec, scheme = self.alike.codec, self.alike.scheme
+        codec, scheme, (n, k) = self.alike.codec, self.alike.scheme, self.shape
         codes = codec.codes_leaf(scheme)
-        _, given = probe(self.shape[1], scheme.inputs, self.alike.dtype)
-        for weight, quantized in self.alike.quantized(self):
-            self._seen(weight, quantized, given)
+        _, given = probe(k, scheme.inputs, self.alike.dtype)
+        self._product, self._error, self._norm = torch.empty(len(given), n), torch.empty(n), torch.empty(n)
+        for first, weight, quantized in self.alike.quantized(self.plan):
+            self._seen(slice(first, first + len(weight)), weight, quantized, given)
             packed = codec.pack_scheme(quantized, scheme)
             yield packed.pop(codes)
             self._beside.append(packed)
+        give_back()
 
     def _joined(self, leaf: str) -> Iterator[torch.Tensor]:
         if leaf == "weight_global_scale":
@@ -165,21 +162,24 @@ class PiecewiseLinear:
         else:
             yield self.alike.codec.joined(leaf, [part[leaf] for part in self._beside], self.shape)
 
-    def _seen(self, weight: torch.Tensor, quantized: QuantizedWeight, given: torch.Tensor) -> None:
+    def _seen(
+        self, rows: slice, weight: torch.Tensor, quantized: QuantizedWeight, given: torch.Tensor
+    ) -> None:
         """Keep what the record of the linear and its verification need of some rows."""
         decoded = quantized.dequantize()
-        self._products.append(given @ decoded.T)
-        self._errors.append((decoded - weight).square_().sum(1))
-        self._norms.append(weight.square().sum(1))
+        torch.mm(given, decoded.T, out=self._product[:, rows])
+        self._norm[rows] = torch.linalg.vecdot(weight, weight)
+        off = decoded.sub_(weight)
+        self._error[rows] = torch.linalg.vecdot(off, off)
         self._zero &= quantized.is_zero
 
     def made(self) -> Made:
         """What the written tensors must be."""
-        return Made(self.shape, self.alike.scheme, self.alike.dtype, torch.cat(self._products, 1))
+        return Made(self.shape, self.alike.scheme, self.alike.dtype, self._product)
 
     def record(self) -> LayerRecord:
         """The errors of the linear; NumericalError naming it if it has collapsed."""
-        error, norm = torch.cat(self._errors), torch.cat(self._norms)
+        error, norm = self._error, self._norm
         total = float(norm.sum(dtype=torch.float64))
         relative = float(error.sum(dtype=torch.float64)) / total if total else 0.0
         sound = judged(self.name, self._zero, relative, relative, error, norm)
