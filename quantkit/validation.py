@@ -93,7 +93,9 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
     subject, prediction = subject_of(plan, headers), predict(checked, plan, headers)
     if checked.target is None:
         return Validated(checked, plan, prediction, tuple(verdicts(subject)), headers=headers)
-    return Validated(checked, plan, prediction, outlook=outlook(subject, checked.target.asked), headers=headers)
+    return Validated(
+        checked, plan, prediction, outlook=outlook(subject, checked.target.asked), headers=headers
+    )
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:

@@ -6,7 +6,9 @@ byte; what is quantized goes through in pieces of rows (`pieces.py`), so that me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ import torch
 from quantkit_eval.protocols import Tokenizer
 
 from quantkit.checkpoint.records import TensorRecord, plain
-from quantkit.checkpoint.shards import Entry, shard_name, write_shard
+from quantkit.checkpoint.shards import Entry, Streamed, shard_name, write_shard
 from quantkit.checkpoint.verify import verify_streamed
 from quantkit.errors import ModelError
 from quantkit.models.borders import quiet, reason
@@ -46,13 +48,16 @@ def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
     account: dict[str, TensorRecord] = {}
     for name, info in run.parts[part].items():
         linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if linear is None:
-            tensors[name] = info
-            account[name] = TensorRecord("copied", [name])
-            continue
-        packed = {f"{linear.name}.{leaf}": entry for leaf, entry in linear.leaves().items()}
-        tensors |= packed
-        account[name] = TensorRecord("quantized", sorted(packed))
+        if linear is not None:
+            made: dict[str, Entry] = {f"{linear.name}.{leaf}": e for leaf, e in linear.leaves().items()}
+            record = TensorRecord("quantized", sorted(made))
+        elif info.parts:
+            made = {name: Streamed(info.dtype, info.shape, partial(_decoded, run, name))}
+            record = TensorRecord("decoded", [name])
+        else:
+            made, record = {name: info}, TensorRecord("copied", [name])
+        tensors |= made
+        account |= {part.name: record for part in info.parts or (info,)}
     path = run.output / shard_name(part, run.plan.n_blocks + 1)
     with run.clock("quantize"), torch.no_grad():
         written = write_shard(path, tensors)
@@ -69,6 +74,10 @@ def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
             "streams": None,
         }
     )
+
+
+def _decoded(run: Run, name: str) -> Iterator[torch.Tensor]:
+    yield run.source.tensor(name)
 
 
 def evaluable(path: Path) -> tuple[Tokenizer | None, str]:

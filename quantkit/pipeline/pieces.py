@@ -2,7 +2,8 @@
 
 Rounding to nearest treats rows alone, but for what a weight has once: the global scale of a two-level grid is chosen in
 a pass of its own over the rows of all linears that share it. A grid with one scale for the whole tensor, and a weight
-stored transposed, need all of the weight at once. Codes and scales are those of `rtn` on the whole weight, bit for bit.
+stored transposed or quantized, need all of the weight at once. Codes and scales are those of `rtn` on the whole weight,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -89,13 +90,21 @@ class Alike:
     def read(self, plan: LayerPlan) -> Iterator[tuple[int, torch.Tensor]]:
         """(number of the first row, rows of a linear in fp32 [rows, K]), piece by piece."""
         n, name, step = plan.shape[0], f"{plan.name}.weight", self._rows(plan)
-        whole = self.source.tensor(name).T if plan.transposed else None
+        whole = self._stored_whole(plan)
         for first in range(0, n, step):
             last = min(first + step, n)
             if whole is None:
                 yield first, self.source.rows(name, first, last)
             else:
                 yield first, whole[first:last].contiguous().float()
+
+    def _stored_whole(self, plan: LayerPlan) -> torch.Tensor | None:
+        """A weight [N, K] that is stored transposed or quantized, which is not read by rows; None for another."""
+        name = f"{plan.name}.weight"
+        if not (plan.transposed or self.source.raw(name).parts):
+            return None
+        weight = self.source.tensor(name)
+        return weight.T if plan.transposed else weight
 
     def _rows(self, plan: LayerPlan) -> int:
         """Rows of a piece: whole groups of rows that share a scale, whole words of zero points, whole chunks."""

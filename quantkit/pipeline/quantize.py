@@ -205,10 +205,7 @@ def prepared(
     large_blocks_apart()
     with clock("load"):
         name, checked = _recipe(recipe, overrides)
-        if not in_memory:
-            refuse_in_memory(checked)
-        elif checked.model_free:
-            raise RecipeError("model_free: true has no model to quantize in memory; use quantkit.quantize")
+        _refuse_misplaced(checked, in_memory)
         embedded = assets.default_model()
         path = resolve_model(str(model) if model is not None else checked.model, embedded)
         length = checked.calibration.sequence_length
@@ -255,6 +252,14 @@ def prepared(
         clock=clock,
         progress=progress,
     )
+
+
+def _refuse_misplaced(recipe: Recipe, in_memory: bool) -> None:
+    """RecipeError for a recipe of files that is used in memory, or the other way round."""
+    if not in_memory:
+        refuse_in_memory(recipe)
+    elif recipe.model_free:
+        raise RecipeError("model_free: true has no model to quantize in memory; use quantkit.quantize")
 
 
 def _recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[str, Recipe]:
