@@ -173,9 +173,14 @@ class CompressedTensors(Codec):
     def codes_leaf(self, scheme: Scheme) -> str:
         return "weight" if self.kind(scheme) in (INT, FLOAT) else "weight_packed"
 
-    def joined(self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+    def joined(
+        self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape, global_scale: torch.Tensor | None
+    ) -> torch.Tensor:
         if leaf == "weight_shape":
             return torch.tensor(shape, dtype=torch.int64)
+        if leaf == "weight_global_scale":
+            assert global_scale is not None
+            return global_scale
         return torch.cat(list(parts))
 
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:

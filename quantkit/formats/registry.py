@@ -97,8 +97,13 @@ class Codec(ABC):
         """The leaf that holds the codes of a weight, row by row; its name sorts before those that go with rows."""
         raise ModelError(f"the format {self.name} is not written in pieces")
 
-    def joined(self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
-        """A leaf beside the codes of a weight [N, K] = shape, from what it is for pieces of its rows, in order."""
+    def joined(
+        self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape, global_scale: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A leaf beside the codes of a weight [N, K] = shape, from what it is for pieces of its rows, in order.
+
+        global_scale: of the whole weight, which is known, and may be asked for, before the pieces are.
+        """
         raise ModelError(f"the format {self.name} is not written in pieces")
 
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:

@@ -165,11 +165,8 @@ class PiecewiseLinear:
         give_back()
 
     def _joined(self, leaf: str) -> Iterator[torch.Tensor]:
-        if leaf == "weight_global_scale":
-            assert self.alike.global_scale is not None
-            yield self.alike.global_scale
-        else:
-            yield self.alike.codec.joined(leaf, [part[leaf] for part in self._beside], self.shape)
+        parts = [part[leaf] for part in self._beside]
+        yield self.alike.codec.joined(leaf, parts, self.shape, self.alike.global_scale)
 
     def _seen(
         self, rows: slice, weight: torch.Tensor, quantized: QuantizedWeight, given: torch.Tensor

@@ -266,7 +266,10 @@ def test_other_weight_files_are_refused_with_advice(folder, name, advice):
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, "remote code"),
         ({"text_config": {"model_type": "t5", "is_encoder_decoder": True}}, "(t5) is an encoder-decoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"model_type": "rwkv", "rescale_every": 6, "architectures": ["RwkvForCausalLM"]}, "rescale_every: 0"),
+        (
+            {"model_type": "rwkv", "rescale_every": 6, "architectures": ["RwkvForCausalLM"]},
+            "rescale_every: 0",
+        ),
     ],
 )
 def test_refused_by_config(folder, changes, fragment):

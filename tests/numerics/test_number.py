@@ -134,3 +134,20 @@ def test_the_kernels_reference_decodes_alike(bits, symmetric):
     )
     theirs = dequantize(stored, torch.float32)
     assert torch.equal(theirs, QuantizedWeight(codes, scale, zero, integer(bits, 32, symmetric)).dequantize())
+
+
+def test_fp8_by_casts_is_the_table():
+    number = NUMBERS["fp8_e4m3"]
+    levels = torch.tensor(sorted({v for v in number.values if math.isfinite(v)}))
+    edges = (levels[1:] + levels[:-1]) / 2
+    infinity = torch.full_like(edges, math.inf)
+    x = torch.cat(
+        [levels, edges, edges.nextafter(infinity), edges.nextafter(-infinity), torch.tensor([1e30, -1e30])]
+    )
+    by_table = encode(x.double(), number)
+    assert torch.equal(encode(x, number), by_table)
+    assert not (by_table == 128).any()
+    assert torch.equal(nearest(number)(x, None, None, torch.empty_like(x)), decode(by_table, number))
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = torch.tensor(number.values)
+    assert torch.equal(decode(codes, number).nan_to_num(), values.nan_to_num())
