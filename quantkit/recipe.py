@@ -126,12 +126,12 @@ class Recipe(Part):
     """
 
     model: Text | None = None
-    model_free: bool = False
     weights: Weights | None
     inputs: MaybeInputs = None
     kv_cache: KVCache | None = None
     transforms: Annotated[tuple[Transform, ...], Field(strict=False)] = ()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    model_free: bool = False
     calibration: Calibration = Calibration()
     target: TargetPart | None = None
     output: Output = Output()
