@@ -122,10 +122,11 @@ def check_digests(path: Path, files: Mapping[str, FileRecord]) -> None:
 def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None, model_type: str) -> int:
     """How many scales, norms and biases are finite; ModelError names those that are not.
 
-    Tensors that transformers leaves out, such as masks of older checkpoints, may hold anything.
+    Tensors that transformers leaves out, such as masks of older checkpoints, may hold anything; so may the bounds of
+    a tower.
     """
     used = (info for info in tensors.values() if families.dropped(model_type, info.name) is None)
-    chosen = [info for info in used if _is_small(info, codec)]
+    chosen = [info for info in used if _is_small(info, codec) and not families.may_be_infinite(info.name)]
     seen = [(info, *_finite_and_positive(info)) for info in chosen]
     needed = frozenset() if codec is None else codec.positive
     if bad := [info.name for info, finite, _ in seen if not finite]:

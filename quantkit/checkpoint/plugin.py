@@ -136,7 +136,8 @@ def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
 def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple[dict[str, str], Tensors]:
     """(module of every linear -> its name on disk, the tensors by the model's names of them).
 
-    model: still with dense linears. Packed tensors stand where the weight of their linear would.
+    model: still with dense linears. Packed tensors stand where the weight of their linear would. Parameters that
+    transformers assembles are left to it.
     """
     weights: dict[str, tuple[int, ...]] = {}
     for name, (_, shape) in tensors.items():
@@ -148,8 +149,10 @@ def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple
     for name, said in tensors.items():
         owner, _, leaf = name.rpartition(".")
         place = places.by_disk.get(name)
-        whole = place is not None and place.whole and place.parameter is not None
-        named[str(place.parameter) if place and whole else f"{places.in_model(owner)}.{leaf}"] = said
+        if place is None or place.parameter is None:
+            named[f"{places.in_model(owner)}.{leaf}"] = said
+        elif place.whole:
+            named[place.parameter] = said
     return {module: places.on_disk(module) for module, _ in model.named_modules()}, named
 
 

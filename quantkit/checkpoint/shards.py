@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import ModelError, NumericalError, OutputError
+from quantkit.models.families import may_be_infinite
 from quantkit.models.tensors import FLOATS, TensorInfo, stored_dtype, torch_dtype
 
 _PIECE = 4 << 20
@@ -133,7 +134,7 @@ def _copied(info: TensorInfo) -> Iterator[bytes]:
                 raise ModelError(
                     f"{info.file} ended inside tensor {info.name}: the file changed during the run"
                 )
-            if info.dtype in FLOATS:
+            if info.dtype in FLOATS and not may_be_infinite(info.name):
                 check_finite(info.name, torch.frombuffer(bytearray(piece), dtype=torch_dtype(info.dtype)))
             left -= len(piece)
             yield piece

@@ -181,6 +181,11 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in HEADS
 
 
+def may_be_infinite(name: str) -> bool:
+    """Whether a tensor is a bound of a tower (`input_max`), which is infinite where nothing is clipped."""
+    return name.rpartition(".")[2] not in ("weight", "bias") and tower(name) is not None
+
+
 def tower(name: str) -> str | None:
     """The part of a name that says it belongs to a tower or a projector, or None."""
     return next((part for part in name.split(".") if part in TOWERS), None)

@@ -110,6 +110,29 @@ def test_ignore_covers_the_towers_by_patterns_that_fit_every_spelling(quantized)
     assert any(each.startswith("re:.*vis") for each in ignore)
 
 
+def test_scales_of_a_cache_are_stored_beside_the_attention_on_disk(tmp_path):
+    """`language_model.model.layers` on disk is `model.language_model.layers` in the model."""
+    dense = tiny_wrappers.save("llava", tmp_path / "source")
+    recipe = RECIPE | {"kv_cache": "FP8"}
+    result = quantkit.quantize(recipe, tmp_path / "source", tmp_path / "out", evaluate=False, device="cpu")
+    scales = [name for name, record in result.manifest.tensors.items() if record.how == "added"]
+    assert "language_model.model.layers.1.self_attn.k_scale" in scales
+    assert len(scales) == 4
+    loaded, wanted = logits(quantkit.load(tmp_path / "out", device="cpu")), logits(dense)
+    assert (loaded - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_bounds_of_a_tower_may_be_infinite(tmp_path):
+    """Gemma 4's audio tower stores them."""
+    tiny_wrappers.save("llava", tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    bound = {"audio_tower.layers.0.input_max": torch.tensor([float("inf")])}
+    save_file(load_file(file) | bound, file, metadata={"format": "pt"})
+    quantkit.quantize(RECIPE, tmp_path / "source", tmp_path / "out", evaluate=False, device="cpu")
+    quantkit.load(tmp_path / "out", device="cpu")
+    assert torch.isinf(tensors_of(tmp_path / "out")["audio_tower.layers.0.input_max"]).all()
+
+
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_a_picture_goes_through_the_tower_of_the_loaded_wrapper(tmp_path, name):
     dense = tiny_wrappers.save(name, tmp_path / "source")
