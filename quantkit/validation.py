@@ -5,7 +5,7 @@ Only the recipe, `config.json`, the headers of the weights and the names of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,8 +108,11 @@ def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:
         raise RecipeError("\n".join(f"target: {asked}: {each}" for each in found))
 
 
-def subject_of(plan: Plan, headers: Headers) -> Subject:
-    """The checkpoint that a plan will write, as the rules about engines look at it."""
+def subject_of(plan: Plan, headers: Headers, written: Mapping[str, Any] | None = None) -> Subject:
+    """The checkpoint that a plan will write, as the rules about engines look at it.
+
+    written: its `quantization_config`, once there is one.
+    """
     schemes = {layer.name: layer.scheme for layer in plan.layers}
     linears = [Linear(one.name, one.shape, one.scheme, transposed=one.transposed) for one in plan.layers]
     left = {
@@ -119,5 +122,6 @@ def subject_of(plan: Plan, headers: Headers) -> Subject:
     }
     linears += [Linear(name, (shape[0], shape[1]), None) for name, shape in left.items() if len(shape) == 2]
     kv = plan.kv if plan.calibrates_cache else None
-    config = written_config(schemes, sorted(left), kv) if schemes or kv else {}
-    return Subject(linears, headers.config, config, plan.kv, list(headers.tensors))
+    if written is None:
+        written = written_config(schemes, sorted(left), kv) if schemes or kv else {}
+    return Subject(linears, headers.config, written, plan.kv, list(headers.tensors))

@@ -39,6 +39,7 @@ from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.companions import Companions, find_companions
+from quantkit.models.config import read_config
 from quantkit.models.headers import Headers
 from quantkit.models.names import ignore_patterns
 from quantkit.models.tensors import INDEX
@@ -47,7 +48,7 @@ from quantkit.pipeline.model_free import notes
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
 from quantkit.preflight.cache import engine_flag
-from quantkit.preflight.check import verdicts
+from quantkit.preflight.check import preflight, verdicts
 from quantkit.scheme import Scheme
 from quantkit.validation import subject_of
 
@@ -176,18 +177,23 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
     known = loaders(run.source.headers.text_type, schemes, run.plan.kv)
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
-    if run.recipe.target is None:
-        notes += [
-            f"refused by {said}"
-            for runs, said in verdicts(subject_of(run.plan, run.source.headers))
-            if not runs
-        ]
+    notes += engine_notes(run)
     if run.plan.kv is not None:
         flag = engine_flag(run.plan.kv)
         notes.append(
             f"KV cache in vLLM: {flag}" if flag else f"no option of vLLM is the KV cache {run.plan.kv}"
         )
     return notes + (list(run.windows.notes) if run.windows else [])
+
+
+def engine_notes(run: Run) -> list[str]:
+    """What the recipe's target would refuse of the files as they were written; without one, each engine in a line."""
+    written = read_config(run.output).get("quantization_config")
+    subject = subject_of(run.plan, run.source.headers, written)
+    if run.recipe.target is not None:
+        asked = run.recipe.target.asked
+        return [f"refused by {asked}: {finding}" for finding in preflight(subject, asked)]
+    return [f"refused by {said}" for runs, said in verdicts(subject) if not runs]
 
 
 def source_notes(headers: Headers) -> list[str]:

@@ -29,8 +29,8 @@ class Kernel:
 
     family: of schemes, see `family_of`. least, most: CUDA capabilities; least None: it runs on CPUs with the
     instruction sets `features`. symmetric, asymmetric: bits of integer weights, empty for families without integers.
-    groups: group sizes, None is a channel; groups None: any. rows, columns: what N and K of a shard are multiples of.
-    needs: an optional package.
+    groups: group sizes, None is a channel; groups None: any, or with `even` any even one. rows, columns: what N and K
+    of a shard are multiples of. needs: an optional package.
     """
 
     engine: str
@@ -56,7 +56,7 @@ class Kernel:
     def takes(self, bits: int, symmetric: bool, group: int | None) -> bool:
         """Whether it takes weights of these bits, by this group size (None: a channel)."""
         known = self.symmetric if symmetric else self.asymmetric
-        if (known and bits not in known) or (not known and (self.symmetric or self.asymmetric)):
+        if (self.symmetric or self.asymmetric) and bits not in known:
             return False
         return (self.groups is None or group in self.groups) and not (self.even and group and group % 2)
 

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
+from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.checkpoint.manifest import read_manifest
 from quantkit.models.tensors import read_tensors
+from quantkit.preflight.target import Target
 from quantkit.validation import validate
 
 RECIPE = {
@@ -131,6 +133,11 @@ def test_bounds_of_a_tower_may_be_infinite(tmp_path):
     quantkit.quantize(RECIPE, tmp_path / "source", tmp_path / "out", evaluate=False, device="cpu")
     quantkit.load(tmp_path / "out", device="cpu")
     assert torch.isinf(tensors_of(tmp_path / "out")["audio_tower.layers.0.input_max"]).all()
+
+
+def test_the_engine_finds_every_linear_as_it_is_stored(quantized):
+    target = inspect_checkpoint(quantized[3], target=Target("vllm", 1, "sm90"))["target"]
+    assert [f for f in target["findings"] if f["rule"] in ("names", "siblings")] == []
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
