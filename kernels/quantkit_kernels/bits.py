@@ -53,7 +53,12 @@ def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         raise ValueError(
             f"{columns} codes of {bits} bits need {words(columns, bits)} words per row, got {have}"
         )
-    stream = packed.contiguous().view(torch.uint8)  # (R, 4 * words)
+    packed = packed.contiguous()
+    if (
+        packed.stride(-1) != 1
+    ):  # one word per row of a transposed tensor: any stride counts as contiguous there
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    stream = packed.view(torch.uint8)  # (R, 4 * words)
     short = -stream.shape[1] % bits
     if short:
         stream = torch.nn.functional.pad(stream, (0, short))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +141,8 @@ def embed(
 def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor) -> Returned:
     """How the blocks return their hidden states, which a model unpacks; the first one is run without weights.
 
-    None, for hidden states alone, where that is not found out; what is outside the blocks is loaded.
+    None, for hidden states alone, where that is not found out. ModelError if the model does not hand the hidden states
+    from block to block as they are, each block once. What is outside the blocks is loaded.
     """
     first: list[tuple[torch.Tensor, Call]] = []
 
@@ -148,14 +150,42 @@ def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor)
         first.append(_split(args, kwargs))
         raise Stop
 
+    form: Returned = None
     try:
         with patched([(blocks[0], stop)]):
             model(input_ids=ids, use_cache=False)
     except Stop:
-        return seen_on_meta(blocks[0], *first[0])
+        form = seen_on_meta(blocks[0], *first[0])
     except _FORWARD_ERRORS:  # `embed` meets it too, and says it by name
+        return None
+    with refusing(type(model).__name__):
+        _check_order(model, blocks, ids, form)
+    return form
+
+
+def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, form: Returned) -> None:
+    """ValueError if hidden states do not go through the blocks one after the other, once, unchanged in between."""
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def passing(index: int) -> Callable[..., Any]:
+        def forward(*args: object, **kwargs: object) -> Any:
+            hidden = _split(args, kwargs)[0]
+            seen.append((index, hidden.clone()))
+            return wrapped(hidden, form)
+
+        return forward
+
+    try:
+        with patched((block, passing(i)) for i, block in enumerate(blocks)):
+            model(input_ids=ids, use_cache=False)
+    except _FORWARD_ERRORS:  # the head has no weights; before the last block `embed` meets the error too
         pass
-    return None
+    order = [index for index, _ in seen]
+    if len(order) >= len(blocks) and order != list(range(len(blocks))):
+        raise ValueError(f"it runs its blocks in the order {', '.join(map(str, order[: len(blocks) + 4]))}")
+    for (_, one), (index, other) in pairwise(seen):
+        if not torch.equal(one, other):
+            raise ValueError(f"it changes the hidden states before block {index}")
 
 
 @torch.no_grad()

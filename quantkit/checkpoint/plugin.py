@@ -65,10 +65,10 @@ class PackedQuantizer(HfQuantizer):
         check_shapes(model, packing, tensors)
         # What is left lives as long as the model: the types to save in.
         self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}
-        # Some families (GPT-2) initialize the `c_proj.weight` of their blocks before loading: an empty stand-in.
+        # Some families (GPT-2) initialize weights of their blocks before loading: a stand-in without memory.
         for _, module in packed_linears(model):
             if "weight" not in module.tensors:
-                module.weight = torch.empty(0)
+                module.weight = torch.empty(module.out_features, module.in_features, device="meta")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):

@@ -125,14 +125,19 @@ def load_outside(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Load what lies outside the blocks: embeddings, final norm, head; tied ones as one Parameter. Towers stay on meta.
+    """Load what lies outside the blocks: embeddings, final norm, head; tied ones as one Parameter.
+
+    Towers stay on meta, but for the parameters that transformers asks for the model's device.
 
     skip: tensor names left on meta. dtype None: what the skeleton was built with.
     """
     ties, wanted = tied(model), _wanted(model)
     inside = f"{blocks_prefix}."
     where = places(model)
-    names = [n for n in wanted if not (n.startswith(inside) or n in skip or where.in_tower(n))]
+    asked = _first_parameters(model, blocks_prefix)
+    names = [
+        n for n in wanted if not (n.startswith(inside) or n in skip or (where.in_tower(n) and n not in asked))
+    ]
     for name in names:
         if name not in ties:
             tensor = parameter(model, source, name, dtype or wanted[name].dtype)
@@ -141,6 +146,14 @@ def load_outside(
         if name in ties:
             _assign(model, name, model.get_parameter(ties[name]))
     _move_buffers(model, device, lambda name: not name.startswith(inside))
+
+
+def _first_parameters(model: nn.Module, inside: str) -> set[str]:
+    """The first parameter of the model and of every module around `inside`: `PreTrainedModel.device` is where it is."""
+    parts = inside.split(".")
+    around = (".".join(parts[:depth]) for depth in range(len(parts)))
+    firsts = ((name, next(model.get_submodule(name).named_parameters(), None)) for name in around)
+    return {f"{name}.{first[0]}".removeprefix(".") for name, first in firsts if first is not None}
 
 
 def head_tensors(model: PreTrainedModel) -> set[str]:

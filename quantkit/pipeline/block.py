@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit.algorithms.catalog import algorithm
+from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.registry import Outcome
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.memory import give_back
@@ -150,9 +151,7 @@ def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> B
     """
     result, plans = BlockResult(), run.plans
     sets = [s for s in run.trace.siblings if any(n in plans for n in s)]
-    missing = plans.keys() - {n for s in sets for n in s}
-    if missing:
-        raise NumericalError(f"{sorted(missing)} never ran in the block's forward; skip them with a rule")
+    _round_unused(run, sorted(plans.keys() - {n for s in sets for n in s}), result)
     run.finished({n for s in run.trace.siblings for n in s} - plans.keys())
     fields = {s: frozenset().union(*(needs(plans[n]) for n in s if n in plans)) for s in sets}
     if any(getattr(p.algorithm, "true_sequential", False) for p in plans.values()):
@@ -171,6 +170,32 @@ def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> B
         cache.quantized(name for siblings in together for name in siblings)
     result.cache = cache.stored()
     return result
+
+
+def _round_unused(run: BlockRun, names: list[str], result: BlockResult) -> None:
+    """Round linears to nearest that no text reaches, such as the cross-attention of a decoder without its encoder."""
+    for name in names:
+        plan, weight = run.plans[name], run.held[name].weight.float()
+        if plan.calibrates_inputs:
+            raise NumericalError(
+                f"{plan.name} never ran on the calibration text, so its inputs have no range; skip it with a rule"
+            )
+        nearest = replace(plan, algorithm=RtnConfig(name="rtn", refit=0))
+        dtype = run.stored[f"{name}.weight"]
+        outcome = algorithm("rtn").quantize(
+            weight, Statistics(), plan.scheme.weights, dtype, nearest.algorithm
+        )
+        run.held[name].quantized = outcome.weight
+        result.add(nearest, weight, replace(outcome, fallbacks=[*outcome.fallbacks, *_unused(plan)]))
+
+
+def _unused(plan: LayerPlan) -> list[str]:
+    asked = plan.algorithm.name
+    return (
+        []
+        if asked == "rtn"
+        else [f"rounded to nearest instead of {asked}: it never ran on the calibration text"]
+    )
 
 
 def _quantize_siblings(

@@ -180,6 +180,8 @@ def _clip(run: BlockRun, config: AwqConfig) -> None:
     plans = {n: p for n, p in run.plans.items() if not run.feeds_attention_logits(n)}
     seen = run.observe(plans, config.windows)
     for name, plan in plans.items():
+        if not seen[name]:  # no text reaches it
+            continue
         x = torch.cat([args[0].reshape(-1, plan.shape[1]) for args, _, _ in seen[name]])
         sample = run.gather("sample", [x])
         module = run.held[name]

@@ -10,8 +10,20 @@ from quantkit.bench.coverage_case import RECIPES, run_case
 from quantkit.bench.shrink import fixes, shrunk
 
 # Hybrids: Mamba 2 beside attention, gated delta net, shared blocks, RG-LRU, a model without attention.
-FAST = ("bamba", "qwen3_5_text", "zamba2", "recurrent_gemma", "rwkv")
-SLOW = ("cpmant", "falcon_h1", "falcon_mamba", "lfm2", "mamba", "mamba2")
+# And cross-attention that no text reaches, merged convolutions, a tower whose device is asked for.
+FAST = ("bamba", "zamba2", "recurrent_gemma", "rwkv", "bart", "olmo_hybrid", "smolvlm")
+SLOW = (
+    "qwen3_5_text",
+    "lfm3",
+    "gemma4",
+    "kimi_k25",
+    "cpmant",
+    "falcon_h1",
+    "falcon_mamba",
+    "lfm2",
+    "mamba",
+    "mamba2",
+)
 
 
 def accepted(model_type, recipes):
@@ -23,13 +35,13 @@ def accepted(model_type, recipes):
 
 
 @pytest.mark.parametrize("model_type", FAST)
-def test_hybrids_are_calibrated_on_their_own_hidden_states(model_type):
+def test_types_are_calibrated_on_their_own_hidden_states(model_type):
     accepted(model_type, ["w4-gptq"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*FAST, *SLOW])
-def test_hybrids_by_every_recipe(model_type):
+def test_types_by_every_recipe(model_type):
     accepted(model_type, list(RECIPES))
 
 

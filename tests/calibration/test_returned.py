@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.calibration.forward import Call
+from quantkit.calibration.forward import Call, block_form
 from quantkit.calibration.returned import returned, seen_on_meta, wrapped
+from quantkit.errors import ModelError
 
 
 class Block(nn.Module):
@@ -39,3 +40,35 @@ def test_wrapped_hidden_states_have_the_form(form):
     out = wrapped(hidden, form)
     assert returned(out) == form
     assert (out if form is None else out[0]) is hidden
+
+
+class Model(nn.Module):
+    """Two linear blocks; `run` says what happens to hidden states in and between them."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.embedding, self.run = nn.Embedding(8, 4), run
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, input_ids, use_cache):
+        return self.run(self.embedding(input_ids), *self.blocks)
+
+
+ORDERS = {
+    "twice": (lambda h, a, b: b(a(b(a(h)))), "runs its blocks in the order 0, 1, 0, 1"),
+    "changed": (lambda h, a, b: b(a(h) / 2), "changes the hidden states before block 1"),
+    "changed in place": (lambda h, a, b: b(a(h).mul_(2)), "changes the hidden states before block 1"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_model_that_does_not_hand_hidden_states_on_is_refused(name):
+    run, reason = ORDERS[name]
+    model = Model(run)
+    with pytest.raises(ModelError, match=reason):
+        block_form(model, model.blocks, torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_model_that_does_is_not():
+    model = Model(lambda h, a, b: b(a(h)))
+    assert block_form(model, model.blocks, torch.ones(1, 3, dtype=torch.long)) is None

@@ -21,6 +21,13 @@ def test_packed_words_are_the_bit_string_and_come_back(bits, shape):
     assert torch.equal(unpack_bits(packed, bits, shape[1]), codes)
 
 
+def test_one_word_of_a_transposed_tensor():
+    codes = torch.arange(24, dtype=torch.uint8).view(3, 8) % 16
+    packed = torch.empty(1, 3, dtype=torch.int32).copy_(pack_bits(codes, 4).T).T
+    assert packed.stride() == (1, 3)
+    assert torch.equal(unpack_bits(packed, 4, 8), codes)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_padding_bits_are_zero(bits):
     full = torch.full((2, 5), 2**bits - 1, dtype=torch.uint8)
