@@ -9,7 +9,7 @@ process of its own, forked from this one, with a time limit. Its outcome by ever
 relative error of the logits), "refused" (with the reason), or "wrong": a crash, a result that does not load, logits
 that are too far away, calibration on other hidden states than the model's own, or decoding with a cache that gives
 other tokens. A type of which no tiny model can be built here says why. With --json the run can be continued: types that
-the file has for the same commit are not run again.
+the file has are not run again, and each says with which commit it ran.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import commit, machine
 
 SCHEMA = "quantkit-coverage/1"
 SECONDS = 180.0  # a type may take
@@ -64,7 +64,7 @@ def run(
             if found is None:
                 continue
             del running[model_type]
-            kept[model_type] = found | {"model_type": model_type, "architecture": chosen[model_type]}
+            kept[model_type] = found | {"architecture": chosen[model_type], "commit": commit()}
             print(f"{model_type}: {line(kept[model_type])}", flush=True)
             if file is not None:
                 write(file, kept, recipes)
