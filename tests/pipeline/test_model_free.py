@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.checkpoint.shards import Written
 from quantkit.checkpoint.verify import Made, verify_streamed
+from quantkit.cli.validate import command
 from quantkit.errors import ModelError, RecipeError, VerificationError
 from quantkit.formats.registry import codec
 from quantkit.numerics import range_search
@@ -204,6 +206,30 @@ def test_a_rule_overrides_what_names_say(tmp_path):
     recipe["rules"] = [{"match": "*embed_tokens", "bits": 8, "inputs": "none"}]
     with pytest.raises(RecipeError, match="a table of embeddings"):
         quantize(recipe, model, tmp_path / "refused", evaluate=False)
+
+
+def test_a_quantized_source_is_decoded(llama, tmp_path):
+    rules = [{"match": "*.o_proj", "skip": True}]
+    source = quantize({"weights": FP8}, llama, tmp_path / "fp8", evaluate=False).output
+    recipe = {"weights": {"bits": 4, "group_size": 32, "algorithm": "rtn"}, "rules": rules}
+    ordinary = quantize(recipe, source, tmp_path / "ordinary", evaluate=False)
+    result = quantize(recipe | {"model_free": True}, source, tmp_path / "free", evaluate=False)
+    assert shards(result.output) == shards(ordinary.output)
+    scale = "model.layers.0.self_attn.o_proj.weight_scale"
+    assert result.manifest.tensors[scale].how == "decoded"
+    assert result.manifest.tensors.keys() == ordinary.manifest.tensors.keys()
+
+
+def test_validate_lists_what_is_left_with_counts_shapes_and_reasons(tmp_path):
+    model = write(tmp_path / "model", EXPERTS)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_free: true\nweights: {preset: FP8_DYNAMIC, algorithm: rtn}\n")
+    shown = CliRunner().invoke(command, [str(recipe), "--model", str(model)])
+    assert shown.exit_code == 0, shown.output
+    rows = [" ".join(line.replace("│", " ").split()) for line in shown.output.splitlines()]
+    assert any(r.startswith("model.layers.*.block_sparse_moe.experts.*.w1 4 64 x 64 W8A8") for r in rows)
+    assert any("experts.gate_up_proj 1 4 x 64 x 128 as it is stacked experts" in r for r in rows)
+    assert any("block_sparse_moe.gate 1 4 x 64 as it is a router" in r for r in rows)
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(llama, tmp_path, monkeypatch):
