@@ -1,7 +1,8 @@
 """What a checkpoint holds, layer by layer, and who can load it; only headers and scales are read.
 
 The report, schema `quantkit-inspect/1`:
-    path, model_type, format ("pack-quantized" or None)
+    path, model_type, format ("pack-quantized", the method of another tool, or None)
+    made_by: the tool that writes this method, None for compressed-tensors and for what is not quantized
     kv_cache: {scheme, engine (what vLLM is started with for the same, or None)}, or None for an exact cache
     layers: [{name, scheme, bits, group_size, symmetric, dtype, shape [N, K], bytes, bits_per_weight,
               scale_range [min, max] or None, error}]; scheme .. symmetric are None for a layer that is not
@@ -28,13 +29,15 @@ from safetensors import safe_open
 
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.kv import stored_scheme
-from quantkit.checkpoint.loaders import loaders
+from quantkit.checkpoint.loaders import Loader, loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import plain
+from quantkit.checkpoint.repack import linears_of
 from quantkit.errors import ModelError
+from quantkit.formats.foreign import LOADERS, METHODS
 from quantkit.formats.registry import Codec
 from quantkit.models import families
-from quantkit.models.config import read_config
+from quantkit.models.config import quantization_config, read_config
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import outlook, preflight, verdicts
@@ -57,7 +60,7 @@ def inspect_checkpoint(
     model_type = str(config.get("model_type", ""))
     checked = check_files(path, verify)
     _, tensors = read_tensors(path)
-    quantization = config.get("quantization_config")
+    quantization = quantization_config(path, config)
     codec, scheme_of = packing_of(path, quantization)
     manifest = read_manifest(path, ModelError, REMOVE) if (path / MANIFEST).is_file() else None
     # layer -> relative squared weight error, if quantkit wrote this checkpoint
@@ -73,6 +76,10 @@ def inspect_checkpoint(
         module, _, leaf = name.rpartition(".")
         if name not in parts and leaf == "weight" and len(tensor.shape) == 2:
             layers.append(_plain(module, tensor))
+    who = loaders(model_type, schemes, cache)
+    foreign = LOADERS.get(codec.method) if codec is not None else None
+    if foreign is not None:
+        who = [who[0], *(Loader(*each) for each in foreign)]
     layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
     subject = _subject(config, quantization, layers, schemes, cache, tensors)
     return {
@@ -80,13 +87,14 @@ def inspect_checkpoint(
         "path": str(path),
         "model_type": config.get("model_type"),
         "checks": asdict(checked) | {"tensors": values},
-        "format": quantization.get("format") if quantization else None,
+        "format": (quantization.get("format") or quantization.get("quant_method")) if quantization else None,
+        "made_by": METHODS.get(str(quantization.get("quant_method"))) if quantization else None,
         "layers": layers,
         "totals": _totals(layers, tensors, parts),
         "kv_cache": _cache(cache),
-        "loaders": [each.report() for each in loaders(model_type, schemes, cache)],
+        "loaders": [each.report() for each in who],
         "engines": [{"runs": runs, "said": said} for runs, said in verdicts(subject)]
-        if schemes or cache
+        if foreign is None and (schemes or cache)
         else [],
         "target": None if target is None else _asked(subject, target),
         "searches": plain(manifest.searches or []) if manifest else [],
@@ -148,14 +156,7 @@ def _packed_layers(
     codec: Codec, scheme_of: SchemeOf, tensors: dict[str, TensorInfo], errors: dict[str, float | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
     """(a row for every linear that is packed, their schemes, the names of their tensors)."""
-    found: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf in codec.leaves:
-            found.setdefault(module, {})[leaf] = info
-    found = {
-        module: infos for module, infos in found.items() if infos.keys() != {"weight"}
-    }  # others are dense
+    found = linears_of(codec, tensors)
     layers, schemes = [], {}
     for module, infos in found.items():
         if scheme := scheme_of(module):
@@ -186,7 +187,7 @@ def _packed(
         "bits": grid.bits,
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
-        "dtype": infos[codec.scale].dtype,
+        "dtype": infos[codec.scale if codec.scale in infos else "weight"].dtype,
         "shape": [n, k],
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / (n * k),

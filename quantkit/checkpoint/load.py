@@ -15,18 +15,19 @@ import torch
 
 from quantkit.checkpoint import kv
 from quantkit.checkpoint.check import check_files, check_values, packing_of
-from quantkit.checkpoint.saving import remember
+from quantkit.checkpoint.repack import repacked
+from quantkit.checkpoint.saving import refuse_saving, remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
-from quantkit.formats.registry import Codec, codec
+from quantkit.formats.registry import MEMORY, Codec, codec
 from quantkit.layers.kv_cache import attach
 from quantkit.models import families
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
-from quantkit.models.config import check_sizes, open_config, read_config
+from quantkit.models.config import GENERATION, check_sizes, open_config, quantization_config, read_config
 from quantkit.models.headers import resolve_model
 from quantkit.models.skeleton import misfits
-from quantkit.models.tensors import TensorInfo, named, read_tensors
+from quantkit.models.tensors import TensorInfo, named, read_tensors, stored_dtype
 from quantkit.scheme import KVScheme
 
 if TYPE_CHECKING:
@@ -71,18 +72,24 @@ def load(
         dtype = torch.float32 if dtype is None and _on_cpu(place["device_map"]) else "auto"
     raw = read_config(path)
     check_files(path, verify)
-    stored = raw.get("quantization_config")
-    packing, _ = packing_of(path, stored)
+    stored = quantization_config(path, raw)
+    packing, scheme_of = packing_of(path, stored)
     cache = kv.chosen_scheme(kv_cache, kv.stored_scheme(path, packing, stored))
     _, tensors = read_tensors(path)
     check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)
-    model = _opened(path, dtype, place, packing, stored, tensors)
+    anew = None
+    if packing is not None and scheme_of is not None and not packing.writes:
+        anew = repacked(path, packing, stored, scheme_of, tensors)
+        stored, packing = anew.stored, codec(MEMORY)
+    model = _opened(path, dtype, place, packing, stored, tensors, None if anew is None else anew.state)
     if packing is not None:
         _finish(path, model, backend, compute, tensors)
         _hint_at_missing_kernels(model, backend)
         dtype_named = raw.get("dtype", raw.get("torch_dtype"))
-        remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
+        refuse_saving(model, path) if anew else remember(
+            model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None
+        )
     elif backend not in (None, "auto") or compute != "float":
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
@@ -100,11 +107,15 @@ def _opened(
     packing: Codec | None,
     stored: Any,
     tensors: dict[str, TensorInfo],
+    state: dict[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """The model as transformers loads it; with a `packing`, its quantized linears are `QuantLinear`.
 
     place: arguments of `from_pretrained` that say where the weights go. stored: the `quantization_config` of `packing`.
+    state: the tensors in place of those in the files.
     """
+    from transformers import GenerationConfig
+
     from quantkit.checkpoint import plugin
 
     config = open_config(path)
@@ -115,11 +126,14 @@ def _opened(
             config.quantization_config = {
                 "quant_method": plugin.METHOD,
                 "stored": stored,
-                "tensors": {name: (info.dtype, info.shape) for name, info in tensors.items()},
+                "tensors": {name: (info.dtype, info.shape) for name, info in tensors.items()}
+                if state is None
+                else {name: (stored_dtype(t.dtype), tuple(t.shape)) for name, t in state.items()},
             }
         opened: Any = opens.from_pretrained(
-            path,
+            path if state is None else None,
             config=config,
+            state_dict=state,
             dtype=dtype,
             output_loading_info=True,
             use_safetensors=True,
@@ -129,6 +143,8 @@ def _opened(
         )
     model: PreTrainedModel
     model, info = opened
+    if state is not None and (path / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     _refuse_incomplete(path, model, info)
     return model
 
@@ -161,6 +177,10 @@ def _refuse_incomplete(path: Path, model: PreTrainedModel, info: dict[str, Any])
     kind = str(config["model_type"])
     extra = [str(name) for name in info.get("unexpected_keys") or ()]
     unknown = misfits(model, config, [name for name in extra if not families.dropped(kind, name)])
+    if experts := [name for name in extra if families.EXPERT_TENSOR.search(name)]:
+        raise ModelError(
+            f"{path} is a mixture of experts with packed experts ({named(experts)}), not supported yet"
+        )
     problems = [
         f"{what}: {named(str(name) for name in names)}"
         for what, names in (

@@ -46,7 +46,8 @@ class PackedConfig(QuantizationConfigMixin):
         self.stored, self.tensors = stored, tensors
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.stored)
+        """What config.json says; of a checkpoint that was packed anew, the method alone."""
+        return {key: value for key, value in self.stored.items() if key not in ("schemes", "kv_cache")}
 
 
 class PackedQuantizer(HfQuantizer):
@@ -226,7 +227,9 @@ def _packed(
         )
     bias = module.bias
     dtype = None if bias is None else bias.dtype
-    packed = QuantLinear(k, n, scheme, bias is not None, torch_dtype(stored), dtype, "meta", packing.name)
+    ordered = f"{name}.{packing.order}" in tensors
+    scales = torch_dtype(stored)
+    packed = QuantLinear(k, n, scheme, bias is not None, scales, dtype, "meta", packing.name, ordered)
     packed.replaces = type(module)
     return packed
 

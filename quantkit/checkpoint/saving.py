@@ -19,7 +19,7 @@ from quantkit.checkpoint.check import crc32, digest_file
 from quantkit.checkpoint.manifest import read_manifest, write_manifest
 from quantkit.checkpoint.records import FileRecord
 from quantkit.checkpoint.shards import write_json
-from quantkit.errors import VerificationError
+from quantkit.errors import BackendError, VerificationError
 from quantkit.models.tensors import INDEX, read_tensors
 
 if TYPE_CHECKING:
@@ -29,6 +29,17 @@ if TYPE_CHECKING:
 def remember(model: PreTrainedModel, source: Path, dtype: str | None) -> None:
     """Make `model.save_pretrained` write the checkpoint in `source` again; dtype: what its config.json names."""
     model.__dict__["save_pretrained"] = partial(save_again, model, source, dtype)
+
+
+def refuse_saving(model: PreTrainedModel, source: Path) -> None:
+    """Make `model.save_pretrained` say that a checkpoint of another tool is not written."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise BackendError(
+            f"the model was packed anew from {source}, which quantkit reads and does not write; copy that folder"
+        )
+
+    model.__dict__["save_pretrained"] = refused
 
 
 def save_again(

@@ -77,6 +77,8 @@ def print_inspection(report: dict[str, Any], console: Screen, every_layer: bool 
         f"{totals['quantized_layers']} quantized layers, {size(totals['bytes'])} of tensors, "
         f"{totals['model_bits_per_weight']:.3f} bits per weight"
     )
+    if report["made_by"]:
+        console.print(f"made by {report['made_by']}")
     if report["kv_cache"]:
         engine = report["kv_cache"]["engine"]
         in_vllm = f"in vLLM: {engine}" if engine else "vLLM has no such cache"

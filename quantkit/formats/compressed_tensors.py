@@ -7,6 +7,7 @@ pack-quantized       P.weight_packed  int32 [N, ceil(K bits / 32)]   unsigned co
 (integer weights)    P.weight_scale   [N, K/G]
                      P.weight_shape   int64 [2] = (N, K)
                      P.weight_zero_point  int32 [ceil(N bits / 32), K/G]   asymmetric only; the same packing along N
+                     P.weight_g_idx   int32 [K]       older files with actorder "group": the group of every column
 int-quantized        P.weight         int8 [N, K]     one code a byte, from -2^(bits-1)
 (inputs rounded too) P.weight_scale   [N, K/G]; [1] for the whole tensor
 float-quantized      P.weight         float8_e4m3fn [N, K]
@@ -37,10 +38,11 @@ from quantkit.formats import compressed_tensors_config as configs
 from quantkit.formats.compressed_tensors_config import CORRUPT, FLOAT, INT, MXFP4, NVFP4, PACKED, format_of
 from quantkit.formats.registry import Codec, Shape, register
 from quantkit.numerics.inputs import InputScale
-from quantkit.numerics.weight import QuantizedWeight
+from quantkit.numerics.weight import QuantizedWeight, sorted_by_group
 from quantkit.scheme import Grid, KVScheme, Scheme
 
 Shapes = dict[str, tuple[int, ...]]
+ORDER = "weight_g_idx"
 _CODES = {
     PACKED: torch.int32,
     INT: torch.int8,
@@ -64,11 +66,13 @@ class CompressedTensors(Codec):
         "weight_shape": torch.int64,
         "weight_zero_point": torch.int32,
         "weight_global_scale": torch.float32,
+        ORDER: torch.int32,
         "input_scale": None,
         "input_zero_point": torch.int8,
     }
     scale = "weight_scale"
-    apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point"})
+    order = ORDER
+    apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point", ORDER})
     positive = frozenset({"weight_scale", "weight_global_scale", "input_scale", "k_scale", "v_scale"})
 
     def kind(self, scheme: Scheme) -> str:
@@ -116,8 +120,9 @@ class CompressedTensors(Codec):
         kind = self.kind(scheme)
         scale = weight.scale.contiguous()
         if kind == PACKED:
+            codes = weight.codes if weight.order is None else weight.codes[:, weight.order.argsort()]
             tensors = {
-                "weight_packed": pack_bits(weight.codes, grid.bits),
+                "weight_packed": pack_bits(codes.contiguous(), grid.bits),
                 "weight_scale": scale,
                 "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
             }
@@ -137,12 +142,22 @@ class CompressedTensors(Codec):
             tensors["weight_scale"] = scale if kind == NVFP4 else scale.view(torch.uint8)
         if weight.global_scale is not None:
             tensors["weight_global_scale"] = weight.global_scale
+        if weight.order is not None:
+            if kind != PACKED:
+                raise ModelError(
+                    f"columns out of order are stored for packed integers only, not for {scheme}"
+                )
+            groups = torch.arange(scale.shape[1], dtype=torch.int32)
+            sorted_groups = groups.repeat_interleave(len(weight.order) // scale.shape[1])
+            tensors[ORDER] = sorted_groups[weight.order.argsort()]
         return tensors | _packed_inputs(inputs)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         grid, kind = scheme.weights, self.kind(scheme)
         n, k = self.dimensions(tensors, scheme)
         shapes = self.shapes(n, k, scheme)
+        if kind == PACKED and ORDER in tensors:
+            shapes[ORDER] = (k,)
         if tensors.keys() != shapes.keys():
             raise ModelError(f"a {scheme} linear has the tensors {sorted(shapes)}, got {sorted(tensors)}")
         for leaf, shape in shapes.items():
@@ -162,13 +177,14 @@ class CompressedTensors(Codec):
             pairs = tensors["weight_packed"]
             codes = torch.stack([pairs & 15, pairs >> 4], -1).view(n, k)
             scale = scale if kind == NVFP4 else scale.view(torch.float8_e8m0fnu)
-        return QuantizedWeight(
+        weight = QuantizedWeight(
             codes=codes,
             scale=_widened(scale, n, k, grid),
             zero=None if zero is None else unpack_bits(zero.T, grid.bits, n).T.contiguous(),
             grid=grid,
             global_scale=tensors.get("weight_global_scale"),
         )
+        return sorted_by_group(weight, tensors[ORDER]) if ORDER in tensors else weight
 
     def codes_leaf(self, scheme: Scheme) -> str:
         return "weight" if self.kind(scheme) in (INT, FLOAT) else "weight_packed"
@@ -196,7 +212,7 @@ class CompressedTensors(Codec):
 
     def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec, scheme: Scheme) -> Stored:
         """The very same tensors where they are packed as kernels take them."""
-        if self.kind(scheme) != PACKED:
+        if self.kind(scheme) != PACKED or ORDER in tensors:
             return super().stored(tensors, spec, scheme)
         zero = tensors.get("weight_zero_point")
         return Stored(tensors["weight_packed"], tensors["weight_scale"], zero, spec)

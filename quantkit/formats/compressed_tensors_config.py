@@ -280,11 +280,8 @@ def _weights(where: str, args: Mapping[str, Any]) -> Grid:
     strategy = args.get("strategy") or ("group" if size not in (None, -1) else "channel")
     if args.get("dynamic"):
         raise ModelError(f"{where}: weights with a dynamic scale are not read")
-    if args.get("actorder") not in (None, "weight", "static"):
-        raise ModelError(
-            f"{where}: actorder {short(args['actorder'])} stores columns out of order "
-            "(weight_g_idx), which quantkit does not read"
-        )
+    if args.get("actorder") not in (None, False, True, "weight", "static", "group", "dynamic"):
+        raise ModelError(f"{where}: actorder {short(args['actorder'])} is not one that quantkit knows")
     sized = type(size) is int and size >= 1
     if type(symmetric) is not bool or (strategy in ("group", "tensor_group") and not sized):
         raise ModelError(

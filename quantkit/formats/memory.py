@@ -33,4 +33,12 @@ class Memory(CompressedTensors):
         )
 
     def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
-        raise ModelError(f"no checkpoint is in the format {self.name!r}; its config.json is corrupt")
+        """Of a checkpoint by another tool that was packed anew: `schemes`, by module; never what a file says."""
+        schemes = config.get("schemes")
+        if not isinstance(schemes, Mapping) or not all(isinstance(each, Scheme) for each in schemes.values()):
+            raise ModelError(f"no checkpoint is in the format {self.name!r}; its config.json is corrupt")
+        return schemes.get
+
+    def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
+        kv = config.get("kv_cache")
+        return kv if isinstance(kv, KVScheme) else None

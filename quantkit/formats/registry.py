@@ -27,6 +27,14 @@ SHIPPED = {  # name -> the module that registers it
     "compressed-tensors": "quantkit.formats.compressed_tensors",
     "memory": "quantkit.formats.memory",
 }
+READ = {  # quant_method of other tools' checkpoints -> the module that reads them
+    "auto-round": "quantkit.formats.auto_round",
+    "awq": "quantkit.formats.awq",
+    "bitsandbytes": "quantkit.formats.bitsandbytes",
+    "fp8": "quantkit.formats.fine_grained_fp8",
+    "gptq": "quantkit.formats.gptq",
+    "modelopt": "quantkit.formats.modelopt",
+}
 DEFAULT = "compressed-tensors"
 MEMORY = "memory"  # of what `quantize_in_memory` makes: no file holds it
 Shape = tuple[int, int]  # (N, K) of a weight
@@ -38,7 +46,8 @@ class Codec(ABC):
     name: what a recipe's `output.format` says. method: `quant_method` of its `quantization_config`. container: the
     kind of file that holds the tensors. leaves: dtype of every leaf; None: the float type of the model, or what the
     scheme says (`dtypes`). scale: the leaf with the scales. apart: leaves that stay beside the packed weight that a
-    kernel is given. positive: leaves whose values are above 0.
+    kernel is given. positive: leaves whose values are above 0. order: the leaf of linears with columns out of order
+    that gives the group of every column.
     """
 
     name: ClassVar[str]
@@ -48,6 +57,12 @@ class Codec(ABC):
     scale: ClassVar[str]
     apart: ClassVar[frozenset[str]] = frozenset()
     positive: ClassVar[frozenset[str]] = frozenset()
+    order: ClassVar[str | None] = None
+    writes: ClassVar[bool] = True  # else it is one that quantkit only reads (`reader.py`)
+
+    def of(self, config: Mapping[str, Any]) -> Codec:
+        """The codec for the tensors that a `quantization_config` of this method describes."""
+        return self
 
     def dtypes(self, scheme: Scheme) -> Mapping[str, torch.dtype | None]:
         """Dtype of every leaf of a scheme; None: the float type of the model."""
@@ -136,12 +151,14 @@ class Codec(ABC):
         """The inverse of `stored`: the tensors of the file. apart: those that were kept beside it."""
         from quantkit_kernels import unpack_bits
 
-        from quantkit.numerics.weight import QuantizedWeight
+        from quantkit.numerics.weight import QuantizedWeight, column_order
 
         spec, zero = stored.spec, stored.zero_packed
         zero = None if zero is None else unpack_bits(zero.T, spec.bits, spec.n).T.contiguous()
         codes = unpack_bits(stored.packed, spec.bits, spec.k).contiguous()
-        weight = QuantizedWeight(codes, stored.scale, zero, scheme.weights)
+        group_of = apart.get(self.order) if self.order else None
+        order = None if group_of is None else column_order(group_of.long(), spec.groups)
+        weight = QuantizedWeight(codes, stored.scale, zero, scheme.weights, order=order)
         return self.pack_scheme(self.narrowed(weight, apart), scheme, self.inputs_of(apart))
 
     def narrowed(self, weight: QuantizedWeight, apart: Mapping[str, torch.Tensor]) -> QuantizedWeight:
@@ -164,7 +181,7 @@ def register(kind: type[Codec]) -> type[Codec]:
 
 def names() -> list[str]:
     """The formats there are; without torch."""
-    return sorted({*SHIPPED, *CODECS})
+    return sorted({*SHIPPED, *(name for name, each in CODECS.items() if each.writes)})
 
 
 def unstorable_cache(name: str, kv: KVScheme) -> str | None:
@@ -202,14 +219,17 @@ def codec_of(config: Any) -> Codec:
     if not isinstance(config, Mapping):
         raise ModelError(f"quantization_config must be an object, got {_short(config)}; the file is corrupt")
     method = config.get("quant_method")
-    known = [codec(name) for name in names()]
+    if isinstance(method, str) and method in READ:
+        import_module(READ[method])
+    known = [codec(name) for name in names()] + [each for each in CODECS.values() if not each.writes]
     for each in known:
         if each.method == method:
-            return each
+            return each.of(config)
     tool = METHODS.get(method) if isinstance(method, str) else None
+    read = sorted({DEFAULT, *READ, *(each.method for each in known if each.name not in SHIPPED)})
     raise ModelError(
         f"quantization method {_short(method)}{f' ({tool})' if tool else ''} is not one quantkit reads; it reads "
-        f"{', '.join(repr(each.method) for each in known)}; load it with the tool that wrote it, or quantize the "
+        f"{', '.join(map(repr, read))}; load it with the tool that wrote it, or quantize the "
         "original model with quantkit"
     )
 

@@ -29,11 +29,13 @@ class QuantLinear(nn.Module):
     Not an nn.Linear: there is no float `weight`. Its buffers are the tensors of a file format until `prepare` builds
     the layout of a backend, which replaces those of the weight; layouts are not in the state dict. bias: Parameter [N]
     or None. x [..., K] of any float dtype; y has x's dtype. Gradients reach x, as if it was not rounded, and the bias;
-    codes and scales get none.
+    codes and scales get none. ordered: its columns are kept sorted by group, and the inputs are gathered once,
+    before they are multiplied.
     """
 
     replaces: type[nn.Module] = nn.Linear  # the class of the dense layer that `dequantize` puts back
     bias: nn.Parameter | None
+    _order: torch.Tensor | None = None  # of its columns, once it was needed
     _call: Call | None = None  # the product on the layout; holds addresses, so a copy makes its own
 
     def __init__(
@@ -46,6 +48,7 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         file_format: str = DEFAULT,
+        ordered: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
@@ -54,6 +57,9 @@ class QuantLinear(nn.Module):
         dtypes = format_.dtypes(scheme)
         for leaf, shape in format_.shapes(out_features, in_features, scheme).items():
             self.register_buffer(leaf, torch.empty(shape, dtype=dtypes[leaf] or scale_dtype, device=device))
+        if ordered and format_.order:
+            order = torch.empty(in_features, dtype=dtypes[format_.order], device=device)
+            self.register_buffer(format_.order, order)
         self._leaves = tuple(self._buffers)  # of the file; none once a backend has its layout
         shift = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
         self.register_parameter("bias", shift)
@@ -76,7 +82,8 @@ class QuantLinear(nn.Module):
         """A layer from codes in memory. inputs: their grid, input_range: theirs if the grid is not dynamic."""
         n, k = weight.shape
         scheme, dtype = Scheme(weight.grid, inputs), weight.scale.dtype
-        module = cls(k, n, scheme, False, dtype, device="meta", file_format=file_format)
+        ordered = weight.order is not None
+        module = cls(k, n, scheme, False, dtype, None, "meta", file_format, ordered)
         for leaf, tensor in codec(file_format).pack_scheme(weight, scheme, input_range).items():
             setattr(module, leaf, tensor)
         if bias is not None:
@@ -102,6 +109,18 @@ class QuantLinear(nn.Module):
     def offloaded(self) -> bool:
         """Whether the weight is kept elsewhere (on another device or on disk) until it is used."""
         return any(buffer.is_meta for buffer in self.buffers())
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its inputs are gathered into the order of its columns."""
+        return codec(self.file_format).order in self._leaves
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs in the order in which the weight keeps its columns."""
+        if self._order is None or self._order.device != x.device:
+            group_of = self.leaves[str(codec(self.file_format).order)]
+            self._order = group_of.long().argsort(stable=True).to(x.device)
+        return x.index_select(-1, self._order)
 
     @property
     def compute(self) -> str:
@@ -210,6 +229,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scheme.inputs is not None:
             x = self.rounded(x)
+        if self.ordered:
+            x = self.gathered(x)
         if not self.prepared or is_compiling():
             return self._by_op(x)
         call = self._call or self._bind()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import ModelError
+from quantkit.formats.encodings import quantization_of
 from quantkit.models.blocks import LAYER_COUNTS, text_config
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.json_reader import DAMAGED, read_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_CONFIG = 10_000_000  # bytes
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+MODELOPT = "hf_quant_config.json"
 # What every error about a model class that is missing offers.
 MODEL_FREE = "or add model_free: true to the recipe (--set model_free=true), which needs no model class"
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -48,6 +50,18 @@ def read_config(path: Path) -> dict[str, Any]:
         _check_positions(part, file)
         _check_kernels(part, file)
     return config
+
+
+def quantization_config(path: Path, config: Mapping[str, Any]) -> Any:
+    """What says how a checkpoint is quantized: config.json, or ModelOpt's own file.
+
+    None: nothing says so.
+    """
+    stored = quantization_of(config)
+    if stored is None and (path / MODELOPT).is_file():
+        said = read_json(path / MODELOPT, limit=MAX_CONFIG).get("quantization")
+        stored = {"quant_method": "modelopt", **(said if isinstance(said, Mapping) else {})}
+    return stored
 
 
 def refuse_adapter(path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import ModelError
-from quantkit.formats.encodings import Encoding, encoding_of, quantization_of
+from quantkit.formats.encodings import Encoding, encoding_of
 from quantkit.formats.foreign import QUANTIZED_TENSOR
 from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
-from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, read_config
+from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, quantization_config, read_config
 from quantkit.models.tensors import DTYPES, WEIGHT_DTYPES, TensorInfo, named, read_tensors
 from quantkit.paths import weights_path
 
@@ -149,7 +149,7 @@ def read_checkpoint(path: str | Path, model_free: bool = False) -> Headers:
     config = read_config(path) if model_free else _config(path)
     files, tensors = read_tensors(path)
     encoding = None
-    if (quantization := quantization_of(config)) is not None:
+    if (quantization := quantization_config(path, config)) is not None:
         try:
             encoding = encoding_of(quantization)
             tensors = _decodable(encoding, config, tensors)

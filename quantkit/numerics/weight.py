@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quantkit.errors import ModelError
 from quantkit.numerics.number import decode
 from quantkit.scheme import Grid
 
@@ -28,6 +29,7 @@ class QuantizedWeight:
     zero:  uint8 [N, K/G] for asymmetric integers, None for the others (the zero point is `grid.midpoint`).
     grid:  the number format and the grouping.
     global_scale: float32 [1] of a two-level grid (NVFP4), by which its scales are divided; else None.
+    order: int64 [K]; column i of the codes is column order[i] of the weight (GPTQ's desc_act). None: the same.
     """
 
     codes: torch.Tensor
@@ -35,6 +37,7 @@ class QuantizedWeight:
     zero: torch.Tensor | None
     grid: Grid
     global_scale: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,4 +86,27 @@ class QuantizedWeight:
         groups = self.scale.shape[1]
         zero = None if self.zero is None else self.zero.to(work)[:, :, None]
         level = decode(self.codes.view(n, groups, k // groups), self.grid.number, zero, work)  # (N, K/G, G)
-        return level.mul_(self.scales(work)[:, :, None]).view(n, k).to(dtype)
+        weight = level.mul_(self.scales(work)[:, :, None]).view(n, k).to(dtype)
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+
+def sorted_by_group(weight: QuantizedWeight, group_of: torch.Tensor) -> QuantizedWeight:
+    """A weight whose columns are sorted by their group, from codes in the order of the inputs.
+
+    group_of: the group [K] of every column, each as often as a group has columns; ModelError if not.
+    """
+    order = column_order(group_of.to(torch.int64), weight.scale.shape[1])
+    return (
+        weight if order is None else replace(weight, codes=weight.codes[:, order].contiguous(), order=order)
+    )
+
+
+def column_order(group_of: torch.Tensor, groups: int) -> torch.Tensor | None:
+    """The columns sorted by their group, as indices [K]; None if they are sorted already."""
+    counts = torch.bincount(group_of, minlength=groups) if bool((group_of >= 0).all()) else group_of[:0]
+    if counts.numel() != groups or not bool((counts == group_of.numel() // groups).all()):
+        raise ModelError(
+            f"the order of its columns does not give each of {groups} groups as many columns; the file is corrupt"
+        )
+    order = group_of.argsort(stable=True)
+    return None if bool((order[1:] > order[:-1]).all()) else order

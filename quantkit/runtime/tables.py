@@ -169,6 +169,8 @@ def _dense(name: str, weight: torch.Tensor) -> torch.Tensor:
 def _packed(name: str, module: QuantLinear, compute: str) -> Matrix:
     """The kernels' layout of a packed linear: the one it already runs on, or built from the stored tensors."""
     inputs = module.scheme.inputs
+    if module.ordered:
+        raise NotNative(f"{name} gathers its inputs into the order of its columns")
     if inputs is not None and module.compute == "float":
         raise NotNative(f"{name} rounds its inputs to {inputs}, which its kernels do not do")
     if compute.startswith("int8") and not module.spec.integers:

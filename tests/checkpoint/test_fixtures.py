@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.checkpoint.inspect import inspect_checkpoint
-from quantkit.errors import ModelError
+from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import codec
 from quantkit.layers.kv_attention import NAME
 from quantkit.layers.kv_cache import cache_of
@@ -33,7 +33,20 @@ EXACT = [
     "model-free-fp8-dynamic",
     "mxfp4a16",
     "mixed-w4-w8",
+    "awq-w4a16-asym",
+    "gptq-actorder",
+    "w4a16-sym",
+    "w8a16-channel",
+    "awq4-gemm",
+    "autoround-int4",
+    "bnb-nf4",
+    "gptq3-sym",
+    "gptq4-desc-act",
+    "gptq4-sym",
+    "gptq4-v2-asym",
+    "modelopt-fp8-kv-fp8",
 ]
+DECODED = ["awq4-gemm", "autoround-int4", "gptq3-sym", "gptq4-desc-act", "gptq4-sym", "gptq4-v2-asym"]
 SHOWN = {
     "mxfp4a16": "W4A16 fp4_e2m1 g32",
     "mixed-w4-w8": "W4A16 g32 sym; W8A16 channel sym",
@@ -43,6 +56,18 @@ SHOWN = {
     "fp8-dynamic": "W8A8 fp8_e4m3 channel, inputs fp8_e4m3 token",
     "model-free-fp8-dynamic": "W8A8 fp8_e4m3 channel, inputs fp8_e4m3 token",
     "fp8-block": "W8A8 fp8_e4m3 b128, inputs fp8_e4m3 g128",
+    "awq-w4a16-asym": "W4A16 g32 asym",
+    "gptq-actorder": "W4A16 g32 sym",
+    "w4a16-sym": "W4A16 g32 sym",
+    "w8a16-channel": "W8A16 channel sym",
+    "awq4-gemm": "W4A16 g32 asym",
+    "autoround-int4": "W4A16 g32 sym",
+    "bnb-nf4": "W4A16 nf4 g64",
+    "gptq3-sym": "W3A16 g32 sym",
+    "gptq4-desc-act": "W4A16 g32 sym",
+    "gptq4-sym": "W4A16 g32 sym",
+    "gptq4-v2-asym": "W4A16 g32 asym",
+    "modelopt-fp8-kv-fp8": "W8A8 fp8_e4m3 tensor, inputs fp8_e4m3 tensor",
 }
 
 
@@ -88,7 +113,108 @@ def test_weights_are_decoded_exactly(name):
     for tensor, wanted in dense.items():
         module = model.get_submodule(tensor.removesuffix(".weight"))
         found = codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize()
+        if name == "bnb-nf4":
+            found = found.bfloat16().float()  # as its tool decodes it
         assert torch.equal(found, wanted.float()), tensor
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_logits_are_those_of_the_decoded_weights(name):
+    """Their own loader decodes in fp16; (q - z) * scale in fp32 is what our kernels compute."""
+    model, recorded = opened(name)
+    with torch.no_grad():
+        logits = model(recorded["input_ids"]).logits[:, -8:]
+    wanted = recorded["logits_decoded"]
+    assert (logits - wanted).square().mean().sqrt() < 1e-4 * wanted.square().mean().sqrt()
+
+
+def test_columns_out_of_order_are_gathered_once_per_layer():
+    """GPTQ's desc_act: logits on every backend and of the dequantized model agree, and the layers do gather."""
+    model, recorded = opened("gptq4-desc-act", backend="reference")
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert packed
+    assert all(module.ordered for module in packed)
+    with torch.no_grad():
+        first = model(recorded["input_ids"]).logits
+        dense = model.dequantize()(recorded["input_ids"]).logits
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    torch.testing.assert_close(first, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_another_tools_checkpoint_is_not_saved(tmp_path):
+    model, _ = opened("gptq4-sym")
+    with pytest.raises(BackendError, match="reads and does not write; copy that folder"):
+        model.save_pretrained(tmp_path)
+
+
+READ = ["awq4-gemm", "autoround-int4", "bnb-nf4", "gptq3-sym", "gptq4-desc-act", "modelopt-fp8-kv-fp8"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_inspect_says_who_made_it_and_what_it_holds(name):
+    report = inspect_checkpoint(FIXTURES / name)
+    schemes = {layer["scheme"] for layer in report["layers"] if layer["scheme"]}
+    assert "; ".join(sorted(schemes)) == SHOWN[name]
+    assert report["totals"]["quantized_layers"] == (7 if name == "awq4-gemm" else 14)
+    assert report["made_by"]
+    assert [loader["name"] for loader in report["loaders"]] == ["quantkit", "transformers", "vLLM"]
+
+
+def test_modelopt_is_known_by_its_own_file_too(tmp_path):
+    folder = shutil.copytree(FIXTURES / "modelopt-fp8-kv-fp8", tmp_path / "model")
+    (folder / "logits.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = quantkit.load(folder, device="cpu", dtype=torch.float32)
+    schemes = {str(m.scheme) for m in model.modules() if isinstance(m, QuantLinear)}
+    assert schemes == {SHOWN["modelopt-fp8-kv-fp8"]}
+    assert cache_of(model) is not None
+
+
+def test_a_cache_of_autoround_that_was_never_calibrated_is_refused(tmp_path):
+    """Its scales come out as 0.0, without an error of the tool."""
+    folder = shutil.copytree(FIXTURES / "autoround-int4", tmp_path / "model")
+    (folder / "logits.safetensors").unlink()
+    shutil.copy(FIXTURES / "autoround-kv-fp8-zero-scales/config.json", folder)
+    tensors = load_file(folder / "model.safetensors")
+    scales = [f"model.layers.{layer}.self_attn.{leaf}_scale" for layer in (0, 1) for leaf in "kv"]
+    save_file(tensors | {n: torch.zeros(1) for n in scales}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"a scale of 0 or below in model\.layers\.0\.self_attn\.k_scale"):
+        quantkit.load(folder, device="cpu")
+    save_file(
+        tensors | {n: torch.ones(1) / 8 for n in scales}, folder / "model.safetensors", {"format": "pt"}
+    )
+    model = quantkit.load(folder, device="cpu")
+    assert cache_of(model) is not None
+
+
+CHANGED = [
+    (
+        "gptq4-sym",
+        {"sym": True, "checkpoint_format": "gptq_v2"},
+        "a symmetric linear has zero points other than 8",
+    ),
+    ("gptq4-sym", {"checkpoint_format": "marlin"}, "GPTQ format 'marlin', .* is not read"),
+    ("gptq4-sym", {"bits": 5}, "bits 5, group_size 32 is not read; quantkit reads 2, 3, 4, 8 bits"),
+    ("gptq4-sym", {"group_size": 64}, r"model.layers.0.\w+.\w+: qweight .* goes with"),
+    ("gptq4-sym", {"dynamic": {"(a": {}}}, r"the pattern '\(a' cannot be used"),
+    ("awq4-gemm", {"version": "gemv"}, "AWQ version 'gemv', .* is not read"),
+    ("autoround-int4", {"packing_format": "auto_round:fp8_static"}, "packing_format .* is not read"),
+    ("bnb-nf4", {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type 'fp4' is not read"),
+    ("modelopt-fp8-kv-fp8", {"quant_algo": "NVFP4"}, "inputs rounded to FP4, which quantkit does not run"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "says"), CHANGED, ids=[str(n) for n in range(len(CHANGED))])
+def test_a_config_that_does_not_fit_its_tensors_is_refused(name, change, says, tmp_path):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "model")
+    (folder / "logits.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=says):
+        quantkit.load(folder, device="cpu")
 
 
 def test_nvfp4_weights_are_decoded_to_what_compressed_tensors_makes_of_them(tmp_path):
@@ -121,12 +247,6 @@ def test_nvfp4_weights_are_decoded_to_what_compressed_tensors_makes_of_them(tmp_
             "config group group_0: inputs as fp4_e2m1 .* are not run; quantkit runs int8 and fp8 inputs",
         ),
         ("mxfp8", "format 'mxfp8-quantized' is not one quantkit reads; it reads .*'float-quantized'"),
-        (
-            "modelopt-fp8-kv-fp8",
-            r"method 'modelopt' \(NVIDIA ModelOpt\) is not one quantkit reads; .* original",
-        ),
-        ("autoround-kv-fp8-zero-scales", r"method 'auto-round' \(AutoRound\) is not one quantkit reads"),
-        ("bnb-nf4", r"method 'bitsandbytes' \(bitsandbytes\) is not one quantkit reads"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(name, says, use, tmp_path):

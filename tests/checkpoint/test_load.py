@@ -247,7 +247,7 @@ def having(name, make):
         (without(f"{Q}.weight_scale"), rf"missing tensors: {Q}.weight_scale"),
         (without(f"{Q}.weight_packed"), rf"missing tensors: {Q}.weight_packed"),
         (without("model.norm.weight"), "missing tensors: model.norm.weight"),
-        (having(f"{Q}.weight_g_idx", lambda _: torch.zeros(64)), rf"no place for: {Q}.weight_g_idx"),
+        (having(f"{Q}.weight_order", lambda _: torch.zeros(64)), rf"no place for: {Q}.weight_order"),
         (
             having(f"{Q}.weight_scale", lambda _: torch.ones(1, 1)),
             r"q_proj.weight_scale is \[1, 1\].*\[64, 2\]",
@@ -296,9 +296,9 @@ def test_folders_and_configs_that_cannot_be_read(packed_llama, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):
         quantkit.load(tmp_path / "empty")
-    old = {"actorder": "group"}
+    old = {"actorder": "columns"}
     edit_config(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(old))
-    with pytest.raises(ModelError, match="weight_g_idx"):
+    with pytest.raises(ModelError, match="actorder 'columns'"):
         quantkit.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):

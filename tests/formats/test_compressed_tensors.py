@@ -3,6 +3,7 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
+from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import Scheme, integer
 
@@ -148,7 +149,7 @@ def test_targets_match_as_in_compressed_tensors():
         (config_of(group([], 4)), "no targets"),
         (config_of(group(["Linear"], 4, type="float")), "fp4_e2m1 weights"),
         (config_of(group(["Linear"], 4, strategy="tensor")), "'tensor'"),
-        (config_of(group(["Linear"], 4, actorder="group")), "weight_g_idx"),
+        (config_of(group(["Linear"], 4, actorder="columns")), "actorder .columns."),
         (config_of(group(["Linear"], 16)), "num_bits 16"),
         (config_of(group(["Linear"], 4), kv_cache_scheme={"num_bits": 4}), "kv_cache_scheme"),
         (config_of(group(["Linear"], 4), transform_config={"x": 1}), "transform_config"),
@@ -157,3 +158,25 @@ def test_targets_match_as_in_compressed_tensors():
 def test_what_is_not_read_is_refused(config, message):
     with pytest.raises(ModelError, match=message):
         CT.parse(config)
+
+
+def test_columns_out_of_order_come_back_and_are_multiplied_by_their_own_inputs():
+    """weight_g_idx of older files: the weight, the tensors and the product of a layer."""
+    generator = torch.Generator().manual_seed(5)
+    grid, order = integer(4, 16), torch.randperm(64, generator=generator)
+    codes = torch.randint(16, (24, 64), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(24, 4, generator=generator) + 0.5
+    weight = QuantizedWeight(codes, scale, None, grid, order=order)
+    dense = torch.empty(24, 64)
+    dense[:, order] = QuantizedWeight(codes, scale, None, grid).dequantize()
+    assert torch.equal(weight.dequantize(), dense)
+    tensors = codec().pack(weight)
+    assert tensors["weight_g_idx"].dtype == torch.int32
+    back = codec().unpack(tensors, Scheme(grid))
+    assert torch.equal(back.dequantize(), dense)
+    x = torch.randn(3, 64, generator=generator)
+    layer = QuantLinear.from_quantized(back, None)
+    assert layer.ordered
+    torch.testing.assert_close(layer(x), x @ dense.T, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="does not give each of 4 groups as many columns"):
+        codec().unpack(tensors | {"weight_g_idx": torch.zeros(64, dtype=torch.int32)}, Scheme(grid))

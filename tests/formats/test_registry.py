@@ -123,8 +123,8 @@ def test_an_unknown_format_lists_the_known_ones():
         codec("toy")
     with pytest.raises(RecipeError, match=r"output.format(.|\n)*known: compressed-tensors"):
         parse_recipe({"weights": {"bits": 4}, "output": {"format": "toy"}})
-    with pytest.raises(ModelError, match=r"'gptq'.*'compressed-tensors'"):
-        codec_of({"quant_method": "gptq"})
+    with pytest.raises(ModelError, match=r"'hqq'.*'compressed-tensors'"):
+        codec_of({"quant_method": "hqq"})
 
 
 @pytest.mark.parametrize("name", registry.names())
