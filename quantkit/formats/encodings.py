@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantkit.errors import ModelError
 from quantkit.formats import compressed_tensors_config as ct
 from quantkit.formats.foreign import METHODS
+from quantkit.formats.registry import codec_of
 from quantkit.scheme import Scheme
 
 Shapes = Mapping[str, tuple[int, ...]]  # of the stored tensors of one linear, by leaf
@@ -102,4 +103,30 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Encoding:
     return Encoding(config, frozenset(leaves | inputs), shape, scheme_of)
 
 
-_ENCODINGS: dict[str, Callable[[Mapping[str, Any]], Encoding]] = {ct.METHOD: _compressed_tensors}
+class _Sized(NamedTuple):
+    """What stands for a stored tensor where only its shape is asked for."""
+
+    shape: tuple[int, ...]
+
+
+def _read(config: Mapping[str, Any]) -> Encoding:
+    """The encoding of another tool's format, whose codec tells shapes without values."""
+    codec = codec_of(config)
+    scheme_of = codec.parse(config)
+
+    def shape(name: str, stored: Shapes) -> tuple[int, int]:
+        scheme = scheme_of(name)
+        if scheme is None:
+            raise ModelError(f"{name} is stored quantized, but quantization_config gives it no scheme")
+        try:
+            return codec.dimensions({leaf: _Sized(each) for leaf, each in stored.items()}, scheme)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from None
+
+    return Encoding(config, frozenset(codec.leaves), shape, scheme_of)
+
+
+_ENCODINGS: dict[str, Callable[[Mapping[str, Any]], Encoding]] = {
+    ct.METHOD: _compressed_tensors,
+    **dict.fromkeys(("auto-round", "awq", "fp8", "gptq", "modelopt"), _read),
+}

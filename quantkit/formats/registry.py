@@ -220,8 +220,9 @@ def codec_of(config: Any) -> Codec:
         raise ModelError(f"quantization_config must be an object, got {_short(config)}; the file is corrupt")
     method = config.get("quant_method")
     if isinstance(method, str) and method in READ:
-        import_module(READ[method])
-    known = [codec(name) for name in names()] + [each for each in CODECS.values() if not each.writes]
+        import_module(READ[method])  # without torch
+        return next(each for each in CODECS.values() if each.method == method).of(config)
+    known = [codec(name) for name in names()]
     for each in known:
         if each.method == method:
             return each.of(config)

@@ -25,6 +25,11 @@ SAID = {
     "mixed-w4-w8": "W4A16 g32 sym; W8A16 channel sym",
     "mxfp4a16": "W4A16 fp4_e2m1 g32",
     "w8a8-int8-static-asym": "W8A8 channel sym, inputs int8 tensor asym",
+    "autoround-int4": "W4A16 g32 sym",
+    "gptq3-sym": "W3A16 g32 sym",
+    "gptq4-desc-act": "W4A16 g32 sym",
+    "gptq4-v2-asym": "W4A16 g32 asym",
+    "modelopt-fp8-kv-fp8": "W8A8 fp8_e4m3 tensor, inputs fp8_e4m3 tensor",
 }
 
 
@@ -145,3 +150,25 @@ def test_codes_without_scales_are_refused_by_the_linear(source):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj lacks its codes or its scales"):
         read_checkpoint(folder)
+
+
+def test_fp8_in_blocks_of_transformers_is_decoded_by_its_configured_block(tmp_path):
+    """weight_scale_inv multiplies; the 64 rows of k_proj are half a block (transformers takes them for a whole one)."""
+    config = json.loads((FIXTURES / "fp8-block/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stored = load_file(FIXTURES / "fp8-block/model.safetensors")
+    named = {
+        name.replace("weight_scale", "weight_scale_inv"): tensor.float() if "weight_scale" in name else tensor
+        for name, tensor in stored.items()
+    }
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint, wanted = Source(read_checkpoint(tmp_path)), recorded("fp8-block")
+    assert wanted
+    for tensor, dense in wanted.items():
+        assert torch.equal(checkpoint.tensor(tensor, torch.float32), dense.float())
+    model = quantkit.load(tmp_path, device="cpu", dtype=torch.float32)
+    twin = quantkit.load(FIXTURES / "fp8-block", device="cpu", dtype=torch.float32)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, twin(ids).logits)
