@@ -125,6 +125,7 @@ def _subject(
             layer["name"],
             (layer["shape"][0], layer["shape"][1]),
             schemes.get(layer["name"]),
+            str((quantization or {}).get("quant_method", "compressed-tensors")),
             transposed=layer["name"] in schemes and families.is_conv1d(model_type, layer["name"]),
         )
         for layer in layers
