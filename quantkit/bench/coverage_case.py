@@ -86,7 +86,9 @@ def run_case(model_type: str, architecture: str, recipes: list[str]) -> Case:
         try:
             model.save_pretrained(source)
             tokenizer().save_pretrained(source)
-            original = type(model).from_pretrained(source, dtype=torch.float32).eval()
+            original = (
+                type(model).from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
+            )
             wanted = logits(original)
             if not torch.isfinite(wanted).all() or not bool(wanted.any()):
                 raise ValueError("its logits are not finite or all zero")

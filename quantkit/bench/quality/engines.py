@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quantkit import assets
 from quantkit.bench.machine import commit, machine
@@ -35,6 +35,7 @@ from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.shards import write_json
 from quantkit.layers.kv_cache import cache_of
+from quantkit.models.config import open_config
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize
 from quantkit.preflight.cache import engine_flag
@@ -103,14 +104,14 @@ def wide_model(work: Path) -> Path:
     """A random model whose rows of 768 columns are whole groups of every size in `GROUPS`."""
     folder, embedded = work / "wide", assets.default_model()
     if not (folder / "config.json").exists():
-        config = AutoConfig.from_pretrained(embedded)
+        config = open_config(embedded)
         sizes = {"hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 2, "head_dim": 64}
         for key, value in (sizes | {"num_attention_heads": 12, "num_key_value_heads": 4}).items():
             setattr(config, key, value)
         config.layer_types = None
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.save_pretrained(folder)
         for name in embedded.glob("*token*"):
             shutil.copy(name, folder)
