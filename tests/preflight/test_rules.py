@@ -51,7 +51,7 @@ def test_the_usual_checkpoint_is_refused_nowhere(target):
         (PRESETS["MXFP4A16"], GPUS - {"sm75"}),
         (Scheme(PRESETS["FP8"].weights, PRESETS["W8A8"].inputs), set()),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, set | frozenset) else str(value),
 )
 def test_where_vllm_has_kernels_of_its_own(scheme, where):
     assert set(devices_for(scheme, "vllm", optional=False)) == where
