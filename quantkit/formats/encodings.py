@@ -53,7 +53,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, Mapping) else {}):
         found = part.get("quantization_config")
-        if found:
+        if found is not None:
             return found if isinstance(found, Mapping) else {"quant_method": found}
     return None
 

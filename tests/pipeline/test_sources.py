@@ -48,15 +48,16 @@ def test_the_evaluation_s_examples_cover_every_pattern():
         assert any(re.search(pattern, name) for name in names), pattern
 
 
-def test_a_tensor_without_a_reason_is_refused_by_both_readers(tmp_path):
+def test_a_tensor_without_a_place_is_carried_and_no_obstacle_to_either_reader(tmp_path):
     source = save(FAMILIES["llama"](), tmp_path / "m", dtype=torch.bfloat16)
     edit(source, lambda tensors: tensors | {"model.own": torch.ones(4)})
-    for call in (
-        lambda: quantkit.quantize(RTN, model=source, output=tmp_path / "o"),
-        lambda: quantkit.load(source),
-    ):
-        with pytest.raises(quantkit.errors.ModelError, match=r"no place for: model\.own"):
-            call()
+    result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", evaluate=False)
+    assert result.manifest.tensors["model.own"] == TensorRecord("carried", ["model.own"])
+    index = json.loads((tmp_path / "o/model.safetensors.index.json").read_text())["weight_map"]
+    written = load_file(tmp_path / "o" / index["model.own"])["model.own"]
+    assert torch.equal(written, torch.ones(4))
+    for folder in (source, tmp_path / "o"):
+        quantkit.load(folder)
 
 
 def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_left_out(tmp_path):
@@ -122,8 +123,8 @@ def test_a_dense_nemotron_h_is_no_mixture(tmp_path):
     result = quantkit.quantize(RTN, model=source, output=tmp_path / "o", evaluate=False)
     names = {layer.name for layer in result.manifest.layers}
     assert {
-        "model.layers.0.mixer.in_proj",
-        "model.layers.1.mixer.q_proj",
-        "model.layers.2.mixer.up_proj",
+        "backbone.layers.0.mixer.in_proj",
+        "backbone.layers.1.mixer.q_proj",
+        "backbone.layers.2.mixer.up_proj",
     } <= names
     assert quantkit.load(result.output)(torch.arange(4, 20)[None]).logits.isfinite().all()
