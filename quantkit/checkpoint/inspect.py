@@ -32,12 +32,12 @@ from quantkit.checkpoint.kv import stored_scheme
 from quantkit.checkpoint.loaders import Loader, loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import plain
-from quantkit.checkpoint.repack import linears_of
 from quantkit.errors import ModelError
 from quantkit.formats.foreign import LOADERS, METHODS
 from quantkit.formats.registry import Codec
 from quantkit.models import families
 from quantkit.models.config import quantization_config, read_config
+from quantkit.models.headers import quantized_linears
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import outlook, preflight, verdicts
@@ -157,7 +157,7 @@ def _packed_layers(
     codec: Codec, scheme_of: SchemeOf, tensors: dict[str, TensorInfo], errors: dict[str, float | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
     """(a row for every linear that is packed, their schemes, the names of their tensors)."""
-    found = linears_of(codec, tensors)
+    found = quantized_linears(codec.leaves, tensors)
     layers, schemes = [], {}
     for module, infos in found.items():
         if scheme := scheme_of(module):

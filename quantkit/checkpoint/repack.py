@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from quantkit.errors import ModelError
 from quantkit.formats.registry import MEMORY, Codec, codec
-from quantkit.models.tensors import FLOATS, TensorInfo, torch_dtype
+from quantkit.models.headers import quantized_linears
+from quantkit.models.tensors import TensorInfo, torch_dtype
 from quantkit.scheme import Scheme
 
 _CACHE = re.compile(r"^(.*)\.([kv])_proj\.(\2_scale|output_scale)$")
@@ -32,21 +33,6 @@ class Repacked:
     state: dict[str, torch.Tensor]
 
 
-def linears_of(packing: Codec, tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """The quantized linears of a checkpoint by name, each with its stored tensors by leaf: more than a float weight."""
-    found: dict[str, dict[str, TensorInfo]] = {}
-    endings = sorted(packing.leaves, key=len, reverse=True)
-    for name, info in tensors.items():
-        leaf = next((each for each in endings if name.endswith(f".{each}")), None)
-        if leaf is not None:
-            found.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = info
-    return {
-        module: infos
-        for module, infos in found.items()
-        if infos.keys() != {"weight"} or infos["weight"].dtype not in FLOATS
-    }
-
-
 def repacked(
     path: Path,
     packing: Codec,
@@ -55,7 +41,7 @@ def repacked(
     tensors: Mapping[str, TensorInfo],
 ) -> Repacked:
     """The checkpoint in `path` as quantkit's layers take it. ModelError naming the linear that cannot be read."""
-    linears = linears_of(packing, tensors)
+    linears = quantized_linears(packing.leaves, tensors)
     used = {info.name for infos in linears.values() for info in infos.values()}
     state: dict[str, torch.Tensor] = {}
     schemes: dict[str, Scheme] = {}

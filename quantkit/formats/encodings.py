@@ -34,11 +34,6 @@ class Encoding:
     shape: Callable[[str, Shapes], tuple[int, int]]
     scheme: Callable[[str], Scheme | None]
 
-    def split(self, name: str) -> tuple[str, str] | None:
-        """(linear, leaf) of a tensor that may be a part of a quantized weight; None for others."""
-        owner, _, leaf = name.rpartition(".")
-        return (owner, leaf) if leaf in self.leaves else None
-
     def rounds_inputs(self, linears: Iterable[str]) -> bool:
         """Whether one of these linears has quantized inputs, too."""
         return any(scheme.inputs is not None for scheme in map(self.scheme, linears) if scheme is not None)
@@ -86,20 +81,12 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Encoding:
             return n, columns
         if ct.format_of(scheme) != ct.PACKED:
             return n, 2 * columns
-        grid = scheme.weights
-        return n, columns * 32 // grid.bits if grid.group_size is None else stored["weight_scale"][
-            1
-        ] * grid.group_size
+        size = scheme.weights.group_size
+        return n, columns * 32 // scheme.weights.bits if size is None else stored["weight_scale"][1] * size
 
-    leaves = {
-        "weight",
-        "weight_packed",
-        "weight_scale",
-        "weight_shape",
-        "weight_zero_point",
-        "weight_global_scale",
-    }
-    inputs = {"input_scale", "input_zero_point", "input_global_scale", "weight_g_idx"}
+    own = ("weight", "packed", "scale", "shape", "zero_point", "global_scale", "g_idx")
+    leaves = {each if each == "weight" else f"weight_{each}" for each in own}
+    inputs = {"input_scale", "input_zero_point", "input_global_scale"}
     return Encoding(config, frozenset(leaves | inputs), shape, scheme_of)
 
 

@@ -16,7 +16,7 @@ from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, quantization_config, read_config
-from quantkit.models.tensors import DTYPES, WEIGHT_DTYPES, TensorInfo, named, read_tensors
+from quantkit.models.tensors import DTYPES, FLOATS, WEIGHT_DTYPES, TensorInfo, named, read_tensors
 from quantkit.paths import weights_path
 
 _DOWNLOADED = (
@@ -168,25 +168,41 @@ def _decodable(
     encoding: Encoding, config: Mapping[str, Any], stored: dict[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
     """The tensors of a quantized checkpoint, with one decoded weight in place of those that it is made of."""
-    found: dict[str, dict[str, TensorInfo]] = {}
+    found = quantized_linears(encoding.leaves, stored)
+    linear_of = {info.name: linear for linear, leaves in found.items() for info in leaves.values()}
+    tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
-        if split := encoding.split(name):
-            found.setdefault(split[0], {})[split[1]] = info
-    found = {linear: leaves for linear, leaves in found.items() if leaves.keys() != {"weight"}}
-    tensors = {}
-    for name, info in stored.items():
-        linear, leaf = encoding.split(name) or ("", "")
-        if linear not in found or leaf not in found[linear]:
+        if name not in linear_of:
             tensors[name] = info
             continue
-        weight = f"{linear}.weight"
+        linear = linear_of[name]
+        weight, leaves = f"{linear}.weight", found[linear]
         if weight in tensors:
             continue
-        parts = tuple(found[linear].values())
-        shape = encoding.shape(linear, {leaf: part.shape for leaf, part in found[linear].items()})
-        size = sum(part.nbytes for part in parts)
+        shape = encoding.shape(linear, {leaf: part.shape for leaf, part in leaves.items()})
+        parts, size = tuple(leaves.values()), sum(part.nbytes for part in leaves.values())
         tensors[weight] = TensorInfo(weight, _decoded_dtype(config, parts), shape, info.file, 0, size, parts)
     return tensors
+
+
+def quantized_linears(
+    leaves: Iterable[str], tensors: Mapping[str, TensorInfo]
+) -> dict[str, dict[str, TensorInfo]]:
+    """The quantized linears of a checkpoint by name, each with its stored tensors by leaf: more than a float weight.
+
+    leaves: what the name of a stored tensor of a linear P may have behind "P.".
+    """
+    found: dict[str, dict[str, TensorInfo]] = {}
+    endings = sorted(leaves, key=len, reverse=True)
+    for name, info in tensors.items():
+        leaf = next((each for each in endings if name.endswith(f".{each}")), None)
+        if leaf is not None:
+            found.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = info
+    return {
+        linear: infos
+        for linear, infos in found.items()
+        if infos.keys() != {"weight"} or infos["weight"].dtype not in FLOATS
+    }
 
 
 def _decoded_dtype(config: Mapping[str, Any], parts: Iterable[TensorInfo]) -> str:
