@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantkit.bench.coverage_case import tokenizer
 from quantkit.structure.fold import ScalingGroup
 
 _COMMON = {
@@ -149,17 +149,6 @@ def random_scales(
 def ids(length: int, batch: int = 1, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:
     """Random token ids [batch, length] without the special ones."""
     return torch.randint(4, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: 4 special ones, newline, printable ASCII; 100 in all."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def save(
