@@ -56,7 +56,7 @@ def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     packed = packed.contiguous()
     if (
         packed.stride(-1) != 1
-    ):  # one word per row of a transposed tensor: any stride counts as contiguous there
+    ):  # rows of one word of a transposed tensor count as contiguous whatever the stride
         packed = packed.clone(memory_format=torch.contiguous_format)
     stream = packed.view(torch.uint8)  # (R, 4 * words)
     short = -stream.shape[1] % bits

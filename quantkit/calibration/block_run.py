@@ -72,9 +72,7 @@ class BlockRun:
         self.model_type = ""
         self.kv: BlockKV | None = None
         self.form: Returned = None
-        self.seconds_once = (
-            0.0  # of the time with this block, what the next ones of its structure will not need
-        )
+        self.seconds_once = 0.0  # of this block's time, what the next ones of its structure will not need
         self._groups = {} if groups is None else groups
         self.last = False  # whether nothing runs after this block
         self._free, self._now = free, now

@@ -19,7 +19,8 @@ METHODS = {  # quant_method -> the tool that writes it
     "torchao": "torchao",
 }
 _NOT_READ = (False, "it has no reader of this format")
-LOADERS = {  # quant_method that quantkit reads -> who else loads it: (name, whether, how)
+# quant_method that quantkit reads -> who else loads it: (name, whether, how). As they document; not tried.
+LOADERS = {
     "auto-round": (
         ("transformers", True, "with the package auto-round"),
         ("vLLM", True, "4 or 8 bits, symmetric"),

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class Run:
     """The inputs of one run and where it reports to.
 
-    skeleton: the model on meta, checked against the checkpoint; None if it is quantized by names alone, without one,
-    and tokenizer then too. windows: None if no layer needs text. identity: what
-    decides the result; two runs with equal ones write equal files. request: the closing evaluation, if any.
-    clock, progress: where time goes, and who is told.
+    skeleton: the model on meta, checked against the checkpoint. It and the tokenizer are None where a checkpoint is
+    quantized by names alone. windows: None if no layer needs text. identity: what decides the result; two runs with
+    equal ones write equal files. request: the closing evaluation, if any. clock, progress: where time goes, and who is
+    told.
     """
 
     recipe: Recipe
