@@ -89,7 +89,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _randomise(model)
+    randomise(model)
     return model.eval().requires_grad_(False)
 
 
@@ -97,7 +97,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {name: partial(build, name) for 
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Matrices N(0, 1/64); norm weights in their default +- 0.5; biases N(0, 0.01)."""
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():

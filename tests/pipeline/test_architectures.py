@@ -306,7 +306,7 @@ def save_unlisted(model_type, folder, **settings):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
-    tiny_models._randomise(model)
+    tiny_models.randomise(model)
     return tiny_models.save(model.eval(), folder)
 
 
