@@ -36,6 +36,7 @@ def build_emulated(out: Path):
         "linear_portable",
         "linear_avx512",
         "linear_amx",
+        "grouped",
         "range_errors",
         "kv_pages",
         "decode_portable",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 
+from quantkit_kernels.checks import check_slots
 from quantkit_kernels.stored import FLOATS, Layout, Spec, Stored
 
 Call = Callable[
     [torch.Tensor, torch.Tensor | None], torch.Tensor
 ]  # x [..., K], bias [N] or None -> y [..., N]
+
+GroupedCall = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # x [T, K], rows [S], offsets [E + 1] -> y [S, each * N]
 
 
 class BackendMissing(ValueError):
@@ -70,6 +76,34 @@ class Backend:
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return linear(layout, x.to(dtype), bias).to(x.dtype)
+
+        return call
+
+    def bind_grouped(
+        self,
+        layouts: Sequence[Layout],
+        bias: Callable[[int], torch.Tensor | None],
+        each: int,
+        dtype: torch.dtype,
+    ) -> GroupedCall:
+        """call(x, rows, offsets) -> y: the products of all experts of a mixture, of any float type as in `bind`.
+
+        layouts: `each` weights [N, K] per expert that read the same x, expert by expert, all of one `Spec`. bias:
+        number of a weight -> its bias now. x [T, K]; rows int64 [S], the row of x of each slot; offsets int64 [E + 1]:
+        slots offsets[e] to offsets[e + 1] - 1 are those of expert e. y [S, each * N]: the outputs of an expert's
+        weights side by side. Here expert by expert, which is what backends with a product of their own must equal.
+        """
+        calls = [self.bind(layout, dtype) for layout in layouts]
+        spec = layouts[0].spec
+
+        def call(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            check_slots(x, rows, offsets, len(layouts) // each, spec.k)
+            bounds, parts = offsets.tolist(), []
+            for e, (start, stop) in enumerate(pairwise(bounds)):
+                if start < stop:
+                    mine, own = range(e * each, (e + 1) * each), x[rows[start:stop]]
+                    parts.append(torch.cat([calls[i](own, bias(i)) for i in mine], -1))
+            return torch.cat(parts) if parts else x.new_empty(0, each * spec.n)
 
         return call
 

@@ -25,6 +25,15 @@ def check_product(x: torch.Tensor, bias: torch.Tensor | None, n: int, k: int, de
             raise ValueError(f"{name} is on {tensor.device}, the weight on {device}; move them to one device")
 
 
+def check_slots(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, experts: int, k: int) -> None:
+    """Raise ValueError unless x is [T, K], rows int64 [S] and offsets int64 [experts + 1], beside it and contiguous."""
+    if x.dim() != 2:
+        raise ValueError(f"x of experts is [T, {k}], got {list(x.shape)}")
+    check_features(x.shape, k)
+    check_part("rows", rows, (rows.numel(),), (torch.int64,), x.device)
+    check_part("offsets", offsets, (experts + 1,), (torch.int64,), x.device)
+
+
 def check_part(
     name: str,
     tensor: torch.Tensor,

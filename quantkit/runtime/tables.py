@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits
 from quantkit_kernels.cpu import layout as native
-from quantkit_kernels.cpu.backend import packed_of
 from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Norm, Tables
+from quantkit_kernels.cpu.layout import packed_of
 from torch import nn
 from transformers.activations import SiLUActivation
 

@@ -13,6 +13,7 @@ import torch
 from packed_weights import packed_weight
 from quantkit_kernels import Spec, Stored, backend, wna16_linear
 from quantkit_kernels.cpu import decoder, layout, library, ops
+from quantkit_kernels.cpu.grouped import cpu_grouped_linear
 from quantkit_kernels.cpu.range_errors import range_errors
 from quantkit_kernels.triton import layout as triton_layout
 from quantkit_kernels.triton.op import triton_linear
@@ -25,6 +26,20 @@ def cpu_arguments():
     weight = layout.pack(packed_weight(4, 20, 128, 32, False)[0])
     facts = (4, 32, 20, 128, False, ops.FLOAT, weight.scale_factor, weight.scale_type)
     return [torch.randn(3, 128), weight.units, torch.zeros(20), *facts, 0]
+
+
+def grouped_of(x, rows, offsets, units, bias, *numbers):
+    """The grouped op; two of its lists of tensors are a tensor each here, so that they are attacked too."""
+    return cpu_grouped_linear(
+        x, rows, offsets, [*units], [*bias], *numbers[:-2], [numbers[-2]] * 4, [0] * 4, 0
+    )
+
+
+def grouped_arguments():
+    made = [layout.pack(packed_weight(4, 20, 128, 32, False, seed=seed)[0]) for seed in range(4)]
+    units, rows = torch.stack([weight.units for weight in made]), torch.tensor([0, 2, 1])
+    facts = (2, 4, 32, 20, 128, False, ops.FLOAT, made[0].scale_factor, 0)
+    return [torch.randn(3, 128), rows, torch.tensor([0, 1, 3]), units, torch.zeros(4, 20), *facts]
 
 
 def reference_arguments():
@@ -147,6 +162,7 @@ def range_arguments():
 
 CALLS = {
     "cpu_linear": (ops.cpu_linear, cpu_arguments),
+    "cpu_grouped_linear": (grouped_of, grouped_arguments),
     "cpu backend": (packed_and_multiplied, packing_arguments),
     "cpu layout": (with_units, with_units_arguments),
     "decoder": (decoded, decoder_arguments),
@@ -158,7 +174,8 @@ CALLS = {
     "wna16_linear": (wna16_linear, reference_arguments),
     "triton_linear": (triton_linear, triton_arguments),
 }
-NATIVE = {"cpu_linear", "cpu backend", "cpu layout", "decoder", "decoder sizes", "range_errors", "arena"}
+NATIVE = {"cpu_linear", "cpu_grouped_linear", "cpu backend", "cpu layout", "decoder", "decoder sizes"}
+NATIVE |= {"range_errors", "arena"}
 
 
 def attack(name: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from quantkit_kernels.backend import Backend, BackendMissing, Call
+from quantkit_kernels.backend import Backend, BackendMissing, Call, GroupedCall
+from quantkit_kernels.cpu import grouped, library, ops
 from quantkit_kernels.cpu import layout as native
-from quantkit_kernels.cpu import library, ops
 from quantkit_kernels.reference.wna16_linear import dequantize
 from quantkit_kernels.stored import INPUTS, Layout, Spec, Stored
 
@@ -38,7 +40,7 @@ class CpuBackend(Backend):
         return native.refuses(spec)
 
     def _prepare(self, stored: Stored, dtype: torch.dtype) -> Layout:
-        layout = layout_of(native.pack(stored))
+        layout = native.layout_of(native.pack(stored))
         if stored.inputs is None or stored.spec.inputs != "int8-range" or not stored.inputs.zero:
             return layout
         sums = dequantize(stored, torch.float32).sum(1, dtype=torch.float64)
@@ -46,7 +48,9 @@ class CpuBackend(Backend):
         return Layout({**layout.tensors, "shift": shift}, layout.spec, layout.facts)
 
     def linear(self, layout: Layout, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ops.linear(packed_of(layout), x, _shifted(layout, bias), ops.COMPUTES[layout.spec.inputs])
+        return ops.linear(
+            native.packed_of(layout), x, _shifted(layout, bias), ops.COMPUTES[layout.spec.inputs]
+        )
 
     def bind(self, layout: Layout, dtype: torch.dtype) -> Call:
         """As in `Backend`. For speed, one Python frame before the C call: the checks of `ops` are repeated inline."""
@@ -75,14 +79,42 @@ class CpuBackend(Backend):
             if units is not kept or units.data_ptr() != at:
                 if not plain(units):
                     return linear(layout, x, bias)
-                product = ops.bind_trusting(packed_of(layout), dtype, compute)
+                product = ops.bind_trusting(native.packed_of(layout), dtype, compute)
                 bound = units, units.data_ptr(), product
             return product(x, _shifted(layout, bias) if shifted else bias)
 
         return call
 
+    def bind_grouped(
+        self,
+        layouts: Sequence[Layout],
+        bias: Callable[[int], torch.Tensor | None],
+        each: int,
+        dtype: torch.dtype,
+    ) -> GroupedCall:
+        """As in `Backend`, in one native call. Slots that need a gradient go expert by expert."""
+        compute = ops.COMPUTES[layouts[0].spec.inputs]
+
+        def total(i: int) -> torch.Tensor | None:
+            return _shifted(layouts[i], bias(i))
+
+        bound = grouped.bind(layouts, total, each, compute)
+        one_by_one = super().bind_grouped(layouts, bias, each, dtype)
+
+        def call(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            if x.requires_grad and is_grad_enabled():
+                return one_by_one(x, rows, offsets)
+            given = x.to(dtype)
+            if ops.direct(given) and ops.plain(rows) and ops.plain(offsets):
+                return bound(given, rows, offsets).to(x.dtype)
+            weights = [native.packed_of(layout) for layout in layouts]
+            biases = [total(i) for i in range(len(layouts))]
+            return grouped.grouped_linear(weights, biases, each, compute, given, rows, offsets).to(x.dtype)
+
+        return call
+
     def restore(self, layout: Layout) -> Stored:
-        return native.unpack(packed_of(layout))
+        return native.unpack(native.packed_of(layout))
 
 
 def _unbound(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -95,15 +127,3 @@ def _shifted(layout: Layout, bias: torch.Tensor | None) -> torch.Tensor | None:
         return bias
     shift = layout.tensors["shift"]
     return shift if bias is None else shift + bias
-
-
-def layout_of(packed: native.Packed) -> Layout:
-    """A packed weight as a layout: the tensor `units` and five facts."""
-    names = ("scale_factor", "scale_type", "scale_dtype", "inputs", "divisor")
-    facts = {name: getattr(packed, name) for name in names}
-    return Layout({"units": packed.units}, packed.spec, facts)
-
-
-def packed_of(layout: Layout) -> native.Packed:
-    """The inverse of `layout_of`."""
-    return native.Packed(layout.tensors["units"], layout.spec, **layout.facts)

@@ -61,5 +61,7 @@ void prepare_part(const Weight &w, const void *x, int x_type, int64_t ldx, int64
                   int part, int parts);
 void run_part(const Weight &w, const void *scratch, int64_t m, int compute, void *y, int y_type, int64_t ldy,
               int part, int parts);
+// The same, of row blocks [b0, b1).
+void run_blocks_of(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1);
 
 }  // namespace qk

@@ -156,7 +156,12 @@ void prepare_part(const Weight &w, const void *x, int x_type, int64_t ldx, int64
 
 void run_part(const Weight &w, const void *scratch, int64_t m, int, void *y, int y_type, int64_t ldy, int part,
               int parts) {
-    path().run(w, scratch, m, y, y_type, ldy, part, parts, tuning());
+    const int64_t blocks = row_blocks(w);
+    run_blocks_of(w, scratch, m, y, y_type, ldy, int(blocks * part / parts), int(blocks * (part + 1) / parts));
+}
+
+void run_blocks_of(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1) {
+    path().run(w, scratch, m, y, y_type, ldy, b0, b1, tuning());
 }
 
 }  // namespace qk

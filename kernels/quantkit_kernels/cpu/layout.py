@@ -13,7 +13,7 @@ import torch
 
 from quantkit_kernels.bits import pack_bits, words
 from quantkit_kernels.cpu import library
-from quantkit_kernels.stored import TABLES, InputRange, Spec, Stored
+from quantkit_kernels.stored import TABLES, InputRange, Layout, Spec, Stored
 
 BITS = (2, 3, 4, 8)
 TABLE_NUMBERS = {"nf4": 1, "fp8_e4m3": 2, "fp4_e2m1": 3}  # qk::Table; 0 for integers
@@ -58,6 +58,18 @@ class Packed(NamedTuple):
             self.table,
             *(self.inputs or ()),
         )
+
+
+def layout_of(packed: Packed) -> Layout:
+    """A packed weight as a layout: the tensor `units` and five facts."""
+    names = ("scale_factor", "scale_type", "scale_dtype", "inputs", "divisor")
+    facts = {name: getattr(packed, name) for name in names}
+    return Layout({"units": packed.units}, packed.spec, facts)
+
+
+def packed_of(layout: Layout) -> Packed:
+    """The inverse of `layout_of`."""
+    return Packed(layout.tensors["units"], layout.spec, **layout.facts)
 
 
 def table_number(spec: Spec) -> int:

@@ -55,9 +55,26 @@ class Range(ctypes.Structure):
     ]
 
 
+class Grouped(ctypes.Structure):
+    """`qk_grouped` of quantkit_cpu.h."""
+
+    _fields_ = [
+        ("weights", c_void_p),
+        ("offsets", c_void_p),
+        ("rows", c_void_p),
+        ("slots", c_int64),
+        ("count", c_int32),
+        ("each", c_int32),
+    ]
+
+
 _WEIGHT = POINTER(Weight)
 _FUNCTIONS = {  # name: (result, arguments)
     "qk_linear": (c_int, [_WEIGHT, c_void_p, c_int, c_int64, c_int, c_void_p, c_int, c_int]),
+    "qk_grouped_linear": (
+        c_int,
+        [POINTER(Grouped), c_void_p, c_int, c_int64, c_int, c_void_p, c_int, c_int],
+    ),
     "qk_weight_bytes": (c_size_t, [_WEIGHT]),
     "qk_pack": (None, [_WEIGHT, c_void_p, c_void_p, c_void_p, c_void_p]),
     "qk_unpack": (None, [_WEIGHT, c_void_p, c_void_p, c_void_p]),

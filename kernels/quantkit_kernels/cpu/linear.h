@@ -26,7 +26,8 @@ struct Tuning {
 struct Path {
     void (*prepare)(const Weight &, const void *x, int x_type, int64_t ldx, int64_t m, int compute, void *scratch,
                     int part, int parts);
-    void (*run)(const Weight &, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int part, int parts,
+    // row blocks [b0, b1) of the output
+    void (*run)(const Weight &, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1,
                 Tuning);
 };
 
@@ -210,11 +211,9 @@ void run_tiles(const Weight &w, const Activations &a, int64_t m, void *y, int y_
 }
 
 template <class K>
-void run_part_with(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int part,
-                   int parts, Tuning tuning) {
+void run_with(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1,
+              Tuning tuning) {
     const Activations a = open_scratch(scratch);
-    const int blocks = row_blocks(w);
-    const int b0 = int(int64_t(blocks) * part / parts), b1 = int(int64_t(blocks) * (part + 1) / parts);
     if (w.table == FP4)
         run_blocks<K, E2M1, A16, 0>(w, a, m, y, y_type, ldy, b0, b1, tuning);
     else if (a.kind == A8)

@@ -194,14 +194,14 @@ void prepare_tiles(const Weight &w, const void *x, int x_type, int64_t ldx, int6
     prepare(w, x, x_type, ldx, m, compute, scratch, part, parts, true);
 }
 
-void run_amx(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int part, int parts,
+void run_amx(const Weight &w, const void *scratch, int64_t m, void *y, int y_type, int64_t ldy, int b0, int b1,
              Tuning tuning) {
     const Activations a = open_scratch(scratch);
     if (m > FEW && (a.kind == A8 || a.kind == B16)) {
         const Tiles tiles(a.columns * (a.kind == B16 ? 2 : 1));
-        run_part_with<Amx>(w, scratch, m, y, y_type, ldy, part, parts, tuning);
+        run_with<Amx>(w, scratch, m, y, y_type, ldy, b0, b1, tuning);
     } else {
-        run_part_with<Vnni>(w, scratch, m, y, y_type, ldy, part, parts, tuning);
+        run_with<Vnni>(w, scratch, m, y, y_type, ldy, b0, b1, tuning);
     }
 }
 

@@ -257,7 +257,7 @@ void prepare_any(const Weight &w, const void *x, int x_type, int64_t ldx, int64_
 
 }  // namespace
 
-const Path path_avx2 = {prepare_any, run_part_with<Avx2>};
+const Path path_avx2 = {prepare_any, run_with<Avx2>};
 
 }  // namespace qk
 

@@ -25,7 +25,7 @@ void prepare_any(const Weight &w, const void *x, int x_type, int64_t ldx, int64_
 
 }  // namespace
 
-const Path path_avx512 = {prepare_any, run_part_with<Vnni>};
+const Path path_avx512 = {prepare_any, run_with<Vnni>};
 
 }  // namespace qk
 

@@ -130,6 +130,6 @@ void prepare_any(const Weight &w, const void *x, int x_type, int64_t ldx, int64_
 
 }  // namespace
 
-const Path path_portable = {prepare_any, run_part_with<Portable>};
+const Path path_portable = {prepare_any, run_with<Portable>};
 
 }  // namespace qk

@@ -55,7 +55,7 @@ COMPUTES = {
     "fp8-range": FP8_RANGE,
     "fp8-group": FP8_GROUP,
 }  # of `Spec.inputs`
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TABLE_NAMES = {number: name for name, number in TABLE_NUMBERS.items()}
 _WEIGHT = "int bits, int group_size, int n, int k, bool symmetric"
@@ -121,7 +121,7 @@ def bind_trusting(weight: Packed, dtype: torch.dtype, compute: int = FLOAT) -> C
 
 
 @functools.lru_cache(maxsize=4096)
-def _spec(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: int) -> Spec:
+def spec_of(bits: int, group_size: int, n: int, k: int, symmetric: bool, table: int) -> Spec:
     """The spec of a weight; ValueError if the native code does not take it."""
     if table and table not in _TABLE_NAMES:
         raise ValueError(f"unknown table {table}; known: 0 (integers), 1 (NF4), 2 (FP8 E4M3), 3 (FP4 E2M1)")
@@ -163,7 +163,7 @@ def _run(
     if units.dtype is torch.uint8 and units.is_cpu and units.is_contiguous():
         call = _bound_flat(library.required(), units.data_ptr(), units.numel(), x.dtype, *facts)
     if call is None:
-        check_units(units, _spec(bits, group_size, n, k, symmetric, table), scale_type)
+        check_units(units, spec_of(bits, group_size, n, k, symmetric, table), scale_type)
         raise AssertionError("units that fit were not bound")
     return call(x, bias)
 
@@ -187,7 +187,7 @@ def _bound_flat(
     input_zero: int,
 ) -> Call | None:
     """`_bound` for units of a given size at an address; None if a weight of this kind has another size."""
-    spec = _spec(bits, group_size, n, k, symmetric, table)
+    spec = spec_of(bits, group_size, n, k, symmetric, table)
     if refuses(spec) or scale_type not in (F16, F32, F8) or size != units_bytes(spec, scale_type):
         return None
     return _bound(c, at, dtype, spec, compute, scale_factor, scale_type, input_scale, input_zero)
@@ -206,10 +206,10 @@ def _bound(
     input_zero: int = 0,
 ) -> Call:
     """call(x, bias) on the units at an address, which were checked. Cached: the C struct takes longer than the call."""
-    _check_kind(dtype, compute, spec)
+    check_kind(dtype, compute, spec)
     if input_scale or input_zero:
         InputRange(input_scale, input_zero).check()
-    kind, n, k = _TYPES[dtype], spec.n, spec.k
+    kind, n, k = TYPES[dtype], spec.n, spec.k
     weight = (scale_factor, n, k, spec.group_size, spec.bits, scale_type, table_number(spec))
     numbers = (*weight, input_scale, input_zero)
     # Without argtypes ctypes converts nothing, which is half the cost of the call. A Python int is a C int then.
@@ -245,7 +245,7 @@ def _bound(
             struct, pointer(x.data_ptr()), kind, m, compute, pointer(y.data_ptr()), kind, threads()
         )
         if status:
-            raise _failure(status)
+            raise failure(status)
         return y
 
     return call
@@ -256,7 +256,7 @@ def run(
 ) -> None:
     """y [M, N] = x [M, K] W^T + bias, both contiguous and of one dtype: the bare C call, into memory that is there."""
     spec = weight.spec
-    _check_kind(x.dtype, compute, spec)
+    check_kind(x.dtype, compute, spec)
     check_features(x.shape, spec.k)
     m = x.shape[0]
     fits = x.dim() == 2 and y.shape == (m, spec.n) and y.dtype == x.dtype
@@ -265,16 +265,16 @@ def run(
             f"x and y are contiguous [M, {spec.k}] and [M, {spec.n}] of one type on the CPU, got {x.dtype} "
             f"{list(x.shape)} and {y.dtype} {list(y.shape)}"
         )
-    kind, struct = _TYPES[x.dtype], weight.weight(bias)
+    kind, struct = TYPES[x.dtype], weight.weight(bias)
     status = library.required().qk_linear(
         struct, x.data_ptr(), kind, m, compute, y.data_ptr(), kind, torch.get_num_threads()
     )
     if status:
-        raise _failure(status)
+        raise failure(status)
 
 
-def _check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
-    if dtype not in _TYPES:
+def check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
+    if dtype not in TYPES:
         raise TypeError(f"x must be fp32, bf16 or fp16, got {dtype}")
     if compute not in (*COMPUTES.values(), HALVES):
         known = ", ".join(f"{number} ({name})" for name, number in COMPUTES.items())
@@ -283,7 +283,7 @@ def _check_kind(dtype: torch.dtype, compute: int, spec: Spec) -> None:
         raise ValueError(f"weights stored by table ({spec.number}) have no compute int8; use compute float")
 
 
-def _failure(status: int) -> Exception:
+def failure(status: int) -> Exception:
     library.isa()  # says so if the forced instruction set is missing
     if status == 2:
         return MemoryError("no memory for the activations of this call")
@@ -323,8 +323,8 @@ def _fake(
     input_scale: float = 0.0,
     input_zero: int = 0,
 ) -> torch.Tensor:
-    spec = _spec(bits, group_size, n, k, symmetric, table)
-    _check_kind(x.dtype, compute, spec)
+    spec = spec_of(bits, group_size, n, k, symmetric, table)
+    check_kind(x.dtype, compute, spec)
     check_features(x.shape, k)
     check_units(units, spec, scale_type, x.device.type)
     if bias is not None:
@@ -345,7 +345,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     check_float(dtype)
-    spec = _spec(bits, group_size, n, k, symmetric, table)
+    spec = spec_of(bits, group_size, n, k, symmetric, table)
     weight = Packed(units, spec, scale_factor, scale_type, torch.float32)
     return reference_dequantize(unpack(weight), dtype)
 
@@ -363,7 +363,7 @@ def _fake_dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     check_float(dtype)
-    check_units(units, _spec(bits, group_size, n, k, symmetric, table), scale_type, units.device.type)
+    check_units(units, spec_of(bits, group_size, n, k, symmetric, table), scale_type, units.device.type)
     return units.new_empty((n, k), dtype=dtype)
 
 

@@ -33,6 +33,21 @@ typedef struct qk_weight {
 /* y [m, n] = x [m, k] W^T + bias, rows contiguous. 0, or 1: this weight or compute is not supported. */
 int qk_linear(const qk_weight *w, const void *x, int x_type, int64_t m, int compute, void *y, int y_type, int threads);
 
+/* The experts of a mixture: `each` weights per expert that read the same x, expert by expert, all of one k and, at the
+   same place, one n. Slots offsets[e] .. offsets[e + 1] - 1 are those of expert e; slot s reads row rows[s] of x. */
+typedef struct qk_grouped {
+    const qk_weight *weights; /* [count][each] */
+    const int64_t *offsets;   /* [count + 1], ascending from 0 to slots */
+    const int64_t *rows;      /* [slots], of 0 .. m - 1 */
+    int64_t slots;
+    int32_t count, each;
+} qk_grouped;
+
+/* y [slots, sum of n] from x [m, k]: the outputs of an expert's weights side by side. Experts without slots are not
+   read. Types, compute and result as for qk_linear; 2: out of memory; 3: offsets or rows out of range. */
+int qk_grouped_linear(const qk_grouped *g, const void *x, int x_type, int64_t m, int compute, void *y, int y_type,
+                      int threads);
+
 /* Bytes of the units of a weight; 0 if its bits, group or sizes are not supported. */
 size_t qk_weight_bytes(const qk_weight *w);
 

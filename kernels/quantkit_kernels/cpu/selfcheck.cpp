@@ -62,7 +62,7 @@ std::vector<float> product(const Path &path, const Weight &w, const void *x, int
     void *scratch = nullptr;
     if (posix_memalign(&scratch, 64, scratch_bytes(w, m, compute))) return {};
     path.prepare(w, x, x_type, w.k, m, compute, scratch, 0, 1);
-    path.run(w, scratch, m, y.data(), F32, w.n, 0, 1, Tuning{2, 64});
+    path.run(w, scratch, m, y.data(), F32, w.n, 0, row_blocks(w), Tuning{2, 64});
     free(scratch);
     return y;
 }

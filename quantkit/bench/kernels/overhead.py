@@ -20,7 +20,7 @@ def call_overhead(calls: int = 1000, rounds: int = 7) -> dict[str, float]:
     compiled and exported models contain.
     """
     from quantkit_kernels.cpu import layout, library, ops
-    from quantkit_kernels.cpu.backend import layout_of
+    from quantkit_kernels.cpu.layout import layout_of
 
     from quantkit.layers.quant_linear import QuantLinear
     from quantkit.scheme import PRESETS
