@@ -116,9 +116,7 @@ def _transformers(model_type: str, schemes: dict[str, Scheme]) -> Loader:
     kinds = set(schemes.values())
     reads = reads_weight(model_type, {name.rpartition(".")[2] for name in schemes})
     if all(scheme.weights.symmetric for scheme in kinds) and not reads:
-        if any(
-            scheme.weights.number.name == "fp4_e2m1" for scheme in kinds
-        ):  # its forward fails in other types
+        if any(scheme.weights.scale is not None for scheme in kinds):  # its forward fails in other types
             return Loader(TRANSFORMERS, True, f"{PLAIN[:-1]}, dtype=torch.bfloat16)", "in bfloat16 only")
         return Loader(TRANSFORMERS, True, PLAIN)
     if len(kinds) > 1:

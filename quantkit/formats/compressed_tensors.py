@@ -17,9 +17,12 @@ nvfp4-pack-quantized P.weight_packed  uint8 [N, K/2]          even columns in th
                      P.weight_global_scale  float32 [1]       w = fp4 * weight_scale / weight_global_scale
 mxfp4-pack-quantized P.weight_packed  uint8 [N, K/2]
                      P.weight_scale   uint8 [N, K/32]         e, for the scale 2^(e - 127)
+mxfp8-quantized      P.weight         float8_e4m3fn [N, K]
+                     P.weight_scale   uint8 [N, K/32]
 and for inputs with a calibrated scale:
                      P.input_scale    [1]
                      P.input_zero_point  int8 [1]             asymmetric only
+or for NVFP4 inputs: P.input_global_scale  float32 [1]        as of weights; scales of groups are those of the values
 
 pack-quantized counts codes from -2^(bits-1) and adds 2^(bits-1) when it packs them: the words hold our unsigned codes.
 """
@@ -35,7 +38,16 @@ from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits, words
 
 from quantkit.errors import ModelError
 from quantkit.formats import compressed_tensors_config as configs
-from quantkit.formats.compressed_tensors_config import CORRUPT, FLOAT, INT, MXFP4, NVFP4, PACKED, format_of
+from quantkit.formats.compressed_tensors_config import (
+    CORRUPT,
+    FLOAT,
+    INT,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    PACKED,
+    format_of,
+)
 from quantkit.formats.registry import Codec, Shape, register
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight, sorted_by_group
@@ -49,8 +61,10 @@ _CODES = {
     FLOAT: torch.float8_e4m3fn,
     NVFP4: torch.uint8,
     MXFP4: torch.uint8,
+    MXFP8: torch.float8_e4m3fn,
 }
-_SCALES = {NVFP4: torch.float8_e4m3fn, MXFP4: torch.uint8}
+_SCALES = {NVFP4: torch.float8_e4m3fn, MXFP4: torch.uint8, MXFP8: torch.uint8}
+_BYTES = (INT, FLOAT, MXFP8)  # formats that store one code a byte
 
 
 @register
@@ -69,11 +83,14 @@ class CompressedTensors(Codec):
         ORDER: torch.int32,
         "input_scale": None,
         "input_zero_point": torch.int8,
+        "input_global_scale": torch.float32,
     }
     scale = "weight_scale"
     order = ORDER
-    apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point", ORDER})
-    positive = frozenset({"weight_scale", "weight_global_scale", "input_scale", "k_scale", "v_scale"})
+    apart = frozenset({"weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", ORDER})
+    positive = frozenset(
+        {"weight_scale", "weight_global_scale", "input_scale", "input_global_scale", "k_scale", "v_scale"}
+    )
 
     def kind(self, scheme: Scheme) -> str:
         """The format of the config group that stores a scheme. ModelError if there is none."""
@@ -98,13 +115,15 @@ class CompressedTensors(Codec):
             }
             if not grid.symmetric:
                 shapes["weight_zero_point"] = (words(n, grid.bits), groups)
-        elif kind in (INT, FLOAT):
+        elif kind in _BYTES:
             shapes = {"weight": (n, k), "weight_scale": _scale_shape(n, k, grid)}
         else:
             shapes = {"weight_packed": (n, k // 2), "weight_scale": (n, groups)}
         if grid.two_level:
             shapes["weight_global_scale"] = (1,)
-        if scheme.inputs is not None and not scheme.inputs.dynamic:
+        if scheme.inputs is not None and scheme.inputs.two_level:
+            shapes["input_global_scale"] = (1,)
+        elif scheme.inputs is not None and not scheme.inputs.dynamic:
             shapes["input_scale"] = (1,)
             if not scheme.inputs.symmetric:
                 shapes["input_zero_point"] = (1,)
@@ -131,10 +150,10 @@ class CompressedTensors(Codec):
         elif kind == INT:
             codes = (weight.codes.to(torch.int16) - grid.midpoint).to(torch.int8)
             tensors = {"weight": codes, "weight_scale": _narrowed(scale, grid)}
-        elif kind == FLOAT:
+        elif kind in (FLOAT, MXFP8):
             tensors = {
                 "weight": weight.codes.contiguous().view(torch.float8_e4m3fn),
-                "weight_scale": _narrowed(scale, grid),
+                "weight_scale": scale.view(torch.uint8) if kind == MXFP8 else _narrowed(scale, grid),
             }
         else:
             halves = weight.codes.view(len(weight.codes), -1, 2)  # (N, K/2, 2)
@@ -150,7 +169,7 @@ class CompressedTensors(Codec):
             groups = torch.arange(scale.shape[1], dtype=torch.int32)
             sorted_groups = groups.repeat_interleave(len(weight.order) // scale.shape[1])
             tensors[ORDER] = sorted_groups[weight.order.argsort()]
-        return tensors | _packed_inputs(inputs)
+        return tensors | _packed_inputs(inputs, scheme.inputs)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         grid, kind = scheme.weights, self.kind(scheme)
@@ -171,12 +190,12 @@ class CompressedTensors(Codec):
             codes = unpack_bits(tensors["weight_packed"], grid.bits, k).contiguous()
         elif kind == INT:
             codes = (tensors["weight"].to(torch.int16) + grid.midpoint).to(torch.uint8)
-        elif kind == FLOAT:
+        elif kind in (FLOAT, MXFP8):
             codes = tensors["weight"].view(torch.uint8)
         else:
-            pairs = tensors["weight_packed"]
-            codes = torch.stack([pairs & 15, pairs >> 4], -1).view(n, k)
-            scale = scale if kind == NVFP4 else scale.view(torch.float8_e8m0fnu)
+            codes = fp4_codes(tensors["weight_packed"])
+        if grid.scale == "e8m0":
+            scale = scale.view(torch.float8_e8m0fnu)
         weight = QuantizedWeight(
             codes=codes,
             scale=_widened(scale, n, k, grid),
@@ -187,7 +206,7 @@ class CompressedTensors(Codec):
         return sorted_by_group(weight, tensors[ORDER]) if ORDER in tensors else weight
 
     def codes_leaf(self, scheme: Scheme) -> str:
-        return "weight" if self.kind(scheme) in (INT, FLOAT) else "weight_packed"
+        return "weight" if self.kind(scheme) in _BYTES else "weight_packed"
 
     def joined(
         self, leaf: str, parts: Sequence[torch.Tensor], shape: Shape, global_scale: torch.Tensor | None
@@ -201,13 +220,13 @@ class CompressedTensors(Codec):
 
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         scale = tensors["weight_scale"]
-        if self.kind(scheme) == MXFP4:
+        if scheme.weights.scale == "e8m0":
             return scale.view(torch.float8_e8m0fnu).float()
         whole = tensors["weight_global_scale"] if scheme.weights.two_level else 1.0
         return scale.float() / whole
 
     def inputs_of(self, tensors: Mapping[str, torch.Tensor]) -> InputScale | None:
-        scale = tensors.get("input_scale")
+        scale = tensors.get("input_scale", tensors.get("input_global_scale"))
         return None if scale is None else InputScale(scale, tensors.get("input_zero_point"))
 
     def stored(self, tensors: Mapping[str, torch.Tensor], spec: Spec, scheme: Scheme) -> Stored:
@@ -241,7 +260,7 @@ class CompressedTensors(Codec):
             shown = said.flatten()[:4].tolist()
         else:
             shown = list(said.shape)
-            packed = 1 if kind in (INT, FLOAT) else 2
+            packed = 1 if kind in _BYTES else 2
             sizes = [shown[0], packed * shown[1]] if len(shown) == 2 else None
         if sizes is None or min(sizes) < 1 or not grid.divides(sizes[1]):
             raise ModelError(f"{codes} is {shown}, no shape of a {scheme} weight")
@@ -299,8 +318,15 @@ def _widened(scale: torch.Tensor, n: int, k: int, grid: Grid) -> torch.Tensor:
     return scale
 
 
-def _packed_inputs(inputs: InputScale | None) -> dict[str, torch.Tensor]:
+def fp4_codes(pairs: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [N, K] from bytes [N, K/2] that hold two each, even columns in the low half."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
+
+
+def _packed_inputs(inputs: InputScale | None, grid: Grid | None) -> dict[str, torch.Tensor]:
     if inputs is None:
         return {}
+    if grid is not None and grid.two_level:
+        return {"input_global_scale": inputs.scale}
     tensors = {"input_scale": inputs.scale}
     return tensors if inputs.zero is None else tensors | {"input_zero_point": inputs.zero}

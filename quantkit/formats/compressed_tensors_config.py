@@ -15,14 +15,20 @@ from quantkit.scheme import NUMBERS, Grid, KVScheme, Number, Scheme, integer
 
 METHOD = "compressed-tensors"
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
-NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
-FORMATS = (PACKED, INT, FLOAT, NVFP4, MXFP4)
+NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
+FORMATS = (PACKED, INT, FLOAT, NVFP4, MXFP4, MXFP8)
 DENSE = "dense"  # no weight is quantized, only the cache
 MIXED = "mixed-precision"  # several groups; each then names its format
 HEADS = ("lm_head", "embed_out")
 CORRUPT = "the checkpoint is corrupt, fetch it again"
 VERSION = "0.19.0"  # of compressed-tensors, whose files these equal
 _SCALES = {"fp8_e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+# (number, what its scales are, columns that share one) -> the format
+_SHORT_SCALES: dict[tuple[str, str | None, int | None], str] = {
+    ("fp4_e2m1", "fp8_e4m3", 16): NVFP4,
+    ("fp4_e2m1", "e8m0", 32): MXFP4,
+    ("fp8_e4m3", "e8m0", 32): MXFP8,
+}
 _IN_KERNELS = ("fp8_e4m3", "fp4_e2m1", "nf4")  # beside integers; the keys of `quantkit_kernels.stored.TABLES`
 
 
@@ -41,8 +47,8 @@ def format_of(scheme: Scheme) -> str:
             found = PACKED if packed else INT
     elif number == "fp8_e4m3" and grid.scale is None and shape in ("tensor", "channel", "block"):
         found = FLOAT
-    elif number == "fp4_e2m1" and shape == "group":
-        found = {("fp8_e4m3", 16): NVFP4, ("e8m0", 32): MXFP4}.get((str(grid.scale), grid.group_size or 0))
+    elif shape == "group":
+        found = _SHORT_SCALES.get((number, grid.scale, grid.group_size))
     if found is None:
         raise ModelError(
             f"compressed-tensors has no format for {scheme}; its formats are {', '.join(FORMATS)}; choose another "
@@ -192,7 +198,7 @@ def _in_full(targets: list[str], scheme: Scheme, kind: str) -> dict[str, Any]:
         "format": kind,
         "input_activations": None
         if inputs is None
-        else _arguments(inputs, None if inputs.dynamic else "static_minmax"),
+        else _arguments(inputs, "static_minmax" if inputs.two_level or not inputs.dynamic else None),
         "output_activations": None,
         "targets": targets,
         "weights": _arguments(scheme.weights, "memoryless_minmax"),
@@ -212,7 +218,7 @@ def _arguments(grid: Grid, observer: str | None) -> dict[str, Any]:
     return {
         "actorder": None,
         "block_structure": [grid.group_size, grid.group_size] if block else None,
-        "dynamic": grid.dynamic,
+        "dynamic": "local" if grid.dynamic and grid.two_level else grid.dynamic,
         "group_size": None if block else grid.group_size,
         "num_bits": grid.bits,
         "observer": observer,
@@ -295,7 +301,7 @@ def _weights(where: str, args: Mapping[str, Any]) -> Grid:
     raise ModelError(
         f"{where}: {number.name} weights with strategy {short(strategy)}, group_size {short(size)}, scale_dtype "
         f"{short(args.get('scale_dtype'))}, symmetric {short(symmetric)} are not read; quantkit reads int by group or "
-        "channel, fp8 by tensor, channel or block, NVFP4 and MXFP4"
+        "channel, fp8 by tensor, channel or block, NVFP4, MXFP4 and MXFP8"
     )
 
 
@@ -315,16 +321,17 @@ def _float_weights(number: Number, strategy: Any, size: Any, args: Mapping[str, 
             and len(block) == 2
         ):
             return Grid(number, "block", block[0]) if type(block[0]) is int and block[0] > 0 else None
-    if (
-        number.name == "fp4_e2m1"
-        and strategy == "tensor_group"
-        and size == 16
-        and scale in (None, _SCALES["fp8_e4m3"])
-    ):
-        return Grid(number, "group", 16, scale="fp8_e4m3")
-    if number.name == "fp4_e2m1" and strategy == "group" and size == 32 and scale in (None, _SCALES["e8m0"]):
-        return Grid(number, "group", 32, scale="e8m0")
-    return None
+    return _short_scales(number, strategy, size, scale)
+
+
+def _short_scales(number: Number, strategy: Any, size: Any, scale: Any, dynamic: bool = False) -> Grid | None:
+    """The grid of NVFP4, MXFP4 or MXFP8; FP4 says enough without a scale_dtype."""
+    kind = {"tensor_group": "fp8_e4m3", "group": "e8m0"}.get(str(strategy))
+    usual = scale is None and number.name == "fp4_e2m1"
+    named = kind is not None and (usual or scale == _SCALES[kind]) and type(size) is int
+    if not named or (number.name, kind, size) not in _SHORT_SCALES:
+        return None
+    return Grid(number, "group", size, dynamic=dynamic, scale=kind)
 
 
 def _inputs(where: str, args: Mapping[str, Any]) -> Grid:
@@ -340,10 +347,15 @@ def _inputs(where: str, args: Mapping[str, Any]) -> Grid:
             return Grid(number, "group", size, dynamic=True)
         if dynamic is False and strategy == "tensor":
             return Grid(number, "tensor", None, symmetric)
+    local = strategy == "tensor_group" and dynamic == "local"  # a stored global scale, the rest of the values
+    if (local or (strategy == "group" and dynamic is True)) and symmetric is True:
+        short_grid = _short_scales(number, strategy, size, args.get("scale_dtype"), dynamic=True)
+        if short_grid is not None:
+            return short_grid
     raise ModelError(
         f"{where}: inputs as {number.name} with strategy {short(strategy)}, dynamic {short(dynamic)}, symmetric "
         f"{short(symmetric)}, scale_dtype {short(args.get('scale_dtype'))} are not run; quantkit runs int8 and fp8 "
-        "inputs by token or group (dynamic) and by tensor (static)"
+        "inputs by token or group (dynamic) and by tensor (static), NVFP4, MXFP4 and MXFP8"
     )
 
 

@@ -6,12 +6,14 @@ FP8    P.weight          float8_e4m3fn [N, K]
 NVFP4  P.weight          uint8 [N, K/2]            even columns in the low half
        P.weight_scale    float8_e4m3fn [N, K/16]
        P.weight_scale_2  fp32 []                   multiplies: the reciprocal of compressed-tensors' global scale
+       P.input_scale     fp32 []                   of FP4 inputs, as before
 and of an FP8 cache, in `k_proj` and `v_proj`, `k_scale` and `v_scale`, fp32 [].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.errors import ModelError
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
     from quantkit.numerics.weight import QuantizedWeight
 
 _FP8 = Grid(NUMBERS["fp8_e4m3"], "tensor")
+_FP4 = Grid(NUMBERS["fp4_e2m1"], "group", 16, scale="fp8_e4m3")
 _SCHEMES = {
     "FP8": Scheme(_FP8, _FP8),
-    "NVFP4A16": Scheme(Grid(NUMBERS["fp4_e2m1"], "group", 16, scale="fp8_e4m3")),
+    "NVFP4": Scheme(_FP4, replace(_FP4, dynamic=True)),
+    "NVFP4A16": Scheme(_FP4),
 }
-_INPUTS = "inputs rounded to FP4, which quantkit does not run"
 
 
 @register
@@ -48,10 +51,11 @@ class ModelOpt(Reader):
     def parse(self, config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
         algorithm = config.get("quant_algo")
         scheme = _SCHEMES.get(algorithm) if isinstance(algorithm, str) else None
-        if scheme is None:
-            why = f" ({_INPUTS})" if algorithm == "NVFP4" else ""
+        size = config.get("group_size")
+        if scheme is None or (scheme.weights.two_level and size not in (None, 16)):
             raise ModelError(
-                f"ModelOpt's quant_algo {short(algorithm)}{why} is not read; quantkit reads FP8 and NVFP4A16"
+                f"ModelOpt's quant_algo {short(algorithm)}, group_size {short(size)} is not read; quantkit reads "
+                f"{', '.join(_SCHEMES)}, the last two in groups of 16"
             )
         return lambda module: scheme
 
@@ -76,6 +80,7 @@ class ModelOpt(Reader):
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         import torch
 
+        from quantkit.formats.compressed_tensors import fp4_codes
         from quantkit.numerics.weight import QuantizedWeight
 
         (n, k), grid = self.dimensions(tensors, scheme), scheme.weights
@@ -91,12 +96,14 @@ class ModelOpt(Reader):
                 stored.view(torch.uint8), scale.float().view(1, 1).expand(n, 1), None, grid
             )
         self.needs(tensors, "weight_scale_2")
-        codes = torch.stack([stored & 15, stored >> 4], -1).view(n, k)
         whole = tensors["weight_scale_2"].float().reciprocal().view(1)
-        return QuantizedWeight(codes, scale, None, grid, global_scale=whole)
+        return QuantizedWeight(fp4_codes(stored), scale, None, grid, global_scale=whole)
 
     def inputs_of(self, tensors: Mapping[str, torch.Tensor]) -> InputScale | None:
         from quantkit.numerics.inputs import InputScale
 
         scale = tensors.get("input_scale")
-        return None if scale is None else InputScale(scale.float().view(1), None)
+        if scale is None:
+            return None
+        whole = scale.float().view(1)
+        return InputScale(whole.reciprocal() if "weight_scale_2" in tensors else whole)

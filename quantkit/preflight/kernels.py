@@ -9,6 +9,12 @@ from quantkit.preflight.tables import FOREIGN, KERNELS, Kernel, source
 from quantkit.preflight.target import DEVICES, Device, Target
 from quantkit.scheme import Scheme
 
+# (number, what its scales are) -> the family
+_SHORT = {
+    ("fp4_e2m1", "fp8_e4m3"): "nvfp4",
+    ("fp4_e2m1", "e8m0"): "mxfp4",
+    ("fp8_e4m3", "e8m0"): "mxfp8",
+}
 _GROUPS = (128, 64, 32, None)
 
 
@@ -18,9 +24,12 @@ def family_of(scheme: Scheme) -> str | None:
     The order of vLLM's `_get_scheme_from_parts` (compressed_tensors.py).
     """
     grid, inputs = scheme.weights, scheme.inputs
-    if grid.number.name == "fp4_e2m1":
-        kind = {"fp8_e4m3": "nvfp4", "e8m0": "mxfp4"}.get(str(grid.scale))
-        return kind if inputs is None else None
+    if grid.scale is not None:
+        kind = _SHORT.get((grid.number.name, grid.scale))
+        if kind is None or inputs is None:
+            return kind
+        alike = (inputs.number, inputs.scale) == (grid.number, grid.scale)
+        return f"{kind} inputs" if alike else None
     if grid.number.name == "fp8_e4m3":
         if inputs is None:
             return "fp8 weights"

@@ -132,6 +132,12 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("vllm", "Marlin FP8", "fp8 weights", f"{_SCALED}/marlin.py"),
     Kernel("vllm", "Marlin NVFP4", "nvfp4", f"{_LINEAR}/nvfp4/marlin.py"),
     Kernel("vllm", "Marlin MXFP4", "mxfp4", f"{_LINEAR}/mxfp4/marlin.py", 80),
+    Kernel("vllm", "Marlin MXFP8", "mxfp8", f"{_LINEAR}/mxfp8/marlin.py"),
+    # Without kernels for the inputs of a GPU, vLLM takes the same kernels and leaves inputs as they are.
+    Kernel("vllm", "NVFP4", "nvfp4 inputs", f"{_LINEAR}/nvfp4/cutlass.py", 100),
+    Kernel("vllm", "Marlin NVFP4, inputs left as they are", "nvfp4 inputs", f"{_LINEAR}/nvfp4/marlin.py"),
+    Kernel("vllm", "Marlin MXFP4, inputs left as they are", "mxfp4 inputs", f"{_LINEAR}/mxfp4/marlin.py", 80),
+    Kernel("vllm", "Marlin MXFP8, inputs left as they are", "mxfp8 inputs", f"{_LINEAR}/mxfp8/marlin.py"),
     Kernel(
         *("sglang", "Marlin", "integers", f"{_SGLANG_CT}/schemes/compressed_tensors_wNa16.py", 80),
         symmetric=(4, 8),
@@ -155,6 +161,7 @@ KERNELS: tuple[Kernel, ...] = (
         "sglang", "Marlin FP8", "fp8 weights", f"{_SGLANG_CT}/schemes/compressed_tensors_w8a16_fp8.py", 80
     ),
     Kernel("sglang", "NVFP4 weights", "nvfp4", f"{_SGLANG_CT}/schemes/compressed_tensors_w4a16_nvfp4.py", 80),
+    Kernel("sglang", "NVFP4", "nvfp4 inputs", f"{_SGLANG_CT}/schemes/compressed_tensors_w4a4_nvfp4.py", 100),
     Kernel("sglang", "MXFP4 weights", "mxfp4", f"{_SGLANG_CT}/schemes/compressed_tensors_w4a16_mxfp4.py", 80),
 )
 

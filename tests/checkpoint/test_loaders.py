@@ -7,6 +7,7 @@ from quantkit.scheme import INT8_TOKEN, KV_PRESETS, NUMBERS, PRESETS, Grid, KVSc
 
 LINEARS = ("q_proj", "o_proj", "c_proj", "c_attn", "query_key_value", "down_proj", "fc1", "dense")
 FOUR = Scheme(integer(4, 128))
+MXFP8 = Scheme(Grid(NUMBERS["fp8_e4m3"], "group", 32, scale="e8m0"))
 
 
 def by_name(model_type, *schemes):
@@ -99,8 +100,9 @@ def test_what_dequantize_would_drop_is_said_where_nobody_needs_it(preset):
     assert plain.endswith(also)
 
 
-def test_fp4_weights_run_in_bfloat16_only_in_plain_transformers():
-    found = by_name("llama", PRESETS["NVFP4A16"])
+@pytest.mark.parametrize("scheme", [PRESETS["NVFP4A16"], MXFP8], ids=str)
+def test_weights_with_short_scales_run_in_bfloat16_only_in_plain_transformers(scheme):
+    found = by_name("llama", scheme)
     assert found[TRANSFORMERS].needs == "in bfloat16 only"
     assert found["vLLM"].needs is None
 

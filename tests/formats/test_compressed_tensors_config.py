@@ -14,6 +14,10 @@ from quantkit.scheme import KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme
 CONFIGS = json.loads(Path(__file__).with_name("llmcompressor_configs.json").read_text())
 CT = codec("compressed-tensors")
 INT8 = NUMBERS["int8"]
+FP4, FP8 = NUMBERS["fp4_e2m1"], NUMBERS["fp8_e4m3"]
+NVFP4 = Scheme(PRESETS["NVFP4A16"].weights, Grid(FP4, "group", 16, dynamic=True, scale="fp8_e4m3"))
+MXFP8 = Scheme(Grid(FP8, "group", 32, scale="e8m0"), Grid(FP8, "group", 32, dynamic=True, scale="e8m0"))
+MXFP4 = Scheme(PRESETS["MXFP4A16"].weights, Grid(FP4, "group", 32, dynamic=True, scale="e8m0"))
 SCHEMES = {
     "w8a8-int8-dynamic": PRESETS["W8A8"],
     "w8a8-int8-static-asym": PRESETS["W8A8_STATIC"],
@@ -21,6 +25,8 @@ SCHEMES = {
     "fp8-dynamic": PRESETS["FP8_DYNAMIC"],
     "fp8-block": PRESETS["FP8_BLOCK"],
     "mxfp4a16": PRESETS["MXFP4A16"],
+    "mxfp8": MXFP8,
+    "nvfp4": NVFP4,
     "model-free-fp8-dynamic": PRESETS["FP8_DYNAMIC"],
     "w4a16-sym": Scheme(integer(4, 32)),
     "w8a16-channel": PRESETS["W8A16"],
@@ -46,18 +52,31 @@ def test_caches_of_llmcompressor(name, scheme):
     assert CT.parse(CONFIGS[name])("model.layers.0.self_attn.q_proj") is None
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("nvfp4", "inputs as fp4_e2m1"), ("mxfp8", "'mxfp8-quantized' is not one quantkit reads")],
-)
-def test_what_is_not_run_is_refused_by_name(name, says):
+NOT_RUN = [
+    ("nvfp4", {"dynamic": True}, r"inputs as fp4_e2m1 with strategy 'tensor_group', dynamic True"),
+    ("nvfp4", {"dynamic": False}, r"dynamic False"),
+    ("nvfp4", {"group_size": [16]}, r"inputs as fp4_e2m1"),
+    ("nvfp4", {"group_size": 32}, r"inputs as fp4_e2m1"),
+    ("nvfp4", {"scale_dtype": "torch.uint8"}, r"scale_dtype 'torch.uint8'"),
+    ("mxfp8", {"group_size": 64}, r"inputs as fp8_e4m3"),
+    ("mxfp8", {"symmetric": False}, r"inputs as fp8_e4m3 .* symmetric False"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "says"), NOT_RUN, ids=[str(n) for n in range(len(NOT_RUN))])
+def test_inputs_that_are_not_run_are_refused_by_name(name, change, says):
+    config = json.loads(json.dumps(CONFIGS[name]))
+    config["config_groups"]["group_0"]["input_activations"] |= change
     with pytest.raises(ModelError, match=says):
-        CT.parse(CONFIGS[name])
+        CT.parse(config)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["w8a8-int8-dynamic", "w8a8-int8-static-asym", "w4a8-int8", "fp8-dynamic", "fp8-block", "mxfp4a16"],
+    [
+        *("w8a8-int8-dynamic", "w8a8-int8-static-asym", "w4a8-int8", "fp8-dynamic", "fp8-block"),
+        *("mxfp4a16", "mxfp8", "nvfp4"),
+    ],
 )
 def test_ours_are_what_llmcompressor_writes(name):
     assert CT.config({"a": SCHEMES[name]}, ["lm_head"]) == CONFIGS[name]
@@ -79,6 +98,10 @@ def test_every_preset_comes_back(name, kv):
     config = CT.config({"a": STORED[name]}, ["lm_head"], kv)
     assert CT.parse(config)("a") == STORED[name]
     assert CT.kv_scheme(config) == kv
+
+
+def test_fp4_inputs_by_groups_of_32_come_back():
+    assert CT.parse(CT.config({"a": MXFP4}, []))("a") == MXFP4
 
 
 def test_mixed_formats_come_back():

@@ -10,7 +10,9 @@ X = (
     torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
     * torch.tensor([1e-4, 1.0, 30.0])[:, None, None]
 )
-INT8, FP8 = NUMBERS["int8"], NUMBERS["fp8_e4m3"]
+INT8, FP8, FP4 = NUMBERS["int8"], NUMBERS["fp8_e4m3"], NUMBERS["fp4_e2m1"]
+MXFP8, MXFP4 = (Grid(number, "group", 32, dynamic=True, scale="e8m0") for number in (FP8, FP4))
+NVFP4 = Grid(FP4, "group", 16, dynamic=True, scale="fp8_e4m3")
 ASYM = Grid(INT8, "token", symmetric=False, dynamic=True)
 DYNAMIC = [
     INT8_TOKEN,
@@ -18,6 +20,8 @@ DYNAMIC = [
     ASYM,
     Grid(INT8, "group", 32, dynamic=True),
     Grid(FP8, "group", 16, dynamic=True),
+    MXFP8,
+    MXFP4,
 ]
 
 
@@ -92,3 +96,59 @@ def test_a_symmetric_range_is_that_of_its_larger_end(number):
     assert static.zero is None
     assert float(static.scale) == pytest.approx(8 / (127.5 if number is INT8 else 448))
     assert float(input_scale(torch.zeros(1), torch.zeros(1), Grid(number, "tensor")).scale) > 0
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+# max|x| of a group -> the byte e of its scale 2^(e - 127): of FP4, of FP8
+EXPONENTS = {
+    0.75: (124, 118),
+    0.874: (124, 118),
+    0.875: (125, 119),
+    1.5: (125, 119),
+    1.75: (126, 120),
+    6.0: (127, 121),
+    7.0: (128, 122),
+}
+
+
+def fp4(x):
+    """The nearest value of E2M1, ties to the even code."""
+    off = (x.abs()[..., None] - E2M1).abs()
+    even = torch.tensor([0, 1] * 4) * 1e-6  # of two that are as near
+    return E2M1[(off + even).argmin(-1)].copysign(x)
+
+
+def fp8(x):
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+@pytest.mark.parametrize("largest", EXPONENTS, ids=str)
+def test_scales_of_mx_groups_are_the_powers_of_two_of_compressed_tensors(largest):
+    x = torch.linspace(-1, 1, 32)[None] * largest
+    for grid, nearest, byte in zip((MXFP4, MXFP8), (fp4, fp8), EXPONENTS[largest], strict=True):
+        scale = 2.0 ** (byte - 127)
+        assert torch.equal(round_inputs(x, grid), nearest(x / scale) * scale)
+    assert torch.equal(
+        round_inputs(x.bfloat16(), MXFP8), round_inputs(x.bfloat16().float(), MXFP8).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("whole", [1.0, 2352.0])
+def test_nvfp4_is_the_formula(whole):
+    """The second row of groups is so small that its FP8 scale is 0, which 1/8 stands for."""
+    x = torch.cat([X.view(-1, 16), X.view(-1, 16)[:4] * 1e-8])
+    b = fp8((x.abs().amax(-1, keepdim=True) / 6 * whole).clamp(max=448))
+    scale = torch.where(b == 0, 0.125, b) / whole
+    static = InputScale(torch.tensor([whole]))
+    assert torch.equal(round_inputs(x, NVFP4, static), fp4(x / scale).clamp(-6, 6) * scale)
+    with pytest.raises(ValueError, match="need their stored scale"):
+        round_inputs(x, NVFP4)
+
+
+def test_fp4_ties_go_to_the_even_code():
+    x = torch.zeros(1, 16)
+    x[0, :8] = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    x[0, 8:] = -x[0, :8]
+    rounded = round_inputs(x, NVFP4, InputScale(torch.ones(1)))
+    assert rounded[0, :8].tolist() == [6, 0, 1, 1, 2, 2, 4, 4]
+    assert torch.equal(rounded[0, 8:], -rounded[0, :8])

@@ -25,6 +25,7 @@ RECIPES = {
     "fp8-block": {"weights": {"preset": "FP8_BLOCK"}},
     "nvfp4": {"weights": {"preset": "NVFP4A16"}},
     "mxfp4a16": {"weights": {"preset": "MXFP4A16"}},
+    "mxfp8": {"weights": {"number": "fp8_e4m3", "granularity": "group", "group_size": 32, "scale": "e8m0"}},
     "kv-fp8-tensor": {"weights": "none", "kv_cache": "FP8_TENSOR"},
     "kv-fp8-head": {"weights": "none", "kv_cache": "FP8"},
     "mixed-w4-w8": {
@@ -46,10 +47,10 @@ def stored(folder):
 
 
 def theirs(name):
-    """(tensors, quantization_config) of a fixture; of NVFP4's without what its FP4 inputs have."""
+    """(tensors, quantization_config) of a fixture; of NVFP4's and MXFP8's without what their inputs have."""
     tensors = stored(FIXTURES / name)
     config = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
-    if name == "nvfp4":
+    if name in ("nvfp4", "mxfp8"):
         config["config_groups"]["group_0"]["input_activations"] = None
         tensors = {each: t for each, t in tensors.items() if not each.endswith(".input_global_scale")}
     return tensors, config

@@ -13,9 +13,14 @@ from quantkit.preflight.kernels import devices_for
 from quantkit.preflight.subject import Linear
 from quantkit.preflight.tables import FUSIONS, KERNELS, RENAMED, ROW_PARALLEL
 from quantkit.preflight.target import DEVICES, ENGINES, Target, parse_target
-from quantkit.scheme import KV_PRESETS, Scheme, integer
+from quantkit.scheme import KV_PRESETS, NUMBERS, Grid, Scheme, integer
 
 GPUS = {"sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120"}
+
+
+NVFP4 = Scheme(PRESETS["NVFP4A16"].weights, replace(PRESETS["NVFP4A16"].weights, dynamic=True))
+_BY_32 = Grid(NUMBERS["fp8_e4m3"], "group", 32, scale="e8m0")
+MXFP8 = Scheme(_BY_32, replace(_BY_32, dynamic=True))
 
 
 def rules(checkpoint, target):
@@ -49,6 +54,9 @@ def test_the_usual_checkpoint_is_refused_nowhere(target):
         (PRESETS["W8A16_FP8"], GPUS),
         (PRESETS["NVFP4A16"], GPUS),
         (PRESETS["MXFP4A16"], GPUS - {"sm75"}),
+        (NVFP4, GPUS),  # with Marlin, which leaves inputs as they are, where nothing else runs
+        (MXFP8, GPUS),
+        (Scheme(NVFP4.weights, MXFP8.inputs), set()),
         (Scheme(PRESETS["FP8"].weights, PRESETS["W8A8"].inputs), set()),
     ],
     ids=lambda value: None if isinstance(value, set | frozenset) else str(value),
