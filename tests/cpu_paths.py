@@ -38,6 +38,7 @@ def build_emulated(out: Path):
         "linear_amx",
         "grouped",
         "range_errors",
+        "rounding",
         "kv_pages",
         "decode_portable",
         "decode_avx512",

@@ -30,6 +30,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, got {codes.dtype}")
     rows, columns = _matrix(codes, "codes", bits)
+    if bits == 8 and columns % 4 == 0:  # the bytes as they are
+        return codes.clone(memory_format=torch.contiguous_format).view(torch.int32)
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     padded = torch.zeros(rows, -(-columns // 32) * 32, dtype=torch.uint8, device=codes.device)
@@ -59,6 +61,8 @@ def unpack_bits(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     ):  # rows of one word of a transposed tensor count as contiguous whatever the stride
         packed = packed.clone(memory_format=torch.contiguous_format)
     stream = packed.view(torch.uint8)  # (R, 4 * words)
+    if bits == 8:
+        return stream[:, :columns].clone(memory_format=torch.contiguous_format)
     short = -stream.shape[1] % bits
     if short:
         stream = torch.nn.functional.pad(stream, (0, short))

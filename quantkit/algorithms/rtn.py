@@ -6,8 +6,7 @@ import torch
 
 from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.registry import Outcome, register
-from quantkit.numerics.grid import grouped, to_stored
-from quantkit.numerics.number import encode
+from quantkit.numerics.grid import to_codes, to_stored
 from quantkit.numerics.range_search import search_global, search_grid
 from quantkit.numerics.refit import refit_scale
 from quantkit.numerics.statistics import Statistics, dead_note
@@ -26,9 +25,7 @@ def on_grid(
     """Round `weight` [N, K] to the grids (scale, zero) [N, K/G] of a model of type `dtype`."""
     out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(*weight.shape):
-        w = grouped(weight[rows], grid.group(weight.shape[1]))
-        q = encode(w / scale[rows, :, None], grid.number, zero[rows, :, None])
-        out[rows] = q.view(-1, weight.shape[1])
+        out[rows] = to_codes(weight[rows], scale[rows], zero[rows], grid)
     return QuantizedWeight(
         codes=out,
         scale=to_stored(grid, scale, dtype, global_scale),

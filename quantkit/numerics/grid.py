@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 
 import torch
+from quantkit_kernels.cpu import library, rounding
 
-from quantkit.numerics.number import bounds, largest, nearest
+from quantkit.numerics.number import bounds, encode, largest, nearest, rising_levels
 from quantkit.scheme import Grid
 
 _SCALES = {"e8m0": torch.float8_e8m0fnu, "fp8_e4m3": torch.float8_e4m3fn}
@@ -143,6 +144,24 @@ def round_to_grid(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid
 def levels(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
     """`round_to_grid` in units of the scale."""
     return nearest(grid.number)(w / scale, *bounds(zero, grid.number))
+
+
+def to_codes(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The codes, uint8 [N, K], of the levels nearest to w [N, K], with scale and zero [N, K/G]; w fp32 or fp64.
+
+    In native code where there is some; it gives the same.
+    """
+    if w.is_cpu and w.dtype == torch.float32 and w.numel() and library.available():
+        w, scale, number = w.contiguous(), scale.contiguous(), grid.number
+        if number.kind == "int":
+            return rounding.encode_integers(w, scale, zero.contiguous(), grid.qmax)
+        if number.name == "fp8_e4m3":
+            return rounding.encode_fp8(w, scale)
+        table = rising_levels(number, w.dtype, w.device)
+        if len(table.codes) <= rounding.LEVELS:
+            return rounding.encode_table(w, scale, table.edges, table.codes)
+    groups = grouped(w, grid.group(w.shape[1]))
+    return encode(groups / scale[:, :, None], grid.number, zero[:, :, None]).view(w.shape)
 
 
 def grouped(w: torch.Tensor, group: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def encode(x: torch.Tensor, number: Number, zero: torch.Tensor | None = None) ->
         short: torch.Tensor = x.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn).view(torch.uint8)
         return short.masked_fill_(short == _NEGATIVE_ZERO, 0)
     if number.kind != "int":
-        table = _table(number, x.dtype, x.device)
+        table = rising_levels(number, x.dtype, x.device)
         return table.codes[torch.bucketize(x, table.edges)]
     zero = torch.full((), number.zero, dtype=x.dtype, device=x.device) if zero is None else zero
     return _round_integers(x.clone(), *bounds(zero, number)).add_(zero).to(torch.uint8)
@@ -60,6 +60,12 @@ def decode(
     if number.kind != "int":
         return torch.tensor(number.values, dtype=dtype, device=codes.device)[codes.long()]
     return codes.to(dtype).sub_(number.zero if zero is None else zero)
+
+
+@functools.lru_cache(maxsize=16)
+def byte_values(number: Number) -> torch.Tensor:
+    """The level, fp32 [256], of every byte as a code of a float format or a table; NaN for one that is none."""
+    return torch.tensor((*number.values, *[math.nan] * (256 - len(number.values))), dtype=torch.float32)
 
 
 def largest(number: Number) -> float:
@@ -78,7 +84,7 @@ def _round_to_table(
 ) -> torch.Tensor:
     if _is_native(number, x):
         return (x if out is None else out).copy_(x.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn))
-    table = _table(number, x.dtype, x.device)
+    table = rising_levels(number, x.dtype, x.device)
     return torch.take(table.levels, torch.bucketize(x, table.edges), out=x if out is None else out)
 
 
@@ -87,7 +93,7 @@ def _is_native(number: Number, x: torch.Tensor) -> bool:
     return number.name == "fp8_e4m3" and x.dtype == torch.float32
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """levels, codes [L], by rising level. edges [L - 1]: the largest x that is rounded to each level but the last."""
 
     levels: torch.Tensor
@@ -96,7 +102,8 @@ class _Table(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _table(number: Number, dtype: torch.dtype, device: torch.device) -> _Table:
+def rising_levels(number: Number, dtype: torch.dtype, device: torch.device) -> Table:
+    """The levels of a float format or a table, and what is rounded to each."""
     code_of: dict[float, int] = {}
     for code, value in enumerate(number.values):
         if math.isfinite(value):
@@ -108,7 +115,7 @@ def _table(number: Number, dtype: torch.dtype, device: torch.device) -> _Table:
     upper_is_even = torch.tensor([code % 2 == 0 for code in codes[1:]])
     below = torch.nextafter(edges, torch.full_like(edges, -math.inf))
     away = (edges.double() > exact) | ((edges.double() == exact) & upper_is_even)
-    return _Table(
+    return Table(
         torch.tensor(levels, dtype=dtype, device=device),
         torch.tensor(codes, dtype=torch.uint8, device=device),
         torch.where(away, below, edges).to(device),

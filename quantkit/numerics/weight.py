@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from quantkit_kernels.cpu import library, rounding
 
 from quantkit.errors import ModelError
-from quantkit.numerics.number import decode
+from quantkit.numerics.number import byte_values, decode
 from quantkit.scheme import Grid
 
 _CHUNK = 1 << 20  # elements
@@ -57,9 +58,11 @@ class QuantizedWeight:
     @property
     def is_zero(self) -> bool:
         """Whether every code stands for zero."""
+        if self.zero is None:
+            low, high = self.codes.aminmax()  # a comparison would make a matrix
+            return int(low) == int(high) == self.grid.midpoint
         n, groups = self.scale.shape
-        zero = self.grid.midpoint if self.zero is None else self.zero[:, :, None]
-        return bool((self.codes.view(n, groups, -1) == zero).all())
+        return bool((self.codes.view(n, groups, -1) == self.zero[:, :, None]).all())
 
     def row_errors(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error and squared norm of every row [N] of `weight`."""
@@ -83,10 +86,14 @@ class QuantizedWeight:
         """level * s as [N, K]; computed in fp32 (fp64 if asked), then cast."""
         n, k = self.codes.shape
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        groups = self.scale.shape[1]
-        zero = None if self.zero is None else self.zero.to(work)[:, :, None]
-        level = decode(self.codes.view(n, groups, k // groups), self.grid.number, zero, work)  # (N, K/G, G)
-        weight = level.mul_(self.scales(work)[:, :, None]).view(n, k).to(dtype)
+        groups, number, scales = self.scale.shape[1], self.grid.number, self.scales(work)
+        if number.kind != "int" and work == torch.float32 and self.codes.is_cpu and library.available():
+            weight = rounding.decode(self.codes.contiguous(), scales.contiguous(), byte_values(number))
+        else:
+            zero = None if self.zero is None else self.zero.to(work)[:, :, None]
+            weight = decode(self.codes.view(n, groups, k // groups), number, zero, work)  # (N, K/G, G)
+            weight = weight.mul_(scales[:, :, None]).view(n, k)
+        weight = weight.to(dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
 

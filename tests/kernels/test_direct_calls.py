@@ -12,7 +12,7 @@ import pytest
 import torch
 from packed_weights import packed_weight
 from quantkit_kernels import Spec, Stored, backend, wna16_linear
-from quantkit_kernels.cpu import decoder, layout, library, ops
+from quantkit_kernels.cpu import decoder, layout, library, ops, rounding
 from quantkit_kernels.cpu.grouped import cpu_grouped_linear
 from quantkit_kernels.cpu.range_errors import range_errors
 from quantkit_kernels.triton import layout as triton_layout
@@ -160,6 +160,18 @@ def range_arguments():
     return [torch.randn(24, 128), torch.ones(5, 24), torch.ones(5, 24), 15, torch.ones(4, 128)]
 
 
+def rounded(w, scale, zero, qmax, edges, code_of, values):
+    """To codes of every kind and back."""
+    rounding.encode_integers(w, scale, zero, qmax)
+    rounding.encode_table(w, scale, edges, code_of)
+    rounding.decode(rounding.encode_fp8(w, scale), scale, values)
+
+
+def rounded_arguments():
+    table = [torch.linspace(-2, 2, 15), torch.arange(16, dtype=torch.uint8), torch.randn(256)]
+    return [torch.randn(24, 128), torch.ones(24, 4), torch.ones(24, 4), 15, *table]
+
+
 CALLS = {
     "cpu_linear": (ops.cpu_linear, cpu_arguments),
     "cpu_grouped_linear": (grouped_of, grouped_arguments),
@@ -170,12 +182,13 @@ CALLS = {
     "torch backend": (on_torch, on_torch_arguments),
     "triton layout": (through_the_triton_layout, triton_layout_arguments),
     "range_errors": (range_errors, range_arguments),
+    "rounding": (rounded, rounded_arguments),
     "arena": (placed, lambda: [4096, torch.zeros(100, dtype=torch.uint8)]),
     "wna16_linear": (wna16_linear, reference_arguments),
     "triton_linear": (triton_linear, triton_arguments),
 }
 NATIVE = {"cpu_linear", "cpu_grouped_linear", "cpu backend", "cpu layout", "decoder", "decoder sizes"}
-NATIVE |= {"range_errors", "arena"}
+NATIVE |= {"range_errors", "rounding", "arena"}
 
 
 def attack(name: str) -> None:

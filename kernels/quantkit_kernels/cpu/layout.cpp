@@ -44,9 +44,7 @@ float fp8_e4m3(int code) {
 
 // Whether one of four FP8 codes is NaN.
 bool any_nan(uint32_t four) {
-    bool any = false;
-    for (int j = 0; j < 32; j += 8) any |= (four >> j & 127) == 127;
-    return any;
+    return ((four & 0x7f7f7f7f) + 0x01010101) & 0x80808080;  // of 127 the sum has the upper bit
 }
 
 // Four codes from `index` on (a multiple of 4) of a row's bit string, a byte each; only the first `valid` exist.
@@ -161,8 +159,14 @@ void pack_block(const Weight &w, uint8_t *units, const int32_t *packed, const fl
             nan[row] = nan[row] && per_channel(w);
             for (int q = 0; q < c / 4 && i * c + 4 * q < w.k; ++q) {
                 const int column = i * c + 4 * q, valid = w.k - column < 4 ? w.k - column : 4;
-                const uint32_t four = get_four(stream, column, w.bits, valid);
-                or_quad(unit, c, w.bits, row, q, four);
+                uint32_t four;
+                if (w.bits == 8 && valid == 4) {
+                    std::memcpy(&four, stream + column, 4);
+                    std::memcpy(unit + 64 * q + 4 * row, &four, 4);
+                } else {
+                    four = get_four(stream, column, w.bits, valid);
+                    or_quad(unit, c, w.bits, row, q, four);
+                }
                 nan[row] = nan[row] || (w.table == FP8 && any_nan(four));
             }
             float zero = !w.table ? float(1 << (w.bits - 1)) : nan[row] ? bits_to_float(0x7fc00000) : 0.f;

@@ -68,6 +68,39 @@ class Grouped(ctypes.Structure):
     ]
 
 
+class Encoding(ctypes.Structure):
+    """`qk_encoding` of quantkit_cpu.h."""
+
+    _fields_ = [
+        ("w", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("edges", c_void_p),
+        ("code_of", c_void_p),
+        ("codes", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("group", c_int64),
+        ("kind", c_int32),
+        ("levels", c_int32),
+        ("qmax", c_float),
+    ]
+
+
+class Decoding(ctypes.Structure):
+    """`qk_decoding` of quantkit_cpu.h."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("values", c_void_p),
+        ("w", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("group", c_int64),
+    ]
+
+
 _WEIGHT = POINTER(Weight)
 _FUNCTIONS = {  # name: (result, arguments)
     "qk_linear": (c_int, [_WEIGHT, c_void_p, c_int, c_int64, c_int, c_void_p, c_int, c_int]),
@@ -85,6 +118,8 @@ _FUNCTIONS = {  # name: (result, arguments)
     "qk_cpu_flags": (c_char_p, []),
     "qk_sources": (c_char_p, []),
     "qk_range_errors": (None, [POINTER(Range), c_int]),
+    "qk_encode": (None, [POINTER(Encoding), c_int]),
+    "qk_decode": (None, [POINTER(Decoding), c_int]),
     "qk_kv_attend": (c_int, [c_void_p, c_int]),
     "qk_arena_new": (c_void_p, [c_size_t]),
     "qk_arena_free": (None, [c_void_p]),

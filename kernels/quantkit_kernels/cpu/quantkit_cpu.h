@@ -80,6 +80,34 @@ typedef struct qk_range {
    alone costs more than an earlier candidate does, error is that cost: less than the sum, more than the least. */
 void qk_range_errors(const qk_range *r, int threads);
 
+/* A weight [n, k] and its grid, scale [n, k / group]: code = that of the level nearest to w / s. */
+enum { QK_ENCODE_INTEGERS = 0, QK_ENCODE_FP8 = 1, QK_ENCODE_TABLE = 2 };
+
+typedef struct qk_encoding {
+    const float *w;         /* [n, k] */
+    const float *scale;     /* [n, k / group] */
+    const float *zero;      /* of integers: [n, k / group]; codes are level + zero, 0 to qmax */
+    const float *edges;     /* of a table: [levels - 1], rising, the largest w / s that goes to each level but the last */
+    const uint8_t *code_of; /* of a table: [levels] */
+    uint8_t *codes;         /* [n, k] */
+    int64_t n, k, group;
+    int32_t kind, levels;
+    float qmax;
+} qk_encoding;
+
+void qk_encode(const qk_encoding *e, int threads);
+
+/* And back: w = values[code] scale. */
+typedef struct qk_decoding {
+    const uint8_t *codes; /* [n, k] */
+    const float *scale;   /* [n, k / group] */
+    const float *values;  /* [256] */
+    float *w;             /* [n, k] */
+    int64_t n, k, group;
+} qk_decoding;
+
+void qk_decode(const qk_decoding *d, int threads);
+
 /* 2 MiB aligned memory in huge pages where the system gives them; null if there is none. */
 void *qk_arena_new(size_t bytes);
 void qk_arena_free(void *arena);
