@@ -1,4 +1,4 @@
-"""The embedded model and texts, and the shipped recipes: where they lie. Nothing is read here."""
+"""The embedded models and texts, and the shipped recipes: where they lie. Nothing is read here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _CHECKOUT_RECIPES = _HERE.parent.parent / "recipes"  # in a checkout or an edita
 def default_model() -> Path:
     """The folder of bookworm-8m, a small Llama-type model."""
     return _HERE / "bookworm-8m"
+
+
+def mixture_model() -> Path:
+    """The folder of bookworm-moe-6m, a small Mixtral-type model of 4 blocks with 8 experts each."""
+    return _HERE / "bookworm-moe-6m"
 
 
 def calibration_text() -> Path:
