@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantkit.bench.coverage_case import tokenizer
+from quantkit.bench.coverage_model import tokenizer
 from quantkit.structure.fold import ScalingGroup
 
 _COMMON = {

@@ -15,6 +15,7 @@ the file has are not run again, and each says with which commit it ran.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,10 +26,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from quantkit.bench.coverage_outside import LEAST_SHARE, why_outside
 from quantkit.bench.machine import commit, machine
 
 SCHEMA = "quantkit-coverage/1"
 SECONDS = 180.0  # a type may take
+OUT_OF_TIME = f"more than {SECONDS:.0f} s, twice"
+PACKAGES = {
+    "PIL": "pillow",
+    "scipy": "scipy",
+    "timm": "timm",
+    "torchvision": "torchvision",
+}  # that some types need
+VERDICTS = ("accepted", "partly", "outside", "refused", "wrong", "not buildable")
 FAMILIES = ("dense", "hybrid", "wrapper", "mixture", "other")
 BEGIN, END = "<!-- coverage: begin -->", "<!-- coverage: end -->"
 
@@ -50,6 +60,7 @@ def run(
     _preload()
     context = multiprocessing.get_context("fork")
     waiting = [each for each in chosen.items() if each[0] not in kept]
+    again: set[str] = set()  # what ran out of time once: another program may have had the processor
     running: dict[str, tuple[Any, Connection, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -64,6 +75,10 @@ def run(
             if found is None:
                 continue
             del running[model_type]
+            if found["built"] == OUT_OF_TIME and model_type not in again:
+                again.add(model_type)
+                waiting.append((model_type, chosen[model_type]))
+                continue
             kept[model_type] = found | {"architecture": chosen[model_type], "commit": commit()}
             print(f"{model_type}: {line(kept[model_type])}", flush=True)
             if file is not None:
@@ -88,7 +103,7 @@ def _answer(child: Any, pipe: Connection, deadline: float) -> dict[str, Any] | N
     if time.monotonic() > deadline:
         child.kill()
         child.join()
-        return {"family": "other", "built": f"more than {SECONDS:.0f} s", "outcomes": {}}
+        return {"family": "other", "built": OUT_OF_TIME, "outcomes": {}}
     return None
 
 
@@ -107,14 +122,14 @@ def _preload() -> None:
     import torch
     import transformers
 
-    from quantkit.bench import coverage_case
+    from quantkit.bench import coverage_case, coverage_judge
     from quantkit.checkpoint import plugin
     from quantkit.pipeline import quantize
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    for module in (coverage_case, plugin, quantize):
+    for module in (coverage_case, coverage_judge, plugin, quantize):
         assert module.__doc__
     for name in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "BertModel", "AutoProcessor"):
         getattr(transformers, name)
@@ -126,29 +141,47 @@ def line(found: dict[str, Any]) -> str:
         return f"{found['family']}, not buildable: {found['built'][:160]}"
     told = []
     for recipe, each in found["outcomes"].items():
-        detail = each.get("reason") or f"error {each['error']:.2%}"
+        detail = each.get("reason") or (
+            f"error {each['error']:.2%}, by noise {each['noise']:.2%}, {each['share']:.0%} of the matrices"
+        )
         told.append(f"{recipe} {each['outcome']} ({detail[:160]})")
     return f"{found['family']}: {'; '.join(told)}"
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """The outcome of a type over all recipes: the worst of wrong, refused and accepted; or "not buildable"."""
+    """The outcome of a type over all recipes.
+
+    The worst of wrong, refused and accepted, "partly" for some of both or for a small share of the matrices;
+    "not buildable"; or "outside": it is no model that reads and writes text by a decoder alone.
+    """
+    reasons = reasons_of(found)
+    if reasons and all(why_outside(found["model_type"], reason) for reason in reasons):
+        seen = {each["outcome"] for each in found["outcomes"].values()}
+        return "partly" if "accepted" in seen else "outside"
     if found["built"]:
         return "not buildable"
     seen = {each["outcome"] for each in found["outcomes"].values()}
     if "wrong" in seen:
         return "wrong"
     if seen == {"accepted"}:
-        return "accepted"
+        return "accepted" if share_of(found) >= LEAST_SHARE else "partly"
     return "partly" if "accepted" in seen else "refused"
+
+
+def reasons_of(found: dict[str, Any]) -> list[str]:
+    """Why a type is not accepted, without repetition."""
+    bad = (each.get("reason", "") for each in found["outcomes"].values() if each["outcome"] != "accepted")
+    return list(dict.fromkeys([found["built"]] if found["built"] else bad))
+
+
+def share_of(found: dict[str, Any]) -> float:
+    """How much of the matrices is quantized by the recipe that quantizes least; 1 where nothing was measured."""
+    return min((each["share"] for each in found["outcomes"].values() if "share" in each), default=1.0)
 
 
 def counts(cases: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Family -> verdict -> number of types."""
-    table = {
-        family: dict.fromkeys(("accepted", "partly", "refused", "wrong", "not buildable"), 0)
-        for family in FAMILIES
-    }
+    table = {family: dict.fromkeys(VERDICTS, 0) for family in FAMILIES}
     for case in cases:
         table[case["family"]][verdict(case)] += 1
     return table
@@ -157,7 +190,7 @@ def counts(cases: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def summary(cases: Iterable[dict[str, Any]]) -> list[str]:
     """The table of counts, as lines of Markdown."""
     table = counts(cases)
-    columns = ["accepted", "partly", "refused", "wrong", "not buildable"]
+    columns = list(VERDICTS)
     lines = [f"| family | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for family, row in table.items():
         lines.append(f"| {family} | {' | '.join(str(row[c]) for c in columns)} |")
@@ -172,18 +205,38 @@ def details(cases: dict[str, dict[str, Any]]) -> list[str]:
     for family in FAMILIES:
         names = [n for n, c in cases.items() if c["family"] == family and verdict(c) == "accepted"]
         if names:
-            lines.append(f"- **{family}, accepted**: {', '.join(f'`{n}`' for n in names)}")
+            told = (
+                f"`{n}`" + (f" ({share_of(cases[n]):.0%})" if share_of(cases[n]) < 0.95 else "")
+                for n in names
+            )
+            lines.append(f"- **{family}, accepted**: {', '.join(told)}")
     lines += ["", "| type | family | outcome | reason |", "|---|---|---|---|"]
     for name, case in cases.items():
         outcome = verdict(case)
         if outcome == "accepted" or (case["family"] == "mixture" and outcome == "refused"):
             continue
-        bad = {r: each for r, each in case["outcomes"].items() if each["outcome"] != "accepted"}
-        reason = case["built"] or "; ".join(
-            dict.fromkeys(f"{recipe}: {each.get('reason', '')}" for recipe, each in bad.items())
-        )
-        lines.append(f"| `{name}` | {case['family']} | {outcome} | {_cell(reason)} |")
+        lines.append(f"| `{name}` | {case['family']} | {outcome} | {_cell(_told(case))} |")
     return lines
+
+
+def _told(case: dict[str, Any]) -> str:
+    """Why a type is not accepted, in one line."""
+    reasons = reasons_of(case)
+    outside = [why_outside(case["model_type"], reason) for reason in reasons]
+    if outside and all(outside):
+        return "; ".join(dict.fromkeys(map(str, outside)))
+    if case["built"]:
+        return str(case["built"])
+    by_recipe = {
+        recipe: each.get("reason", "")
+        for recipe, each in case["outcomes"].items()
+        if each["outcome"] != "accepted"
+    }
+    told = [
+        f"{' and '.join(r for r, why in by_recipe.items() if why == reason)}: {reason}" for reason in reasons
+    ]
+    small = [] if share_of(case) >= LEAST_SHARE else [f"{share_of(case):.0%} of the matrices are quantized"]
+    return "; ".join([*told, *small])
 
 
 def _cell(reason: str) -> str:
@@ -196,6 +249,7 @@ def write(file: Path, cases: dict[str, Any], recipes: list[str]) -> None:
 
     ordered = dict(sorted(cases.items()))
     report = {"schema": SCHEMA, "machine": machine(), "recipes": recipes, "counts": counts(ordered.values())}
+    report |= {"missing_packages": missing_packages()}
     write_json(file, report | {"types": ordered})
 
 
@@ -207,6 +261,11 @@ def document(page: Path, cases: dict[str, dict[str, Any]], facts: dict[str, Any]
     head = f"{len(cases)} types of transformers {facts['transformers']}, commit {facts['commit']}:"
     body = "\n".join([BEGIN, head, "", *summary(cases.values()), "", *details(cases), END])
     page.write_text(before + body + after)
+
+
+def missing_packages() -> list[str]:
+    """The packages, by their names in the index, that some types need and that are not installed."""
+    return [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
 
 
 def main() -> None:
@@ -231,6 +290,10 @@ def main() -> None:
     for name in options.types or ():
         kept.pop(name, None)
     chosen = {name: known[name] for name in options.types or known}
+    if missing := missing_packages():
+        print(
+            f"not installed, and needed by some types: {', '.join(missing)}; pip install 'quantkit[coverage]'"
+        )
     run(chosen, options.recipes, options.jobs, kept, options.json)
     print("\n".join(summary(kept.values())))
     if options.docs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import tempfile
 import traceback
@@ -12,22 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from quantkit.bench.shrink import shrunk
+from quantkit.bench.coverage_judge import grids, limit, noisy, share
+from quantkit.bench.coverage_model import TEXT, Inputs, built, family_of, logits, tokenizer
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LIMITS = {
-    "w8-rtn": 0.03,
-    "w4-gptq": 0.5,
-    "w4-awq": 0.5,
-}  # relative error of the logits above which a result is wrong
 WALK_LIMIT = 1e-3  # of the logits behind the block walk, which quantizes nothing
-LARGEST = 8_000_000  # weights of a tiny model
-TEXT, BATCH = 32, 2  # tokens of a window, windows
+READ_BACK = 1e-3  # of the logits of a model that transformers has written and read
 _CALIBRATION = {"samples": 8, "sequence_length": TEXT, "seed": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "w8-rtn": {"weights": {"preset": "W8A16", "algorithm": "rtn", "group_size": "channel"}},
@@ -45,9 +38,6 @@ GENERATES, WALKS = (
     "w8-rtn",
     "w4-gptq",
 )  # what decoding with a cache and the block walk are looked at with, once
-_RECURRENT = re.compile(
-    r"(^|\.)(A_log|conv1d|conv|rg_lru|time_decay|time_mix_key|igate_preact|q_conv1d)(\.|$)"
-)
 _FREE = re.compile(r"/tmp\S*/|/\S*quantkit-coverage\S*")
 
 
@@ -70,11 +60,23 @@ class Case:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Original:
+    """A tiny model as transformers reads it from files.
+
+    inputs: what its forward wants beside a text. logits: of a fixed text; None: an encoder-decoder, which is refused.
+    """
+
+    model: PreTrainedModel
+    inputs: Inputs
+    logits: torch.Tensor | None
+
+
 def run_case(model_type: str, architecture: str, recipes: list[str]) -> Case:
     """Build, quantize by every recipe, load and compare one model type."""
     case = Case(model_type, architecture)
     try:
-        model = built(model_type, architecture)
+        model, inputs = built(model_type, architecture)
     except Exception as error:  # whatever transformers raises for a config that it does not like
         case.built = said(error)
         case.family = family_of(model_type, None)
@@ -84,26 +86,35 @@ def run_case(model_type: str, architecture: str, recipes: list[str]) -> Case:
     with tempfile.TemporaryDirectory(prefix="quantkit-coverage") as folder:
         source = Path(folder) / "source"
         try:
-            model.save_pretrained(source)
-            tokenizer().save_pretrained(source)
-            original = (
-                type(model).from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
-            )
-            wanted = logits(original)
-            if not torch.isfinite(wanted).all() or not bool(wanted.any()):
-                raise ValueError("its logits are not finite or all zero")
+            original = saved(model, inputs, source)
         except Exception as error:  # a class that cannot read what it wrote
             case.built = f"saved and loaded by transformers: {said(error)}"
             return case
         del model
         for name in recipes:
-            case.outcomes[name] = outcome(name, source, Path(folder) / name, original, wanted)
+            case.outcomes[name] = outcome(name, source, Path(folder) / name, original)
     return case
 
 
-def outcome(
-    name: str, source: Path, output: Path, original: PreTrainedModel, wanted: torch.Tensor
-) -> dict[str, Any]:
+def saved(model: PreTrainedModel, inputs: Inputs, folder: Path) -> Original:
+    """Write a model with a tokenizer, and read it; ValueError if that gives another one."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    read = type(model).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    if model.config.is_encoder_decoder:
+        return Original(read, inputs, None)
+    found = logits(read, inputs)
+    if not torch.isfinite(found).all() or not bool(found.any()):
+        raise ValueError("its logits are not finite or all zero")
+    away = relative(found, logits(model, inputs))
+    if not away < READ_BACK:
+        raise ValueError(
+            f"transformers reads another model than it has written; the logits differ by {away:.3g}"
+        )
+    return Original(read, inputs, found)
+
+
+def outcome(name: str, source: Path, output: Path, original: Original) -> dict[str, Any]:
     """Quantize by one recipe, load, and compare the logits with those of the original."""
     import quantkit
 
@@ -115,17 +126,10 @@ def outcome(
     except Exception as error:  # a crash is a defect
         return {"outcome": "wrong", "reason": f"crash: {said(error)} {where(error)}"}
     try:
-        loaded = quantkit.load(output, device="cpu")
-        error_of_logits = relative(logits(loaded), wanted)
-        tokens = generated(loaded) if name == GENERATES and not generated(original) else ""
+        found = measured(name, quantkit.load(output, device="cpu"), original)
     except Exception as error:  # whatever it is, the finished checkpoint does not run
         return {"outcome": "wrong", "reason": f"finished, does not load or run: {said(error)} {where(error)}"}
-    found: dict[str, Any] = {"outcome": "accepted", "error": round(error_of_logits, 4)}
-    if not error_of_logits < LIMITS[name]:
-        found |= {"outcome": "wrong", "reason": f"logits differ by {error_of_logits:.3g}"}
-    if tokens:
-        found |= {"outcome": "wrong", "reason": tokens}
-    if name == WALKS:
+    if name == WALKS and not original.inputs:
         try:
             away = walked(name, source)
         except Exception as error:  # seen by nothing else
@@ -134,6 +138,28 @@ def outcome(
             found["walk"] = float(f"{away:.1g}")
             if not away < WALK_LIMIT:
                 found |= {"outcome": "wrong", "reason": f"the walk's logits differ by {away:.3g}"}
+    return found
+
+
+def measured(name: str, loaded: PreTrainedModel, original: Original) -> dict[str, Any]:
+    """A loaded result beside its original: errors, share of what is quantized, and what is wrong with it."""
+    if original.logits is None:
+        raise ValueError("an encoder-decoder was quantized as a decoder")
+    error = relative(logits(loaded, original.inputs), original.logits)
+    by_noise = relative(logits(noisy(original.model, grids(loaded)), original.inputs), original.logits)
+    found: dict[str, Any] = {
+        "outcome": "accepted",
+        "error": round(error, 4),
+        "noise": round(by_noise, 4),
+        "share": round(share(original.model, loaded), 3),
+    }
+    if not error < limit(by_noise):
+        found |= {
+            "outcome": "wrong",
+            "reason": f"logits differ by {error:.3g}, and by {by_noise:.3g} with noise on the weights",
+        }
+    elif name == GENERATES and not generated(original.model) and (tokens := generated(loaded)):
+        found |= {"outcome": "wrong", "reason": tokens}
     return found
 
 
@@ -161,7 +187,7 @@ def walked(name: str, source: Path) -> float:
     found = finish(run.model, blocks, streams.of(True), ids, form)
     from quantkit.checkpoint.load import load
 
-    return relative(found, load(source, device="cpu")(input_ids=ids, use_cache=False).logits)
+    return relative(found, skeleton.reader(load(source, device="cpu"))(input_ids=ids, use_cache=False).logits)
 
 
 def generated(model: PreTrainedModel) -> str:
@@ -179,110 +205,10 @@ def generated(model: PreTrainedModel) -> str:
     return "" if torch.equal(by_cache, whole) else "generate: a cache gives other tokens than whole forwards"
 
 
-def built(model_type: str, architecture: str) -> PreTrainedModel:
-    """The tiny model in fp32, eval mode, with random weights; the last error if no config of the type runs."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    last: Exception = ValueError("no config")
-    build = getattr(transformers, architecture)
-    for config in shrunk(CONFIG_MAPPING[model_type]):
-        try:
-            with torch.device("meta"):
-                size = sum(p.numel() for p in build(config).parameters())
-            if size > LARGEST:
-                raise ValueError(f"{size} weights, more than {LARGEST}")
-            torch.manual_seed(0)
-            model: PreTrainedModel = build(config).float().eval().requires_grad_(False)
-            randomise(model)
-            found = logits(model)
-            if not torch.isfinite(found).all():
-                raise ValueError("its logits are not finite")
-            return model
-        except Exception as error:  # the next strategy may do better
-            last = error
-    raise last
-
-
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Matrices get variance 1/columns and embeddings 1; the weights of norms stay within 0.5 of their default, other
-    vectors within 0.1.
-    """
-    generator = torch.Generator().manual_seed(1)
-    seen: set[int] = set()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in seen or not parameter.is_floating_point():
-            continue
-        seen.add(id(parameter))
-        if parameter.dim() > 1 and re.search(r"A_log|time_|recurrent|decay", name):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        elif parameter.dim() > 1:
-            convolution = parameter.dim() > 3 or (parameter.dim() == 3 and parameter.shape[1] == 1)
-            columns = parameter[0].numel() if convolution else parameter.shape[-1]
-            columns = 1 if id(parameter) in embeddings else columns
-            parameter.normal_(0, columns**-0.5, generator=generator)
-        elif name.endswith("norm.weight") or (name.endswith("weight") and parameter.dim() == 1):
-            parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
-        else:
-            parameter.add_(0.2 * torch.rand(parameter.shape, generator=generator) - 0.1)
-
-
-def family_of(model_type: str, model: nn.Module | None) -> str:
-    """dense, mixture, hybrid, wrapper or other, by what the built model holds (and by its mapping without one)."""
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[model_type]
-    names = [name for name, _ in model.named_parameters()] if model is not None else []
-    fields = set(getattr(config, "__dataclass_fields__", ()))
-    if model is not None and any(
-        type(m).__name__.endswith(("Experts", "MoE", "MoeBlock")) for m in model.modules()
-    ):
-        return "mixture"
-    if (
-        any(n.startswith(("num_experts", "n_routed_experts", "num_local_experts")) for n in fields)
-        and model is None
-    ):
-        return "mixture"
-    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "vision_config" in fields:
-        return "wrapper"
-    if {"is_decoder", "is_encoder_decoder", "decoder_layers"} & set(inspect.get_annotations(config)):
-        return "other"
-    if any(_RECURRENT.search(name) for name in names):
-        return "hybrid"
-    return "dense" if model is not None else "other"
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    """[windows, tokens, vocabulary] of a fixed text, without a picture."""
-    ids = torch.randint(4, 100, (BATCH, TEXT), generator=torch.Generator().manual_seed(2))
-    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    if found.shape[:2] != ids.shape:
-        raise ValueError(f"its logits have the shape {list(found.shape)} for {list(ids.shape)} tokens")
-    return found
-
-
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """RMS of the difference over the RMS of what varies in `wanted`."""
     spread = (wanted - wanted.mean(-1, keepdim=True)).double()
     return float((found - wanted).double().square().mean().sqrt() / spread.square().mean().sqrt())
-
-
-def tokenizer() -> Any:
-    """One token per character: 4 special ones, newline, printable ASCII; 100 in all."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "\n", *map(chr, range(32, 127))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def said(error: BaseException) -> str:

@@ -40,7 +40,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(max_)?(.*_)?sliding_window(_size)?|window_size|attention_window_size|local_window_size", 8),
     (r".*chunk_?size.*|block_size", 16),
     (r"(num|n)_(routed_|local_)?experts|.*num_experts|num_routed_experts|n_routed_experts", 4),
-    (r"num_experts_per_tok|.*top_?k|moe_top_?k|num_experts_per_token", 2),
+    (r"num_experts_per_tok|.*top_?k|moe_k|num_experts_per_token", 2),
     (r"n_groups?|topk_groups?|num_expert_groups?", 1),
     (r"(.*_)?(hidden|embed(ding)?|width|lru|model|proj(ection|ector)?|conv|output|input|attn|feature)_?(size|dim|width)",
      WIDTH),
@@ -113,7 +113,7 @@ def shrunk(kind: type[PreTrainedConfig]) -> Iterator[PreTrainedConfig]:
 
 
 def _default(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    config = kind()
+    config = kind(**fixes().get(kind.model_type, {}).get("_start", {}))
     for name in getattr(config, "sub_configs", {}) or {}:
         if getattr(config, name, None) is None:
             sub = config.sub_configs[name]
@@ -131,6 +131,7 @@ def tiny(
     depth = _depth(values)
     kept = _kept_layers(values, depth, mended.get("_layers", strategy.layers))
     changed: dict[str, Any] = {}
+    given = _given(config, values)
     token = SPECIAL
     for name, value in values.items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -154,6 +155,8 @@ def tiny(
             changed[name] = True
         elif name == "rope_parameters" and isinstance(value, dict):
             changed[name] = _rope(value)
+        if name not in changed and name in given:
+            changed[name] = value
     fitted = {k: v for k, v in mended.items() if not k.startswith("_")} | dict(counts or {})
     for name, value in fitted.items():
         inner, _, leaf = name.partition(".")
@@ -187,6 +190,16 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
         return getattr(config, name, None)
     except (AttributeError, ValueError, RuntimeError):
         return type(config).__dataclass_fields__[name].default
+
+
+def _given(config: PreTrainedConfig, values: Mapping[str, Any]) -> set[str]:
+    """The plain fields of a part of a config that are not what its class has by default."""
+    try:
+        usual = _values(type(config)())
+    except Exception:  # a class that wants to be told something
+        return set()
+    plain = (bool, int, float, str)
+    return {n for n, v in values.items() if isinstance(v, plain) and n in usual and usual[n] != v}
 
 
 def _depth(values: Mapping[str, Any]) -> int | None:

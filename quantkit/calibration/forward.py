@@ -6,6 +6,7 @@ It computes everything before them (embeddings, masks, rotary tables) and after 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from quantkit.calibration.returned import Returned, seen_on_meta, wrapped
 from quantkit.errors import ModelError
+from quantkit.models.skeleton import reader
 from quantkit.structure.trace import first_output
 
 if TYPE_CHECKING:
@@ -93,6 +95,19 @@ def patched(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator
             del module.forward
 
 
+def _reader(model: PreTrainedModel) -> PreTrainedModel:
+    """What is called with token ids; ModelError if it wants more than that."""
+    part = reader(model)
+    given = inspect.signature(part.forward).parameters.values()
+    wants = [p.name for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if beside := [name for name in wants if name != "input_ids"]:
+        raise ModelError(
+            f"{type(model).__name__} does not run on a text alone, its forward wants {', '.join(beside)}; quantize it "
+            "with rtn, without transforms"
+        )
+    return part
+
+
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     if args:
         return args[0], Call(args[1:], kwargs)
@@ -127,7 +142,7 @@ def embed(
 
     with refusing(type(model).__name__), patched((b, record) for b in blocks):
         try:
-            model(input_ids=ids, use_cache=cache is not None, **given)
+            _reader(model)(input_ids=ids, use_cache=cache is not None, **given)
         except Stop:
             if hidden[0].dim() < 3 or hidden[0].shape[0] != len(ids):
                 raise ValueError(
@@ -153,7 +168,7 @@ def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor)
     form: Returned = None
     try:
         with patched([(blocks[0], stop)]):
-            model(input_ids=ids, use_cache=False)
+            _reader(model)(input_ids=ids, use_cache=False)
     except Stop:
         form = seen_on_meta(blocks[0], *first[0])
     except _FORWARD_ERRORS:  # `embed` meets it too, and says it by name
@@ -177,7 +192,7 @@ def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tenso
 
     try:
         with patched((block, passing(i)) for i, block in enumerate(blocks)):
-            model(input_ids=ids, use_cache=False)
+            _reader(model)(input_ids=ids, use_cache=False)
     except _FORWARD_ERRORS:  # the head has no weights; before the last block `embed` meets the error too
         pass
     order = [index for index, _ in seen]
@@ -201,5 +216,5 @@ def finish(
         return wrapped(hidden, form)
 
     with patched((b, give) for b in blocks):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = _reader(model)(input_ids=ids, use_cache=False).logits
         return logits

@@ -64,6 +64,7 @@ class PackedQuantizer(HfQuantizer):
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
         check_shapes(model, packing, tensors)
+        self._shared = leave_out_shared(model)
         # What is left lives as long as the model: the types to save in.
         self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}
         # Some families (GPT-2) initialize weights of their blocks before loading: a stand-in without memory.
@@ -74,6 +75,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):
             module.__dict__.pop("weight", None)
+        for name, source in self._shared.items():
+            model.set_submodule(name, model.get_submodule(source))
         return model
 
     def get_state_dict_and_metadata(
@@ -84,7 +87,7 @@ class PackedQuantizer(HfQuantizer):
         stored = {n: torch_dtype(dtype) for n, (dtype, _) in self.quantization_config.tensors.items()}
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             return None, {}  # offloaded: transformers fetches each tensor when it writes it
-        state = all_as_stored(model.state_dict(), stored)
+        state = all_as_stored(_once(model), stored)
         for name, module in prepared:
             try:
                 state |= {f"{name}.{leaf}": tensor for leaf, tensor in module.on_disk().items()}
@@ -103,9 +106,10 @@ class PackedQuantizer(HfQuantizer):
             warnings.warn(
                 "dequantize keeps the weights only: inputs of linears are not rounded any more", stacklevel=3
             )
-        for name, module in packed_linears(model):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _dense(module, wanted))
+        dense = {id(module): _dense(module, wanted) for _, module in packed_linears(model)}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, dense[id(module)])
         model.__dict__.pop("save_pretrained", None)
         vars(model)["is_quantized"] = False
         move: Callable[..., PreTrainedModel] = model.to
@@ -132,6 +136,17 @@ def register() -> None:
 def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     """The packed linears of a model by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def _once(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model, that of packed linears which blocks share under their first names only."""
+    firsts = {name for name, _ in packed_linears(model)}
+    again = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear) and name not in firsts
+    ]
+    return {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in again}
 
 
 def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple[dict[str, str], Tensors]:
@@ -192,6 +207,23 @@ def swap(
         packed = _packed(name, (n, k), scheme, module, packing, tensors)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
+
+
+def leave_out_shared(model: PreTrainedModel) -> dict[str, str]:
+    """Take out the packed linears that are tied to another one, which several blocks share (Zamba): name -> that one.
+
+    Nothing is stored under their names, and transformers ties parameters only, which packed tensors are not.
+    """
+    packed = {name for name, _ in packed_linears(model)}
+    ties = model.all_tied_weights_keys
+    shared = {
+        name: ties[f"{name}.weight"].removesuffix(".weight") for name in packed if f"{name}.weight" in ties
+    }
+    for name in shared:
+        model.set_submodule(name, nn.Identity())
+        ties.pop(f"{name}.weight")
+        ties.pop(f"{name}.bias", None)
+    return shared
 
 
 def _left_dense(name: str, packing: Codec, tensors: Tensors, told: bool) -> bool:

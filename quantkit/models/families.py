@@ -27,12 +27,20 @@ HEADS = frozenset({"lm_head", "embed_out"})  # how the output head is called on 
 # Parts of names of what sees or hears, and of what leads from there to the language model: carried as it is.
 TOWERS = frozenset(
     ("visual", "vision", "vision_tower", "vision_model", "vision_encoder", "vision_embedder", "vision_embed",
-     "vision_resampler", "vit", "vqmodel", "image_newline", "image_encoder", "image_projection", "image_embed",
-     "audio", "audio_tower", "audio_model", "audio_encoder", "audio_embed", "audio_projection", "speech_encoder",
-     "embed_vision", "embed_audio", "embed_tokens_extend", "multi_modal_projector", "mm_projector", "connector",
-     "aligner", "merger", "projector", "qformer", "query_tokens", "language_projection", "mlp1", "code2wav", "talker",
-     "token2wav", "code_predictor")
+     "vision_resampler", "vit", "vqmodel", "protein_encoder", "image_newline", "image_encoder", "image_projection",
+     "image_embed", "audio", "audio_tower", "audio_model", "audio_encoder", "audio_embed", "audio_projection",
+     "speech_encoder", "embed_vision", "embed_audio", "embed_tokens_extend", "multi_modal_projector", "mm_projector",
+     "connector", "aligner", "merger", "projector", "qformer", "query_tokens", "language_projection", "mlp1",
+     "code2wav", "talker", "token2wav", "code_predictor")
 )  # fmt: skip
+
+# model_type -> the module that reads a text alone, where the forward of the whole model wants a picture.
+READERS = {
+    "blip-2": "language_model",
+    "instructblip": "language_model",
+    "instructblipvideo": "language_model",
+    "kosmos-2": "text_model",
+}
 
 # config.json keys of the part of a model that is its language model, outermost first.
 TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
@@ -184,6 +192,11 @@ def is_head(module: str) -> bool:
 def may_be_infinite(name: str) -> bool:
     """Whether a tensor is a bound of a tower (`input_max`), which is infinite where nothing is clipped."""
     return name.rpartition(".")[2] not in ("weight", "bias") and tower(name) is not None
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor is a counter that training keeps beside a norm, an integer."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def tower(name: str) -> str | None:

@@ -224,7 +224,9 @@ def _config(path: Path) -> dict[str, Any]:
     if key and config.get(key) != supported:
         raise ModelError(f"{path}: model type {kind} is not supported: {reason}")
     architectures = config.get("architectures") or []
-    other_heads = [a for a in architectures if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", a)]
+    other_heads = [
+        a for a in architectures if re.search(r"For(?!CausalLM|ConditionalGeneration|\w*Text2Text)[A-Z]", a)
+    ]
     if other_heads:
         raise ModelError(
             f"{path} holds {', '.join(other_heads)}, not a causal LM; give a ...ForCausalLM checkpoint"
@@ -249,7 +251,9 @@ def _check_tensors(headers: Headers) -> None:
     _refuse_mixture(headers, names)
     _refuse_quantized(headers, names)
     wrong = [
-        f"{n} ({headers.tensors[n].dtype})" for n in names if headers.tensors[n].dtype not in WEIGHT_DTYPES
+        f"{n} ({headers.tensors[n].dtype})"
+        for n in names
+        if headers.tensors[n].dtype not in WEIGHT_DTYPES and not families.is_counter(n)
     ]
     if wrong:
         raise ModelError(

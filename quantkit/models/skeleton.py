@@ -67,6 +67,13 @@ def places(model: PreTrainedModel) -> Places:
     return found
 
 
+def reader(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that is called with the tokens of a text and gives logits: nearly always the whole model."""
+    name = families.READERS.get(model.config.model_type, "")
+    found: Any = model.get_submodule(name)
+    return found  # type: ignore[no-any-return]
+
+
 def tied(model: PreTrainedModel) -> dict[str, str]:
     """Name of a tied parameter -> name of the parameter it shares, as transformers lists them."""
     ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -27,6 +27,11 @@ def ignore_list(model: PreTrainedModel, planned: Container[str]) -> list[str]:
     """
     places = skeleton.places(model)
     spellings = {name: places.on_disk(name) for name, module in model.named_modules() if is_linear(module)}
+    ties = {name: target.removesuffix(".weight") for name, target in skeleton.tied(model).items()}
+    shared = {name: ties[f"{name}.weight"] for name in spellings if f"{name}.weight" in ties}
+    for name, target in shared.items():  # a linear that blocks share is quantized under one name
+        if target in planned:
+            del spellings[name]
     used = [each for pair in spellings.items() for each in pair if each in planned]
     extra = [name.removesuffix(".weight") for name in places.extra() if name.endswith(".weight")]
     extra = [name for name in extra if "norm" not in name.rpartition(".")[2]]

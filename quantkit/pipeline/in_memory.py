@@ -20,6 +20,7 @@ from quantkit.errors import OutputError, memory_named
 from quantkit.formats.registry import MEMORY
 from quantkit.layers.kv_cache import attach
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models import skeleton
 from quantkit.models.borders import quiet
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.produce import produce
@@ -78,6 +79,7 @@ class _Into:
     def __init__(self, run: Run, model: nn.Module) -> None:
         self.run, self.model, self.journal = run, model, _Nothing()
         self.plans = {layer.name: layer for layer in run.plan.layers}
+        self.tied = skeleton.tied(run.model)
 
     def finished(self) -> int:
         return 0
@@ -95,7 +97,9 @@ class _Into:
             bias = None if dense.bias is None else dense.bias.data
             packed = QuantLinear.from_quantized(weight, bias, MEMORY, inputs, result.inputs.get(name))
             packed.replaces = type(dense)
-            self.model.set_submodule(plan.module, packed.to(dense.weight.device))
+            shared = [n for n, target in self.tied.items() if target == f"{plan.module}.weight"]
+            for module in (plan.module, *(n.removesuffix(".weight") for n in shared)):
+                self.model.set_submodule(module, packed.to(dense.weight.device))
 
 
 class _Nothing:

@@ -6,8 +6,11 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.bench import coverage
-from quantkit.bench.coverage_case import RECIPES, run_case
+from quantkit.bench.coverage_case import RECIPES, relative, run_case
+from quantkit.bench.coverage_judge import grids, limit, noisy, share
+from quantkit.bench.coverage_model import built, logits, tokenizer
 from quantkit.bench.shrink import fixes, shrunk
+from quantkit.pipeline.in_memory import quantize_in_memory
 
 # Hybrids: Mamba 2 beside attention, gated delta net, shared blocks, RG-LRU, a model without attention.
 # And cross-attention that no text reaches, merged convolutions, a tower whose device is asked for.
@@ -75,20 +78,71 @@ def test_a_refusal_is_told_by_name():
     assert "mixture of experts" in case.outcomes["w8-rtn"]["reason"]
 
 
-def test_the_summary_counts_the_worst_outcome_of_a_type():
-    good, bad = {"outcome": "accepted", "error": 0.01}, {"outcome": "wrong", "reason": "logits | differ"}
-    case = {"family": "dense", "built": "", "outcomes": {"w8-rtn": good, "w4-gptq": bad}}
-    fine = case | {"outcomes": {"w8-rtn": good}}
-    none = case | {"built": "ImportError: no pillow", "outcomes": {}}
-    lines = coverage.summary([case, fine, none])
-    assert lines[2] == "| dense | 1 | 0 | 0 | 1 | 1 |"
-    assert any("logits \\| differ" in line for line in coverage.details({"odd": case, "fine": fine}))
+GOOD = {"outcome": "accepted", "error": 0.01, "noise": 0.01, "share": 1.0}
+
+
+def case_of(model_type="llama", built="", **outcomes):
+    return {"model_type": model_type, "family": "dense", "built": built, "outcomes": outcomes}
+
+
+@pytest.mark.parametrize(
+    ("case", "verdict"),
+    [
+        (case_of(rtn=GOOD), "accepted"),
+        (case_of(rtn=GOOD, gptq={"outcome": "wrong", "reason": "logits | differ"}), "wrong"),
+        (case_of(rtn=GOOD, gptq={"outcome": "refused", "reason": "no"}), "partly"),
+        (case_of(rtn=GOOD | {"share": 0.2}), "partly"),
+        (case_of(rtn={"outcome": "refused", "reason": "x is an encoder-decoder model; only"}), "outside"),
+        (case_of(rtn={"outcome": "refused", "reason": "no place for: x"}), "refused"),
+        (case_of(built="KeyError: 'x'"), "not buildable"),
+        (case_of("pi0", built="TypeError: missing 'state'"), "outside"),
+    ],
+    ids=["accepted", "wrong", "partly", "little", "outside", "refused", "unbuilt", "robot"],
+)
+def test_the_verdict_is_the_worst_outcome_of_a_type(case, verdict):
+    assert coverage.verdict(case) == verdict
+    row = next(line for line in coverage.summary([case]) if line.startswith("| dense"))
+    counted = dict(zip(coverage.VERDICTS, row.split("|")[2:-1], strict=True))
+    assert {name: int(count) for name, count in counted.items()} == dict.fromkeys(coverage.VERDICTS, 0) | {
+        verdict: 1
+    }
+    assert ("\n".join(coverage.details({"odd": case})).count("odd")) == 1
+
+
+def test_reasons_fit_a_cell_of_the_table():
+    case = case_of(rtn=GOOD, gptq={"outcome": "wrong", "reason": "logits | differ"})
+    assert any("gptq: logits \\| differ" in line for line in coverage.details({"odd": case}))
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory):
+    """(a tiny model that amplifies changes of its weights, what it becomes at 8 bits, the other's logits)."""
+    model, inputs = built("muse_glimmer", coverage.types()["muse_glimmer"])
+    folder = tmp_path_factory.mktemp("sharp")
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model, quantize_in_memory(RECIPES["w8-rtn"], folder, device="cpu"), logits(model, inputs)
+
+
+def test_a_result_is_judged_by_noise_on_the_weights(sharp):
+    model, loaded, wanted = sharp
+    by_noise = relative(logits(noisy(model, grids(loaded)), {}), wanted)
+    assert 0.03 < relative(logits(loaded, {}), wanted) < limit(by_noise)
+    wrong = model.get_submodule(next(iter(grids(loaded))))
+    wrong.weight[:8] = wrong.weight[8:16].clone()
+    assert relative(logits(model, {}), wanted) > limit(by_noise)
+
+
+def test_the_share_counts_matrices_that_are_left_as_they_were(sharp):
+    model, loaded, _ = sharp
+    assert share(model, loaded) == 1.0
+    assert share(model, model) == 0.0
 
 
 def test_a_page_gets_the_table_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{coverage.BEGIN}\nold\n{coverage.END}\nbelow\n")
-    case = {"family": "dense", "built": "", "outcomes": {"w8-rtn": {"outcome": "accepted", "error": 0.01}}}
+    case = case_of(rtn=GOOD)
     coverage.document(page, {"llama": json.loads(json.dumps(case))}, {"transformers": "5", "commit": "c"})
     text = page.read_text()
     assert text.startswith("above\n")
