@@ -15,9 +15,7 @@ from quantkit_eval.protocols import Tokenizer
 from quantkit_eval.text import Text, check_sources
 
 from quantkit import assets
-from quantkit.checkpoint.load import load
 from quantkit.errors import DataError
-from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import Headers
 from quantkit.pipeline.cache import cache_limit, evaluation_cache
 
@@ -101,6 +99,9 @@ def evaluate_pair(
     original's files; what the original computes is kept under it for later runs. message: prints a line.
     progress(done, total): called after every batch of windows.
     """
+    from quantkit.checkpoint.load import load  # here: these import models, which most of a run does not need
+    from quantkit.layers.kv_cache import cache_of
+
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
     if device.type == "cpu" and needed > _available():
         return None, [
