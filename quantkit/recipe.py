@@ -24,6 +24,7 @@ from quantkit.recipe_schemes import (
     TRANSFORMS,
     UNUSUAL,
     WEIGHT_KEYS,
+    ExpertsPart,
     Inputs,
     KVCache,
     MaybeInputs,
@@ -121,8 +122,8 @@ class Recipe(Part):
     """What a run does. model: a folder or a hub id[@revision]; None = the embedded default.
 
     weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
-    keeps it exact. model_free: from tensors to tensors by their names, without a model class and without text. target:
-    what must be able to run the result.
+    keeps it exact. model_free: from tensors to tensors by their names, without a model class and without text. experts:
+    how those of a mixture are calibrated. target: what must be able to run the result.
     """
 
     model: Text | None = None
@@ -133,6 +134,7 @@ class Recipe(Part):
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     model_free: bool = False
     calibration: Calibration = Calibration()
+    experts: ExpertsPart | None = None
     target: TargetPart | None = None
     output: Output = Output()
 
@@ -233,7 +235,8 @@ class Recipe(Part):
         unusual: tuple[tuple[Any, Iterable[str]], ...] = (
             (data["weights"], (*UNUSUAL, "calibration")),
             (data["kv_cache"], KVCache.model_fields),
-            (data, ("inputs", "kv_cache", "target")),
+            (data, ("inputs", "kv_cache", "experts", "target")),
+            (data["experts"], ("min_tokens",)),
             (data["target"], ("gpu",)),
         )
         for part, keys in unusual:

@@ -335,3 +335,14 @@ class KVCache(Part):
             found.sinks if self.sinks is None else self.sinks,
             found.rotate if self.rotate is None else self.rotate,
         )
+
+
+class ExpertsPart(Part):
+    """How the experts of a mixture are calibrated.
+
+    calibrate: "routed", on the tokens that the router sends to them, or "all", on every token of the layer. min_tokens:
+    below so many an expert's own tokens are filled up with others of its layer; None: as many as a linear has inputs.
+    """
+
+    calibrate: Literal["routed", "all"] = "routed"
+    min_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = None

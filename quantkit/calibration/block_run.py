@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from quantkit.calibration.calls import BlockCalls, mappings, written
 from quantkit.calibration.collect import Gatherer, Gatherers
+from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.forward import Call, Stop, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
@@ -64,6 +65,7 @@ class BlockRun:
         groups: dict[tuple[Any, ...], Groups] | None = None,
         free: Callable[[], None] | None = None,
         now: Callable[[], float] = time.perf_counter,
+        experts: Iterable[ExpertsStage] = (),
     ) -> None:
         self.index, self.name, self.module = index, name, module
         self.plans, self.stored, self.streams = plans, stored, streams
@@ -83,6 +85,9 @@ class BlockRun:
         with refusing(f"decoder block {index} ({type(module).__name__})"):
             self.trace = trace(module, x, call.args, call.kwargs)
         self._hands_on = written(call, before)
+        self.experts = {stage.name: stage for stage in experts}
+        for stage in self.experts.values():
+            stage.through()
         widest = max((m.in_features for m in self.held.values()), default=0)
         self._replay = Replay(module, self.trace, widest, enabled=not self._hands_on)
 
@@ -118,10 +123,30 @@ class BlockRun:
         hidden = self.streams.of(full)[chunk].to(self.device)
         cache = self.kv.cache() if self.kv is not None and self.kv.ready and not full else None
         call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)), cache)
-        with patched(self._replay.forwards(chunk, full)):
+        with patched(self._replay.forwards(chunk, full)), self._experts_at((full, chunk.start)):
             out = self.module(hidden, *call.args, **call.kwargs)
         self.form = returned(out)
         return first_output(out), call
+
+    @contextmanager
+    def _experts_at(self, at: tuple[bool, int]) -> Iterator[None]:
+        """Inside, experts know which chunk runs, and so return what they have given for it, if they are finished."""
+        stages = self.experts.values()
+        for stage in stages:
+            stage.at = at
+        try:
+            yield
+        finally:
+            for stage in stages:
+                stage.at = None
+
+    @torch.no_grad()
+    def route(self, stage: ExpertsStage) -> None:
+        """Record what reaches some experts in every chunk of both streams."""
+        for chunk in self.chunks():
+            for full in (False, True):
+                if self.streams.has(full, chunk):
+                    stage.record((full, chunk.start), lambda chunk=chunk, full=full: self._run(chunk, full))
 
     @torch.no_grad()
     def collect(
@@ -138,7 +163,7 @@ class BlockRun:
         if not sets:
             return {}
         gatherers: Gatherers[tuple[str, ...]] = Gatherers(self.device)
-        final = sets[-1] == self.trace.siblings[-1]
+        final = self._may_advance(sets[-1])
         for chunk in self.chunks():
             seen: dict[bool, Inputs] = {}
             for full in (False, True):
@@ -153,6 +178,10 @@ class BlockRun:
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
         return gatherers.finish()
+
+    def _may_advance(self, siblings: tuple[str, ...]) -> bool:
+        """Whether the full stream may go on to the block's output once these siblings have been seen."""
+        return siblings == self.trace.siblings[-1] and all(each.done for each in self.experts.values())
 
     def rounded(self, siblings: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         """The shared input [..., K] of siblings on the grid that all planned ones round it to; if they differ in it, as

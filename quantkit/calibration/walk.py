@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from quantkit.calibration.block_run import BlockRun, Groups
 from quantkit.calibration.calls import BlockCalls, record
 from quantkit.calibration.collect import Gatherer
+from quantkit.calibration.experts import expert_stages
 from quantkit.calibration.forward import Stop, block_form, embed, finish
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.memory import give_back
@@ -141,15 +143,26 @@ def _open(
         module = skeleton.load_block(
             model, source, index, device=device, stored=as_stored, blocks_prefix=plan.blocks_prefix
         )
+        stages = expert_stages(module, plans, stored, partial(_read, model, source, name))
+        plans = {n: p for n, p in plans.items() if not any(n.startswith(f"{s.name}.") for s in stages)}
         _hold(module, plans)
 
     def free() -> None:
         skeleton.free_block(model, index, plan.blocks_prefix)
 
     with timed("calibrate"):
-        run = BlockRun(index, name, module, plans, stored, streams, calls, batch, device, known, free, now)
+        run = BlockRun(
+            index, name, module, plans, stored, streams, calls, batch, device, known, free, now, stages
+        )
     run.model_type = source.headers.text_type
     return run
+
+
+def _read(
+    model: PreTrainedModel, source: Source, block: str, linear: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias or None) of a linear of an expert, by its name inside the block."""
+    return skeleton.read_linear(model, source, f"{block}.{linear}")
 
 
 def _hold(module: nn.Module, plans: dict[str, LayerPlan]) -> None:
@@ -228,6 +241,7 @@ def _form(
     ids = windows[:1].to(device)
     hidden, calls = embed(model, blocks, ids, form=block_form(model, blocks, ids))
     block = skeleton.load_block(model, source, 0, device=device, blocks_prefix=prefix)
+    expert_stages(block, {}, {}, partial(_read, model, source, f"{prefix}.0"))  # they answer with zeros
     out = block(hidden, *calls[0].args, **calls[0].kwargs)
     skeleton.free_block(model, 0, prefix)
     return returned(out)

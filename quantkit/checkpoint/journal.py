@@ -167,6 +167,15 @@ class Journal:
             if keep is None or file != self.streams(keep):
                 file.unlink()
 
+    def beside(self, part: int, name: str) -> Path:
+        """The file of an expert that waits for its block, `part`, to be finished."""
+        return self.folder / f"expert-{part}-{name}.safetensors"
+
+    def drop_beside(self, part: int) -> None:
+        """Remove the files of the experts of a block."""
+        for file in self.folder.glob(f"expert-{part}-*"):
+            file.unlink()
+
     def kept(self) -> dict[str, Any] | None:
         """What a search has found before the first block; None if nothing is kept, or it is damaged."""
         with contextlib.suppress(OutputError):

@@ -177,10 +177,6 @@ def _refuse_incomplete(path: Path, model: PreTrainedModel, info: dict[str, Any])
     kind = str(config["model_type"])
     extra = [str(name) for name in info.get("unexpected_keys") or ()]
     unknown = misfits(model, config, [name for name in extra if not families.dropped(kind, name)])
-    if experts := [name for name in extra if families.EXPERT_TENSOR.search(name)]:
-        raise ModelError(
-            f"{path} is a mixture of experts with packed experts ({named(experts)}), not supported yet"
-        )
     problems = [
         f"{what}: {named(str(name) for name in names)}"
         for what, names in (

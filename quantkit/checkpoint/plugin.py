@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto as registry
 from transformers.quantizers.base import HfQuantizer
@@ -24,6 +25,8 @@ from quantkit.checkpoint.saving import all_as_stored
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models import families
+from quantkit.models.experts import STACKS, Experts, unfuse
 from quantkit.models.places import find_places
 from quantkit.models.skeleton import find_blocks
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
@@ -55,11 +58,13 @@ class PackedQuantizer(HfQuantizer):
 
     quantization_config: PackedConfig
     requires_calibration = True  # reads what is quantized, quantizes nothing
+    experts: list[str]  # modules whose experts are linears of their own
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
         stored = self.quantization_config.stored
         packing = codec_of(stored)
         names, tensors = by_module(model, packing, self.quantization_config.tensors)
+        self.experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
         swap(model, packing, either(packing.parse(stored), names), tensors)
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
@@ -71,6 +76,16 @@ class PackedQuantizer(HfQuantizer):
         for _, module in packed_linears(model):
             if "weight" not in module.tensors:
                 module.weight = torch.empty(module.out_features, module.in_features, device="meta")
+
+    def update_weight_conversions(self, conversions: list[Any], *_: Any) -> list[Any]:
+        """transformers' conversions, without those that would stack experts which stay linears of their own."""
+        apart = self.experts
+        return [
+            each
+            for each in conversions
+            if not isinstance(each, WeightConverter)
+            or not any(target in f"{name}.{stack}" for target in each.target_patterns for name in apart for stack in STACKS)
+        ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):
@@ -161,6 +176,10 @@ def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple
         weights[f"{owner}.weight" if leaf in packing.leaves else name] = shape
     prefix, blocks = find_blocks(model)
     places = find_places(model, weights, prefix, len(blocks))
+    owners = frozenset(name.rpartition(".")[0] for name in weights)
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{packing.scale}")}
+    if any(families.EXPERT_TENSOR.search(name) for name in packed):
+        places = unfuse(model, places, owners)
     named: Tensors = {}
     for name, said in tensors.items():
         owner, _, leaf = name.rpartition(".")

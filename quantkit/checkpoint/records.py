@@ -42,6 +42,13 @@ class TensorRecord:
     became: list[str] | None = None
     reason: str | None = None
 
+    def beside(self, other: TensorRecord | None) -> TensorRecord:
+        """What became of a tensor that is several weights (a stack of experts), of which `other` tells the rest."""
+        if other is None or other == self:
+            return self
+        how = "quantized" if "quantized" in (self.how, other.how) else self.how
+        return TensorRecord(how, sorted({*(self.became or ()), *(other.became or ())}))
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -202,7 +209,10 @@ class SearchRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The record of a finished checkpoint (`quantkit.json`). model_free: True if it was made without a model class."""
+    """The record of a finished checkpoint (`quantkit.json`). model_free: True if it was made without a model class.
+
+    experts: of a mixture, per layer how many calibration tokens came to each expert.
+    """
 
     schema: str
     identity: dict[str, Any]
@@ -221,6 +231,7 @@ class Manifest:
     evaluation: Report | None = None
     kv_cache: KVRecord | None = None
     model_free: bool | None = None
+    experts: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the file says `null` where nothing was calibrated or evaluated."""

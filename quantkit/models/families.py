@@ -22,6 +22,9 @@ SIBLINGS = (
 # misleads.
 ATTENTION_LOGIT_NAMES = ("q_proj", "k_proj", "qkv", "query", "key", "c_attn")
 
+# Subclasses of nn.Linear with a forward of their own that computes the same (Falcon rounds before it adds the bias).
+LINEARS = frozenset({"FalconLinear"})
+
 HEADS = frozenset({"lm_head", "embed_out"})  # how the output head is called on disk
 
 # Parts of names of what sees or hears, and of what leads from there to the language model: carried as it is.
@@ -101,16 +104,19 @@ OTHERS: dict[str, Family] = {
     "openai-gpt": Family(conv1d=CONV1D, dropped=_GPT2_MASKS, tied=True),
 }
 
-# config.json keys whose value above 1 means a mixture of experts, and how experts are called on disk.
-EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
+# Tensors that stack all experts of a layer, [E, ...]: (pattern of the name on disk, with the name of the experts as its
+# first group; what is put behind that name; the linears in it, in order; weight or bias).
+_BOTH = ("gate_proj", "up_proj")
+STACKED = (
+    (re.compile(r"^((?:.*\.)?experts)\.(?:gate_up_proj|fc1|w13_weight)(?:\.weight)?$"), "", _BOTH, "weight"),
+    (re.compile(r"^((?:.*\.)?experts)\.gate_up_proj_bias$"), "", _BOTH, "bias"),
+    (re.compile(r"^((?:.*\.)?experts)\.up_proj(?:\.weight)?$"), "", ("up_proj",), "weight"),
+    (re.compile(r"^((?:.*\.)?experts)\.(?:down_proj|fc2|w2_weight)(?:\.weight)?$"), "", ("down_proj",), "weight"),
+    (re.compile(r"^((?:.*\.)?experts)\.down_proj_bias$"), "", ("down_proj",), "bias"),
+    (re.compile(r"^(.*block_sparse_moe)\.input_linear\.weight$"), ".experts", _BOTH, "weight"),
+    (re.compile(r"^(.*block_sparse_moe)\.output_linear\.weight$"), ".experts", ("down_proj",), "weight"),
 )
-EXPERT_TENSOR = re.compile(r"(^|\.)(experts|shared_experts?)\.")
-ROUTER_TENSOR = re.compile(r"(^|\.)(router|gate|wg|block_sparse_moe|moe)\.")
+EXPERT_TENSOR = re.compile(r"(^|\.)experts\.")
 
 # Linears of decoder blocks that are left as they are unless a rule names them: (pattern of the module name, reason).
 # They are a fraction of the weights, and what they decide (which expert, how fast a state decays) is not averaged out.
@@ -119,6 +125,7 @@ SET_ASIDE = (
     (_ROUTER, "a router or gate of a few rows"),
     (re.compile(r"\.(dt_proj|x_proj)$"), "a time-step projection of a state-space layer"),
     (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
+    (re.compile(r"\.weights_proj$"), "the head weights of a sparse-attention indexer"),
 )
 
 # What names alone say where no model class can be asked (`names.py`): 2-D tensors that are no linears, whatever a rule
@@ -139,7 +146,6 @@ BY_NAME = (
         re.compile(r"\.gate\.(wg|linear|proj)$|\.(classifier|routing|expert_gate)$"),
         "a router or gate of a few rows",
     ),
-    (re.compile(r"\.weights_proj$"), "the head weights of a sparse-attention indexer"),
     (re.compile(r"(^|[._])lora_[ABab]?(\.|$)|(^|[._])(lora|adapter)[^.]*(\.|$)"), "an adapter of low rank"),
     (re.compile(r"\.(enorm|hnorm|eh_proj|shared_head)(\.|$)"), "a layer that predicts further tokens (MTP)"),
 )
@@ -192,11 +198,6 @@ def is_head(module: str) -> bool:
 def may_be_infinite(name: str) -> bool:
     """Whether a tensor is a bound of a tower (`input_max`), which is infinite where nothing is clipped."""
     return name.rpartition(".")[2] not in ("weight", "bias") and tower(name) is not None
-
-
-def is_counter(name: str) -> bool:
-    """Whether a tensor is a counter that training keeps beside a norm, an integer."""
-    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def tower(name: str) -> str | None:

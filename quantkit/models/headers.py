@@ -16,7 +16,15 @@ from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, quantization_config, read_config
-from quantkit.models.tensors import DTYPES, FLOATS, WEIGHT_DTYPES, TensorInfo, named, read_tensors
+from quantkit.models.tensors import (
+    DTYPES,
+    FLOATS,
+    WEIGHT_DTYPES,
+    OfExpert,
+    TensorInfo,
+    named,
+    read_tensors,
+)
 from quantkit.paths import weights_path
 
 _DOWNLOADED = (
@@ -31,6 +39,7 @@ _DOWNLOADED = (
     "NOTICE*",
 )
 _NOT_DOWNLOADED = ("original/*", "consolidated*.safetensors")  # the same weights again, in another layout
+FLOATS_OR_TABLES = (*WEIGHT_DTYPES, "I32", "I64")  # tables of numbers, such as the experts of every token, are carried
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -155,6 +164,8 @@ def read_checkpoint(path: str | Path, model_free: bool = False) -> Headers:
             tensors = _decodable(encoding, config, tensors)
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
+    if not model_free:
+        tensors = _apart(config, tensors)
     headers = Headers(path, config, tensors, files, encoding, model_free)
     if model_free:
         _refuse_quantized(headers, list(tensors))
@@ -183,6 +194,30 @@ def _decodable(
         parts, size = tuple(leaves.values()), sum(part.nbytes for part in leaves.values())
         tensors[weight] = TensorInfo(weight, _decoded_dtype(config, parts), shape, info.file, 0, size, parts)
     return tensors
+
+
+def _apart(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors with every linear of every expert in place of the stacks that hold them."""
+    hidden = text_config(config).get("hidden_size")
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        stack = next(((m, *rest) for pattern, *rest in families.STACKED if (m := pattern.match(name))), None)
+        if stack is None or len(info.shape) != (3 if stack[3] == "weight" else 2):
+            found[name] = info
+            continue
+        match, behind, linears, leaf = stack
+        experts, *own = info.shape
+        turned = leaf == "weight" and hidden == own[0 if len(linears) == 2 or linears == ("up_proj",) else 1]
+        turned = turned and hidden != own[0 if linears == ("down_proj",) else 1]
+        shape = (*reversed(own),) if turned else (*own,)
+        shape = (shape[0] // len(linears), *shape[1:])
+        share = info.nbytes // max(1, experts * len(linears))
+        for expert in range(experts):
+            for linear in linears:
+                of = OfExpert(expert, linear.removesuffix("_proj"), len(linears) == 2)
+                logical = f"{match[1]}{behind}.{expert}.{linear}.{leaf}"
+                found[logical] = TensorInfo(logical, info.dtype, shape, info.file, 0, share, (info,), of)
+    return found
 
 
 def quantized_linears(
@@ -248,12 +283,11 @@ def _check_tensors(headers: Headers) -> None:
     names = [name for name in headers.tensors if name not in headers.dropped]
     if not names:
         raise ModelError(f"{headers.path} holds no weights")
-    _refuse_mixture(headers, names)
     _refuse_quantized(headers, names)
     wrong = [
         f"{n} ({headers.tensors[n].dtype})"
         for n in names
-        if headers.tensors[n].dtype not in WEIGHT_DTYPES and not families.is_counter(n)
+        if headers.tensors[n].dtype not in (WEIGHT_DTYPES if n.endswith((".weight", ".bias")) else FLOATS_OR_TABLES)
     ]
     if wrong:
         raise ModelError(
@@ -267,26 +301,4 @@ def _refuse_quantized(headers: Headers, names: list[str]) -> None:
         raise ModelError(
             f"{headers.path} is already quantized ({named(quantized)}) in a way that its config.json does not say; "
             "give the original checkpoint"
-        )
-
-
-def _refuse_mixture(headers: Headers, names: list[str]) -> None:
-    """A mixture of experts is one by its tensors; config.json alone may count experts that no block has."""
-    parts = (headers.config, text_config(headers.config))
-    counts = {
-        key: part[key] for part in parts for key in families.EXPERT_COUNTS if type(part.get(key)) is int
-    }
-    several = {count for count in counts.values() if count > 1}
-    experts = [
-        name
-        for name in names
-        if families.EXPERT_TENSOR.search(name)
-        or (several and families.ROUTER_TENSOR.search(name))
-        or (len(headers.tensors[name].shape) == 3 and headers.tensors[name].shape[0] in several)
-    ]
-    if experts:
-        told = "".join(f"{key}: {count}; " for key, count in counts.items() if count > 1)
-        raise ModelError(
-            f"{headers.path} ({headers.model_type}) is a mixture of experts ({told}{named(experts)}), not supported "
-            f"yet; use a dense model, {MODEL_FREE}"
         )

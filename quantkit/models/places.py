@@ -213,7 +213,10 @@ def _kind(owner: Any, module: str, leaf: str, stacked: bool) -> Kind:
 
     if stacked or "experts" in module.rpartition(".")[2]:
         return "expert"
-    if leaf == "weight" and isinstance(owner, nn.Linear | Conv1D):
+    plain = isinstance(owner, Conv1D) or type(owner).__name__ in families.LINEARS
+    if isinstance(owner, nn.Linear):  # a subclass may use its weight in another way
+        plain = plain or type(owner).forward is nn.Linear.forward
+    if leaf == "weight" and plain:
         return "router" if families.is_router(module) else "linear"
     if isinstance(owner, nn.Embedding):
         return "embedding"

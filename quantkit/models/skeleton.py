@@ -22,6 +22,7 @@ from quantkit.models.blocks import NUMBERED, predicts_further
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import MODEL_FREE
+from quantkit.models.experts import Experts, unfuse
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
 from quantkit.models.tensors import named, torch_dtype
@@ -53,12 +54,31 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     with quiet(), foreign_errors(f"{source.path}: the names of its tensors"):
         prefix, blocks = find_blocks(model)
         shapes = {name: source.raw(name).shape for name in source.names()}
-        model.__dict__["_places"] = find_places(
-            model, shapes, prefix, len(blocks)
-        )  # past nn.Module's bookkeeping
+        places_ = unfuse(model, find_places(model, shapes, prefix, len(blocks)))
+        model.__dict__["_places"] = places_  # past nn.Module's bookkeeping
+        _lay_stacks(model, source)
     check_fit(model, source)
     source.dropped |= duplicates(model, source)
     return model
+
+
+def _lay_stacks(model: PreTrainedModel, source: Source) -> None:
+    """Tell the source how the stacks of experts on disk lie: as in the model, or with their last axes exchanged."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        shape, where = module.shape, places(model)
+        for expert, role, leaf in ((0, r, f) for r in module.names for f in ("weight", "bias")):
+            parts = where.by_parameter.get(f"{name}.{expert}.{module.names[role]}.{leaf}", ())
+            info = source.raw(parts[0].disk) if parts else None
+            if info is None or info.expert is None:
+                continue
+            (stack,) = info.parts
+            rows = shape.hidden if role == "down" else shape.width * (2 if info.expert.halved else 1)
+            columns = shape.width if role == "down" else shape.hidden
+            own = stack.shape[1:]
+            turned = shape.transposed if rows == columns else own == (columns, rows)
+            source.lay_stack(stack.name, turned and leaf == "weight", shape.interleaved)
 
 
 def places(model: PreTrainedModel) -> Places:
@@ -187,7 +207,7 @@ def load_block(
     stored: Container[str] = (),
     blocks_prefix: str | None = None,
 ) -> nn.Module:
-    """Load decoder block `index` in place in `model` and return it.
+    """Load decoder block `index` in place in `model` and return it; its experts stay on meta (`read_linear`).
 
     dtype None: what the skeleton was built with. stored: full names of tensors read as stored.
     """
@@ -197,14 +217,27 @@ def load_block(
     )  # another walk may have loaded it
     configs = (model.config, model.config.get_text_config())
     block = copy.deepcopy(meta, {id(each): each for each in configs})
+    experts = [f"{name}." for name, module in block.named_modules() if isinstance(module, Experts)]
     for name, place in _wanted(block).items():
         full = f"{prefix}.{index}.{name}"
+        if any(name.startswith(each) and name.removeprefix(each)[0].isdecimal() for each in experts):
+            continue
         tensor = parameter(model, source, full, None if full in stored else dtype or place.dtype)
         _assign(block, name, tensor.to(device))
     _move_buffers(block, device, lambda name: True)
     block.__dict__["_meta_block"] = meta  # past nn.Module's bookkeeping: it is no submodule
     blocks[index] = block
     return block
+
+
+def read_linear(
+    model: PreTrainedModel, source: Source, name: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias or None) of the linear called `name` in the model, as stored, on the CPU."""
+    bias = f"{name}.bias"
+    has_bias = model.get_submodule(name).bias is not None
+    weight = parameter(model, source, f"{name}.weight")
+    return weight, parameter(model, source, bias) if has_bias else None
 
 
 def free_block(model: PreTrainedModel, index: int, blocks_prefix: str | None = None) -> None:

@@ -21,7 +21,7 @@ from quantkit.formats.registry import codec_of
 from quantkit.models.config import MODEL_FREE, open_config
 from quantkit.models.digests import digests
 from quantkit.models.headers import Headers
-from quantkit.models.tensors import TensorInfo, torch_dtype
+from quantkit.models.tensors import OfExpert, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,6 +54,7 @@ class Source:
         self.headers = headers
         self.dropped = dict(headers.dropped)
         self._digest: str | None = None
+        self._stacks: dict[str, tuple[bool, bool]] = {}
 
     @property
     def path(self) -> Path:
@@ -83,6 +84,8 @@ class Source:
         A cast is done by chunks, so that no second whole copy exists. A weight that is stored quantized is decoded.
         """
         info = self.raw(name)
+        if info.expert is not None:
+            return self._of_expert(info, info.expert, dtype or torch_dtype(info.dtype))
         if info.parts:
             return self._decoded(info, dtype or torch_dtype(info.dtype))
         stored = torch_dtype(info.dtype)
@@ -115,6 +118,30 @@ class Source:
         if not _finite(weight):
             self._refuse(info, weight, dtype)
         return weight
+
+    def _of_expert(self, info: TensorInfo, which: OfExpert, dtype: torch.dtype) -> torch.Tensor:
+        """A weight or bias of one expert, read from its stack; see `lay_stack`."""
+        (stack,) = info.parts
+        transposed, interleaved = self._stacks[stack.name]
+        own, stored = stack.shape[1:], torch_dtype(stack.dtype)
+        raw = torch.empty(own, dtype=stored)
+        with self._open(stack) as file:
+            self._read(file.fileno(), raw.view(-1), stack, which.expert * raw.numel() * stored.itemsize)
+        part = raw.T if transposed and raw.dim() == 2 else raw
+        if which.halved:
+            first = 0 if which.role == "gate" else 1
+            part = part[first::2] if interleaved else part.chunk(2)[first]
+        out = torch.empty(part.shape, dtype=dtype).copy_(part)
+        if not _finite(out):
+            self._refuse(stack, raw, dtype)
+        return out
+
+    def lay_stack(self, name: str, transposed: bool, interleaved: bool) -> None:
+        """Say how a stack of experts [E, ...] lies on disk, before any is read.
+
+        transposed: its weights are [in, out]. interleaved: outputs of gate and up alternate.
+        """
+        self._stacks[name] = transposed, interleaved
 
     def _whole(self, info: TensorInfo) -> torch.Tensor:
         """A stored tensor as it is, whatever its values."""

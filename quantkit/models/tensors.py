@@ -38,11 +38,24 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
+class OfExpert:
+    """Which linear of a stack of experts: the number of the expert, and "gate", "up" or "down".
+
+    halved: whether the stack holds gate and up together.
+    """
+
+    expert: int
+    role: str
+    halved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One stored tensor. dtype: as safetensors spells it ("BF16"). offset: bytes from the start of `file`.
 
-    parts: of a weight that is stored quantized, the tensors it is decoded from. It has the name, dtype and shape of the
-    decoded weight, and as `nbytes` those of its parts together.
+    parts: of a weight that is stored quantized, the tensors it is decoded from; of one in a stack of experts, the
+    stack. It has the name, dtype and shape of the decoded weight, and as `nbytes` those of its parts together, or its
+    share of them. expert: which linear of the stack it is.
     """
 
     name: str
@@ -52,6 +65,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     parts: tuple[TensorInfo, ...] = ()
+    expert: OfExpert | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -77,7 +91,7 @@ def read_tensors(path: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
     tensors: dict[str, TensorInfo] = {}
     files = _weight_files(path)
     for file in files:
-        for name, info in _read_header(file).items():
+        for name, info in read_header(file).items():
             if name in tensors:
                 raise ModelError(f"tensor {name} is both in {tensors[name].file.name} and in {file.name}")
             tensors[name] = info
@@ -141,7 +155,7 @@ def _check_index(path: Path, files: list[Path], tensors: dict[str, TensorInfo]) 
         )
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

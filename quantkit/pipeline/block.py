@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,9 +14,11 @@ from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.config import RtnConfig
 from quantkit.algorithms.registry import Outcome
 from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.memory import give_back
 from quantkit.checkpoint.records import LayerRecord
 from quantkit.errors import NumericalError
+from quantkit.models.tensors import TensorInfo
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
@@ -34,7 +37,8 @@ class BlockResult:
     weights: the quantized linears; inputs: the stored ranges of those with static inputs; both by the name on disk.
     changed: other parameters a transform has changed, in their stored dtype, by the model's names of them.
     layers: one record per quantized linear. scaling: one per scaling group a transform has looked at. cache: calibrated
-    scales of the KV cache, as they are stored, by the model's names of them.
+    scales of the KV cache, as they are stored, by the model's names of them. experts: one report per layer of experts.
+    aside: linears that lie packed in a file already, by name: their tensors there.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -43,6 +47,21 @@ class BlockResult:
     layers: list[LayerRecord] = field(default_factory=list)
     scaling: list[dict[str, Any]] = field(default_factory=list)
     cache: dict[str, torch.Tensor] = field(default_factory=dict)
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    aside: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
+
+    def take(self, other: BlockResult) -> None:
+        """Take in what a part of the block (an expert) became."""
+        self.layers += other.layers
+        self.scaling += other.scaling
+        self.experts += other.experts
+        for own, theirs in (
+            (self.weights, other.weights),
+            (self.inputs, other.inputs),
+            (self.changed, other.changed),
+            (self.aside, other.aside),
+        ):
+            own.update(theirs)  # type: ignore[attr-defined]
 
     def add(
         self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome, inputs: CalibratedInputs | None = None
@@ -143,23 +162,29 @@ def judged(
     return Soundness(weight_error, objective, float(rows.max()), notes)
 
 
-def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> BlockResult:
+def quantize_block(
+    run: BlockRun,
+    clock: Clock,
+    kv: KVScheme | None = None,
+    experts: Callable[[ExpertsStage], BlockResult] | None = None,
+) -> BlockResult:
     """Quantize the planned linears of one block, one set of siblings (linears that share an input) after the other.
 
     The block keeps the quantized weights, so the statistics of each set see the sets before it already quantized
-    ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized.
+    ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized. experts:
+    quantizes the experts of the block, when their turn comes.
     """
     result, plans = BlockResult(), run.plans
     sets = [s for s in run.trace.siblings if any(n in plans for n in s)]
     _round_unused(run, sorted(plans.keys() - {n for s in sets for n in s}), result)
     run.finished({n for s in run.trace.siblings for n in s} - plans.keys())
     fields = {s: frozenset().union(*(needs(plans[n]) for n in s if n in plans)) for s in sets}
-    if any(getattr(p.algorithm, "true_sequential", False) for p in plans.values()):
-        passes = [[s] for s in sets]
-    else:
-        passes = [sets]
     cache = CacheCalibration(run, kv, clock)
-    for together in passes:
+    for together in _passes(run, sets):
+        if isinstance(together, ExpertsStage):
+            assert experts is not None
+            result.take(experts(together))
+            continue
         with clock("calibrate"):
             inputs = calibrate_inputs(run, together)
             statistics = run.collect(together, fields)
@@ -170,6 +195,22 @@ def quantize_block(run: BlockRun, clock: Clock, kv: KVScheme | None = None) -> B
         cache.quantized(name for siblings in together for name in siblings)
     result.cache = cache.stored()
     return result
+
+
+def _passes(run: BlockRun, sets: list[tuple[str, ...]]) -> list[list[tuple[str, ...]] | ExpertsStage]:
+    """What is worked on at once: sets of siblings between two stages of experts, or each alone; in order of running."""
+    alone = any(getattr(p.algorithm, "true_sequential", False) for p in run.plans.values())
+    place: dict[Any, tuple[float, int]] = {s: (number, 1) for number, s in enumerate(run.trace.siblings)}
+    place |= {name: (run.trace.experts.get(name, math.inf), 0) for name in run.experts}
+    found: list[list[tuple[str, ...]] | ExpertsStage] = []
+    for each in sorted([*sets, *run.experts], key=lambda one: place[one]):
+        if isinstance(each, str):
+            found.append(run.experts[each])
+        elif alone or not found or isinstance(found[-1], ExpertsStage):
+            found.append([each])
+        else:
+            found[-1].append(each)
+    return found
 
 
 def _round_unused(run: BlockRun, names: list[str], result: BlockResult) -> None:

@@ -87,6 +87,9 @@ class _Into:
     def streams(self, done: int) -> Streams | None:
         return None
 
+    def put_aside(self, part: int, result: BlockResult) -> None:
+        """The model takes it with its block."""
+
     def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
         for name, tensor in result.changed.items():
             self.model.get_parameter(name).data.copy_(tensor)

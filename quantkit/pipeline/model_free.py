@@ -71,6 +71,7 @@ def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
             "account": plain(account),
             "layers": plain(layers),
             "scaling": [],
+            "experts": [],
             "streams": None,
         }
     )

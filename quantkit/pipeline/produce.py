@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import inputs_after_blocks, walk
 from quantkit.checkpoint.records import SearchRecord
@@ -17,6 +19,7 @@ from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.inputs import round_inputs
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
+from quantkit.pipeline.experts import quantize_experts
 from quantkit.pipeline.inputs import CalibratedInputs, calibrated, statistic
 from quantkit.pipeline.model_free import stream_parts
 from quantkit.pipeline.pieces import sharing
@@ -25,6 +28,7 @@ from quantkit.pipeline.search import Kept, searched, settled
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
+from quantkit.recipe_schemes import ExpertsPart
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.config import TransformConfig
 
@@ -40,6 +44,9 @@ class Writer(Protocol):
 
     def streams(self, done: int) -> Streams | None:
         """The hidden states behind `done` parts; None at the beginning."""
+
+    def put_aside(self, part: int, result: BlockResult) -> None:
+        """Move an expert out of memory, where that is possible, until its part is kept."""
 
     def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
         """Keep one part, and the hidden states behind it."""
@@ -99,7 +106,7 @@ def _calibrated(
     )
     for block in blocks:
         tracker.opened(block)
-        result = _worked_on(run, block, transforms)
+        result = _worked_on(run, block, transforms, writer)
         tracker.computed(result.weights, block)
         with run.clock("calibrate"):
             block.leave()  # now, as packing needs the memory
@@ -112,17 +119,26 @@ def _calibrated(
         tracker.finished(total)
 
 
-def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig]) -> BlockResult:
-    """Transform and quantize one block."""
-    scaling = []
-    for config in transforms:
-        with run.clock("transform"):
-            report = transform(config.name).apply(block, config)
-            scaling += [{"transform": config.name} | entry for entry in report]
-    result = quantize_block(block, run.clock, run.plan.kv)
-    result.changed = {f"{block.name}.{n}": t for n, t in block.changed.items()}
-    result.scaling = scaling
-    return result
+def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], writer: Writer) -> BlockResult:
+    """Transform and quantize one block, and its experts one by one."""
+
+    def work(one: BlockRun) -> BlockResult:
+        scaling = []
+        for config in transforms if one.streams.leading.numel() else ():
+            with run.clock("transform"):
+                report = transform(config.name).apply(one, config)
+                scaling += [{"transform": config.name} | entry for entry in report]
+        result = quantize_block(one, run.clock, run.plan.kv if one is block else None, experts)
+        result.changed |= {f"{one.name}.{n}": t for n, t in one.changed.items()}
+        result.scaling = scaling + result.scaling
+        return result
+
+    def experts(stage: ExpertsStage) -> BlockResult:
+        options = run.recipe.experts or ExpertsPart()
+        keep = partial(writer.put_aside, block.index)
+        return quantize_experts(block, stage, options, work, keep, run.clock)
+
+    return work(block)
 
 
 def _outside(run: Run, streams: Streams) -> BlockResult:

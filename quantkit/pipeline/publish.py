@@ -40,6 +40,7 @@ from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models.companions import Companions, find_companions
 from quantkit.models.config import read_config
+from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.models.names import ignore_patterns
 from quantkit.models.tensors import INDEX
@@ -49,6 +50,7 @@ from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import preflight, verdicts
+from quantkit.plan import starred
 from quantkit.scheme import Scheme
 from quantkit.validation import subject_of
 
@@ -99,6 +101,7 @@ def publish(
         kv_cache=None if run.plan.kv is None else KVRecord.of(run.plan.kv),
         searches=list(found) or None,
         model_free=True if run.skeleton is None else None,
+        experts=[each for entry in entries for each in entry.get("experts", [])] or None,
         notes=_notes(run, layers, scaling) + (notes(run, companions.left) if run.skeleton is None else []),
     )
     write_run_facts(run, manifest, resumed)
@@ -165,9 +168,18 @@ def _size(run: Run, account: dict[str, TensorRecord], shards: dict[str, dict[str
     )
 
 
+def _of_expert(layer: LayerRecord) -> bool:
+    """Whether a linear is one of many alike, so that notes on them are counted."""
+    return families.EXPERT_TENSOR.search(layer.name) is not None
+
+
 def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -> list[str]:
     notes = source_notes(run.source.headers)
-    notes += [f"{layer.name}: {text}" for layer in layers for text in layer.fallbacks or ()]
+    notes += [
+        f"{layer.name}: {text}" for layer in layers if not _of_expert(layer) for text in layer.fallbacks or ()
+    ]
+    together = Counter((starred(x.name), text) for x in layers if _of_expert(x) for text in x.fallbacks or ())
+    notes += [f"{count} of {name}: {text}" for (name, text), count in together.items()]
     notes += [f"{s['transform']} on {s['producer']}: {s['note']}" for s in scaling if "note" in s]
     left_out = Counter((s["transform"], name) for s in scaling if "left_out" in s for name in s["consumers"])
     notes += [

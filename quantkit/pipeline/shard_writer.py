@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 
 import torch
@@ -13,11 +14,11 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.records import TensorRecord, plain
 from quantkit.checkpoint.shards import Written, shard_name, write_shard
 from quantkit.checkpoint.verify import Rounding, verify_shard
-from quantkit.errors import ModelError
+from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import codec
 from quantkit.models import skeleton
 from quantkit.models.places import Places
-from quantkit.models.tensors import TensorInfo
+from quantkit.models.tensors import TensorInfo, read_header
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.run import Run
 
@@ -29,6 +30,7 @@ class ShardWriter:
         self.run, self.journal = run, journal
         self.codec = codec(run.recipe.output.format)
         self.schemes = {layer.name: layer.scheme for layer in run.plan.layers}
+        self._sums: dict[str, str] = {}  # of the tensors of experts that are put aside
 
     def finished(self) -> int:
         """How many shards of an earlier run are still what the journal says, if the run can go on after them."""
@@ -56,6 +58,26 @@ class ShardWriter:
         # clones: mapped pages count as resident and are not aligned, which may change a matmul's last bit
         return Streams.from_tensors({k: t.clone() for k, t in load_file(self.journal.streams(done)).items()})
 
+    def put_aside(self, part: int, result: BlockResult) -> None:
+        """Pack, write and verify an expert in a file of its own, from where `commit` copies its tensors."""
+        run = self.run
+        with run.clock("write"):
+            packed = {name: self._leaves(name, result) for name in result.weights}
+            path = self.journal.beside(part, next(iter(packed)))
+            tensors = {name: tensor for leaves in packed.values() for name, tensor in leaves.items()}
+            self._sums |= write_shard(path, tensors).crc32
+        with run.clock("verify"):
+            rounding = {n: Rounding(self.schemes[n].inputs, result.inputs.get(n)) for n in packed}
+            verify_shard(path, result.weights, self.codec, rounding)
+        stored = read_header(path)
+        result.aside = {name: {leaf: stored[leaf] for leaf in leaves} for name, leaves in packed.items()}
+        result.weights.clear()
+
+    def _leaves(self, layer: str, result: BlockResult) -> dict[str, torch.Tensor]:
+        """The stored tensors of a quantized linear by their names."""
+        leaves = self.codec.pack_scheme(result.weights[layer], self.schemes[layer], result.inputs.get(layer))
+        return {f"{layer}.{leaf}": tensor for leaf, tensor in leaves.items()}
+
     def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
         """Pack and write one shard, verify it, keep the hidden states for the next block, then journal.
 
@@ -67,6 +89,11 @@ class ShardWriter:
             path = run.output / shard_name(part, total + 1)
             written = write_shard(path, tensors)
             del tensors
+            for name, crc in self._sums.items():
+                if written.crc32[name] != crc:
+                    raise VerificationError(f"{path.name}: {name} is not what its expert was written as")
+            self._sums.clear()
+            self.journal.drop_beside(part)
         with run.clock("verify"):
             rounding = {n: Rounding(self.schemes[n].inputs, result.inputs.get(n)) for n in result.weights}
             verify_shard(path, result.weights, self.codec, rounding, self._cache(result))
@@ -81,6 +108,7 @@ class ShardWriter:
                 "account": plain(account),
                 "layers": plain(result.layers),
                 "scaling": result.scaling,
+                "experts": result.experts,
                 "streams": kept.sha256 if kept else None,
             }
         )
@@ -94,13 +122,15 @@ class ShardWriter:
         account: dict[str, TensorRecord] = {}
         sources, places = self.run.parts[part], skeleton.places(self.run.model)
         changed = {_one(places, parameter): tensor for parameter, tensor in result.changed.items()}
+        done = result.weights.keys() | result.aside.keys()
+        whole = _whole_stacks(sources, done)
         for name, info in sources.items():
             layer, _, own = name.rpartition(".")
-            if own == "weight" and layer in result.weights:
-                leaves = self.codec.pack_scheme(
-                    result.weights[layer], self.schemes[layer], result.inputs.get(layer)
-                )
-                packed = {f"{layer}.{leaf}": t for leaf, t in leaves.items()}
+            if info.expert is not None and info.parts[0].name in whole:
+                (stack,) = info.parts
+                tensors[stack.name], record = stack, TensorRecord("copied", [stack.name])
+            elif own == "weight" and layer in done:
+                packed = result.aside.get(layer) or self._leaves(layer, result)
                 tensors |= packed
                 record = TensorRecord("quantized", sorted(packed))
             else:
@@ -109,8 +139,9 @@ class ShardWriter:
                 how = "rescaled" if name in changed else "decoded" if decoded else "copied"
                 how = "carried" if places.by_disk[name].parameter is None else how
                 record = TensorRecord(how, [name])
-            account |= {part.name: record for part in info.parts or (info,)}
-        lost = {f"{n}.weight" for n in result.weights} - sources.keys()
+            for stored in info.parts or (info,):
+                account[stored.name] = record.beside(account.get(stored.name))
+        lost = {f"{n}.weight" for n in done} - sources.keys()
         if lost:
             raise ModelError(f"quantized weights without a source tensor: {sorted(lost)}")
         cache = self._cache(result)
@@ -123,6 +154,16 @@ class ShardWriter:
         places = skeleton.places(self.run.model)
         split = ((*name.rpartition("."), tensor) for name, tensor in result.cache.items())
         return {f"{places.on_disk(module)}.{leaf}": tensor for module, _, leaf, tensor in split}
+
+
+def _whole_stacks(sources: Mapping[str, TensorInfo], quantized: Container[str]) -> set[str]:
+    """Names of the stacks of experts of which no linear is quantized, so that they are written as they are."""
+    stacks: dict[str, bool] = {}
+    for name, info in sources.items():
+        if info.expert is not None:
+            used = name.rpartition(".")[0] in quantized
+            stacks[info.parts[0].name] = stacks.get(info.parts[0].name, False) or used
+    return {name for name, used in stacks.items() if not used}
 
 
 def _one(places: Places, parameter: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ class Trace:
     siblings: sets of linears that read the same tensor, in the order of execution. calls: every call of a linear, in
     order. norms: siblings -> the norm whose output they read. output_of: submodule -> the linear inside it whose
     output it returns unchanged (alone, or first in a tuple or list, the rest None); of two nested
-    ones the inner comes first.
+    ones the inner comes first. experts: module that calls linears of its own choice (`is_experts`) -> how many sets of
+    siblings have run before it.
     """
 
     siblings: tuple[tuple[str, ...], ...]
     calls: tuple[str, ...]
     norms: dict[tuple[str, ...], str]
     output_of: dict[str, str]
+    experts: dict[str, int] = field(default_factory=dict)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -56,6 +58,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
     calls: list[str] = []
     made: dict[str, tuple[torch.Tensor, int]] = {}  # linear -> its output and the version it had then
     output_of: dict[str, str] = {}
+    experts: dict[str, int] = {}
     alive: list[
         torch.Tensor
     ] = []  # a tensor that died would lend its memory, and so its identity, to another
@@ -71,8 +74,9 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
         return hook
 
     def makes(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-            made[name] = (out, _version(out))
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if isinstance(out, torch.Tensor):  # a router that is a kind of linear may return more
+                made[name] = (out, _version(out))
 
         return hook
 
@@ -93,9 +97,17 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
 
         return hook
 
+    def chooses(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            experts.setdefault(name, len(siblings))
+
+        return hook
+
     handles = []
     for name, module in block.named_modules():
-        if is_linear(module):
+        if getattr(module, "is_experts", False):
+            handles.append(module.register_forward_pre_hook(chooses(name)))
+        elif is_linear(module):
             handles.append(module.register_forward_pre_hook(reads(name), with_kwargs=True))
             handles.append(module.register_forward_hook(makes(name)))
         elif is_norm(module):
@@ -108,7 +120,7 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
         for handle in handles:
             handle.remove()
     norm_of = {tuple(names): norms[key] for key, names in siblings.items() if key in norms}
-    return Trace(tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of)
+    return Trace(tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of, experts)
 
 
 def first_output(out: Any) -> torch.Tensor:

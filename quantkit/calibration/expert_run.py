@@ -1,0 +1,125 @@
+"""`ExpertRun`: one expert as a block of its own, whose windows are the tokens that came to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.calls import BlockCalls
+from quantkit.calibration.experts import ExpertsStage, Routed
+from quantkit.calibration.forward import Call
+from quantkit.calibration.streams import Streams
+
+_TRACED = 32  # tokens that the expert's structure is looked at with
+
+
+class _Alone(BlockCalls):
+    """An expert is called with its tokens and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def at(self, chunk: slice, windows: int, shared: Any = None, cache: Any = None) -> Call:
+        return Call((), {})
+
+
+class ExpertRun(BlockRun):
+    """An expert, its tokens as windows of one token each; those that the full stream has too come first.
+
+    block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least: what
+    its own lack is filled up with others of the layer, evenly spaced. own: how many tokens came to it by themselves.
+    """
+
+    def __init__(self, block: BlockRun, stage: ExpertsStage, expert: int, wanted: int) -> None:
+        self.stage, self.expert = stage, expert
+        self._length = block.streams.leading.shape[1]
+        self._leading = block.streams.quantized is None  # whether the leading stream is the full one
+        starts = [chunk.start for chunk in block.chunks()]
+        routed = {start: stage.recorded((self._leading, start)) for start in starts}
+        picked = _picked(routed, expert, wanted)
+        self.own = sum(len(routed[start].tokens(expert)) for start in starts)
+        x = [routed[start].inputs(expert, tokens) for start, tokens in picked.items()]
+        leading = torch.cat([rows for rows in x if rows is not None]).unsqueeze(1)
+        full = None if self._leading else self._full(block, picked)
+        self._with_full = 0 if full is None else len(full)
+        streams = Streams(leading, None) if self._leading else Streams(full, leading)
+        super().__init__(
+            block.index,
+            f"{block.name}.{stage.name}.{expert}",
+            stage.open(expert, block.device),
+            dict(stage.plans.get(expert, {})),
+            {name: dtype for name, dtype in stage.stored.get(expert, {}).items()},
+            streams,
+            _Alone(),
+            max(1, block.batch * self._length),
+            block.device,
+            block._groups,
+            now=block._now,
+        )
+        self.last, self.model_type = block.last, block.model_type
+
+    def _full(self, block: BlockRun, picked: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """The same tokens in the full stream, as far as it reaches; None where they are not known there."""
+        found = []
+        for start, tokens in picked.items():
+            there = self.stage.recorded((True, start)) if block.streams.has(True, slice(start, start + 1)) else None
+            if there is None:
+                break
+            rows = there.inputs(self.expert, tokens)
+            if rows is None:
+                return None
+            found.append(rows)
+        return torch.cat(found).unsqueeze(1) if found else None
+
+    def first_call(self) -> tuple[torch.Tensor, Call]:
+        return self.streams.leading[:_TRACED].to(self.device).transpose(0, 1), Call((), {})
+
+    def chunks(self) -> list[slice]:
+        """Pieces that run at once; none has tokens with a counterpart in the full stream and tokens without."""
+        count, edge = self.streams.leading.shape[0], self._with_full
+        starts = [*range(0, edge, self.batch), *range(edge, count, self.batch)]
+        return [slice(a, min(a + self.batch, edge if a < edge else count)) for a in starts]
+
+    def _may_advance(self, siblings: tuple[str, ...]) -> bool:
+        return False  # the streams stay what comes in
+
+    def _look(self, handles: list[RemovableHandle], windows: int | None) -> None:
+        super()._look(handles, None if windows is None else windows * self._length)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Give back to the layer what the expert makes of the tokens that came to it, in both streams."""
+        for (full, _), routed in self.stage.all_recorded():
+            tokens = routed.tokens(self.expert)
+            rows = routed.inputs(self.expert, tokens) if len(tokens) else None
+            if rows is not None:
+                self.select(full)
+                given = [self.module(part.to(self.device)).cpu() for part in rows.split(self.batch)]
+                routed.add(self.expert, torch.cat(given))
+
+
+def _picked(routed: dict[int, Routed], expert: int, wanted: int) -> dict[int, torch.Tensor]:
+    """Tokens of every chunk that an expert is calibrated on: its own, and others where they are fewer than `wanted`."""
+    own = {start: each.tokens(expert) for start, each in routed.items()}
+    lacking = wanted - sum(map(len, own.values()))
+    others = {start: _without(each.count, own[start]) for start, each in routed.items()}
+    known = [each.inputs(expert, others[start][:1]) is not None for start, each in routed.items()]
+    there = sum(map(len, others.values()))
+    if lacking <= 0 or not there or not all(known):
+        return own
+    step, begin, found = max(1.0, there / lacking), 0, {}
+    for start, tokens in others.items():
+        places = torch.arange(-(-begin // step), -(-(begin + len(tokens)) // step)) * step - begin
+        found[start] = torch.cat([own[start], tokens[places.long().clamp(0, max(0, len(tokens) - 1))]])
+        begin += len(tokens)
+    return found
+
+
+def _without(count: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The numbers below `count` that are not among `tokens`."""
+    left = torch.ones(count, dtype=torch.bool)
+    left[tokens] = False
+    return left.nonzero()[:, 0]

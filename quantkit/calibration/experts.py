@@ -1,0 +1,254 @@
+"""The experts of a decoder block during calibration: one at a time, however many there are.
+
+A block is loaded without its experts. First the router's choices are recorded for all windows: what every token brings
+to the experts, which ones it goes to, and how their outputs are weighted. Then each expert is read, worked on as a small
+block of its own (`ExpertRun`) whose windows are the tokens that came to it, and freed; its outputs are added up where
+the block will look for them. From then on the experts need not run again. So memory is that of the recorded hidden
+states and one expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quantkit.calibration.forward import Stop
+from quantkit.calibration.held import HeldLinear
+from quantkit.models.experts import Experts, chosen
+
+if TYPE_CHECKING:
+    from quantkit.plan import LayerPlan
+
+At = tuple[bool, int]  # (whether of the full stream, first window of a chunk)
+
+
+class OneExpert(nn.Module):
+    """One expert as a block: hidden states [..., H] -> its output, not weighted. Its linears are `HeldLinear`s."""
+
+    def __init__(self, experts: Experts, linears: Mapping[str, HeldLinear]) -> None:
+        super().__init__()
+        self.__dict__["experts"] = experts  # past nn.Module's bookkeeping: a copy of this expert needs no other
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneExpert:
+        linears: Any = {name: copy.deepcopy(each, memo) for name, each in self.named_children()}
+        return OneExpert(self.__dict__["experts"], linears).train(self.training)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What this expert makes of every token."""
+        experts: Experts = self.__dict__["experts"]
+        return experts.through(self, hidden)
+
+
+class Routed:
+    """What reached the experts of a layer in one chunk of one stream, and the sum of what they have given so far.
+
+    Arguments as the experts are called with, on the CPU: hidden [T, H], and which of K experts each token goes to.
+    """
+
+    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
+        self.hidden, self._weights = hidden, weights
+        self._of = {e: (token, slot) for e, token, slot in chosen(index, experts)}
+        self._out = torch.zeros_like(hidden)
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return len(self.hidden)
+
+    def tokens(self, expert: int) -> torch.Tensor:
+        """Numbers of the tokens that an expert was chosen for, ascending."""
+        return self._of[expert][0] if expert in self._of else torch.empty(0, dtype=torch.int64)
+
+    def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor | None:
+        """What an expert would be given for any tokens; None if that is not known."""
+        return self.hidden[tokens]
+
+    def add(self, expert: int, given: torch.Tensor) -> None:
+        """Take in what an expert gave for its `tokens`."""
+        token, slot = self._of[expert]
+        weighted = given * self._weights[token, slot, None]
+        self._out.index_add_(0, token, weighted.to(self._out.dtype))
+
+    def forget(self) -> None:
+        """Keep the output alone."""
+        self.hidden = self._weights = torch.empty(0)
+        self._of.clear()
+
+    def output(self) -> torch.Tensor:
+        """What the experts return, once each has given its part."""
+        return self._out
+
+
+class SlottedRouted(Routed):
+    """The same where experts are given [E * T, H], every token once per expert and weighted by the choice already.
+
+    Rows of zeros, where an expert was not chosen, are not kept (Llama 4).
+    """
+
+    def __init__(self, hidden: torch.Tensor, experts: int) -> None:
+        self._shape, self._each, self._dtype = hidden.shape, len(hidden) // experts, hidden.dtype
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for expert, rows in enumerate(hidden.view(experts, self._each, -1)):
+            if len(token := rows.any(-1).nonzero()[:, 0]):
+                self._given[expert] = token, rows[token].clone()
+
+    @property
+    def count(self) -> int:
+        return self._each
+
+    def tokens(self, expert: int) -> torch.Tensor:
+        return self._given[expert][0] if expert in self._given else torch.empty(0, dtype=torch.int64)
+
+    def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor | None:
+        own, rows = self._given.get(expert, (torch.empty(0), torch.empty(0)))
+        return rows if torch.equal(own, tokens) else None
+
+    def add(self, expert: int, given: torch.Tensor) -> None:
+        self._made[expert] = self._given[expert][0], given
+
+    def forget(self) -> None:
+        self._given.clear()
+
+    def output(self) -> torch.Tensor:
+        out = torch.zeros(self._shape, dtype=self._dtype)
+        for expert, (tokens, given) in self._made.items():
+            out[expert * self._each + tokens] = given
+        return out
+
+
+@dataclass
+class ExpertsStage:
+    """The experts of one module of a loaded block.
+
+    name: of the module, inside the block. plans: by expert, its planned linears by their names inside it. stored: by
+    expert, the dtype on disk of its parameters. read: see `expert_stages`.
+    """
+
+    name: str
+    experts: Experts
+    plans: Mapping[int, Mapping[str, LayerPlan]]
+    stored: Mapping[int, Mapping[str, torch.dtype]]
+    read: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+    at: At | None = None  # what the block is running, while it does
+    done: bool = False
+    _routed: dict[At, Routed] = field(default_factory=dict)
+    _mode: str = "shapes"  # "shapes": zeros; "record"; "run"
+
+    def __post_init__(self) -> None:
+        self.experts.__dict__["answer"] = self._answer
+
+    def through(self) -> None:
+        """From now on the block can be run as a whole: an expert is read whenever a token comes to it."""
+        self._mode = "run"
+
+    def recorded(self, at: At) -> Routed:
+        """What was recorded for a chunk."""
+        return self._routed[at]
+
+    def all_recorded(self) -> list[tuple[At, Routed]]:
+        """What was recorded for every chunk of both streams."""
+        return list(self._routed.items())
+
+    def record(self, at: At, run: Callable[[], object]) -> None:
+        """Record what reaches the experts in one chunk. run: runs the block on it."""
+        self._mode = "record"
+        self.at = at
+        try:
+            run()
+        except Stop:
+            pass
+        finally:
+            self._mode, self.at = "run", None
+
+    def finish(self) -> None:
+        """Every expert has given its outputs: they are replayed from now on."""
+        self.done = True
+        for routed in self._routed.values():
+            routed.forget()
+
+    def open(self, expert: int, device: torch.device) -> OneExpert:
+        """One expert with its weights in their stored dtype."""
+        linears = {}
+        for name in self.experts.names.values():
+            weight, bias = self.read(f"{self.name}.{expert}.{name}")
+            plan = self.plans.get(expert, {}).get(name)
+            inputs = None if plan is None else plan.scheme.inputs
+            own = None if bias is None else bias.to(device)
+            linears[name] = HeldLinear(weight.to(device), own, inputs)
+        return OneExpert(self.experts, linears).eval()
+
+    def _answer(self, hidden: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
+        """What the experts module returns, or Stop if it was only to be seen what it is given."""
+        if self._mode == "shapes":
+            return torch.zeros_like(hidden)
+        if self._mode == "record":
+            assert self.at is not None
+            total = self.experts.total
+            given = [each.detach().cpu().clone() for each in (hidden, *choice)]
+            self._routed[self.at] = Routed(*given, total) if choice else SlottedRouted(*given, total)
+            raise Stop
+        if self.done and self.at in self._routed:
+            return self._routed[self.at].output().to(hidden)
+        return self._now(hidden, *choice)
+
+    def _now(self, hidden: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
+        """The output, from experts that are read for it alone."""
+        total = self.experts.total
+        routed = Routed(hidden, *choice, total) if choice else SlottedRouted(hidden, total)
+        for expert in range(total):
+            if len(tokens := routed.tokens(expert)):
+                routed.add(expert, self._given(expert, routed, tokens, hidden.device))
+        return routed.output().to(hidden)
+
+    def _given(
+        self, expert: int, routed: Routed, tokens: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        x = routed.inputs(expert, tokens)
+        assert x is not None
+        if expert >= self.experts.shape.experts:  # it has no weights and hands on what it is given
+            return x
+        given: torch.Tensor = self.open(expert, device)(x)
+        return given
+
+    def hand_on(self, at: At) -> None:
+        """Add the parts of the experts without weights in one chunk."""
+        routed = self._routed[at]
+        for expert in range(self.experts.shape.experts, self.experts.total):
+            if len(tokens := routed.tokens(expert)):
+                routed.add(expert, self._given(expert, routed, tokens, torch.device("cpu")))
+
+
+def expert_stages(
+    block: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    stored: Mapping[str, torch.dtype],
+    read: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]],
+) -> list[ExpertsStage]:
+    """The experts modules of a loaded block, which are answered for from now on.
+
+    plans: planned linears; stored: dtype on disk of parameters; both by name inside the block. read: gives (weight, bias
+    or None) of a linear by its name inside the block.
+    """
+    return [
+        ExpertsStage(name, module, _below(f"{name}.", plans), _below(f"{name}.", stored), read)
+        for name, module in block.named_modules()
+        if isinstance(module, Experts)
+    ]
+
+
+def _below(prefix: str, named: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """By the number that follows `prefix` in their names, and by the rest: what is named there."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, value in named.items():
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdecimal():
+            found.setdefault(int(number), {})[rest] = value
+    return found

@@ -1,0 +1,104 @@
+"""The experts of a block, one after the other: each is read, quantized, put aside and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from quantkit.algorithms.config import RtnConfig
+from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.expert_run import ExpertRun
+from quantkit.calibration.experts import ExpertsStage
+from quantkit.calibration.memory import give_back
+from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.clock import Clock
+from quantkit.recipe_schemes import ExpertsPart
+
+Work = Callable[[BlockRun], BlockResult]  # transforms and quantizes a block
+PutAside = Callable[[BlockResult], None]  # moves what it became out of memory
+
+FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came to it"
+NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
+
+
+def quantize_experts(
+    run: BlockRun, stage: ExpertsStage, options: ExpertsPart, work: Work, put_aside: PutAside, clock: Clock
+) -> BlockResult:
+    """Quantize every expert of one module on the tokens that come to it; their outputs are there for the block then."""
+    together = BlockResult()
+    if not stage.plans and run.last:
+        return together
+    with clock("calibrate"):
+        run.route(stage)
+        give_back()
+    came = []
+    for expert in range(stage.experts.shape.experts):
+        with clock("load"):
+            one = ExpertRun(run, stage, expert, _wanted(stage, expert, options))
+        came.append(one.own)
+        if one.plans:
+            result = _worked_on(one, work, options)
+            put_aside(result)
+            together.take(result)
+        if not run.last:
+            with clock("calibrate"):
+                one.advance()
+        del one
+    with clock("calibrate"):
+        stage.finish()
+        give_back()
+    together.experts.append(_told(f"{run.name}.{stage.name}", came, stage, options))
+    return together
+
+
+def _worked_on(one: ExpertRun, work: Work, options: ExpertsPart) -> BlockResult:
+    """One expert, with a note for each of its linears where it saw too little."""
+    asked = one.plans
+    if not one.own:
+        one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn")) for n, plan in asked.items()}
+    result = work(one)
+    for number, layer in enumerate(result.layers):
+        plan = next(plan for plan in asked.values() if plan.name == layer.name)
+        notes = []
+        if not one.own and plan.algorithm.name != "rtn":
+            notes = [NONE.format(plan.algorithm.name)]
+        elif 0 < one.own < _least(options, plan.shape[1]) and plan.algorithm.needs:
+            notes = [FEW]
+        details = layer.details | {"tokens": one.own}
+        fallbacks = [*(layer.fallbacks or ()), *notes] or None
+        result.layers[number] = replace(layer, details=details, fallbacks=fallbacks)
+    return result
+
+
+def _least(options: ExpertsPart, columns: int) -> int:
+    """How many tokens are enough for a linear of so many inputs: as many, for a Hessian of full rank."""
+    return columns if options.min_tokens is None else options.min_tokens
+
+
+def _wanted(stage: ExpertsStage, expert: int, options: ExpertsPart) -> int:
+    """How many tokens an expert is calibrated on at least."""
+    if options.calibrate == "all":
+        return 1 << 62
+    widest = max((plan.shape[1] for plan in stage.plans.get(expert, {}).values()), default=0)
+    return _least(options, widest)
+
+
+def _told(name: str, came: list[int], stage: ExpertsStage, options: ExpertsPart) -> dict[str, Any]:
+    """What the report says of one layer's experts: how many tokens came to each, and what was done about it."""
+    counts = torch.tensor(came)
+    columns = {plan.shape[1] for plans in stage.plans.values() for plan in plans.values()}
+    least = _least(options, max(columns, default=0))
+    return {
+        "name": name,
+        "tokens": came,
+        "min": int(counts.min()),
+        "median": float(counts.double().median()),
+        "below": int((counts < least).sum()),
+        "unseen": int((counts == 0).sum()),
+        "min_tokens": least,
+        "calibrate": options.calibrate,
+    }
+
