@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,11 @@ class BlockRun:
         hidden = self.streams.leading[:1].to(self.device)
         return hidden, self.calls.at(self.chunks()[0], 1, self.streams.shared.get((full, 0)))
 
+    @property
+    def runs_original(self) -> bool:
+        """Whether the original weights will run again after they were quantized."""
+        return self.streams.full is not None
+
     def select(self, full: bool) -> None:
         """Choose which weights run: the original ones or the quantized ones (where they exist)."""
         for module in self.held.values():
@@ -146,7 +152,7 @@ class BlockRun:
         for chunk in self.chunks():
             for full in (False, True):
                 if self.streams.has(full, chunk):
-                    stage.record((full, chunk.start), lambda chunk=chunk, full=full: self._run(chunk, full))
+                    stage.record((full, chunk.start), partial(self._run, chunk, full))
 
     @torch.no_grad()
     def collect(

@@ -65,7 +65,11 @@ class ExpertRun(BlockRun):
         """The same tokens in the full stream, as far as it reaches; None where they are not known there."""
         found = []
         for start, tokens in picked.items():
-            there = self.stage.recorded((True, start)) if block.streams.has(True, slice(start, start + 1)) else None
+            there = (
+                self.stage.recorded((True, start))
+                if block.streams.has(True, slice(start, start + 1))
+                else None
+            )
             if there is None:
                 break
             rows = there.inputs(self.expert, tokens)
@@ -73,6 +77,10 @@ class ExpertRun(BlockRun):
                 return None
             found.append(rows)
         return torch.cat(found).unsqueeze(1) if found else None
+
+    @property
+    def runs_original(self) -> bool:
+        return any(full for (full, _), _ in self.stage.all_recorded())
 
     def first_call(self) -> tuple[torch.Tensor, Call]:
         return self.streams.leading[:_TRACED].to(self.device).transpose(0, 1), Call((), {})

@@ -1,16 +1,16 @@
 """The experts of a decoder block during calibration: one at a time, however many there are.
 
 A block is loaded without its experts. First the router's choices are recorded for all windows: what every token brings
-to the experts, which ones it goes to, and how their outputs are weighted. Then each expert is read, worked on as a small
-block of its own (`ExpertRun`) whose windows are the tokens that came to it, and freed; its outputs are added up where
-the block will look for them. From then on the experts need not run again. So memory is that of the recorded hidden
-states and one expert.
+to the experts, which ones it goes to, and how their outputs are weighted. Then each expert is read, worked on as a
+small block of its own (`ExpertRun`) whose windows are the tokens that came to it, and freed; its outputs are added up
+where the block will look for them. From then on the experts need not run again. So memory is that of the recorded
+hidden states and one expert.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ class OneExpert(nn.Module):
 
     def __init__(self, experts: Experts, linears: Mapping[str, HeldLinear]) -> None:
         super().__init__()
-        self.__dict__["experts"] = experts  # past nn.Module's bookkeeping: a copy of this expert needs no other
+        self.__dict__["experts"] = (
+            experts  # past nn.Module's bookkeeping: a copy of this expert needs no other
+        )
         for name, linear in linears.items():
             self.add_module(name, linear)
 
@@ -52,7 +54,9 @@ class Routed:
     Arguments as the experts are called with, on the CPU: hidden [T, H], and which of K experts each token goes to.
     """
 
-    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int
+    ) -> None:
         self.hidden, self._weights = hidden, weights
         self._of = {e: (token, slot) for e, token, slot in chosen(index, experts)}
         self._out = torch.zeros_like(hidden)
@@ -124,6 +128,11 @@ class SlottedRouted(Routed):
         return out
 
 
+def _routed(hidden: torch.Tensor, choice: Sequence[torch.Tensor], experts: int) -> Routed:
+    """What reached the experts. choice: their numbers and weights for every token, or nothing."""
+    return Routed(hidden, choice[0], choice[1], experts) if choice else SlottedRouted(hidden, experts)
+
+
 @dataclass
 class ExpertsStage:
     """The experts of one module of a loaded block.
@@ -192,8 +201,8 @@ class ExpertsStage:
         if self._mode == "record":
             assert self.at is not None
             total = self.experts.total
-            given = [each.detach().cpu().clone() for each in (hidden, *choice)]
-            self._routed[self.at] = Routed(*given, total) if choice else SlottedRouted(*given, total)
+            kept = [each.detach().cpu().clone() for each in choice]
+            self._routed[self.at] = _routed(hidden.detach().cpu().clone(), kept, total)
             raise Stop
         if self.done and self.at in self._routed:
             return self._routed[self.at].output().to(hidden)
@@ -202,15 +211,13 @@ class ExpertsStage:
     def _now(self, hidden: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
         """The output, from experts that are read for it alone."""
         total = self.experts.total
-        routed = Routed(hidden, *choice, total) if choice else SlottedRouted(hidden, total)
+        routed = _routed(hidden, choice, total)
         for expert in range(total):
             if len(tokens := routed.tokens(expert)):
                 routed.add(expert, self._given(expert, routed, tokens, hidden.device))
         return routed.output().to(hidden)
 
-    def _given(
-        self, expert: int, routed: Routed, tokens: torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
+    def _given(self, expert: int, routed: Routed, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
         x = routed.inputs(expert, tokens)
         assert x is not None
         if expert >= self.experts.shape.experts:  # it has no weights and hands on what it is given
@@ -234,8 +241,8 @@ def expert_stages(
 ) -> list[ExpertsStage]:
     """The experts modules of a loaded block, which are answered for from now on.
 
-    plans: planned linears; stored: dtype on disk of parameters; both by name inside the block. read: gives (weight, bias
-    or None) of a linear by its name inside the block.
+    plans: planned linears; stored: dtype on disk of parameters; both by name inside the block. read: gives (weight,
+    bias or None) of a linear by its name inside the block.
     """
     return [
         ExpertsStage(name, module, _below(f"{name}.", plans), _below(f"{name}.", stored), read)

@@ -84,7 +84,12 @@ class PackedQuantizer(HfQuantizer):
             each
             for each in conversions
             if not isinstance(each, WeightConverter)
-            or not any(target in f"{name}.{stack}" for target in each.target_patterns for name in apart for stack in STACKS)
+            or not any(
+                target in f"{name}.{stack}"
+                for target in each.target_patterns
+                for name in apart
+                for stack in STACKS
+            )
         ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:

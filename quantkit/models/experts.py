@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,11 @@ from quantkit.models.places import Place, Places
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROLES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}  # role -> its name where the disk gives none
+ROLES = {
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}  # role -> its name where the disk gives none
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of transformers' modules
 _UNFUSED = re.compile(r"^(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$")
 _STACKED = re.compile(r"^(gate_up_proj|up_proj|down_proj)(_bias)?$")
@@ -96,6 +100,11 @@ class Experts(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["stacked"], name)
 
+    @property
+    def _answered(self) -> Callable[..., torch.Tensor] | None:
+        found: Callable[..., torch.Tensor] | None = self.__dict__["answer"]
+        return found
+
     def linear(self, expert: int, role: str) -> nn.Module:
         """One linear of one expert."""
         return self.get_submodule(f"{expert}.{self.names[role]}")
@@ -118,7 +127,9 @@ class Experts(nn.Module):
 
     def behind(self, out: torch.Tensor) -> torch.Tensor:
         """What happens to the output of down before it is weighted."""
-        return self.post_expert_norm(out) if hasattr(self, "post_expert_norm") else out
+        norm = self._modules.get("post_expert_norm")
+        normed: torch.Tensor = out if norm is None else norm(out)
+        return normed
 
     def through(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What the linears of one expert, children of `expert`, make of some tokens [..., H], not weighted."""
@@ -133,8 +144,8 @@ class Experts(nn.Module):
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the chosen experts, added up in the order of their numbers."""
         out = torch.zeros_like(hidden)
-        if self.answer is not None:
-            return self.answer(hidden, index, weights)
+        if self._answered is not None:
+            return self._answered(hidden, index, weights)
         if hidden.is_meta:
             return out
         for expert, token, slot in chosen(index, self.total):
@@ -157,8 +168,8 @@ class SlottedExperts(Experts):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """A token that an expert was not chosen for is a row of zeros there, and stays one."""
         out = torch.zeros_like(hidden)
-        if self.answer is not None:
-            return self.answer(hidden)
+        if self._answered is not None:
+            return self._answered(hidden)
         if hidden.is_meta:
             return out
         for expert, own in enumerate(hidden.view(self.shape.experts, -1, hidden.shape[-1])):
@@ -240,7 +251,9 @@ def unfuse(model: PreTrainedModel, places: Places, only: frozenset[str] | None =
     for place in by_disk.values():
         if place.parameter is not None:
             by_parameter[place.parameter] = (*by_parameter.get(place.parameter, ()), place)
-    kept = {name: parts for name, parts in places.by_parameter.items() if any(by_disk[p.disk] == p for p in parts)}
+    kept = {
+        name: parts for name, parts in places.by_parameter.items() if any(by_disk[p.disk] == p for p in parts)
+    }
     return replace(places, by_disk=by_disk, by_parameter=kept | by_parameter)
 
 
@@ -294,15 +307,11 @@ def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, 
             for leaf, _ in list(linear.named_parameters()):
                 value = part_of(small.get_parameter(_holder(role, leaf, shape)), number, role, leaf, shape)
                 setattr(linear, leaf, nn.Parameter(value.clone(), requires_grad=False))
-    for module in small.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                module._parameters[leaf] = nn.Parameter(torch.ones(parameter.shape, dtype=torch.float64))
     tokens = 12
     hidden = torch.randn(tokens, shape.hidden, generator=generator, dtype=torch.float64)
     if unfused is SlottedExperts:
         hidden = hidden.repeat(shape.experts, 1)
-        hidden[:: 3] = 0
+        hidden[::3] = 0
         given: tuple[torch.Tensor, ...] = (hidden,)
     else:
         scores = torch.rand(tokens, experts.total, generator=generator, dtype=torch.float64)
@@ -351,9 +360,7 @@ def _small(stacked: nn.Module) -> tuple[nn.Module, Shape]:
         if type(value) is int:
             number = counts.get(value, value) if "expert" in name else sizes.get(value, value)
             setattr(small, name, number)
-    for name, parameter in stacked._parameters.items():
-        if parameter is None:
-            continue
+    for name, parameter in stacked.named_parameters(recurse=False):
         first, *rest = parameter.shape
         changed = [counts.get(first, first), *(sizes.get(size, size) for size in rest)]
         small._parameters[name] = nn.Parameter(
@@ -372,5 +379,7 @@ def _small_norm(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
         for name, parameter in each._parameters.items():
             if parameter is not None:
                 size = [sizes.get(n, n) for n in parameter.shape]
-                each._parameters[name] = nn.Parameter(torch.ones(size, dtype=torch.float64), requires_grad=False)
+                each._parameters[name] = nn.Parameter(
+                    torch.ones(size, dtype=torch.float64), requires_grad=False
+                )
     return made

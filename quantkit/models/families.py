@@ -104,18 +104,7 @@ OTHERS: dict[str, Family] = {
     "openai-gpt": Family(conv1d=CONV1D, dropped=_GPT2_MASKS, tied=True),
 }
 
-# Tensors that stack all experts of a layer, [E, ...]: (pattern of the name on disk, with the name of the experts as its
-# first group; what is put behind that name; the linears in it, in order; weight or bias).
-_BOTH = ("gate_proj", "up_proj")
-STACKED = (
-    (re.compile(r"^((?:.*\.)?experts)\.(?:gate_up_proj|fc1|w13_weight)(?:\.weight)?$"), "", _BOTH, "weight"),
-    (re.compile(r"^((?:.*\.)?experts)\.gate_up_proj_bias$"), "", _BOTH, "bias"),
-    (re.compile(r"^((?:.*\.)?experts)\.up_proj(?:\.weight)?$"), "", ("up_proj",), "weight"),
-    (re.compile(r"^((?:.*\.)?experts)\.(?:down_proj|fc2|w2_weight)(?:\.weight)?$"), "", ("down_proj",), "weight"),
-    (re.compile(r"^((?:.*\.)?experts)\.down_proj_bias$"), "", ("down_proj",), "bias"),
-    (re.compile(r"^(.*block_sparse_moe)\.input_linear\.weight$"), ".experts", _BOTH, "weight"),
-    (re.compile(r"^(.*block_sparse_moe)\.output_linear\.weight$"), ".experts", ("down_proj",), "weight"),
-)
+# How the experts of a mixture are called.
 EXPERT_TENSOR = re.compile(r"(^|\.)experts\.")
 
 # Linears of decoder blocks that are left as they are unless a rule names them: (pattern of the module name, reason).

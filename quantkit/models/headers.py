@@ -16,11 +16,11 @@ from quantkit.models import families
 from quantkit.models.blocks import text_config
 from quantkit.models.borders import foreign_errors
 from quantkit.models.config import MODEL_FREE, check_sizes, longest_window, quantization_config, read_config
+from quantkit.models.stacks import taken_apart
 from quantkit.models.tensors import (
     DTYPES,
     FLOATS,
     WEIGHT_DTYPES,
-    OfExpert,
     TensorInfo,
     named,
     read_tensors,
@@ -39,7 +39,11 @@ _DOWNLOADED = (
     "NOTICE*",
 )
 _NOT_DOWNLOADED = ("original/*", "consolidated*.safetensors")  # the same weights again, in another layout
-FLOATS_OR_TABLES = (*WEIGHT_DTYPES, "I32", "I64")  # tables of numbers, such as the experts of every token, are carried
+FLOATS_OR_TABLES = (
+    *WEIGHT_DTYPES,
+    "I32",
+    "I64",
+)  # tables of numbers, such as the experts of every token, are carried
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 
@@ -165,7 +169,7 @@ def read_checkpoint(path: str | Path, model_free: bool = False) -> Headers:
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from None
     if not model_free:
-        tensors = _apart(config, tensors)
+        tensors = taken_apart(config, tensors)
     headers = Headers(path, config, tensors, files, encoding, model_free)
     if model_free:
         _refuse_quantized(headers, list(tensors))
@@ -194,30 +198,6 @@ def _decodable(
         parts, size = tuple(leaves.values()), sum(part.nbytes for part in leaves.values())
         tensors[weight] = TensorInfo(weight, _decoded_dtype(config, parts), shape, info.file, 0, size, parts)
     return tensors
-
-
-def _apart(config: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors with every linear of every expert in place of the stacks that hold them."""
-    hidden = text_config(config).get("hidden_size")
-    found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        stack = next(((m, *rest) for pattern, *rest in families.STACKED if (m := pattern.match(name))), None)
-        if stack is None or len(info.shape) != (3 if stack[3] == "weight" else 2):
-            found[name] = info
-            continue
-        match, behind, linears, leaf = stack
-        experts, *own = info.shape
-        turned = leaf == "weight" and hidden == own[0 if len(linears) == 2 or linears == ("up_proj",) else 1]
-        turned = turned and hidden != own[0 if linears == ("down_proj",) else 1]
-        shape = (*reversed(own),) if turned else (*own,)
-        shape = (shape[0] // len(linears), *shape[1:])
-        share = info.nbytes // max(1, experts * len(linears))
-        for expert in range(experts):
-            for linear in linears:
-                of = OfExpert(expert, linear.removesuffix("_proj"), len(linears) == 2)
-                logical = f"{match[1]}{behind}.{expert}.{linear}.{leaf}"
-                found[logical] = TensorInfo(logical, info.dtype, shape, info.file, 0, share, (info,), of)
-    return found
 
 
 def quantized_linears(
@@ -287,7 +267,8 @@ def _check_tensors(headers: Headers) -> None:
     wrong = [
         f"{n} ({headers.tensors[n].dtype})"
         for n in names
-        if headers.tensors[n].dtype not in (WEIGHT_DTYPES if n.endswith((".weight", ".bias")) else FLOATS_OR_TABLES)
+        if headers.tensors[n].dtype
+        not in (WEIGHT_DTYPES if n.endswith((".weight", ".bias")) else FLOATS_OR_TABLES)
     ]
     if wrong:
         raise ModelError(

@@ -9,8 +9,8 @@ made. Whatever no parameter takes is an extra tensor, which is carried as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +93,19 @@ class Places:
     def extra(self) -> list[str]:
         """Names on disk of the tensors that the model has no parameter for."""
         return [name for name, place in self.by_disk.items() if place.parameter is None]
+
+    def deinterleaved(self, disk: str) -> bool:
+        """Whether a stack of experts has gate and up in turn where its parameter has one behind the other."""
+        group = self._groups.get(self.by_disk[disk].parameter or "")
+        operations = [] if group is None else list(group.converter.operations)
+        kinds = [type(each).__name__ for each in operations]
+        return kinds == ["Interleave"] and operations[0].dim == 1 and not operations[0].inverse
+
+    def without(self, names: Container[str]) -> Places:
+        """The same without some tensors on disk."""
+        by_disk = {name: place for name, place in self.by_disk.items() if name not in names}
+        kept = {p: tuple(each for each in parts if each.disk in by_disk) for p, parts in self.by_parameter.items()}
+        return replace(self, by_disk=by_disk, by_parameter={p: parts for p, parts in kept.items() if parts})
 
     def on_disk(self, module: str) -> str:
         """The name on disk of a module of the model, told by its tensors or those of what it lies in."""

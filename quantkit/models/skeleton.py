@@ -25,7 +25,7 @@ from quantkit.models.config import MODEL_FREE
 from quantkit.models.experts import Experts, unfuse
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
-from quantkit.models.tensors import named, torch_dtype
+from quantkit.models.tensors import TensorInfo, named, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,32 +53,33 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     model.eval()
     with quiet(), foreign_errors(f"{source.path}: the names of its tensors"):
         prefix, blocks = find_blocks(model)
+        tensors = source.headers.tensors
+        stacks = {each.parts[0].name: each.parts[0] for each in tensors.values() if each.expert}
         shapes = {name: source.raw(name).shape for name in source.names()}
-        places_ = unfuse(model, find_places(model, shapes, prefix, len(blocks)))
-        model.__dict__["_places"] = places_  # past nn.Module's bookkeeping
-        _lay_stacks(model, source)
+        shapes |= {name: stack.shape for name, stack in stacks.items()}
+        found = find_places(model, shapes, prefix, len(blocks))
+        model.__dict__["_places"] = unfuse(model, found).without(stacks)  # past nn.Module's bookkeeping
+        _lay_stacks(model, source, stacks, found)
     check_fit(model, source)
     source.dropped |= duplicates(model, source)
     return model
 
 
-def _lay_stacks(model: PreTrainedModel, source: Source) -> None:
-    """Tell the source how the stacks of experts on disk lie: as in the model, or with their last axes exchanged."""
-    for name, module in model.named_modules():
-        if not isinstance(module, Experts):
-            continue
-        shape, where = module.shape, places(model)
-        for expert, role, leaf in ((0, r, f) for r in module.names for f in ("weight", "bias")):
-            parts = where.by_parameter.get(f"{name}.{expert}.{module.names[role]}.{leaf}", ())
-            info = source.raw(parts[0].disk) if parts else None
-            if info is None or info.expert is None:
-                continue
-            (stack,) = info.parts
-            rows = shape.hidden if role == "down" else shape.width * (2 if info.expert.halved else 1)
-            columns = shape.width if role == "down" else shape.hidden
-            own = stack.shape[1:]
-            turned = shape.transposed if rows == columns else own == (columns, rows)
-            source.lay_stack(stack.name, turned and leaf == "weight", shape.interleaved)
+def _lay_stacks(model: PreTrainedModel, source: Source, stacks: Mapping[str, TensorInfo], found: Places) -> None:
+    """Tell the source how the stacks of experts on disk lie. found: their places while the model stacks them too."""
+    for name, stack in stacks.items():
+        place = found.by_disk[name]
+        module, _, _ = (place.parameter or "").rpartition(".")
+        experts = model.get_submodule(module) if module else None
+        if not isinstance(experts, Experts):
+            raise ModelError(
+                f"{source.path}: {name} looks like the experts of a layer, and the model has no such place"
+            )
+        alternate = found.deinterleaved(name)
+        if not (place.whole or place.transposed or alternate):
+            raise ModelError(f"{source.path}: {name} is made into experts in a way that is not supported")
+        transposed = experts.shape.transposed != place.transposed and len(stack.shape) == 3
+        source.lay_stack(name, transposed, experts.shape.interleaved != alternate)
 
 
 def places(model: PreTrainedModel) -> Places:

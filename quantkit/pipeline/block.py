@@ -55,13 +55,10 @@ class BlockResult:
         self.layers += other.layers
         self.scaling += other.scaling
         self.experts += other.experts
-        for own, theirs in (
-            (self.weights, other.weights),
-            (self.inputs, other.inputs),
-            (self.changed, other.changed),
-            (self.aside, other.aside),
-        ):
-            own.update(theirs)  # type: ignore[attr-defined]
+        self.weights |= other.weights
+        self.inputs |= other.inputs
+        self.changed |= other.changed
+        self.aside |= other.aside
 
     def add(
         self, plan: LayerPlan, weight: torch.Tensor, outcome: Outcome, inputs: CalibratedInputs | None = None
@@ -203,13 +200,15 @@ def _passes(run: BlockRun, sets: list[tuple[str, ...]]) -> list[list[tuple[str, 
     place: dict[Any, tuple[float, int]] = {s: (number, 1) for number, s in enumerate(run.trace.siblings)}
     place |= {name: (run.trace.experts.get(name, math.inf), 0) for name in run.experts}
     found: list[list[tuple[str, ...]] | ExpertsStage] = []
-    for each in sorted([*sets, *run.experts], key=lambda one: place[one]):
+    waiting: list[tuple[str, ...] | str] = [*sets, *run.experts]
+    for each in sorted(waiting, key=lambda one: place[one]):
+        last = found[-1] if found else None
         if isinstance(each, str):
             found.append(run.experts[each])
-        elif alone or not found or isinstance(found[-1], ExpertsStage):
+        elif alone or not isinstance(last, list):
             found.append([each])
         else:
-            found[-1].append(each)
+            last.append(each)
     return found
 
 
@@ -274,7 +273,7 @@ def _quantize_siblings(
             part = outcome.rows(mine)
             held[name].quantized = part.weight
             result.add(plans[name], together[mine], part, inputs.get(name))
-            if run.streams.full is None:
+            if not run.runs_original:
                 held[name].forget()
     run.finished(siblings)
     give_back()

@@ -58,7 +58,7 @@ def _worked_on(one: ExpertRun, work: Work, options: ExpertsPart) -> BlockResult:
     """One expert, with a note for each of its linears where it saw too little."""
     asked = one.plans
     if not one.own:
-        one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn")) for n, plan in asked.items()}
+        one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn", refit=0)) for n, plan in asked.items()}
     result = work(one)
     for number, layer in enumerate(result.layers):
         plan = next(plan for plan in asked.values() if plan.name == layer.name)
@@ -101,4 +101,3 @@ def _told(name: str, came: list[int], stage: ExpertsStage, options: ExpertsPart)
         "min_tokens": least,
         "calibrate": options.calibrate,
     }
-

@@ -38,9 +38,9 @@ from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
 from quantkit.formats.registry import codec
+from quantkit.models import families
 from quantkit.models.companions import Companions, find_companions
 from quantkit.models.config import read_config
-from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.models.names import ignore_patterns
 from quantkit.models.tensors import INDEX
@@ -48,9 +48,9 @@ from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.model_free import notes
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
+from quantkit.plan import starred
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import preflight, verdicts
-from quantkit.plan import starred
 from quantkit.scheme import Scheme
 from quantkit.validation import subject_of
 

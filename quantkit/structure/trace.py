@@ -120,7 +120,9 @@ def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs:
         for handle in handles:
             handle.remove()
     norm_of = {tuple(names): norms[key] for key, names in siblings.items() if key in norms}
-    return Trace(tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of, experts)
+    return Trace(
+        tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of, experts
+    )
 
 
 def first_output(out: Any) -> torch.Tensor:
