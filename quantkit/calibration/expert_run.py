@@ -29,8 +29,8 @@ class _Alone(BlockCalls):
 class ExpertRun(BlockRun):
     """An expert, its tokens as windows of one token each; those that the full stream has too come first.
 
-    block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least: what
-    its own lack is filled up with others of the layer, evenly spaced. own: how many tokens came to it by themselves.
+    block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least; if
+    fewer came to it, others of the layer are added, evenly spaced. own: how many came to it by themselves.
     """
 
     def __init__(self, block: BlockRun, stage: ExpertsStage, expert: int, wanted: int) -> None:
@@ -51,7 +51,7 @@ class ExpertRun(BlockRun):
             f"{block.name}.{stage.name}.{expert}",
             stage.open(expert, block.device),
             dict(stage.plans.get(expert, {})),
-            {name: dtype for name, dtype in stage.stored.get(expert, {}).items()},
+            dict(stage.stored.get(expert, {}).items()),
             streams,
             _Alone(),
             max(1, block.batch * self._length),

@@ -9,7 +9,7 @@ made. Whatever no parameter takes is an extra tensor, which is carried as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,10 +101,12 @@ class Places:
         kinds = [type(each).__name__ for each in operations]
         return kinds == ["Interleave"] and operations[0].dim == 1 and not operations[0].inverse
 
-    def without(self, names: Container[str]) -> Places:
-        """The same without some tensors on disk."""
-        by_disk = {name: place for name, place in self.by_disk.items() if name not in names}
-        kept = {p: tuple(each for each in parts if each.disk in by_disk) for p, parts in self.by_parameter.items()}
+    def of(self, names: Iterable[str]) -> Places:
+        """The places of these names on disk; those that are not known are extra tensors."""
+        by_disk = {name: self.by_disk.get(name) or Place(name, None, "extra") for name in names}
+        kept = {
+            p: tuple(each for each in parts if each.disk in by_disk) for p, parts in self.by_parameter.items()
+        }
         return replace(self, by_disk=by_disk, by_parameter={p: parts for p, parts in kept.items() if parts})
 
     def on_disk(self, module: str) -> str:

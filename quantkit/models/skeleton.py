@@ -55,17 +55,19 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         prefix, blocks = find_blocks(model)
         tensors = source.headers.tensors
         stacks = {each.parts[0].name: each.parts[0] for each in tensors.values() if each.expert}
-        shapes = {name: source.raw(name).shape for name in source.names()}
-        shapes |= {name: stack.shape for name, stack in stacks.items()}
+        shapes = {name: stack.shape for name, stack in stacks.items()}
+        shapes |= {name: tensors[name].shape for name in source.names() if not tensors[name].expert}
         found = find_places(model, shapes, prefix, len(blocks))
-        model.__dict__["_places"] = unfuse(model, found).without(stacks)  # past nn.Module's bookkeeping
+        model.__dict__["_places"] = unfuse(model, found.of(source.names()))  # past nn.Module's bookkeeping
         _lay_stacks(model, source, stacks, found)
     check_fit(model, source)
     source.dropped |= duplicates(model, source)
     return model
 
 
-def _lay_stacks(model: PreTrainedModel, source: Source, stacks: Mapping[str, TensorInfo], found: Places) -> None:
+def _lay_stacks(
+    model: PreTrainedModel, source: Source, stacks: Mapping[str, TensorInfo], found: Places
+) -> None:
     """Tell the source how the stacks of experts on disk lie. found: their places while the model stacks them too."""
     for name, stack in stacks.items():
         place = found.by_disk[name]

@@ -11,6 +11,8 @@ import re
 from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from quantkit.models import families, skeleton
 from quantkit.models.blocks import NUMBERED
 from quantkit.models.places import Places
@@ -26,7 +28,11 @@ def ignore_list(model: PreTrainedModel, planned: Container[str]) -> list[str]:
     model: made by `skeleton.build`. planned: names of the quantized linears, on disk and in the model.
     """
     places = skeleton.places(model)
-    spellings = {name: places.on_disk(name) for name, module in model.named_modules() if is_linear(module)}
+    spellings = {
+        name: places.on_disk(name)
+        for name, module in model.named_modules()
+        if is_linear(module) or _routes(name, module)
+    }
     ties = {name: target.removesuffix(".weight") for name, target in skeleton.tied(model).items()}
     shared = {name: ties[f"{name}.weight"] for name in spellings if f"{name}.weight" in ties}
     for name, target in shared.items():  # a linear that blocks share is quantized under one name
@@ -41,6 +47,12 @@ def ignore_list(model: PreTrainedModel, planned: Container[str]) -> list[str]:
     single |= set(extra)
     left = [name for name in single if not any(re.match(pattern, name) for pattern in patterns)]
     return sorted([*left, *(f"re:{pattern}" for pattern in patterns)])
+
+
+def _routes(name: str, module: nn.Module) -> bool:
+    """Whether a module is the router of a mixture, which engines build as a linear, whatever transformers does."""
+    weight = module._parameters.get("weight")
+    return families.is_router(name) and weight is not None and weight.dim() == 2
 
 
 def _of_towers(places: Places, spellings: dict[str, str]) -> Iterable[str]:

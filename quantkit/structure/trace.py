@@ -47,81 +47,90 @@ def matrix(linear: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
+class _Seen:
+    """What hooks have seen during one forward; every method gives the hook for the module of one name."""
+
+    def __init__(self) -> None:
+        self.siblings: dict[tuple[Any, ...], list[str]] = {}
+        self.norms: dict[tuple[Any, ...], str] = {}
+        self.calls: list[str] = []
+        self.output_of: dict[str, str] = {}
+        self.experts: dict[str, int] = {}
+        self._made: dict[
+            str, tuple[torch.Tensor, int]
+        ] = {}  # linear -> its output and the version it had then
+        # a tensor that died would lend its memory, and so its identity, to another
+        self._alive: list[torch.Tensor] = []
+
+    def reads(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._alive.append(x)
+            if name not in self.calls:
+                self.siblings.setdefault(_identity(x), []).append(name)
+            self.calls.append(name)
+
+        return hook
+
+    def makes(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if isinstance(out, torch.Tensor):  # a router that is a kind of linear may return more
+                self._made[name] = (out, _version(out))
+
+        return hook
+
+    def normalises(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            self._alive.append(out)
+            self.norms[_identity(out)] = name
+
+        return hook
+
+    def returns(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if isinstance(out, tuple | list) and out and all(item is None for item in out[1:]):
+                out = out[0]
+            for linear, (tensor, version) in self._made.items():
+                if out is tensor and _version(tensor) == version and linear.startswith(f"{name}."):
+                    self.output_of[name] = linear
+
+        return hook
+
+    def chooses(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.experts.setdefault(name, len(self.siblings))
+
+        return hook
+
+
 @torch.no_grad()
 def trace(block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Run `block(hidden, *args, **kwargs)` once and record which linear reads which tensor.
 
     The block is in eval mode, and the call has no KV cache.
     """
-    siblings: dict[tuple[Any, ...], list[str]] = {}
-    norms: dict[tuple[Any, ...], str] = {}
-    calls: list[str] = []
-    made: dict[str, tuple[torch.Tensor, int]] = {}  # linear -> its output and the version it had then
-    output_of: dict[str, str] = {}
-    experts: dict[str, int] = {}
-    alive: list[
-        torch.Tensor
-    ] = []  # a tensor that died would lend its memory, and so its identity, to another
-
-    def reads(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            alive.append(x)
-            if name not in calls:
-                siblings.setdefault(_identity(x), []).append(name)
-            calls.append(name)
-
-        return hook
-
-    def makes(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if isinstance(out, torch.Tensor):  # a router that is a kind of linear may return more
-                made[name] = (out, _version(out))
-
-        return hook
-
-    def normalises(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-            alive.append(out)
-            norms[_identity(out)] = name
-
-        return hook
-
-    def returns(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if isinstance(out, tuple | list) and out and all(item is None for item in out[1:]):
-                out = out[0]
-            for linear, (tensor, version) in made.items():
-                if out is tensor and _version(tensor) == version and linear.startswith(f"{name}."):
-                    output_of[name] = linear
-
-        return hook
-
-    def chooses(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            experts.setdefault(name, len(siblings))
-
-        return hook
-
-    handles = []
+    seen, handles = _Seen(), []
     for name, module in block.named_modules():
         if getattr(module, "is_experts", False):
-            handles.append(module.register_forward_pre_hook(chooses(name)))
+            handles.append(module.register_forward_pre_hook(seen.chooses(name)))
         elif is_linear(module):
-            handles.append(module.register_forward_pre_hook(reads(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(makes(name)))
+            handles.append(module.register_forward_pre_hook(seen.reads(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(seen.makes(name)))
         elif is_norm(module):
-            handles.append(module.register_forward_hook(normalises(name)))
+            handles.append(module.register_forward_hook(seen.normalises(name)))
         elif name and any(module.children()):
-            handles.append(module.register_forward_hook(returns(name)))
+            handles.append(module.register_forward_hook(seen.returns(name)))
     try:
         block(hidden, *args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    norm_of = {tuple(names): norms[key] for key, names in siblings.items() if key in norms}
     return Trace(
-        tuple(tuple(names) for names in siblings.values()), tuple(calls), norm_of, output_of, experts
+        siblings=tuple(tuple(names) for names in seen.siblings.values()),
+        calls=tuple(seen.calls),
+        norms={tuple(names): seen.norms[key] for key, names in seen.siblings.items() if key in seen.norms},
+        output_of=seen.output_of,
+        experts=seen.experts,
     )
 
 

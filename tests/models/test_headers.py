@@ -4,7 +4,6 @@ import json
 import struct
 import subprocess
 import sys
-from math import prod
 
 import pytest
 
@@ -277,25 +276,6 @@ def test_refused_by_config(folder, changes, fragment):
     refused(folder, fragment)
 
 
-@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"n_routed_experts": 8}, {"num_experts": 8}])
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("model.layers.0.mlp.experts.0.up_proj.weight", [2, 3]),
-        ("model.layers.0.mlp.gate.weight", [8, 3]),
-        ("model.layers.0.block_sparse_moe.router.layer.weight", [8, 3]),
-        ("model.layers.0.own.weight", [8, 2, 3]),
-    ],
-)
-def test_a_mixture_is_one_by_its_tensors(folder, changes, name, shape):
-    """A dense Nemotron-H counts experts in its config and has none."""
-    config(folder, **changes)
-    read_checkpoint(folder)
-    first = entry([2, 3], 0)
-    write(folder / "model.safetensors", {NAME: first, name: entry(shape, 24)}, bytes(24 + 4 * prod(shape)))
-    refused(folder, "mixture of experts", name, next(iter(changes)))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -363,8 +343,6 @@ def test_accepted_by_config(folder, changes):
 @pytest.mark.parametrize(
     ("name", "fragment"),
     [
-        ("model.layers.0.mlp.experts.3.up_proj.weight", "mixture of experts"),
-        ("model.layers.0.mlp.experts.gate_up_proj", "mixture of experts"),
         ("model.layers.0.mlp.up_proj.qweight", "already quantized"),
         ("model.layers.0.mlp.up_proj.weight_scale", "already quantized"),
     ],

@@ -347,13 +347,6 @@ def test_a_family_whose_blocks_do_not_run_alone_is_refused_by_module(tmp_path):
     assert quantize(recipe, original, tmp_path / "gptq").manifest.layers
 
 
-def test_mixtures_of_experts_are_refused(tmp_path):
-    original = save_unlisted("mixtral", tmp_path / "original", num_local_experts=4)
-    with pytest.raises(ModelError, match=r"mixture of experts \(num_local_experts: 4;.*use a dense model"):
-        quantize(RECIPES["rtn"], original, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # checkpoints and recipes that do not fit ------------------------------
 
 

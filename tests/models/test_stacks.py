@@ -1,0 +1,93 @@
+"""Stacks of experts on disk are one tensor for every linear of every expert, and are read as such."""
+
+from pathlib import Path
+
+import pytest
+import tiny_mixtures
+import tiny_models
+import torch
+
+from quantkit.models import skeleton
+from quantkit.models.experts import Experts, part_of
+from quantkit.models.headers import read_checkpoint
+from quantkit.models.source import Source
+from quantkit.models.stacks import taken_apart
+from quantkit.models.tensors import TensorInfo
+
+HIDDEN, WIDTH = 64, 96
+
+
+def info(name, *shape):
+    return TensorInfo(name, "F32", shape, Path("model.safetensors"), 0, 4 * torch.Size(shape).numel())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "experts", "linears"),
+    [
+        (
+            "mlp.experts.gate_up_proj",
+            (2, 192, 64),
+            "mlp.experts",
+            {"gate_proj": (96, 64), "up_proj": (96, 64)},
+        ),
+        (
+            "mlp.experts.gate_up_proj",
+            (2, 64, 192),
+            "mlp.experts",
+            {"gate_proj": (96, 64), "up_proj": (96, 64)},
+        ),
+        ("mlp.experts.down_proj", (2, 64, 96), "mlp.experts", {"down_proj": (64, 96)}),
+        ("mlp.experts.down_proj", (2, 96, 64), "mlp.experts", {"down_proj": (64, 96)}),
+        ("mixer.experts.up_proj", (2, 96, 64), "mixer.experts", {"up_proj": (96, 64)}),
+        ("moe.experts.fc1.weight", (2, 64, 192), "moe.experts", {"gate_proj": (96, 64), "up_proj": (96, 64)}),
+        (
+            "block_sparse_moe.input_linear.weight",
+            (2, 192, 64),
+            "block_sparse_moe.experts",
+            {"gate_proj": (96, 64), "up_proj": (96, 64)},
+        ),
+    ],
+)
+def test_weights_of_a_stack(name, shape, experts, linears):
+    stack = info(name, *shape)
+    found = taken_apart({"hidden_size": HIDDEN}, {name: stack})
+    wanted = {f"{experts}.{e}.{leaf}.weight": size for e in range(2) for leaf, size in linears.items()}
+    assert {n: each.shape for n, each in found.items()} == wanted
+    assert sum(each.nbytes for each in found.values()) == stack.nbytes
+    assert all(each.parts == (stack,) for each in found.values())
+
+
+def test_biases_of_a_stack_and_what_is_none():
+    tensors = {
+        n: info(n, *shape)
+        for n, shape in (("x.experts.gate_up_proj_bias", (2, 192)), ("x.up_proj", (2, 3, 4)))
+    }
+    found = taken_apart({"hidden_size": HIDDEN}, tensors)
+    assert found["x.experts.1.up_proj.bias"].shape == (96,)
+    assert found["x.up_proj"] == tensors["x.up_proj"]
+    assert "x.experts.gate_up_proj_bias" not in found
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "granitemoe", "mixtral"])
+def test_every_linear_is_read_as_the_model_has_it(name, tmp_path):
+    model = tiny_mixtures.build(name)
+    source = Source(read_checkpoint(tiny_models.save(model, tmp_path)))
+    empty = skeleton.build(source)
+    places = skeleton.places(empty)
+    stacked = tiny_mixtures.experts(model)
+    found = {n: m for n, m in empty.named_modules() if isinstance(m, Experts)}
+    assert found.keys() == stacked.keys()
+    for where, experts in found.items():
+        for role, leaf in experts.names.items():
+            holder = "down_proj" if role == "down" else "gate_up_proj"
+            wanted = part_of(stacked[where].get_parameter(holder), 2, role, "weight", experts.shape)
+            (place,) = places.by_parameter[f"{where}.2.{leaf}.weight"]
+            assert torch.equal(source.tensor(place.disk), wanted)
+
+
+def test_a_stack_can_be_stored_for_a_family_with_single_tensors(tmp_path):
+    model = tiny_mixtures.build("qwen3_moe")
+    source = Source(read_checkpoint(tiny_mixtures.stacked(tiny_models.save(model, tmp_path))))
+    skeleton.build(source)
+    up = model.model.layers[1].mlp.experts.gate_up_proj[3, WIDTH:]
+    assert torch.equal(source.tensor("model.layers.1.mlp.experts.3.up_proj.weight"), up)

@@ -1,0 +1,238 @@
+"""Mixtures of experts through a whole run: every expert quantized on its own tokens, written and loaded again."""
+
+import json
+
+import pytest
+import tiny_mixtures
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+import quantkit
+from quantkit.calibration.expert_run import ExpertRun
+from quantkit.calibration.experts import expert_stages
+from quantkit.calibration.walk import Wanted, walk
+from quantkit.checkpoint.manifest import read_manifest
+from quantkit.errors import RecipeError
+from quantkit.models import skeleton
+from quantkit.models.experts import Experts, part_of
+from quantkit.pipeline.experts import FEW, NONE
+from quantkit.pipeline.progress import Silent
+from quantkit.pipeline.quantize import prepared
+
+WEIGHTS = {"bits": 8, "group_size": 16}
+CALIBRATION = {"samples": 4, "sequence_length": 64}
+GPTQ = {"weights": WEIGHTS | {"algorithm": "gptq"}, "calibration": CALIBRATION}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name -> (the model, the folder of its checkpoint), made once."""
+    made = {}
+
+    def give(name):
+        if name not in made:
+            model = tiny_mixtures.build(name)
+            made[name] = model, tiny_models.save(model, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return give
+
+
+def run(recipe, source, output):
+    quantkit.quantize(recipe, model=source, output=output, evaluate=False, device="cpu")
+    return read_manifest(output)
+
+
+@torch.no_grad()
+def assert_runs(folder, name):
+    """What is loaded gives the logits of transformers' own experts with the dequantized weights.
+
+    The original's logits are no measure: a router that is in doubt sends a token elsewhere.
+    """
+    loaded, model, ids = (
+        quantkit.load(folder, device="cpu"),
+        tiny_mixtures.build(name),
+        tiny_models.ids(24, batch=2),
+    )
+    found = loaded(input_ids=ids, use_cache=False).logits
+    dense = quantkit.load(folder, device="cpu").dequantize()
+    apart = {n: m for n, m in dense.named_modules() if isinstance(m, Experts)}
+    own = dense.state_dict()
+    for where, place in model.state_dict().items():
+        module, _, name_of = where.rpartition(".")
+        leaf = "bias" if name_of.endswith("_bias") else "weight"
+        for role in ("down",) if name_of.startswith("down_proj") else ("gate", "up"):
+            for e in range(tiny_mixtures.EXPERTS) if module in apart else ():
+                part = part_of(place, e, role, leaf, apart[module].shape)
+                part.copy_(apart[module].linear(e, role).get_parameter(leaf))
+        if module not in apart:
+            place.copy_(own[where])
+    wanted = model(input_ids=ids, use_cache=False).logits
+    assert relative(found, wanted) < 1e-4
+
+
+def relative(found, wanted):
+    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4", "granitemoe"])
+def test_gptq_of_every_kind_of_experts(name, saved, tmp_path):
+    model, source = saved(name)
+    manifest = run(GPTQ, source, tmp_path)
+    blocks = tiny_mixtures.experts(model)
+    experts = [layer for layer in manifest.layers if ".experts." in layer.name]
+    assert len(experts) == len(blocks) * tiny_mixtures.EXPERTS * 3
+    assert all(layer.algorithm == "gptq" for layer in experts)
+    assert_runs(tmp_path, name)
+    (stored,) = (json.loads((tmp_path / "config.json").read_text())["quantization_config"],)
+    assert not [each for each in stored["ignore"] if each.endswith(("experts.0.down_proj", "experts.0.w2"))]
+    top = model.config.num_experts_per_tok
+    for report in manifest.experts:
+        assert sum(report["tokens"]) == top * CALIBRATION["samples"] * CALIBRATION["sequence_length"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_routers_are_named_in_ignore(name, saved, tmp_path):
+    _, source = saved(name)
+    run({"weights": WEIGHTS | {"algorithm": "rtn"}}, source, tmp_path)
+    ignored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignore"]
+    on_disk = {
+        "mixtral": "block_sparse_moe.gate",
+        "qwen3_moe": "mlp.gate",
+        "granitemoe": "block_sparse_moe.router.layer",
+    }
+    assert {f"model.layers.{i}.{on_disk[name]}" for i in (0, 1)} <= set(ignored)
+
+
+def test_the_walk_with_experts_one_by_one_is_the_model(saved, tmp_path):
+    """Bit for bit, in two ways: experts read when a token comes to them, and one after the other for all tokens."""
+    model, source = saved("qwen2_moe")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    ids = ready.windows.ids
+    wanted = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda m, a, out: wanted.append(out if torch.is_tensor(out) else out[0]))
+    model(input_ids=ids, use_cache=False)
+    for block in model.model.layers:
+        block._forward_hooks.clear()
+    blocks = walk(ready.model, ready.source, ready.plan, ids, Wanted(len(ids), True, behind_last=True))
+    for block, whole in zip(blocks, wanted, strict=True):
+        chunk = block.chunks()[0]
+        assert torch.equal(block.forward(chunk, full=True), whole[chunk])
+        (stage,) = block.experts.values()
+        block.route(stage)
+        for expert in range(stage.experts.shape.experts):
+            ExpertRun(block, stage, expert, wanted=0).advance()
+        stage.finish()
+        block.leave()
+        assert torch.equal(block.streams.full, whole)
+        assert torch.equal(block.streams.quantized, whole)
+
+
+def test_an_expert_is_calibrated_on_its_own_tokens(saved, tmp_path):
+    """Its Hessian is that of what the router sends to it, seen from outside through transformers' own experts."""
+    model, source = saved("mixtral")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    seen = []
+    fused = model.model.layers[0].mlp.experts
+    handle = fused.register_forward_pre_hook(lambda m, args: seen.append(args))
+    model(input_ids=ready.windows.ids, use_cache=False)
+    handle.remove()
+    ((hidden, index, _),) = seen
+    rows = hidden[(index == 2).any(-1)]
+    blocks = walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True))
+    block = next(blocks)
+    (stage,) = block.experts.values()
+    block.route(stage)
+    one = ExpertRun(block, stage, 2, wanted=0)
+    assert one.own == len(rows)
+    siblings = one.trace.siblings[0]
+    found = one.collect([siblings], {siblings: frozenset({"hessian"})})[siblings]
+    torch.testing.assert_close(found.hessian, 2 / len(rows) * rows.T @ rows)
+    every = ExpertRun(block, stage, 2, wanted=1 << 40)
+    both = every.collect([siblings], {siblings: frozenset({"hessian"})})[siblings]
+    torch.testing.assert_close(both.hessian, 2 / len(hidden) * hidden.T @ hidden)
+    half = ExpertRun(block, stage, 2, wanted=len(rows) + 10)
+    assert half.streams.leading.shape[0] == len(rows) + 10
+
+
+def test_experts_that_see_little_or_nothing_are_told(saved, tmp_path):
+    _, source = saved("mixtral")
+    recipe = GPTQ | {"calibration": {"samples": 1, "sequence_length": 2}}
+    manifest = run(recipe, source, tmp_path)
+    tokens = [count for report in manifest.experts for count in report["tokens"]]
+    assert 0 in tokens
+    assert any(0 < count < 64 for count in tokens)
+    layers = [layer for layer in manifest.layers if ".experts." in layer.name]
+    for layer in layers:
+        wanted = FEW if layer.details["tokens"] else NONE.format("gptq")
+        assert wanted in layer.fallbacks
+        assert layer.algorithm == ("gptq" if layer.details["tokens"] else "rtn")
+    unseen = 3 * sum(report["unseen"] for report in manifest.experts)
+    told = [note for note in manifest.notes if NONE.format("gptq") in note]
+    assert sum(int(note.split()[0]) for note in told) == unseen
+
+
+def test_all_tokens_for_every_expert(saved, tmp_path):
+    _, source = saved("mixtral")
+    routed, every = (
+        run(GPTQ | {"experts": {"calibrate": how, "min_tokens": 0}}, source, tmp_path / how)
+        for how in ("routed", "all")
+    )
+    assert routed.experts[0]["tokens"] == every.experts[0]["tokens"]
+    assert every.experts[0]["calibrate"] == "all"
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight_packed"
+    files = [load_file(next((tmp_path / how).glob("model-00001*")))[name] for how in ("routed", "all")]
+    assert not torch.equal(*files)
+    with pytest.raises(RecipeError, match=r"experts\.calibrate"):
+        run(GPTQ | {"experts": {"calibrate": "some"}}, source, tmp_path / "no")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_experts_that_a_rule_skips_stay_as_they_are(name, saved, tmp_path):
+    _model, source = saved(name)
+    manifest = run(GPTQ | {"rules": [{"match": "*experts*", "skip": True}]}, source, tmp_path)
+    assert not [layer for layer in manifest.layers if "experts" in layer.name]
+    tensors = {k: v for f in tmp_path.glob("*.safetensors") for k, v in load_file(f).items()}
+    original = load_file(source / "model.safetensors")
+    kept = [n for n in original if "experts." in n or "_linear" in n]
+    assert kept
+    assert all(torch.equal(tensors[n], original[n]) for n in kept)
+    assert_runs(tmp_path, name)
+
+
+def test_one_expert_alone_can_be_left(saved, tmp_path):
+    model, source = saved("gpt_oss")
+    name = "model.layers.1.mlp.experts.3.down_proj"
+    manifest = run(GPTQ | {"rules": [{"match": name, "skip": True}]}, source, tmp_path)
+    assert name not in [layer.name for layer in manifest.layers]
+    assert manifest.tensors["model.layers.1.mlp.experts.down_proj"].how == "quantized"
+    tensors = {k: v for f in tmp_path.glob("*.safetensors") for k, v in load_file(f).items()}
+    wanted = model.model.layers[1].mlp.experts.down_proj[3].T
+    assert torch.equal(tensors[f"{name}.weight"], wanted)
+    assert_runs(tmp_path, "gpt_oss")
+
+
+def test_awq_scales_inside_an_expert(saved, tmp_path):
+    """up -> down of each expert; the norm before the router stays, as router and experts read it too."""
+    _model, source = saved("mixtral")
+    recipe = GPTQ | {"transforms": [{"name": "awq", "grid": 4}]}
+    manifest = run(recipe, source, tmp_path)
+    inside = [s for s in manifest.scaling if s.get("producer") == "w3" and not s.get("left_out")]
+    assert len(inside) == 2 * tiny_mixtures.EXPERTS
+    norms = [s for s in manifest.scaling if s.get("producer") == "post_attention_layernorm"]
+    assert not [s for s in norms if not s.get("left_out")]
+    assert_runs(tmp_path, "mixtral")
+
+
+def test_only_the_loaded_experts_lie_in_memory(saved, tmp_path):
+    """A loaded block holds no expert: they are on meta until one is read."""
+    _, source = saved("mixtral")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    skeleton.load_outside(ready.model, ready.source, ready.plan.blocks_prefix)
+    block = skeleton.load_block(ready.model, ready.source, 0)
+    linears = [m for n, m in block.named_modules() if ".experts." in n and isinstance(m, torch.nn.Linear)]
+    assert linears
+    assert all(linear.weight.is_meta for linear in linears)
+    assert expert_stages(block, {}, {}, lambda name: None)
