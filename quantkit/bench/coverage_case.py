@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.bench.coverage_judge import grids, limit, noisy, share
+from quantkit.bench.coverage_judge import limit, noisy, share
 from quantkit.bench.coverage_model import TEXT, Inputs, built, family_of, logits, tokenizer
 from quantkit.errors import QuantkitError
 
@@ -146,7 +146,7 @@ def measured(name: str, loaded: PreTrainedModel, original: Original) -> dict[str
     if original.logits is None:
         raise ValueError("an encoder-decoder was quantized as a decoder")
     error = relative(logits(loaded, original.inputs), original.logits)
-    by_noise = relative(logits(noisy(original.model, grids(loaded)), original.inputs), original.logits)
+    by_noise = relative(logits(noisy(original.model, loaded), original.inputs), original.logits)
     found: dict[str, Any] = {
         "outcome": "accepted",
         "error": round(error, 4),

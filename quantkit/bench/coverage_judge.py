@@ -8,7 +8,6 @@ linear that is stored wrongly is far beyond it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
+from quantkit.models.experts import Experts, part_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,22 +37,35 @@ def grids(loaded: nn.Module) -> dict[str, Grid]:
 
 
 @torch.no_grad()
-def noisy(original: PreTrainedModel, packed: Mapping[str, Grid]) -> PreTrainedModel:
-    """A copy of a model whose linears `packed` got noise: uniform, as wide as one step of an integer grid that spans
-    each group of weights.
+def noisy(original: PreTrainedModel, loaded: nn.Module) -> PreTrainedModel:
+    """A copy of a model in which what is packed in `loaded` got noise: uniform, as wide as one step of an integer grid
+    that spans each group of weights.
     """
     model = copy.deepcopy(original)
     generator = torch.Generator().manual_seed(3)
-    for name, grid in packed.items():
-        linear = model.get_submodule(name)
-        weight = linear.get_parameter("weight")
-        turned = weight.T if type(linear).__name__ == "Conv1D" else weight  # (N, K)
+    for name, grid in grids(loaded).items():
+        turned = _weight(model, loaded, name)
         groups = turned.reshape(turned.shape[0], -1, grid.group(turned.shape[1]))  # (N, K/G, G)
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
         span = 2 * torch.maximum(high, -low) if grid.symmetric else high - low
         noise = (torch.rand(groups.shape, generator=generator) - 0.5) * span / (2**grid.bits - 1)
         turned.add_(noise.reshape(turned.shape))
     return model
+
+
+def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
+    """The weight [N, K] in a dense model, whose experts may be stacked, of the linear called `name` in another one."""
+    owner, _, rest = name.rpartition(".")
+    owner, _, number = owner.rpartition(".")
+    experts = loaded.get_submodule(owner) if number.isdecimal() else None
+    if not isinstance(experts, Experts):
+        linear = model.get_submodule(name)
+        weight = linear.get_parameter("weight").data
+        return weight.T if type(linear).__name__ == "Conv1D" else weight
+    role = next(role for role, leaf in experts.names.items() if leaf == rest)
+    holder = "down_proj" if role == "down" else "gate_up_proj" if experts.shape.gated else "up_proj"
+    stack = model.get_submodule(owner).get_parameter(holder).data
+    return part_of(stack, int(number), role, "weight", experts.shape)
 
 
 def share(original: PreTrainedModel, loaded: nn.Module) -> float:

@@ -131,7 +131,7 @@ def sharp(tmp_path_factory):
 
 def test_a_result_is_judged_by_noise_on_the_weights(sharp):
     model, loaded, wanted = sharp
-    by_noise = relative(logits(noisy(model, grids(loaded)), {}), wanted)
+    by_noise = relative(logits(noisy(model, loaded), {}), wanted)
     assert 0.03 < relative(logits(loaded, {}), wanted) < limit(by_noise)
     wrong = model.get_submodule(next(iter(grids(loaded))))
     wrong.weight[:8] = wrong.weight[8:16].clone()
