@@ -167,6 +167,7 @@ def measured(name: str, loaded: PreTrainedModel, original: Original) -> dict[str
 def walked(name: str, source: Path) -> float:
     """How far the logits behind the block walk, nothing quantized, are from the model's own on the same windows."""
     from quantkit.calibration.forward import finish
+    from quantkit.calibration.returned import FIRST
     from quantkit.calibration.walk import Wanted, walk
     from quantkit.models import skeleton
     from quantkit.pipeline.progress import Silent
@@ -175,7 +176,7 @@ def walked(name: str, source: Path) -> float:
     run = prepared(RECIPES[name], source, source.parent / "walk", (), "cpu", None, Silent())
     assert run.windows is not None
     ids = run.windows.ids[:4]
-    streams, form = None, None
+    streams, form = None, FIRST
     for block in walk(
         run.model, run.source, run.plan, ids, Wanted(len(ids), quantized=False, behind_last=True)
     ):

@@ -20,7 +20,7 @@ from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.memory import give_back
 from quantkit.calibration.replay import Replay
-from quantkit.calibration.returned import Returned, returned
+from quantkit.calibration.returned import FIRST, Form, laid, returned, stacked
 from quantkit.calibration.streams import Streams, kept
 from quantkit.errors import NumericalError
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
@@ -74,7 +74,7 @@ class BlockRun:
         self.changed: dict[str, torch.Tensor] = {}
         self.model_type = ""
         self.kv: BlockKV | None = None
-        self.form: Returned = None
+        self.form = FIRST
         self.seconds_once = 0.0  # of this block's time, what the next ones of its structure will not need
         self._groups = {} if groups is None else groups
         self.last = False  # whether nothing runs after this block
@@ -103,10 +103,11 @@ class BlockRun:
         return [slice(a, min(a + self.batch, count)) for a in range(0, count, self.batch)]
 
     def first_call(self) -> tuple[torch.Tensor, Call]:
-        """(hidden states of the first window, the call that goes with them)."""
+        """(hidden states of the first window as the block takes them, the call that goes with them)."""
         full = self.streams.quantized is None
         hidden = self.streams.leading[:1].to(self.device)
-        return hidden, self.calls.at(self.chunks()[0], 1, self.streams.shared.get((full, 0)))
+        call = self.calls.at(self.chunks()[0], 1, self.streams.shared.get((full, 0)))
+        return laid(hidden, call.axis), call
 
     @property
     def runs_original(self) -> bool:
@@ -130,9 +131,9 @@ class BlockRun:
         cache = self.kv.cache() if self.kv is not None and self.kv.ready and not full else None
         call = self.calls.at(chunk, hidden.shape[0], self.streams.shared.get((full, chunk.start)), cache)
         with patched(self._replay.forwards(chunk, full)), self._experts_at((full, chunk.start)):
-            out = self.module(hidden, *call.args, **call.kwargs)
-        self.form = returned(out)
-        return first_output(out), call
+            out = call(self.module, hidden)
+        self.form = Form(returned(out), call.axis)
+        return stacked(first_output(out), call.axis), call
 
     @contextmanager
     def _experts_at(self, at: tuple[bool, int]) -> Iterator[None]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from quantkit.calibration.forward import Call, block_form, embed
-from quantkit.calibration.returned import Returned
+from quantkit.calibration.returned import Form
 from quantkit.calibration.streams import Shared
 from quantkit.errors import ModelError
 
@@ -146,7 +146,8 @@ class BlockCalls:
                     value[key] = tensors
             return value
 
-        return Call(*rebuilt(_tree(call), change))
+        args, kwargs = rebuilt(_tree(call), change)
+        return Call(args, kwargs, call.axis)
 
     @property
     def mutable(self) -> bool:
@@ -205,7 +206,7 @@ def record(
 
 
 def _cache_places(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, without: list[Call], form: Returned
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, without: list[Call], form: Form
 ) -> list[Place | None]:
     """Where each block is given the model's key-value cache, in the calls `without` one too; ModelError if nowhere."""
     from transformers import DynamicCache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.calibration.forward import finish
-from quantkit.calibration.returned import Returned
+from quantkit.calibration.returned import Form
 from quantkit.models import skeleton
 from quantkit.models.source import Source
 
@@ -44,7 +44,7 @@ def window_kl(
     ids: torch.Tensor,
     original: torch.Tensor,
     others: Sequence[torch.Tensor],
-    form: Returned,
+    form: Form,
     device: torch.device,
 ) -> torch.Tensor:
     """Mean KL(original || other) over the tokens of each window, in nats: fp64 [others, windows].
@@ -57,7 +57,7 @@ def window_kl(
     windows, length = ids.shape
     total = torch.zeros(len(others), windows, dtype=torch.float64)
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
-    step = max(1, min(length, LOGITS // vocabulary))
+    step = max(1, min(length, LOGITS // vocabulary)) if original.dim() == 3 else length
 
     def logits(hidden: torch.Tensor, window: int, tokens: slice) -> torch.Tensor:
         states = hidden[window : window + 1, tokens].to(device)

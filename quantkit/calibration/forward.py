@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from quantkit.calibration.returned import Returned, seen_on_meta, wrapped
+from quantkit.calibration.returned import FIRST, Form, laid, seen_on_meta, stacked, wrapped
 from quantkit.errors import ModelError
 from quantkit.models.skeleton import reader
-from quantkit.structure.trace import first_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,14 +43,15 @@ class Stop(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """How the model called a block: everything but the hidden states."""
+    """How the model called a block: everything but the hidden states. axis: which of theirs counts the windows."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    axis: int = 0
 
-    def __call__(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run `module` on `hidden`; the hidden states it returns."""
-        return first_output(module(hidden, *self.args, **self.kwargs))
+    def __call__(self, module: nn.Module, hidden: torch.Tensor) -> Any:
+        """What `module` returns for hidden states [windows, ...]."""
+        return module(laid(hidden, self.axis), *self.args, **self.kwargs)
 
 
 @contextmanager
@@ -121,12 +121,11 @@ def embed(
     blocks: nn.ModuleList,
     ids: torch.Tensor,
     cache: Any = None,
-    form: Returned = None,
+    form: Form = FIRST,
 ) -> tuple[torch.Tensor, list[Call]]:
-    """Hidden states [batch, length, ..., hidden] before block 0, and the call of every block, for such token ids.
+    """Hidden states [windows, ..., hidden] before block 0, and the call of every block, for such token ids.
 
-    cache: a key-value cache that the model is to hand to its blocks; None: it uses none. form: how the blocks return
-    their hidden states, see `block_form`.
+    cache: a key-value cache that the model is to hand to its blocks; None: it uses none. form: see `block_form`.
     """
     given = {} if cache is None else {"past_key_values": cache}
     hidden: list[torch.Tensor] = []
@@ -135,50 +134,61 @@ def embed(
     def record(*args: object, **kwargs: object) -> Any:
         h, call = _split(args, kwargs)
         hidden.append(h)
-        calls.append(call)
+        calls.append(replace(call, axis=form.axis))
         if len(calls) == len(blocks):
             raise Stop
-        return wrapped(h, form)
+        return wrapped(h, form.values)
 
     with refusing(type(model).__name__), patched((b, record) for b in blocks):
         try:
             _reader(model)(input_ids=ids, use_cache=cache is not None, **given)
         except Stop:
-            if hidden[0].dim() < 3 or hidden[0].shape[0] != len(ids):
+            if hidden[0].dim() < 3 or hidden[0].shape[form.axis] != len(ids):
                 raise ValueError(
                     f"its blocks take hidden states of shape {list(hidden[0].shape)} for {list(ids.shape)} tokens"
                 ) from None
-            return hidden[0], calls
+            return stacked(hidden[0], form.axis), calls
         raise RuntimeError(f"the forward ran {len(calls)} of {len(blocks)} decoder blocks")
 
 
 @torch.no_grad()
-def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor) -> Returned:
-    """How the blocks return their hidden states, which a model unpacks; the first one is run without weights.
+def block_form(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor) -> Form:
+    """How the blocks take and return their hidden states, which a model unpacks; the first one is run without weights.
 
-    None, for hidden states alone, where that is not found out. ModelError if the model does not hand the hidden states
-    from block to block as they are, each block once. What is outside the blocks is loaded.
+    ids: of one window. Hidden states alone, windows first, where that is not found out. ModelError if the model does
+    not hand the hidden states from block to block as they are, each block once. What is outside the blocks is loaded.
     """
+    try:
+        hidden, call = _first_call(model, blocks, ids)
+        form = Form(seen_on_meta(blocks[0], hidden, call))
+        two, _ = _first_call(model, blocks, ids.expand(2, -1))
+    except _FORWARD_ERRORS:  # `embed` meets it too, and says it by name
+        return FIRST
+    changed = [axis for axis, (a, b) in enumerate(zip(hidden.shape, two.shape, strict=False)) if 2 * a == b]
+    form = replace(form, axis=changed[0] if len(changed) == 1 else 0)
+    with refusing(type(model).__name__):
+        _check_order(model, blocks, ids, form)
+    return form
+
+
+def _first_call(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor
+) -> tuple[torch.Tensor, Call]:
+    """(hidden states as block 0 takes them, the call it gets); RuntimeError if it is not reached."""
     first: list[tuple[torch.Tensor, Call]] = []
 
     def stop(*args: object, **kwargs: object) -> None:
         first.append(_split(args, kwargs))
         raise Stop
 
-    form: Returned = None
-    try:
-        with patched([(blocks[0], stop)]):
-            _reader(model)(input_ids=ids, use_cache=False)
-    except Stop:
-        form = seen_on_meta(blocks[0], *first[0])
-    except _FORWARD_ERRORS:  # `embed` meets it too, and says it by name
-        return None
-    with refusing(type(model).__name__):
-        _check_order(model, blocks, ids, form)
-    return form
+    with patched([(blocks[0], stop)]), suppress(Stop):
+        _reader(model)(input_ids=ids, use_cache=False)
+    if not first:
+        raise RuntimeError("the forward does not reach its first decoder block")
+    return first[0]
 
 
-def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, form: Returned) -> None:
+def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tensor, form: Form) -> None:
     """ValueError if hidden states do not go through the blocks one after the other, once, unchanged in between."""
     seen: list[tuple[int, torch.Tensor]] = []
 
@@ -186,7 +196,7 @@ def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tenso
         def forward(*args: object, **kwargs: object) -> Any:
             hidden = _split(args, kwargs)[0]
             seen.append((index, hidden.clone()))
-            return wrapped(hidden, form)
+            return wrapped(hidden, form.values)
 
         return forward
 
@@ -205,15 +215,15 @@ def _check_order(model: PreTrainedModel, blocks: nn.ModuleList, ids: torch.Tenso
 
 @torch.no_grad()
 def finish(
-    model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, form: Returned
+    model: PreTrainedModel, blocks: nn.ModuleList, hidden: torch.Tensor, ids: torch.Tensor, form: Form
 ) -> torch.Tensor:
-    """Logits from the hidden states after the last block: final norm and head by the model's own forward.
+    """Logits from hidden states [windows, ...] behind the last block: final norm and head by the model's own forward.
 
     form: how the blocks return their hidden states.
     """
 
     def give(*args: object, **kwargs: object) -> object:
-        return wrapped(hidden, form)
+        return form.returning(hidden)
 
     with patched((b, give) for b in blocks):
         logits: torch.Tensor = _reader(model)(input_ids=ids, use_cache=False).logits

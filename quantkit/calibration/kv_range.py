@@ -127,4 +127,4 @@ def _with_cache(run: BlockRun, chunk: slice, cache: PassingCache, windows: int |
     run.select(full)
     hidden = run.streams.leading[chunk][:windows].to(run.device)
     call = run.calls.at(chunk, hidden.shape[0], run.streams.shared.get((full, chunk.start)), cache)
-    run.module(hidden, *call.args, **call.kwargs)
+    call(run.module, hidden)

@@ -1,11 +1,13 @@
-"""In what a decoder block returns its hidden states: alone, or first among several values.
+"""In what a decoder block takes and returns its hidden states: alone or beside other values, windows first or not.
 
-What stands in for a block has to return as many values as the block does, since models unpack them.
+What stands in for a block has to return as many values as the block does, since models unpack them. The walk keeps
+hidden states with windows first; XLNet's blocks have them behind the tokens, Gemma 3n's behind four predictions.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,31 @@ if TYPE_CHECKING:
     from quantkit.calibration.forward import Call
 
 Returned = tuple[type, int] | None  # (tuple or list, its length); None: the hidden states alone
+
+
+@dataclass(frozen=True)
+class Form:
+    """How blocks take and return hidden states. axis: which of their axes counts the windows."""
+
+    values: Returned = None
+    axis: int = 0
+
+    def returning(self, hidden: torch.Tensor) -> Any:
+        """What a block returns for hidden states [windows, ...]."""
+        return wrapped(laid(hidden, self.axis), self.values)
+
+
+FIRST = Form()  # hidden states alone, windows first
+
+
+def laid(hidden: torch.Tensor, axis: int) -> torch.Tensor:
+    """Hidden states [windows, ...] as blocks take them, whose windows are at `axis`."""
+    return hidden if axis == 0 else hidden.movedim(0, axis).contiguous()
+
+
+def stacked(hidden: torch.Tensor, axis: int) -> torch.Tensor:
+    """Hidden states as blocks have them, windows first; the inverse of `laid`."""
+    return hidden if axis == 0 else hidden.movedim(axis, 0).contiguous()
 
 
 def returned(out: Any) -> Returned:

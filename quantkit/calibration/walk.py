@@ -26,7 +26,7 @@ from quantkit.calibration.experts import expert_stages
 from quantkit.calibration.forward import Stop, block_form, embed, finish
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.memory import give_back
-from quantkit.calibration.returned import Returned, returned
+from quantkit.calibration.returned import Form, returned
 from quantkit.calibration.streams import Streams
 from quantkit.errors import ModelError
 from quantkit.models import skeleton
@@ -235,13 +235,13 @@ def inputs_after_blocks(
 
 def _form(
     model: PreTrainedModel, source: Source, plan: Plan, windows: torch.Tensor, device: torch.device
-) -> Returned:
+) -> Form:
     """How the blocks return their hidden states, seen on one window through the first one."""
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     ids = windows[:1].to(device)
     hidden, calls = embed(model, blocks, ids, form=block_form(model, blocks, ids))
     block = skeleton.load_block(model, source, 0, device=device, blocks_prefix=prefix)
     expert_stages(block, {}, {}, partial(_read, model, source, f"{prefix}.0"))  # they answer with zeros
-    out = block(hidden, *calls[0].args, **calls[0].kwargs)
+    out = calls[0](block, hidden)
     skeleton.free_block(model, 0, prefix)
-    return returned(out)
+    return Form(returned(out), calls[0].axis)

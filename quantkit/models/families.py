@@ -115,6 +115,10 @@ SET_ASIDE = (
     (re.compile(r"\.(dt_proj|x_proj)$"), "a time-step projection of a state-space layer"),
     (re.compile(r"\.(in_proj_a|in_proj_b|in_proj_ba)$"), "a decay or gate of linear attention, a few rows"),
     (re.compile(r"\.weights_proj$"), "the head weights of a sparse-attention indexer"),
+    (
+        re.compile(r"\.altup\.\w+$"),
+        "mixes a handful of predictions of a layer (AltUp), a few rows or columns",
+    ),
 )
 
 # What names alone say where no model class can be asked (`names.py`): 2-D tensors that are no linears, whatever a rule

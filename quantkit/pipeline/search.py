@@ -19,6 +19,7 @@ from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.config import AlgorithmConfig, RtnConfig
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.divergence import window_kl
+from quantkit.calibration.returned import FIRST
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import Wanted, chunk_windows, walk
 from quantkit.checkpoint.records import SearchRecord, Trial, parse, plain
@@ -128,7 +129,7 @@ class _Searching:
         ids = self.ids if not self.input_max else self.ids[: self.windows]
         wanted = Wanted(full=len(ids), quantized=False, behind_last=True)
         streams: list[Streams] = []
-        original, form = None, None
+        original, form = None, FIRST
         for block in walk(run.model, run.source, run.plan, ids, wanted, device=run.device, now=run.clock.now):
             original = block.streams.of(full=True)
             streams = streams or [Streams(original[: self.windows].clone(), None) for _ in strengths]

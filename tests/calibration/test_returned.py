@@ -1,11 +1,13 @@
 """What stands in for a block returns as many values as the block."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from quantkit.calibration.forward import Call, block_form
-from quantkit.calibration.returned import returned, seen_on_meta, wrapped
+from quantkit.calibration.forward import Call, block_form, embed
+from quantkit.calibration.returned import Form, returned, seen_on_meta, stacked, wrapped
 from quantkit.errors import ModelError
 
 
@@ -48,9 +50,10 @@ class Model(nn.Module):
     def __init__(self, run):
         super().__init__()
         self.embedding, self.run = nn.Embedding(8, 4), run
+        self.config = SimpleNamespace(model_type="made up")
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache=False):
         return self.run(self.embedding(input_ids), *self.blocks)
 
 
@@ -71,4 +74,26 @@ def test_a_model_that_does_not_hand_hidden_states_on_is_refused(name):
 
 def test_a_model_that_does_is_not():
     model = Model(lambda h, a, b: b(a(h)))
-    assert block_form(model, model.blocks, torch.ones(1, 3, dtype=torch.long)) is None
+    assert block_form(model, model.blocks, torch.ones(1, 3, dtype=torch.long)) == Form()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_windows_that_are_not_first_are_found(axis):
+    model = Model(lambda h, a, b: b(a(h.movedim(0, axis).contiguous())))
+    ids = torch.ones(1, 3, dtype=torch.long)
+    form = block_form(model, model.blocks, ids)
+    assert form == Form(axis=axis)
+    hidden, calls = embed(model, model.blocks, ids.expand(2, -1), form=form)
+    assert hidden.shape == (2, 3, 4)
+    assert [call.axis for call in calls] == [axis, axis]
+    assert torch.equal(stacked(calls[0](nn.Identity(), hidden), axis), hidden)
+
+
+def test_a_model_that_wants_more_than_a_text_is_refused_by_name():
+    class Sees(Model):
+        def forward(self, input_ids, pixel_values, use_cache=False):
+            return super().forward(input_ids, use_cache)
+
+    model = Sees(lambda h, a, b: b(a(h)))
+    with pytest.raises(ModelError, match="Sees does not run on a text alone, its forward wants pixel_values"):
+        block_form(model, model.blocks, torch.ones(1, 3, dtype=torch.long))

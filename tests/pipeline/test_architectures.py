@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import quantkit
 from quantkit import assets
 from quantkit.calibration.forward import embed, finish
-from quantkit.calibration.returned import returned
+from quantkit.calibration.returned import Form, returned
 from quantkit.cli.main import run
 from quantkit.errors import DataError, ModelError
 from quantkit.formats.registry import codec
@@ -153,7 +153,7 @@ def test_the_streamed_walk_gives_the_models_logits(tmp_path, name, tie):
         block = skeleton.load_block(model, source, index, blocks_prefix=prefix)
         with torch.no_grad():
             out = block(hidden, *call.args, **call.kwargs)
-        form = returned(out)
+        form = Form(returned(out))
         hidden = first_output(out)
         skeleton.free_block(model, index, prefix)
     assert torch.equal(finish(model, blocks, hidden, ids(), form), logits(reference))
