@@ -33,7 +33,7 @@ from quantkit.checkpoint.loaders import Loader, loaders
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import plain
 from quantkit.errors import ModelError
-from quantkit.formats.foreign import LOADERS, METHODS
+from quantkit.formats.foreign import METHODS
 from quantkit.formats.registry import Codec
 from quantkit.models import families
 from quantkit.models.config import quantization_config, read_config
@@ -41,8 +41,9 @@ from quantkit.models.headers import quantized_linears
 from quantkit.models.tensors import TensorInfo, read_tensors
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import outlook, preflight, verdicts
+from quantkit.preflight.foreign import format_of
 from quantkit.preflight.subject import Linear, Subject
-from quantkit.preflight.target import Target
+from quantkit.preflight.target import NAMES, Target
 from quantkit.scheme import KVScheme, Scheme
 
 SCHEMA = "quantkit-inspect/1"
@@ -76,12 +77,11 @@ def inspect_checkpoint(
         module, _, leaf = name.rpartition(".")
         if name not in parts and leaf == "weight" and len(tensor.shape) == 2:
             layers.append(_plain(module, tensor))
-    who = loaders(model_type, schemes, cache)
-    foreign = LOADERS.get(codec.method) if codec is not None else None
-    if foreign is not None:
-        who = [who[0], *(Loader(*each) for each in foreign)]
     layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
     subject = _subject(config, quantization, layers, schemes, cache, tensors)
+    who = loaders(model_type, schemes, cache)
+    if format_of(subject) is not None:
+        who = [who[0], _loader(subject, Target("transformers")), _loader(subject, Target("vllm"))]
     return {
         "schema": SCHEMA,
         "path": str(path),
@@ -94,11 +94,17 @@ def inspect_checkpoint(
         "kv_cache": _cache(cache),
         "loaders": [each.report() for each in who],
         "engines": [{"runs": runs, "said": said} for runs, said in verdicts(subject)]
-        if foreign is None and (schemes or cache)
+        if schemes or cache
         else [],
         "target": None if target is None else _asked(subject, target),
         "searches": plain(manifest.searches or []) if manifest else [],
     }
+
+
+def _loader(subject: Subject, target: Target) -> Loader:
+    """Whether an engine loads a checkpoint of another tool, and with what or why not."""
+    found = preflight(subject, target)
+    return Loader(NAMES[target.engine], not found, str(found[0]) if found else outlook(subject, target))
 
 
 def _asked(subject: Subject, target: Target) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.preflight.cache import caches
+from quantkit.preflight.foreign import format_of, reading_of, settings, unread
 from quantkit.preflight.kernels import needed, no_kernel
 from quantkit.preflight.names import siblings, spelled
 from quantkit.preflight.sharding import heads, shard_of, splits
@@ -20,6 +21,9 @@ SHOWN = ("sm80", "sm90", "sm100", "cpu")  # the devices that are named where a r
 def preflight(subject: Subject, target: Target) -> list[Finding]:
     """What the target refuses or gets wrong, with layer, numbers and remedy; empty if nothing is known to be."""
     found: list[Finding] = []
+    if foreign := unread(subject, target):
+        return [foreign]
+    found += settings(subject, target)
     if target.engine not in _SERVERS:
         found += _alone(subject, target)
     else:
@@ -37,7 +41,8 @@ def preflight(subject: Subject, target: Target) -> list[Finding]:
 
 def outlook(subject: Subject, target: Target) -> str:
     """What to say of a target that refuses nothing: which optional packages it needs, if any."""
-    packages = needed({linear.scheme for linear in subject.quantized if linear.scheme}, target)
+    schemes = {linear.scheme for linear in subject.quantized if linear.scheme}
+    packages = needed(schemes, target, reading_of(subject, target))
     return f"nothing is known that {target} would refuse" + (
         f", with {', '.join(packages)}" if packages else ""
     )
@@ -56,7 +61,7 @@ def _linear(linear: Linear, subject: Subject, target: Target) -> Iterator[Findin
         return
     yield from splits(linear, subject, target)
     shard = shard_of(linear, subject, target.tensor_parallel)
-    finding = None if shard is None else no_kernel(linear, shard, target)
+    finding = None if shard is None else no_kernel(linear, shard, target, reading_of(subject, target))
     if finding:
         yield finding
 
@@ -72,7 +77,7 @@ def _alone(subject: Subject, target: Target) -> Iterator[Finding]:
             "use tensor_parallel: 1, or engine: vllm",
             name,
         )
-    if target.engine == "transformers":
+    if target.engine == "transformers" and format_of(subject) is None:
         where = "transformers 5.23, compressed-tensors 0.20"
         turned = [linear.name for linear in subject.quantized if linear.transposed]
         if turned:
@@ -134,7 +139,8 @@ def verdicts(subject: Subject) -> list[tuple[bool, str]]:
             widths = [n for n in (1, 2, 4, 8) if not preflight(subject, Target(engine, n, runs[0]))]
             shared = f"; tensor_parallel {', '.join(map(str, widths))}" if runs[0] != "cpu" else ""
             schemes = {linear.scheme for linear in subject.quantized if linear.scheme}
-            packages = {device: needed(schemes, Target(engine, 1, device)) for device in runs}
+            reading = reading_of(subject, Target(engine))
+            packages = {device: needed(schemes, Target(engine, 1, device), reading) for device in runs}
             said = [
                 f"{device} (with {packages[device][0]})" if packages[device] else device for device in runs
             ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from quantkit.preflight.foreign import taken
 from quantkit.preflight.subject import Finding, Linear
-from quantkit.preflight.tables import FOREIGN, KERNELS, Kernel, source
+from quantkit.preflight.tables import KERNELS, Kernel, Reading, source
 from quantkit.preflight.target import DEVICES, Device, Target
 from quantkit.scheme import Scheme
 
@@ -50,17 +51,23 @@ def family_of(scheme: Scheme) -> str | None:
     return "int4, int8 inputs" if four else None
 
 
-def kernels_for(scheme: Scheme, engine: str, device: Device) -> list[Kernel]:
-    """The kernels of an engine that run a scheme on a kind of device, in its order of preference."""
+def kernels_for(scheme: Scheme, engine: str, device: Device, reading: Reading | None = None) -> list[Kernel]:
+    """The kernels of an engine that run a scheme on a kind of device, in its order of preference.
+
+    reading: how it reads the files of another tool that the weights are stored in.
+    """
     family, grid = family_of(scheme), scheme.weights
-    return [
-        kernel
-        for kernel in KERNELS
-        if kernel.engine == engine
-        and kernel.family == family
-        and kernel.runs_on(device)
-        and kernel.takes(grid.bits, grid.symmetric, grid.group_size)
-    ]
+
+    def taking(kernels: Iterable[Kernel]) -> list[Kernel]:
+        fitting = [kernel for kernel in kernels if kernel.runs_on(device)]
+        return [kernel for kernel in fitting if kernel.takes(grid.bits, grid.symmetric, grid.group_size)]
+
+    found = taking(kernel for kernel in KERNELS if (kernel.engine, kernel.family) == (engine, family))
+    if reading is None:
+        return found
+    if (grid.bits, grid.symmetric) in reading.alone:
+        return taking(reading.own)
+    return found + taking(reading.own) if reading.anyhow or not found else found
 
 
 def devices_for(scheme: Scheme, engine: str, optional: bool = True) -> list[str]:
@@ -72,30 +79,34 @@ def devices_for(scheme: Scheme, engine: str, optional: bool = True) -> list[str]
     ]
 
 
-def needed(schemes: Iterable[Scheme], target: Target) -> list[str]:
+def needed(schemes: Iterable[Scheme], target: Target, reading: Reading | None = None) -> list[str]:
     """The optional packages without which the target runs one of these schemes on none of its devices."""
-    found: dict[str, None] = {}
+    found: dict[str, None] = {} if reading is None or reading.needs is None else {reading.needs: None}
     for scheme in schemes:
-        each = [kernel for device in target.devices for kernel in kernels_for(scheme, target.engine, device)]
+        each = [
+            kernel
+            for device in target.devices
+            for kernel in kernels_for(scheme, target.engine, device, reading)
+        ]
         if each and all(kernel.needs for kernel in each):
             found |= {str(kernel.needs): None for kernel in each}
     return list(found)
 
 
-def no_kernel(linear: Linear, shard: tuple[int, int], target: Target) -> Finding | None:
-    """Why none of the target's devices runs a linear, whose part on one device is `shard`; None if one does."""
+def no_kernel(
+    linear: Linear, shard: tuple[int, int], target: Target, reading: Reading | None = None
+) -> Finding | None:
+    """Why none of the target's devices runs a linear, whose part on one device is `shard`; None if one does.
+
+    reading: how it reads the files of another tool that the linear is stored in.
+    """
     scheme, engine = linear.scheme, target.engine
     if scheme is None or engine not in ("vllm", "sglang"):
         return None
-    foreign = FOREIGN.get(linear.format)
-    kind = (scheme.weights.bits, scheme.weights.symmetric)
-    if foreign is not None and kind not in foreign[0]:
-        known = ", ".join(f"{bits} bits {'symmetric' if even else 'asymmetric'}" for bits, even in foreign[0])
-        said = f"{linear.scheme} in {linear.format} files, of which it reads {known}: {target}"
-        return Finding(
-            "kernel", "", said, "use compressed-tensors or another scheme", source(engine, foreign[1])
-        )
-    kernels = [kernel for device in target.devices for kernel in kernels_for(scheme, engine, device)]
+    devices = target.devices if reading is None else taken(linear, reading, target)
+    if isinstance(devices, Finding):
+        return devices
+    kernels = [kernel for device in devices for kernel in kernels_for(scheme, engine, device, reading)]
     if any(kernel.fits(*shard) for kernel in kernels):
         return None
     if kernels:

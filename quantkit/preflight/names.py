@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from quantkit.formats.patterns import PatternError, matches
+from quantkit.preflight.foreign import format_of
 from quantkit.preflight.subject import EMBEDDING, HEAD, Finding, Linear, Subject
 from quantkit.preflight.tables import FUSIONS, RENAMED, Fusion, source
 from quantkit.preflight.target import NAMES, Target
@@ -63,8 +64,8 @@ def _experts(subject: Subject, target: Target) -> Iterator[tuple[str, Finding]]:
 
 def spelled(subject: Subject, target: Target) -> Iterator[tuple[str, Finding]]:
     """(linear, what is wrong): `ignore` and `targets` give it another verdict than the file's tensors."""
-    groups = subject.quantization.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    groups = subject.quantization.get("config_groups")  # ModelOpt's look alike and mean other patterns
+    if not isinstance(groups, Mapping) or not groups or format_of(subject) is not None:
         return
     renamed, file = RENAMED.get(subject.model_type, ((), _UTILS))
     ignore = _Names(_texts(subject.quantization.get("ignore")), renamed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from quantkit.preflight.target import Device
 
-VLLM, SGLANG = "vLLM 0.32.0", "SGLang 2026"
+VERSIONS = {"vllm": "vLLM 0.32.0", "sglang": "SGLang 2026", "transformers": "transformers 5.23"}
 _LINEAR = "model_executor/kernels/linear"
 _MIXED = f"{_LINEAR}/mixed_precision"
 _SCALED = f"{_LINEAR}/scaled_mm"
@@ -20,7 +20,7 @@ _SGLANG_CT = "layers/quantization/compressed_tensors"
 
 
 def source(engine: str, file: str) -> str:
-    return f"{VLLM if engine == 'vllm' else SGLANG}, {file}"
+    return f"{VERSIONS[engine]}, {file}"
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,131 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("sglang", "MXFP4 weights", "mxfp4", f"{_SGLANG_CT}/schemes/compressed_tensors_w4a16_mxfp4.py", 80),
 )
 
-# What of integer weights a format of another tool may hold for vLLM: (bits, symmetric).
-FOREIGN: dict[str, tuple[frozenset[tuple[int, bool]], str]] = {
-    "gptq": (frozenset({(4, True), (8, True)}), "model_executor/layers/quantization/auto_gptq.py"),
-    "awq": (frozenset({(4, False)}), "model_executor/layers/quantization/auto_awq.py"),
+
+@dataclass(frozen=True)
+class Reading:
+    """How an engine reads the files of another tool. No row: it has no reader of them.
+
+    kinds: (bits, symmetric) of integer weights on GPUs; cpu: on CPUs. groups: group sizes, None is a channel; None for
+    all: what its kernels take. own: kernels for these files alone, which run what the others do not take and the kinds
+    `alone`; with `anyhow` also what is not whole tiles for the others. ordered: on GPUs it takes groups of columns in
+    the order of GPTQ's desc_act. keys: of `quantization_config` that it does not do without, each with its spellings.
+    needs: optional packages.
+    """
+
+    file: str
+    kinds: frozenset[tuple[int, bool]] = frozenset()
+    cpu: frozenset[tuple[int, bool]] = frozenset()
+    groups: tuple[int | None, ...] | None = None
+    own: tuple[Kernel, ...] = ()
+    alone: frozenset[tuple[int, bool]] = frozenset()
+    anyhow: bool = False
+    ordered: bool = True
+    keys: tuple[tuple[str, ...], ...] = ()
+    needs: str | None = None
+
+
+def _kinds(symmetric: tuple[int, ...], asymmetric: tuple[int, ...] = ()) -> frozenset[tuple[int, bool]]:
+    return frozenset({*((bits, True) for bits in symmetric), *((bits, False) for bits in asymmetric)})
+
+
+_Q, _GPTQ_BITS = "model_executor/layers/quantization", (2, 3, 4, 8)
+_SIZES = (("bits",), ("group_size",), ("desc_act",))
+_AWQ_KEYS = (("w_bit", "bits"), ("q_group_size", "group_size"), ("zero_point",))
+_SGLANG_GPTQ = "layers/quantization/gptq/gptq.py"
+_EXLLAMA = Kernel(*("sglang", "GPTQ", "integers", _SGLANG_GPTQ), symmetric=_GPTQ_BITS, asymmetric=_GPTQ_BITS)
+_GPTQ_AMX = Kernel(
+    *("sglang", "CPU GPTQ", "integers", "layers/quantization/gptq/schemes/gptq_cpu.py", None),
+    features=_AMX,
+    symmetric=(4,),
+    asymmetric=(4,),
+)
+# Where an engine lists the formats that it reads.
+READERS = {
+    "vllm": f"{_Q}/__init__.py",
+    "sglang": "layers/quantization/__init__.py",
+    "transformers": "quantizers/auto.py",
+}
+# engine -> format -> how it reads it. "auto-round awq" are AutoRound's files with AWQ's tensors.
+READINGS: dict[str, dict[str, Reading]] = {
+    "vllm": {
+        "gptq": Reading(
+            f"{_Q}/auto_gptq.py",
+            kinds=_kinds((4, 8)),
+            cpu=_kinds((4,)),
+            groups=_MARLIN_GROUPS,
+            ordered=False,
+            keys=(*_SIZES, ("sym",)),
+        ),
+        "awq": Reading(
+            f"{_Q}/auto_awq.py",
+            kinds=_kinds((), (4,)),
+            cpu=_kinds((), (4,)),
+            own=(Kernel("vllm", "AWQ", "integers", f"{_Q}/auto_awq.py", asymmetric=(4,)),),
+            anyhow=True,
+            keys=_AWQ_KEYS,
+        ),
+        "auto-round": Reading(
+            f"{_Q}/inc/schemes/inc_wna16_scheme.py",
+            kinds=_kinds(_ALL, (2, 3, 5, 6, 7)),
+            cpu=_kinds((4,)),
+            keys=(("bits",), ("group_size",)),
+        ),
+        "auto-round awq": Reading(
+            f"{_Q}/inc/schemes/inc_wna16_scheme.py",
+            kinds=_kinds((), (2, 3, 4, 5, 6, 7)),
+            cpu=_kinds((), (4,)),
+            keys=(("bits",), ("group_size",)),
+        ),
+        "fp8": Reading(f"{_Q}/fp8.py"),
+        "modelopt": Reading(f"{_Q}/modelopt.py"),
+    },
+    "sglang": {
+        "gptq": Reading(
+            _SGLANG_GPTQ,
+            kinds=_kinds(_GPTQ_BITS, _GPTQ_BITS),
+            cpu=_kinds((4,), (4,)),
+            own=(_EXLLAMA, _GPTQ_AMX),
+            alone=_kinds((), _GPTQ_BITS),
+            keys=_SIZES,
+        ),
+        "awq": Reading(
+            "layers/quantization/awq/awq.py",
+            kinds=_kinds((), (4,)),
+            cpu=_kinds((), (4,)),
+            own=(Kernel("sglang", "AWQ", "integers", "layers/quantization/awq/awq.py", asymmetric=(4,)),),
+            anyhow=True,
+            keys=_AWQ_KEYS,
+        ),
+        "auto-round": Reading(
+            "layers/quantization/auto_round.py",
+            kinds=_kinds(_GPTQ_BITS, _GPTQ_BITS),
+            own=(_EXLLAMA,),
+            alone=_kinds((), _GPTQ_BITS),
+            keys=(("bits",), ("group_size",), ("sym",)),
+        ),
+        "auto-round awq": Reading(
+            "layers/quantization/auto_round.py",
+            kinds=_kinds((), (4,)),
+            own=(Kernel("sglang", "AWQ", "integers", "layers/quantization/awq/awq.py", asymmetric=(4,)),),
+            keys=(("bits",), ("group_size",), ("sym",)),
+        ),
+        "bitsandbytes": Reading(
+            "layers/quantization/bitsandbytes.py",
+            kinds=_kinds((8,)),
+            own=(Kernel("sglang", "bitsandbytes", "tables", "layers/quantization/bitsandbytes.py"),),
+        ),
+        "fp8": Reading("layers/quantization/fp8.py"),
+        "modelopt": Reading("layers/quantization/modelopt_quant.py"),
+    },
+    "transformers": {
+        "gptq": Reading("quantizers/quantizer_gptq.py", needs="the packages optimum and gptqmodel"),
+        "awq": Reading("quantizers/quantizer_awq.py", needs="the package gptqmodel"),
+        "auto-round": Reading("quantizers/quantizer_auto_round.py", needs="the package auto-round"),
+        "auto-round awq": Reading("quantizers/quantizer_auto_round.py", needs="the package auto-round"),
+        "bitsandbytes": Reading("quantizers/quantizer_bnb_4bit.py", needs="the package bitsandbytes"),
+        "fp8": Reading("quantizers/quantizer_finegrained_fp8.py"),
+    },
 }
 
 

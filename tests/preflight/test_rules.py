@@ -78,17 +78,6 @@ def test_what_runs_with_an_optional_package_alone_says_so():
     assert verdicts(odd)[0][1].startswith("vLLM on sm80 (with the package humming), sm90, sm100 (with")
 
 
-def test_what_gptq_and_awq_files_may_hold():
-    def one(bits, symmetric, kind):
-        linear = Linear(
-            "model.layers.0.mlp.up_proj", (1024, 1024), Scheme(integer(bits, 128, symmetric)), kind
-        )
-        return rules(subject([linear]), "vllm,gpu=sm80")
-
-    assert one(4, True, "gptq") == one(8, True, "gptq") == one(4, False, "awq") == []
-    assert one(4, False, "gptq") == one(3, True, "gptq") == one(8, False, "awq") == ["kernel"]
-
-
 def test_groups_follow_the_side_that_is_split():
     assert rules(llama(hidden=1024, inner=2048), "vllm,tensor_parallel=16") == [
         "groups"
