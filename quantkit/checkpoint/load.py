@@ -15,7 +15,7 @@ import torch
 
 from quantkit.checkpoint import kv
 from quantkit.checkpoint.check import check_files, check_values, packing_of
-from quantkit.checkpoint.repack import repacked
+from quantkit.checkpoint.repack import is_foreign, repacked
 from quantkit.checkpoint.saving import refuse_saving, remember
 from quantkit.device import find_device
 from quantkit.errors import BackendError, ModelError, memory_named
@@ -79,7 +79,7 @@ def load(
     check_values(tensors, packing, str(raw.get("model_type", "")))
     check_sizes(path, raw, tensors)
     anew = None
-    if packing is not None and scheme_of is not None and not packing.writes:
+    if packing is not None and scheme_of is not None and is_foreign(packing, scheme_of, tensors):
         anew = repacked(path, packing, stored, scheme_of, tensors)
         stored, packing = anew.stored, codec(MEMORY)
     model = _opened(path, dtype, place, packing, stored, tensors, None if anew is None else anew.state)

@@ -310,7 +310,7 @@ def check_shapes(model: nn.Module, packing: Codec, tensors: Tensors) -> None:
 
     transformers casts, broadcasts or keeps what does not fit without a word, depending on the version.
     """
-    problems, hints = [], set()
+    problems = []
     linears = dict(packed_linears(model))
     for name, place in model.state_dict().items():
         if name not in tensors:
@@ -321,13 +321,7 @@ def check_shapes(model: nn.Module, packing: Codec, tensors: Tensors) -> None:
         kind = stored_dtype(own) if own else dtype
         if tuple(shape) != tuple(place.shape):
             problems.append(f"{name} is {list(shape)}, the model has {list(place.shape)}")
-            if owner in linears:
-                linear = linears[owner]
-                hints.add(
-                    packing.why_misfit(leaf, shape, linear.out_features, linear.in_features, linear.scheme)
-                )
         elif dtype != kind:
             problems.append(f"{name} is {dtype}, not {kind}")
     if problems:
-        hint = "".join(f"; {each}" for each in sorted(filter(None, hints)))
-        raise ModelError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}{hint}")
+        raise ModelError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:8])}")

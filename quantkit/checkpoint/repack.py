@@ -1,4 +1,4 @@
-"""Checkpoints of other tools, packed anew while they are loaded.
+"""Checkpoints of other tools, and of older versions of compressed-tensors, packed anew while they are loaded.
 
 Every quantized linear becomes the tensors of `formats/memory.py`, one after the other. What transformers is then given
 is a state dict in place of the files: the packed linears, everything else as it is stored, and scales of the KV cache
@@ -7,6 +7,7 @@ under the names of compressed-tensors.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from quantkit.errors import ModelError
 from quantkit.formats.registry import MEMORY, Codec, codec
 from quantkit.models.headers import quantized_linears
-from quantkit.models.tensors import TensorInfo, torch_dtype
+from quantkit.models.tensors import Peek, TensorInfo, torch_dtype
 from quantkit.scheme import Scheme
 
 _CACHE = re.compile(r"^(.*)\.([kv])_proj\.(\2_scale|output_scale)$")
@@ -31,6 +32,22 @@ class Repacked:
 
     stored: dict[str, Any]
     state: dict[str, torch.Tensor]
+
+
+def is_foreign(
+    packing: Codec, scheme_of: Callable[[str], Scheme | None], tensors: Mapping[str, TensorInfo]
+) -> bool:
+    """Whether a checkpoint must be packed anew: one of another tool's format, or in an older form of ours."""
+    if not packing.writes:
+        return True
+    for module, infos in quantized_linears(packing.leaves, tensors).items():
+        scheme = scheme_of(module)
+        with contextlib.suppress(ModelError):  # what does not fit is named when it is loaded
+            if scheme is not None and packing.older(
+                {leaf: Peek(info) for leaf, info in infos.items()}, scheme
+            ):
+                return True
+    return False
 
 
 def repacked(

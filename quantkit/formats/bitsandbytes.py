@@ -59,15 +59,17 @@ class BitsAndBytes(Reader):
     def dimensions(self, tensors: Mapping[str, Any], scheme: Scheme) -> Shape:
         if scheme.weights.number != _NF4:
             self.needs(tensors, "weight", "SCB")
-            n, k = tensors["weight"].shape
-            return int(n), int(k)
+            shape = tuple(tensors["weight"].shape)
+            if len(shape) != 2:
+                raise ModelError(f"an int8 weight has the shape {list(shape)}; {CORRUPT}")
+            return shape[0], shape[1]
         n, k = self._state(tensors)["shape"]
         return n, k
 
     def scale_values(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
         return self.unpack(tensors, scheme).scale
 
-    def _state(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _state(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON of a weight, checked."""
         self.needs(tensors, "weight", "weight.absmax", "weight.quant_map", _STATE)
         try:
@@ -81,7 +83,7 @@ class BitsAndBytes(Reader):
             raise ModelError(
                 f"its quant_state is not what bitsandbytes writes ({error}); {CORRUPT}"
             ) from None
-        if not fits or tensors["weight"].numel() * 2 != n * k:
+        if not fits or math.prod(tensors["weight"].shape) * 2 != n * k:
             raise ModelError(f"its quant_state {short(state)} does not fit its weight; {CORRUPT}")
         if k % size:
             raise ModelError(

@@ -174,6 +174,8 @@ class CompressedTensors(Codec):
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QuantizedWeight:
         grid, kind = scheme.weights, self.kind(scheme)
         n, k = self.dimensions(tensors, scheme)
+        if self.older(tensors, scheme):
+            tensors = _densely_packed(tensors, n, k, grid)
         shapes = self.shapes(n, k, scheme)
         if kind == PACKED and ORDER in tensors:
             shapes[ORDER] = (k,)
@@ -256,13 +258,17 @@ class CompressedTensors(Codec):
             )
         said = tensors[codes]
         if kind == PACKED:
-            sizes = said.tolist() if said.dtype == torch.int64 and tuple(said.shape) == (2,) else None
-            shown = said.flatten()[:4].tolist()
+            sizes = said.tolist() if tuple(said.shape) == (2,) else None
+            shown = sizes or f"{list(said.shape)} values"
         else:
             shown = list(said.shape)
             packed = 1 if kind in _BYTES else 2
             sizes = [shown[0], packed * shown[1]] if len(shown) == 2 else None
-        if sizes is None or min(sizes) < 1 or not grid.divides(sizes[1]):
+        if (
+            sizes is None
+            or not all(type(each) is int and each > 0 for each in sizes)
+            or not grid.divides(sizes[1])
+        ):
             raise ModelError(f"{codes} is {shown}, no shape of a {scheme} weight")
         n, k = sizes
         scales = tuple(tensors["weight_scale"].shape)
@@ -283,12 +289,32 @@ class CompressedTensors(Codec):
     def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
         return configs.kv_scheme(config)
 
-    def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
-        older = -(-k // (32 // scheme.weights.bits))
-        packed = self.kind(scheme) == PACKED and leaf == "weight_packed" and shape
-        if packed and shape[-1] == older != words(k, scheme.weights.bits):
-            return "words that hold whole codes only (compressed-tensors of before May 2026) are not read"
-        return None
+    def older(self, tensors: Mapping[str, Any], scheme: Scheme) -> bool:
+        """Words that hold whole codes only, of compressed-tensors before May 2026."""
+        bits = scheme.weights.bits
+        if self.kind(scheme) != PACKED or 32 % bits == 0 or "weight_packed" not in tensors:
+            return False
+        n, k = self.dimensions(tensors, scheme)
+        return tuple(tensors["weight_packed"].shape) == (n, -(-k // (32 // bits))) != (n, words(k, bits))
+
+
+def _densely_packed(
+    tensors: Mapping[str, torch.Tensor], n: int, k: int, grid: Grid
+) -> dict[str, torch.Tensor]:
+    """The tensors of a linear [N, K] with dense words in place of those that hold whole codes."""
+    found = dict(tensors)
+    codes = _whole_codes(tensors["weight_packed"], grid.bits)[:, :k]
+    found["weight_packed"] = pack_bits(codes.contiguous(), grid.bits)
+    if "weight_zero_point" in tensors:
+        zero = _whole_codes(tensors["weight_zero_point"].T, grid.bits)[:, :n]
+        found["weight_zero_point"] = pack_bits(zero.contiguous(), grid.bits).T.contiguous()
+    return found
+
+
+def _whole_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [rows, M] from int32 words [rows, M / floor(32/b)], lowest bits first."""
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    return ((packed[:, :, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
 
 
 def _scale_shape(n: int, k: int, grid: Grid) -> tuple[int, ...]:

@@ -165,9 +165,12 @@ class Codec(ABC):
         """A weight whose scales are floats, as kernels take them, with the scales that the format stores."""
         return weight
 
-    def why_misfit(self, leaf: str, shape: tuple[int, ...], n: int, k: int, scheme: Scheme) -> str | None:
-        """A known reason why a tensor is stored in a shape that is not its own, such as an older packing."""
-        return None
+    def older(self, tensors: Mapping[str, Any], scheme: Scheme) -> bool:
+        """Whether the tensors of a linear are in an older form of the format, which `unpack` reads and no layer runs.
+
+        tensors: by leaf; of them, shapes and the values of small ones are looked at.
+        """
+        return False
 
 
 CODECS: dict[str, Codec] = {}

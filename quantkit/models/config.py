@@ -37,7 +37,11 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     refuse_adapter(path)
     if not file.is_file():
-        raise ModelError(f"{path} has no {CONFIG}; a model is a folder with {CONFIG} and safetensors weights")
+        gguf = sorted(each.name for each in path.glob("*.gguf"))
+        found = f", but {gguf[0]}: a GGUF file, which quantkit does not read" if gguf else ""
+        raise ModelError(
+            f"{path} has no {CONFIG}{found}; a model is a folder with {CONFIG} and safetensors weights"
+        )
     config: dict[str, Any] = read_json(file, limit=MAX_CONFIG, tag_infinities=True)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} names no model_type; it is not the config of a transformers model")

@@ -21,6 +21,7 @@ from quantkit.models.tensors import (
     DTYPES,
     FLOATS,
     WEIGHT_DTYPES,
+    Peek,
     TensorInfo,
     named,
     read_tensors,
@@ -66,7 +67,7 @@ class Headers:
     @cached_property
     def stored(self) -> dict[str, TensorInfo]:
         """Every tensor of the files."""
-        return {each.name: each for info in self.tensors.values() for each in info.parts or (info,)}
+        return {each.name: each for info in self.tensors.values() for each in info.stored}
 
     @property
     def model_type(self) -> str:
@@ -183,7 +184,7 @@ def _decodable(
     encoding: Encoding, config: Mapping[str, Any], stored: dict[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
     """The tensors of a quantized checkpoint, with one decoded weight in place of those that it is made of."""
-    found = quantized_linears(encoding.leaves, stored)
+    found = quantized_linears(encoding.leaves, stored, encoding.joint)
     linear_of = {info.name: linear for linear, leaves in found.items() for info in leaves.values()}
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
@@ -191,28 +192,28 @@ def _decodable(
             tensors[name] = info
             continue
         linear = linear_of[name]
-        weight, leaves = f"{linear}.weight", found[linear]
+        weight, leaves = linear + encoding.dense, found[linear]
         if weight in tensors:
             continue
-        shape = encoding.shape(linear, {leaf: part.shape for leaf, part in leaves.items()})
+        shape = encoding.shape(linear, {leaf: Peek(part) for leaf, part in leaves.items()})
         parts, size = tuple(leaves.values()), sum(part.nbytes for part in leaves.values())
         tensors[weight] = TensorInfo(weight, _decoded_dtype(config, parts), shape, info.file, 0, size, parts)
     return tensors
 
 
 def quantized_linears(
-    leaves: Iterable[str], tensors: Mapping[str, TensorInfo]
+    leaves: Iterable[str], tensors: Mapping[str, TensorInfo], joint: str = "."
 ) -> dict[str, dict[str, TensorInfo]]:
     """The quantized linears of a checkpoint by name, each with its stored tensors by leaf: more than a float weight.
 
-    leaves: what the name of a stored tensor of a linear P may have behind "P.".
+    leaves: what the name of a stored tensor of a linear P may have behind P and `joint`.
     """
     found: dict[str, dict[str, TensorInfo]] = {}
     endings = sorted(leaves, key=len, reverse=True)
     for name, info in tensors.items():
-        leaf = next((each for each in endings if name.endswith(f".{each}")), None)
+        leaf = next((each for each in endings if name.endswith(joint + each)), None)
         if leaf is not None:
-            found.setdefault(name.removesuffix(f".{leaf}"), {})[leaf] = info
+            found.setdefault(name.removesuffix(joint + leaf), {})[leaf] = info
     return {
         linear: infos
         for linear, infos in found.items()

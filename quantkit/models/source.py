@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from quantkit.errors import ModelError
-from quantkit.formats.registry import codec_of
 from quantkit.models.config import MODEL_FREE, open_config
 from quantkit.models.digests import digests
 from quantkit.models.headers import Headers
@@ -83,7 +83,17 @@ class Source:
 
         A cast is done by chunks, so that no second whole copy exists. A weight that is stored quantized is decoded.
         """
-        info = self.raw(name)
+        return self.values(self.raw(name), dtype)
+
+    def part(self, name: str, index: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Element `index` of the first axis of a tensor, as of `tensor`, such as one expert of a stack.
+
+        Nothing else of it is read, whether it is stored quantized or not.
+        """
+        return self.values(_one(self.raw(name), index), dtype)[0]
+
+    def values(self, info: TensorInfo, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`tensor`, of one that is none of the checkpoint by itself, such as a stack of experts."""
         if info.expert is not None:
             return self._of_expert(info, info.expert, dtype or torch_dtype(info.dtype))
         if info.parts:
@@ -104,15 +114,13 @@ class Source:
         return out
 
     def _decoded(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
-        """A weight from the tensors it is stored in, computed in fp32."""
+        """A weight from the tensors it is stored in."""
         encoding = self.headers.encoding
         assert encoding is not None
-        linear = info.name.removesuffix(".weight")
-        scheme = encoding.scheme(linear)
-        leaves = {part.name.removeprefix(f"{linear}."): self._whole(part) for part in info.parts}
+        linear = info.name.removesuffix(encoding.dense)
+        leaves = {part.name.removeprefix(linear + encoding.joint): self._whole(part) for part in info.parts}
         try:
-            assert scheme is not None  # or its shape would not be known
-            weight = codec_of(encoding.config).unpack(leaves, scheme).dequantize(dtype)
+            weight = encoding.decode(linear, leaves, dtype)
         except ModelError as error:
             raise ModelError(f"{self.path}: {linear}: {error}") from None
         if not _finite(weight):
@@ -123,10 +131,7 @@ class Source:
         """A weight or bias of one expert, read from its stack; see `lay_stack`."""
         (stack,) = info.parts
         transposed, interleaved = self._stacks[stack.name]
-        own, stored = stack.shape[1:], torch_dtype(stack.dtype)
-        raw = torch.empty(own, dtype=stored)
-        with self._open(stack) as file:
-            self._read(file.fileno(), raw.view(-1), stack, which.expert * raw.numel() * stored.itemsize)
+        raw = self.values(_one(stack, which.expert))[0]
         part = raw.T if transposed and raw.dim() == 2 else raw
         if which.halved:
             first = 0 if which.role == "gate" else 1
@@ -234,6 +239,13 @@ class Source:
             f"{info.file.name}: tensor {info.name} holds NaN or infinite values ({bad} in one chunk); "
             "the checkpoint is damaged, fetch it again"
         )
+
+
+def _one(info: TensorInfo, index: int) -> TensorInfo:
+    """Element `index` of the first axis of a tensor, as a tensor with one element there."""
+    size, parts = info.nbytes // info.shape[0], tuple(_one(each, index) for each in info.parts)
+    offset = info.offset if parts else info.offset + index * size
+    return replace(info, shape=(1, *info.shape[1:]), offset=offset, nbytes=size, parts=parts)
 
 
 def _finite(x: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ _NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 WEIGHT_DTYPES = ("F32", "F16", "BF16")  # of weights and scales that quantkit calculates with
 FLOATS = ("F64", *WEIGHT_DTYPES)  # whose values can be checked for NaN and infinity
 _SHOWN = 8
+_INTEGERS = {"U8": "B", "I32": "i", "I64": "q"}  # of headers -> of struct
+_PEEKED = 1 << 16  # bytes
+_DAMAGED = "the file is corrupt, fetch it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,44 @@ class TensorInfo:
     expert: OfExpert | None = None
 
     @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the files that it is made from: itself if it is one."""
+        return tuple(each for part in self.parts for each in part.stored) if self.parts else (self,)
+
+    @property
+    def decoded(self) -> bool:
+        """Whether it is stored quantized; of a linear of an expert, whether its stack is."""
+        return self.parts[0].decoded if self.expert else bool(self.parts)
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the tensor in its dtype, decoded if it is stored quantized."""
         return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """A stored tensor of which little more than the shape is asked for, without torch."""
+
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    def tolist(self) -> list[int]:
+        """The values of a small tensor of integers; ModelError for another."""
+        info = self.info
+        kind = _INTEGERS.get(info.dtype)
+        if kind is None or info.nbytes > _PEEKED:
+            raise ModelError(f"{info.name} is {info.dtype} {list(info.shape)}; {_DAMAGED}")
+        try:
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                raw = file.read(info.nbytes)
+            return [value for (value,) in struct.iter_unpack(f"<{kind}", raw)]
+        except (OSError, struct.error) as error:
+            raise ModelError(f"{info.file}: tensor {info.name} cannot be read: {error}") from error
 
 
 def torch_dtype(stored: str) -> torch.dtype:

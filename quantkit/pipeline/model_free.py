@@ -57,7 +57,7 @@ def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
         else:
             made, record = {name: info}, TensorRecord("copied", [name])
         tensors |= made
-        account |= {part.name: record for part in info.parts or (info,)}
+        account |= {part.name: record for part in info.stored}
     path = run.output / shard_name(part, run.plan.n_blocks + 1)
     with run.clock("quantize"), torch.no_grad():
         written = write_shard(path, tensors)
@@ -78,7 +78,11 @@ def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
 
 
 def _decoded(run: Run, name: str) -> Iterator[torch.Tensor]:
-    yield run.source.tensor(name)
+    info = run.source.raw(name)
+    if len(info.shape) > 2:  # stacked experts, one after the other
+        yield from (run.source.part(name, index) for index in range(info.shape[0]))
+    else:
+        yield run.source.tensor(name)
 
 
 def evaluable(path: Path) -> tuple[Tokenizer | None, str]:

@@ -72,7 +72,7 @@ def publish(
     account |= {
         part.name: TensorRecord("dropped", reason=reason)
         for name, reason in dropped.items()
-        for part in tensors[name].parts or (tensors[name],)
+        for part in tensors[name].stored
     }
     lost = run.source.headers.stored.keys() - account.keys()
     if lost:
@@ -212,11 +212,12 @@ def source_notes(headers: Headers) -> list[str]:
     """What a report says of a source that was quantized already."""
     if headers.encoding is None:
         return []
-    linears = [name.removesuffix(".weight") for name, info in headers.tensors.items() if info.parts]
+    dense = headers.encoding.dense
+    linears = [name.removesuffix(dense) for name, info in headers.tensors.items() if info.decoded]
     schemes = sorted({str(headers.encoding.scheme(name)) for name in linears})
     if not linears:
         return ["source: only its KV cache is quantized, whose scales are left out"]
-    said = f"source: {headers.encoding.config.get('quant_method')}, {'; '.join(schemes)} ({len(linears)} linears)"
+    said = f"source: {headers.encoding.config.get('quant_method')}, {'; '.join(schemes)} ({len(linears)} weights)"
     notes = [f"{said}; errors are against its decoded weights"]
     if headers.encoding.rounds_inputs(linears):
         notes.append("source: it rounds inputs of linears too, which its decoded weights do not")

@@ -128,7 +128,9 @@ class ShardWriter:
             layer, _, own = name.rpartition(".")
             if info.expert is not None and info.parts[0].name in whole:
                 (stack,) = info.parts
-                tensors[stack.name], record = stack, TensorRecord("copied", [stack.name])
+                record = TensorRecord("decoded" if stack.decoded else "copied", [stack.name])
+                if stack.name not in tensors:
+                    tensors[stack.name] = self.run.source.values(stack) if stack.decoded else stack
             elif own == "weight" and layer in done:
                 packed = result.aside.get(layer) or self._leaves(layer, result)
                 tensors |= packed
@@ -139,7 +141,7 @@ class ShardWriter:
                 how = "rescaled" if name in changed else "decoded" if decoded else "copied"
                 how = "carried" if places.by_disk[name].parameter is None else how
                 record = TensorRecord(how, [name])
-            for stored in info.parts or (info,):
+            for stored in info.stored:
                 account[stored.name] = record.beside(account.get(stored.name))
         lost = {f"{n}.weight" for n in done} - sources.keys()
         if lost:

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import transformers
 from packaging.version import Version
+from quantkit_kernels import unpack_bits
 from quantkit_kernels.cpu import library
 from racing import race
 from safetensors.torch import load_file, save_file
@@ -28,8 +29,11 @@ from transformers import (
 
 import quantkit
 from quantkit.checkpoint import load as loading
+from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.errors import BackendError, ModelError
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.headers import read_checkpoint
+from quantkit.models.source import Source
 from quantkit.scheme import Scheme, integer
 
 SYM, ASYM = Scheme(integer(4, 32, True)), Scheme(integer(4, 32, False))
@@ -268,11 +272,41 @@ def test_tensors_that_do_not_fit_are_named(packed_llama, change, message):
         quantkit.load(folder)
 
 
-def test_the_older_packing_is_refused_by_name(packed_llama):
-    folder, _ = packed_llama(Scheme(integer(3, 32, True)))
-    rewrite(folder, lambda t: t.update({f"{Q}.weight_packed": torch.zeros(64, 7, dtype=torch.int32)}))
-    with pytest.raises(ModelError, match="words that hold whole codes only"):
-        quantkit.load(folder)
+def in_older_words(codes, bits):
+    """int32 [rows, ceil(M / floor(32 / b))], lowest bits first, as compressed-tensors packed before May 2026."""
+    count = 32 // bits
+    words = torch.zeros(len(codes), -(-codes.shape[1] // count), dtype=torch.int64)
+    for column in range(codes.shape[1]):
+        words[:, column // count] |= codes[:, column].long() << bits * (column % count)
+    return words.to(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+@pytest.mark.parametrize(("group", "symmetric"), [(32, False), (None, True)])
+def test_the_older_packing_is_read(packed_llama, bits, group, symmetric):
+    folder, dense = packed_llama(Scheme(integer(bits, group, symmetric)))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = quantkit.load(folder, device="cpu")(ids).logits
+
+    def older(tensors):
+        for name in [n for n in tensors if n.endswith(".weight_packed")]:
+            owner = name.removesuffix(".weight_packed")
+            n, k = tensors[f"{owner}.weight_shape"].tolist()
+            tensors[name] = in_older_words(unpack_bits(tensors[name], bits, k), bits)
+            assert tensors[name].shape != (n, -(-k * bits // 32))
+            if f"{owner}.weight_zero_point" in tensors:
+                zero = unpack_bits(tensors[f"{owner}.weight_zero_point"].T.contiguous(), bits, n)
+                tensors[f"{owner}.weight_zero_point"] = in_older_words(zero, bits).T.contiguous()
+
+    rewrite(folder, older)
+    model = quantkit.load(folder, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wanted)
+    checkpoint = Source(read_checkpoint(folder))
+    assert torch.equal(checkpoint.tensor(f"{Q}.weight", torch.float32), dense.get_submodule(Q).weight)
+    report = inspect_checkpoint(folder)
+    assert report["totals"]["quantized_layers"] == 14
 
 
 def edit_config(folder, change):

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tokenizer
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import quantkit
 from quantkit.checkpoint.inspect import inspect_checkpoint
@@ -16,6 +17,8 @@ from quantkit.errors import ModelError
 from quantkit.formats.registry import codec
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.numerics.weight import QuantizedWeight
+from quantkit.scheme import Scheme, integer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RECIPE = {"weights": {"algorithm": "rtn", "group_size": 32}, "calibration": {"sequence_length": 64}}
@@ -28,6 +31,8 @@ SAID = {
     "nvfp4": "W4A4 fp4_e2m1 g16, inputs fp4_e2m1 g16",
     "w8a8-int8-static-asym": "W8A8 channel sym, inputs int8 tensor asym",
     "autoround-int4": "W4A16 g32 sym",
+    "awq4-gemm": "W4A16 g32 asym",
+    "bnb-nf4": "W4A16 nf4 g64",
     "gptq3-sym": "W3A16 g32 sym",
     "gptq4-desc-act": "W4A16 g32 sym",
     "gptq4-v2-asym": "W4A16 g32 asym",
@@ -61,7 +66,10 @@ def test_weights_are_decoded_as_by_the_tool_that_wrote_them(name):
     wanted = recorded(name)
     assert wanted
     for tensor, dense in wanted.items():
-        assert torch.equal(checkpoint.tensor(tensor, torch.float32), dense.float())
+        found = checkpoint.tensor(tensor, torch.float32)
+        if name == "bnb-nf4":
+            found = found.bfloat16().float()  # as its tool decodes it
+        assert torch.equal(found, dense.float())
         assert checkpoint.tensor(tensor).dtype == torch.bfloat16
 
 
@@ -154,8 +162,30 @@ def test_codes_without_scales_are_refused_by_the_linear(source):
         read_checkpoint(folder)
 
 
+def test_rows_that_are_no_whole_words_have_the_columns_of_their_weight_shape(tmp_path):
+    """Of 100 codes with 4 bits the thirteenth word holds four; without weight_shape all of it would be taken."""
+    scheme = Scheme(integer(4, None))
+    codes = torch.randint(0, 16, (8, 100), generator=torch.Generator().manual_seed(0)).byte()
+    weight = QuantizedWeight(codes, torch.full((8, 1), 0.25), None, scheme.weights)
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {f"{name}.{leaf}": t for leaf, t in codec().pack(weight).items()}
+    config = {"model_type": "llama", "quantization_config": codec().config({name: scheme}, [])}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = Source(read_checkpoint(tmp_path, model_free=True))
+    assert checkpoint.raw(f"{name}.weight").shape == (8, 100)
+    assert torch.equal(checkpoint.tensor(f"{name}.weight", torch.float32), weight.dequantize())
+    for said in ([8, 106], [7, 100], [8, 100, 1], [8, -100]):
+        tensors[f"{name}.weight_shape"] = torch.tensor(said)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(
+            ModelError, match=rf"{name}\.weight_shape is .*, which does not fit \[8, 13\] words"
+        ):
+            read_checkpoint(tmp_path, model_free=True)
+
+
 def test_fp8_in_blocks_of_transformers_is_decoded_by_its_configured_block(tmp_path):
-    """weight_scale_inv multiplies; the 64 rows of k_proj are half a block (transformers takes them for a whole one)."""
+    """weight_scale_inv multiplies; the 64 rows of k_proj are half a block. transformers decodes it to the same."""
     config = json.loads((FIXTURES / "fp8-block/config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -170,6 +200,13 @@ def test_fp8_in_blocks_of_transformers_is_decoded_by_its_configured_block(tmp_pa
     for tensor, dense in wanted.items():
         assert torch.equal(checkpoint.tensor(tensor, torch.float32), dense.float())
     model = quantkit.load(tmp_path, device="cpu", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    decoded = {name: t for name, t in theirs.state_dict().items() if checkpoint.raw(name).parts}
+    assert len(decoded) == 7
+    for tensor, dense in decoded.items():
+        assert torch.equal(checkpoint.tensor(tensor, torch.float32), dense), tensor
     twin = quantkit.load(FIXTURES / "fp8-block", device="cpu", dtype=torch.float32)
     ids = torch.arange(24)[None]
     with torch.no_grad():
