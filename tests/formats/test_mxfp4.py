@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
+from quantkit.algorithms.rtn import rtn
 from quantkit.errors import ModelError
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
+from quantkit.scheme import integer
 
 NAMES = [f"model.layers.{i}.mlp.experts.{leaf}" for i in (0, 1) for leaf in ("down_proj", "gate_up_proj")]
 
@@ -64,6 +66,41 @@ def test_a_run_without_a_model_class_writes_decoded_experts(folder, tmp_path):
         assert torch.equal(written[name], source.tensor(name))
         assert result.manifest.tensors[f"{name}_blocks"].how == "decoded"
     assert written["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_experts_are_quantized_one_by_one_from_their_decoded_weights(folder, tmp_path):
+    """Columns of gate and up alternate, and what an expert multiplies by from the right is the linear, transposed."""
+    recipe = {
+        "weights": {"algorithm": {"name": "rtn", "range": "minmax"}, "group_size": 32},
+        "rules": [{"match": "model.layers.1.mlp.experts.*", "skip": True}],
+    }
+    result = quantkit.quantize(recipe, model=folder, output=tmp_path / "out", evaluate=False)
+    stored, errors = load_file(folder / "model.safetensors"), {}
+    both, down = (
+        convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"]).float()
+        for name in (NAMES[1], NAMES[0])
+    )
+    for expert in range(len(both)):
+        parts = {
+            "gate_proj": both[expert][:, 0::2],
+            "up_proj": both[expert][:, 1::2],
+            "down_proj": down[expert],
+        }
+        for leaf, part in parts.items():
+            weight = part.T.contiguous()
+            outcome = rtn(weight, integer(4, 32), torch.bfloat16)
+            errors[f"model.layers.0.mlp.experts.{expert}.{leaf}"] = outcome.relative_error(weight)
+    found = {layer.name: layer.weight_error for layer in result.manifest.layers if ".experts." in layer.name}
+    assert found == pytest.approx(errors, rel=1e-4)
+    tensors = result.manifest.tensors
+    assert tensors[f"{NAMES[1]}_blocks"].how == "quantized"
+    assert tensors[f"{NAMES[3]}_scales"].how == "decoded"
+    assert tensors[f"{NAMES[3]}_scales"].became == [NAMES[3]]
+    written = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(file)
+    wanted = convert_moe_packed_tensors(stored[f"{NAMES[3]}_blocks"], stored[f"{NAMES[3]}_scales"])
+    assert torch.equal(written[NAMES[3]], wanted)
 
 
 def test_what_is_no_such_stack_is_refused_by_its_name(folder):
