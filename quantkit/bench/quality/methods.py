@@ -76,26 +76,30 @@ class Measured:
     def __call__(self, recipe: str | dict[str, Any], label: str) -> dict[str, Any]:
         """label: names the folder of the checkpoint inside the scratch folder."""
         result = quantize(recipe, str(self.model), self.work / label, evaluate=False, device="cpu")
-        packed = load(result.output, device="cpu")
-        report = quantkit_eval.evaluate(
-            packed,
-            self.tokenizer,
-            assets.evaluation_text(),
-            baseline=self.original,
-            context=CONTEXT,
-            max_tokens=CONTEXT * WINDOWS,
-            kl_windows=KL_WINDOWS,
-            baseline_cache=self.cache,
-            cache=cache_of(packed),
-        ).to_json()
-        report.pop("text")
         seconds = result.report.cpu_seconds
         return {
             "commit": commit(),
             "bits_per_weight": result.report.size.linear_bits_per_weight or None,  # None: as they were
             "cpu_seconds": seconds["calibrate_quantize"] + seconds.get("search", 0.0),
-            "evaluation": report,
+            "evaluation": self.evaluated(result.output),
         }
+
+    def evaluated(self, folder: Path, against: Path | None = None) -> dict[str, Any]:
+        """The evaluation of a packed checkpoint against the original model, or against another checkpoint."""
+        packed = load(folder, device="cpu")
+        report = quantkit_eval.evaluate(
+            packed,
+            self.tokenizer,
+            assets.evaluation_text(),
+            baseline=load(against, device="cpu") if against else self.original,
+            context=CONTEXT,
+            max_tokens=CONTEXT * WINDOWS,
+            kl_windows=KL_WINDOWS,
+            baseline_cache=None if against else self.cache,
+            cache=cache_of(packed),
+        ).to_json()
+        report.pop("text")
+        return report
 
 
 def finished(cache: Path) -> list[dict[str, Any]]:
