@@ -87,7 +87,7 @@ class Measured:
     def evaluated(self, folder: Path, against: Path | None = None) -> dict[str, Any]:
         """The evaluation of a packed checkpoint against the original model, or against another checkpoint."""
         packed = load(folder, device="cpu")
-        report = quantkit_eval.evaluate(
+        report: dict[str, Any] = quantkit_eval.evaluate(
             packed,
             self.tokenizer,
             assets.evaluation_text(),

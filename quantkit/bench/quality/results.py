@@ -9,11 +9,15 @@ import argparse
 import json
 from pathlib import Path
 
-from quantkit.bench.quality import activations, methods
+from quantkit.bench.quality import activations, methods, mixtures
 from quantkit.checkpoint.shards import write_atomically
 
 # The parts of the page in order: file in docs/benchmarks -> the function that makes its text.
-PARTS = {"methods.json": methods.markdown, "activations.json": activations.section}
+PARTS = {
+    "methods.json": methods.markdown,
+    "activations.json": activations.section,
+    "mixtures.json": mixtures.markdown,
+}
 
 
 def page(docs: Path) -> str:
