@@ -48,6 +48,7 @@ EXACT = [
     "gptq4-v2-asym",
     "modelopt-fp8-kv-fp8",
     "mxfp8",
+    "moe-w4a16",
 ]
 DECODED = ["awq4-gemm", "autoround-int4", "gptq3-sym", "gptq4-desc-act", "gptq4-sym", "gptq4-v2-asym"]
 SHOWN = {
@@ -71,6 +72,7 @@ SHOWN = {
     "gptq4-sym": "W4A16 g32 sym",
     "gptq4-v2-asym": "W4A16 g32 asym",
     "modelopt-fp8-kv-fp8": "W8A8 fp8_e4m3 tensor, inputs fp8_e4m3 tensor",
+    "moe-w4a16": "W4A16 g32 sym",
     "mxfp8": "W8A8 fp8_e4m3 g32, inputs fp8_e4m3 g32",
     "nvfp4": "W4A4 fp4_e2m1 g16, inputs fp4_e2m1 g16",
 }
@@ -228,6 +230,52 @@ def test_a_config_that_does_not_fit_its_tensors_is_refused(name, change, says, t
         quantkit.load(folder, device="cpu")
 
 
+@pytest.mark.parametrize("inputs", ["static", "dynamic"])
+def test_fp8_of_transformers_with_one_scale_for_a_weight(inputs, tmp_path):
+    """The fixture of ModelOpt with transformers' names: the same weights, and with stored ranges the same logits."""
+    config = json.loads((FIXTURES / "modelopt-fp8-kv-fp8/config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": inputs}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    names, tensors = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}, {}
+    for name, tensor in load_file(FIXTURES / "modelopt-fp8-kv-fp8/model.safetensors").items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in ("k_scale", "v_scale") and (leaf != "input_scale" or inputs == "static"):
+            tensors[f"{owner}.{names.get(leaf, leaf)}"] = tensor
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = quantkit.load(tmp_path, device="cpu", dtype=torch.float32)
+    with pytest.warns(UserWarning, match="the KV cache runs as exact, as asked for"):
+        twin, recorded = opened("modelopt-fp8-kv-fp8", kv_cache="exact")
+    how = "fp8_e4m3 tensor" if inputs == "static" else "fp8_e4m3 token"
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert {str(m.scheme) for m in packed.values()} == {f"W8A8 fp8_e4m3 tensor, inputs {how}"}
+    for name, module in packed.items():
+        weights = (
+            codec(m.file_format).unpack(m.on_disk(), m.scheme).dequantize()
+            for m in (module, twin.get_submodule(name))
+        )
+        assert torch.equal(*weights), name
+    with torch.no_grad():
+        logits, wanted = model(recorded["input_ids"]).logits, twin(recorded["input_ids"]).logits
+    assert distance(logits, wanted) < (1e-5 if inputs == "static" else 0.2)
+
+
+def test_scales_of_fp8_blocks_may_be_powers_of_two(tmp_path):
+    """scale_fmt ue8m0, one byte for a scale, as DeepSeek's newer checkpoints have it."""
+    config = json.loads((FIXTURES / "fp8-block/config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    tensors = load_file(FIXTURES / "fp8-block/model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        tensors[f"{name}_inv"] = tensors.pop(name).float().log2().round().exp2().to(torch.float8_e8m0fnu)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = quantkit.load(tmp_path, device="cpu", dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj"
+    module = model.get_submodule(name)
+    scale = tensors[f"{name}.weight_scale_inv"].float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+    wanted = tensors[f"{name}.weight"].float() * scale
+    assert torch.equal(codec(module.file_format).unpack(module.on_disk(), module.scheme).dequantize(), wanted)
+
+
 def renamed_to_modelopt(folder):
     """The fixture of NVFP4 as ModelOpt writes it: other names, and scales that multiply instead of dividing."""
     config = json.loads((FIXTURES / "nvfp4/config.json").read_text())
@@ -291,6 +339,13 @@ def test_fp4_inputs_by_groups_of_32_are_run(tmp_path):
         wanted = twin.get_submodule(name)(round_inputs(x, grid))
     torch.testing.assert_close(found, wanted)
     assert not torch.equal(wanted, twin.get_submodule(name)(x))
+
+
+@pytest.mark.parametrize("use", [quantkit.load, inspect_checkpoint])
+def test_a_gguf_file_is_refused_by_name(use, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"no config\.json, but model\.gguf: a GGUF file"):
+        use(tmp_path)
 
 
 def spoiled(name, leaf, value, tmp_path):

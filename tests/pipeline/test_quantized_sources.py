@@ -27,6 +27,7 @@ SAID = {
     "fp8-dynamic": "W8A8 fp8_e4m3 channel, inputs fp8_e4m3 token",
     "mixed-w4-w8": "W4A16 g32 sym; W8A16 channel sym",
     "mxfp4a16": "W4A16 fp4_e2m1 g32",
+    "moe-w4a16": "W4A16 g32 sym",
     "mxfp8": "W8A8 fp8_e4m3 g32, inputs fp8_e4m3 g32",
     "nvfp4": "W4A4 fp4_e2m1 g16, inputs fp4_e2m1 g16",
     "w8a8-int8-static-asym": "W8A8 channel sym, inputs int8 tensor asym",
