@@ -4,7 +4,7 @@ A weight is a `Stored`: canonical tensors and the `Spec` that says what they mea
 it on a device; `backend(name)` prepares its layout and binds it to a call. Nothing here depends on models or files.
 """
 
-from quantkit_kernels.backend import Backend, BackendMissing, Call
+from quantkit_kernels.backend import Backend, BackendMissing, Call, GroupedCall
 from quantkit_kernels.backends import Choice, available, backend, backends, select
 from quantkit_kernels.bits import pack_bits, unpack_bits, words
 from quantkit_kernels.ops import wna16_linear
@@ -16,6 +16,7 @@ __all__ = [
     "BackendMissing",
     "Call",
     "Choice",
+    "GroupedCall",
     "InputRange",
     "Layout",
     "Spec",

@@ -220,8 +220,12 @@ def _finish(
 
 
 def lay_out(model: PreTrainedModel, backend: str | None, compute: str = "float") -> None:
-    """Build the layouts of a backend for all packed linears that are in memory, the native ones in one arena."""
+    """Build the layouts of a backend for all packed linears that are in memory, the native ones in one arena.
+
+    Experts that are alike become `QuantExperts`; others run one by one, which a warning says of those that differ.
+    """
     from quantkit.checkpoint.plugin import packed_linears
+    from quantkit.layers.quant_experts import DIFFER, fuse_experts
     from quantkit.layers.quant_linear import huge_pages
 
     linears = [module for _, module in packed_linears(model) if not module.offloaded]
@@ -231,6 +235,12 @@ def lay_out(model: PreTrainedModel, backend: str | None, compute: str = "float")
         if module.backend == "cpu":
             arena = arena or huge_pages(linears)
             module.move_layout(arena.place)
+    slow = {name: why for name, why in fuse_experts(model).items() if why.startswith(DIFFER)}
+    if slow:
+        name, why = next(iter(slow.items()))
+        warnings.warn(
+            f"experts of {len(slow)} layers run one by one, more slowly: {name}: {why}", stacklevel=3
+        )
 
 
 def _hint_at_missing_kernels(model: PreTrainedModel, backend: str | None) -> None:

@@ -246,9 +246,13 @@ class QuantLinear(nn.Module):
     def _bind(self) -> Call:
         """The product bound to this module's buffers, which may still be replaced."""
         assert self.dtype is not None
-        layout = Layout(self.tensors, self.spec, self._facts)
-        self._call = quantkit_kernels.backend(self.backend).bind(layout, self.dtype)
+        self._call = quantkit_kernels.backend(self.backend).bind(self.live_layout, self.dtype)
         return self._call
+
+    @property
+    def live_layout(self) -> Layout:
+        """The backend's layout over this module's buffers, which shows replaced ones."""
+        return Layout(self.tensors, self.spec, self._facts)
 
     def forget(self) -> None:
         """Let go of a layout that was replaced."""

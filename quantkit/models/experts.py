@@ -61,6 +61,7 @@ class Experts(nn.Module):
     """
 
     is_experts = True
+    routed = True  # called with the router's choice; else with tokens of each expert
 
     def __init__(self, stacked: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
@@ -112,18 +113,23 @@ class Experts(nn.Module):
     def between(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """What goes into down, from the outputs of gate and up [T, I]."""
         stacked: Any = self.__dict__["stacked"]
-        if gate is None:
-            out: torch.Tensor = stacked.act_fn(up)
+        if gate is not None and not hasattr(stacked, "_apply_gate"):
+            activated: torch.Tensor = stacked.act_fn(gate)
+            return activated * up
+        return self.combined(up if gate is None else torch.cat((gate, up), -1))
+
+    def combined(self, both: torch.Tensor) -> torch.Tensor:
+        """What goes into down [T, I], from the outputs of gate and up side by side [T, 2I], or of up alone."""
+        stacked: Any = self.__dict__["stacked"]
+        if not self.shape.gated:
+            out: torch.Tensor = stacked.act_fn(both)
             return out
+        if not hasattr(stacked, "_apply_gate"):
+            return self.between(*both.chunk(2, -1))
         if self.shape.interleaved:
-            both = torch.stack((gate, up), -1).flatten(-2)
-        else:
-            both = torch.cat((gate, up), -1)
-        if hasattr(stacked, "_apply_gate"):
-            combined: torch.Tensor = stacked._apply_gate(both)
-            return combined
-        activated: torch.Tensor = stacked.act_fn(gate)
-        return activated * up
+            both = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        combined: torch.Tensor = stacked._apply_gate(both)
+        return combined
 
     def behind(self, out: torch.Tensor) -> torch.Tensor:
         """What happens to the output of down before it is weighted."""
@@ -164,6 +170,8 @@ class Experts(nn.Module):
 
 class SlottedExperts(Experts):
     """Experts that are given every token once per expert, already weighted: [E * T, H] -> [E * T, H] (Llama 4)."""
+
+    routed = False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """A token that an expert was not chosen for is a row of zeros there, and stays one."""

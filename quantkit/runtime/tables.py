@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from quantkit_kernels import Spec, Stored, pack_bits, unpack_bits
 from quantkit_kernels.cpu import layout as native
-from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Norm, Tables
-from quantkit_kernels.cpu.layout import packed_of
+from quantkit_kernels.cpu.decoder import TYPES, Layer, Matrix, Mixture, Norm, Tables
+from quantkit_kernels.cpu.layout import Packed, packed_of
 from torch import nn
 from transformers.activations import SiLUActivation
 
@@ -34,6 +34,19 @@ class Names:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     activation: str = "act_fn"
+    mixture: Routing | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a family's blocks of experts choose: the softmax of all logits, then the largest.
+
+    normalise: the config key that says whether the chosen weights are divided by their sum; None: they always are.
+    shared: names of an expert for all tokens and of its gate of one row, or ().
+    """
+
+    normalise: str | None = "norm_topk_prob"
+    shared: tuple[str, ...] = ()
 
 
 FAMILIES = {
@@ -42,6 +55,10 @@ FAMILIES = {
     "qwen2": Names(),
     "qwen3": Names(),
     "phi3": Names(("qkv_proj",), ("gate_up_proj",), "activation_fn"),
+    "mixtral": Names(mixture=Routing(None)),
+    "olmoe": Names(mixture=Routing()),
+    "qwen2_moe": Names(mixture=Routing(shared=("shared_expert", "shared_expert_gate"))),
+    "qwen3_moe": Names(mixture=Routing()),
 }
 
 
@@ -104,9 +121,8 @@ def _layer(
     compute: str,
 ) -> Layer:
     attention, mlp = block.self_attn, block.mlp
-    activation = getattr(mlp, names.activation)
-    if not isinstance(activation, (nn.SiLU, SiLUActivation)):
-        raise NotNative(f"{name}.mlp uses {type(activation).__name__}, not SiLU")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise NotNative(f"{name}.self_attn clips queries, keys and values to {config.clip_qkv}")
 
     def linears(parent: nn.Module, path: str, parts: tuple[str, ...]) -> tuple[Matrix, ...]:
         return tuple(_matrix(f"{name}.{path}.{part}", getattr(parent, part), compute) for part in parts)
@@ -114,7 +130,7 @@ def _layer(
     window = getattr(attention, "sliding_window", None)
     if not hasattr(attention, "sliding_window"):  # the family has one for all layers, or none
         window = getattr(config, "sliding_window", None)
-    per_head = {
+    per_head: dict[str, Any] = {
         part: _norm(f"{name}.self_attn.{part}", getattr(attention, part))
         for part in ("q_norm", "k_norm")
         if hasattr(attention, part)
@@ -124,13 +140,89 @@ def _layer(
         post=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
         qkv=linears(attention, "self_attn", names.qkv),
         o=_matrix(f"{name}.self_attn.o_proj", attention.o_proj, compute),
-        gate_up=linears(mlp, "mlp", names.gate_up),
-        down=_matrix(f"{name}.mlp.down_proj", mlp.down_proj, compute),
         scale=attention.scaling,
+        whole_norms=bool(per_head) and per_head["q_norm"].weight.numel() > attention.head_dim,
+        **_inner(f"{name}.mlp", mlp, names, config, compute),
         kv_scales=kv_scales,
         window=window,
         **per_head,
     )
+
+
+def _inner(name: str, mlp: Any, names: Names, config: Any, compute: str) -> dict[str, Any]:
+    """The fields of a `Layer` that say what its MLP is: gate, up and down, or a mixture of experts."""
+    if names.mixture is not None and hasattr(mlp, "experts"):
+        return {"gate_up": (), "down": None, "mixture": _mixture(name, mlp, names.mixture, config, compute)}
+    return dict(zip(("gate_up", "down"), _gated(name, mlp, names, compute), strict=True))
+
+
+def _gated(name: str, mlp: Any, names: Names, compute: str) -> tuple[tuple[Matrix, ...], Matrix]:
+    """(gate and up or both in one, down) of an MLP."""
+    _refuse_activation(name, getattr(mlp, names.activation))
+    inner = tuple(_matrix(f"{name}.{part}", getattr(mlp, part), compute) for part in names.gate_up)
+    return inner, _matrix(f"{name}.down_proj", mlp.down_proj, compute)
+
+
+def _mixture(name: str, mlp: Any, routing: Routing, config: Any, compute: str) -> Mixture:
+    """The experts of a block, which are packed linears one by one."""
+    experts, gate = mlp.experts, mlp.gate
+    if not getattr(type(experts), "is_experts", False):
+        raise NotNative(f"{name}.experts are not packed")
+    _refuse_activation(f"{name}.experts", experts.act_fn)
+
+    def linears(number: int, *roles: str) -> tuple[Matrix, ...]:
+        names = [f"{number}.{experts.names[role]}" for role in roles]
+        return tuple(
+            _expert(f"{name}.experts.{each}", experts.get_submodule(each), compute) for each in names
+        )
+
+    count = experts.shape.experts
+    inner = tuple(linears(number, "gate", "up") for number in range(count))
+    if len({_activations(part) for pair in inner for part in pair}) > 1:
+        raise NotNative(f"{name}.experts: gate and up of all experts are stored in one way, here they differ")
+    shared, switch = None, None
+    if routing.shared:
+        own, leaf = routing.shared
+        shared = _shared(f"{name}.{own}", getattr(mlp, own), compute)
+        switch = _matrix(f"{name}.{leaf}", getattr(mlp, leaf), compute)
+        if isinstance(switch.weight, Packed):
+            raise NotNative(f"{name}.{leaf} is packed, and the native path takes it as floats")
+    return Mixture(
+        router=Matrix(_dense(f"{name}.gate", gate.weight)),
+        gate_up=tuple((gate_, up) for gate_, up in inner),
+        down=tuple(linears(number, "down")[0] for number in range(count)),
+        top=gate.top_k,
+        normalise=routing.normalise is None or bool(getattr(config, routing.normalise)),
+        shared=shared,
+        switch=switch,
+    )
+
+
+def _expert(name: str, module: nn.Module, compute: str) -> Matrix:
+    if not isinstance(module, QuantLinear):
+        raise NotNative(f"{name} is not packed")
+    return _packed(name, module, compute)
+
+
+def _activations(matrix: Matrix) -> tuple[Any, ...]:
+    """What prepared inputs depend on (`qk::same_activations`)."""
+    assert isinstance(matrix.weight, Packed)
+    return matrix.weight.spec.number, matrix.weight.spec.group_size, matrix.weight.inputs, matrix.compute
+
+
+def _shared(name: str, mlp: Any, compute: str) -> tuple[Matrix, Matrix, Matrix]:
+    """Gate, up and down of the expert that all tokens have."""
+    _refuse_activation(name, mlp.act_fn)
+    gate, up, down = (
+        _expert(f"{name}.{leaf}", getattr(mlp, leaf), compute)
+        for leaf in ("gate_proj", "up_proj", "down_proj")
+    )
+    return gate, up, down
+
+
+def _refuse_activation(name: str, activation: Any) -> None:
+    if not isinstance(activation, (nn.SiLU, SiLUActivation)):
+        raise NotNative(f"{name} uses {type(activation).__name__}, not SiLU")
 
 
 def _kv_scales(model: PreTrainedModel, heads: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:

@@ -145,13 +145,15 @@ def widest(tmp_path_factory):
         "size_t scratch_bytes(const Weight &, int64_t, int) { return 0; }\n"
         "void prepare_part(const Weight &, const void *, int, int64_t, int64_t, int, void *, int, int) {}\n"
         "void run_part(const Weight &, const void *, int64_t, int, void *, int, int64_t, int, int) {}\n"
+        "void run_blocks_of(const Weight &, const void *, int64_t, void *, int, int64_t, int, int) {}\n"
         "}\n"
     )
     sources = Path(library.__file__).parent
     command = [compiler, "-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-DQK_EMULATE"]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{sources}", "-o", str(folder / "widest.so")]
     command += os.environ.get("QUANTKIT_CXXFLAGS", "").split()
-    subprocess.run([*command, *map(str, sources.glob("decode*.cpp")), str(folder / "rest.cpp")], check=True)
+    files = [*sources.glob("decode*.cpp"), sources / "grouped.cpp", folder / "rest.cpp"]
+    subprocess.run([*command, *map(str, files)], check=True)
     return ctypes.CDLL(str(folder / "widest.so"))
 
 

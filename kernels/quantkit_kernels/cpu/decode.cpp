@@ -2,59 +2,18 @@
 #include "decode.h"
 
 #include <cstring>
-#include <new>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "common.h"
 #include "decode_math.h"
+#include "decode_mixture.h"
+#include "decode_parts.h"
 
 namespace qk {
 namespace {
-
-constexpr size_t LINE = 64;
-size_t lines(size_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
-
-// Aligned memory that only grows and keeps nothing when it does.
-class Buffer {
-  public:
-    Buffer() = default;
-    Buffer(const Buffer &) = delete;
-    Buffer &operator=(const Buffer &) = delete;
-    ~Buffer() { ::operator delete(data_, std::align_val_t(LINE)); }
-    void reserve(size_t bytes) {
-        if (bytes <= size_) return;
-        ::operator delete(data_, std::align_val_t(LINE));
-        data_ = nullptr, size_ = 0;
-        data_ = ::operator new(bytes, std::align_val_t(LINE));
-        size_ = bytes;
-    }
-    char *bytes() const { return static_cast<char *>(data_); }
-    float *floats() const { return static_cast<float *>(data_); }
-
-  private:
-    void *data_ = nullptr;
-    size_t size_ = 0;
-};
-
-// This thread's share of the work of a parallel region.
-struct Share {
-    int part, parts;
-    int64_t first(int64_t count) const { return count * part / parts; }
-    int64_t last(int64_t count) const { return count * (part + 1) / parts; }
-};
-
-void barrier() {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-}
-
-bool absent(const qk_matrix &m) { return m.weight.n == 0; }
-bool packed(const qk_matrix &m) { return m.dense < 0 && !absent(m); }
 
 // Matrices that read the same activations; their outputs lie side by side.
 template <int COUNT>
@@ -69,7 +28,7 @@ struct Siblings {
         }
         return i;
     }
-    int own(int i, int compute) const { return of[i]->compute < 0 ? compute : of[i]->compute; }
+    int own(int i, int compute) const { return compute_of(*of[i], compute); }
     size_t scratch(int64_t m, int compute) const {
         size_t bytes = 0;
         for (int i = 0; i < COUNT; i++)
@@ -119,6 +78,7 @@ struct qk_decoder {
     int64_t length = 0;
     Buffer x, normed, branch, qkv, mixed, gate_up, gated, scratch, own;
     size_t own_bytes = 0;  // of one thread in `own`
+    Mixture mixture;       // working memory of the experts of a block
 
     explicit qk_decoder(const qk_model &tables)
         : model(tables), layers(tables.layers, tables.layers + tables.layer_count) {
@@ -162,12 +122,14 @@ void qk_decoder::reserve(int64_t m, int64_t keep, int threads) {
     own.reserve(own_bytes * threads);
 
     size_t most = Siblings<1>{{&model.head}}.scratch(keep, model.compute);
-    for (const qk_layer &l : layers)
+    for (const qk_layer &l : layers) {
+        if (l.mixture) mixture.reserve(*l.mixture, model.hidden, m, model.compute);
         for (size_t bytes : {Siblings<3>{{&l.q, &l.k, &l.v}}.scratch(m, model.compute),
                              Siblings<1>{{&l.o}}.scratch(m, model.compute),
                              Siblings<2>{{&l.gate, &l.up}}.scratch(m, model.compute),
                              Siblings<1>{{&l.down}}.scratch(m, model.compute)})
             if (bytes > most) most = bytes;
+    }
     scratch.reserve(most);
 
     const size_t bytes = layer_bytes * layers.size();
@@ -204,13 +166,21 @@ void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offse
     a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = d, a.stride = stride();
     a.position = length, a.m = m, a.window = layer.window, a.scale = layer.scale;
 
+    if (layer.whole_norms) {
+        for (int64_t t = share.first(m); t < share.last(m); t++) {
+            float *q = qkv.floats() + t * ld, *k = q + query_size();
+            math.add_norm(q, nullptr, layer.q_norm.weight, layer.q_norm.eps, q, query_size());
+            math.add_norm(k, nullptr, layer.k_norm.weight, layer.k_norm.eps, k, kv_size());
+        }
+        barrier();
+    }
     // Queries in place; keys in place and, with the values, into the cache. One head is one thread's.
     const int heads = model.heads + model.kv_heads;
     for (int h = int(share.first(heads)); h < share.last(heads); h++) {
         const qk_norm &norm = h < model.heads ? layer.q_norm : layer.k_norm;
         for (int64_t t = 0; t < m; t++) {
             float *head = qkv.floats() + t * ld + int64_t(h) * d;
-            if (norm.weight) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
+            if (norm.weight && !layer.whole_norms) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
             math.rotate(head, cos + t * model.rotary_dim, sin + t * model.rotary_dim, model.rotary_dim);
             if (model.rotate) math.hadamard(head, d);
             if (h >= model.heads) math.append(a, h - model.heads, length + t, head, head + kv_size());
@@ -252,7 +222,10 @@ void qk_decoder::run(const int64_t *tokens, int64_t m, const float *cos, const f
         attention(math, layers[i], i * layer_bytes, m, cos, sin, share);
         add = branch.floats();
         norm(math, layers[i].post, add, 0, m, share);
-        mlp(math, layers[i], m, share);
+        if (layers[i].mixture)
+            mixture.run(math, *layers[i].mixture, normed.floats(), model.hidden, m, model.compute, branch.floats(), share);
+        else
+            mlp(math, layers[i], m, share);
     }
     if (keep == 0) return;
     norm(math, model.final, add, m - keep, keep, share);
@@ -282,8 +255,13 @@ bool sensible(const qk_model &m) {
         const qk_layer &l = m.layers[i];
         if (absent(l.k) != absent(l.v) || !are(l.q, query, l.k, absent(l.k) ? 2 * kv : kv)) return false;
         if (!absent(l.v) && !is(l.v, kv, m.hidden)) return false;
-        if (!are(l.gate, m.intermediate, l.up, m.intermediate)) return false;
-        if (!is(l.o, m.hidden, query) || !is(l.down, m.hidden, m.intermediate)) return false;
+        if (!is(l.o, m.hidden, query)) return false;
+        if (l.mixture) {
+            if (!sensible_mixture(*l.mixture, m.hidden, m.compute)) return false;
+        } else if (!are(l.gate, m.intermediate, l.up, m.intermediate) || !is(l.down, m.hidden, m.intermediate)) {
+            return false;
+        }
+        if (l.whole_norms && !(l.q_norm.weight && l.k_norm.weight)) return false;
         if (l.window < 0) return false;
         if (type == CACHE_FP8 && !(l.k_scales && l.v_scales)) return false;
     }

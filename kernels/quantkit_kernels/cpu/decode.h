@@ -26,10 +26,24 @@ typedef struct {
     float eps;
 } qk_norm;
 
+// The experts of a block: the `top` largest of softmax(router x), divided by their sum if `normalise`, weight the outputs
+// down(silu(gate x) * up x) of theirs, to which sigmoid(switch x) times the same of a shared expert is added. The weights
+// of the experts have one k and n each and read the same activations.
+typedef struct {
+    const qk_weight *gate_up;  // [count][2]: gate and up of every expert, [intermediate, hidden]
+    const qk_weight *down;     // [count]: [hidden, intermediate]
+    qk_matrix router;          // dense, [count, hidden]
+    qk_matrix shared_gate, shared_up, shared_down;  // packed; absent without a shared expert
+    qk_matrix shared_switch;                        // dense, [1, hidden]; absent: the shared expert counts as it is
+    int32_t count, top;   // top: at most 64
+    int32_t normalise, intermediate;
+    int32_t compute;      // of the experts where it is not the model's, else -1
+} qk_mixture;
+
 // x += o(attention(rope(norm(q x), norm(k x), v x))), x += down(silu(gate x) * up x), each of the normed x.
 typedef struct {
     qk_norm input, post;     // [hidden], before attention and before the MLP
-    qk_norm q_norm, k_norm;  // [head_dim], per head before rotary
+    qk_norm q_norm, k_norm;  // [head_dim], per head before rotary, or of all heads together
     qk_matrix q, k, v;       // q may hold the rows of all three; then k.weight.n = v.weight.n = 0
     qk_matrix o;
     qk_matrix gate, up;      // gate may hold the rows of both; then up.weight.n = 0
@@ -37,6 +51,8 @@ typedef struct {
     const float *k_scales, *v_scales;  // [kv_heads] of an FP8 cache, which divides by them; else null
     int32_t window;          // a token sees itself and the window - 1 before it; 0: all
     float scale;             // of q k^T
+    int32_t whole_norms;     // whether q_norm and k_norm go over all heads together
+    const qk_mixture *mixture;  // in place of gate, up and down; or null
 } qk_layer;
 
 typedef struct {

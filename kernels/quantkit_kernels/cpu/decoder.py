@@ -54,6 +54,15 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
+class _Mixture(ctypes.Structure):
+    _fields_ = (
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        *((name, _Matrix) for name in ("router", "shared_gate", "shared_up", "shared_down", "shared_switch")),
+        *((name, ctypes.c_int32) for name in ("count", "top", "normalise", "intermediate", "compute")),
+    )
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Norm) for name in ("input", "post", "q_norm", "k_norm")),
@@ -62,6 +71,8 @@ class _Layer(ctypes.Structure):
         ("v_scales", ctypes.c_void_p),
         ("window", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("whole_norms", ctypes.c_int32),
+        ("mixture", ctypes.POINTER(_Mixture)),
     )
 
 
@@ -136,11 +147,57 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """The experts of a block: softmax(router x), of which the `top` largest count, divided by their sum if `normalise`.
+
+    router: dense [E, hidden]. gate_up: (gate, up) of every expert, down: of every expert, all packed, of one shape and
+    compute. shared: (gate, up, down) of an expert for all tokens, packed, whose output is multiplied by
+    sigmoid(switch x); switch: dense [1, hidden]; None: as it is.
+    """
+
+    router: Matrix
+    gate_up: tuple[tuple[Matrix, Matrix], ...]
+    down: tuple[Matrix, ...]
+    top: int
+    normalise: bool
+    shared: tuple[Matrix, Matrix, Matrix] | None = None
+    switch: Matrix | None = None
+
+    def __post_init__(self) -> None:
+        if not self.down or len(self.gate_up) != len(self.down):
+            raise ValueError(f"there are gates of {len(self.gate_up)} experts and down of {len(self.down)}")
+        if not 1 <= self.top <= len(self.down):
+            raise ValueError(f"a token has 1 to {len(self.down)} experts, got {self.top}")
+        matrices = [*(part for pair in self.gate_up for part in pair), *self.down]
+        if not all(isinstance(each.weight, Packed) for each in (*matrices, *(self.shared or ()))):
+            raise ValueError("experts are packed; these have dense matrices")
+        if len({each.compute for each in matrices}) > 1:
+            raise ValueError("all experts of a block have one compute")
+
+    def _structure(self) -> tuple[_Mixture, Any]:
+        """The C struct and what it points at."""
+        gate_up = [part._structure().weight for pair in self.gate_up for part in pair]
+        down = [each._structure().weight for each in self.down]
+        arrays = tuple((library.Weight * len(weights))(*weights) for weights in (gate_up, down))
+        found = _Mixture(
+            *map(ctypes.addressof, arrays), count=len(down), top=self.top, normalise=self.normalise
+        )
+        found.intermediate, found.compute = self.gate_up[0][0].n, self.down[0]._structure().compute
+        parts: dict[str, Matrix | None] = {"router": self.router, "shared_switch": self.switch}
+        parts.update(zip(("shared_gate", "shared_up", "shared_down"), self.shared or (), strict=False))
+        for name, part in parts.items():
+            if part is not None:
+                setattr(found, name, part._structure())
+        return found, arrays
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One block. qkv: (q, k, v) or one matrix with all rows; gate_up likewise; window: None sees everything.
 
-    q_norm, k_norm: per head, before rotary, or None. scale: of q k^T. kv_scales: fp32 [kv_heads] of an FP8 cache's
-    keys and values, which are divided by them; or None.
+    q_norm, k_norm: before rotary, per head or, with whole_norms, over all heads together; or None. scale: of q k^T.
+    kv_scales: fp32 [kv_heads] of an FP8 cache's keys and values, which are divided by them; or None. mixture: experts
+    in place of gate_up and down, which are then () and None.
     """
 
     input: Norm
@@ -148,18 +205,26 @@ class Layer:
     qkv: tuple[Matrix, ...]
     o: Matrix
     gate_up: tuple[Matrix, ...]
-    down: Matrix
+    down: Matrix | None
     scale: float
     window: int | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     kv_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    whole_norms: bool = False
+    mixture: Mixture | None = None
+
+    @cached_property
+    def _mixture(self) -> tuple[_Mixture, Any] | None:
+        return None if self.mixture is None else self.mixture._structure()
 
     def _structure(self) -> _Layer:
-        layer = _Layer(window=self.window or 0, scale=self.scale)
+        layer = _Layer(window=self.window or 0, scale=self.scale, whole_norms=self.whole_norms)
+        if self._mixture is not None:  # kept: the struct is pointed at
+            layer.mixture = ctypes.pointer(self._mixture[0])
         if self.kv_scales is not None:
             layer.k_scales, layer.v_scales = (scale.data_ptr() for scale in self.kv_scales)
-        matrices = dict(zip(("q", "k", "v"), self.qkv, strict=False))
+        matrices: dict[str, Matrix | None] = dict(zip(("q", "k", "v"), self.qkv, strict=False))
         matrices |= dict(zip(("gate", "up"), self.gate_up, strict=False))
         matrices |= {"o": self.o, "down": self.down}
         norms = {"input": self.input, "post": self.post, "q_norm": self.q_norm, "k_norm": self.k_norm}
@@ -189,11 +254,17 @@ class Tables:
         for name in _SIZES:
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ValueError(f"{name} must be 0 to {_MOST}, got {getattr(self, name)}")
-        norms = [("final", self.final, self.hidden)]
+        norms: list[tuple[str, Norm | None, int]] = [("final", self.final, self.hidden)]
         for i, layer in enumerate(self.layers):
-            if len(layer.qkv) not in (1, 3) or len(layer.gate_up) not in (1, 2):
+            inner = (0,) if layer.mixture else (1, 2)
+            if (
+                len(layer.qkv) not in (1, 3)
+                or len(layer.gate_up) not in inner
+                or bool(layer.mixture) == bool(layer.down)
+            ):
                 raise ValueError(
-                    f"layer {i} has {len(layer.qkv)} of q, k, v and {len(layer.gate_up)} of gate, up"
+                    f"layer {i} has {len(layer.qkv)} of q, k, v, {len(layer.gate_up)} of gate, up, "
+                    f"{'a' if layer.down else 'no'} down and {'a' if layer.mixture else 'no'} mixture"
                 )
             if not 0 <= (layer.window or 0) <= _MOST:
                 raise ValueError(f"the window of layer {i} must be 0 to {_MOST} tokens, got {layer.window}")
@@ -203,8 +274,13 @@ class Tables:
                         f"scales of layer {i} are fp32 [{self.kv_heads}] on the CPU, got {_said(scale)}"
                     )
             norms += [(f"layer {i} {name}", getattr(layer, name), self.hidden) for name in ("input", "post")]
+            per_head = self.head_dim
+            sizes = (
+                (self.heads * per_head, self.kv_heads * per_head) if layer.whole_norms else (per_head,) * 2
+            )
             norms += [
-                (f"layer {i} {name}", getattr(layer, name), self.head_dim) for name in ("q_norm", "k_norm")
+                (f"layer {i} q_norm", layer.q_norm, sizes[0]),
+                (f"layer {i} k_norm", layer.k_norm, sizes[1]),
             ]
         for name, norm, size in norms:
             if norm is not None and len(norm.weight) != size:
