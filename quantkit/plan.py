@@ -41,7 +41,8 @@ class LayerPlan:
 
     name: as on disk, without `.weight`. shape: (N, K), whatever the layout on disk. transposed: on disk it is Conv1D's
     [K, N]. block: number of its decoder block, None outside of them. input_range: how a calibrated range of inputs is
-    chosen. renamed: the model's name of the module where it is another one than on disk.
+    chosen. renamed: the model's name of the module where it is another one than on disk. split: the model's modules, in
+    the order of their rows, where it is several.
     """
 
     name: str
@@ -52,11 +53,17 @@ class LayerPlan:
     algorithm: AlgorithmConfig
     input_range: InputRange = "minmax"
     renamed: str | None = None
+    split: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
-        """The module's name in transformers' model."""
+        """The module's name in transformers' model; the first one's of several."""
         return self.name if self.renamed is None else self.renamed
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all its modules in transformers' model."""
+        return self.split or (self.module,)
 
     @property
     def calibrates_inputs(self) -> bool:
@@ -115,6 +122,7 @@ class _Linear:
     transposed: bool
     block: int | None
     aside: str | None
+    split: tuple[str, ...] = ()
 
 
 def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -> Plan:
@@ -195,6 +203,7 @@ def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None)
         algorithm=algorithm,
         input_range="minmax" if inputs is None else inputs.range,
         renamed=linear.renamed,
+        split=linear.split,
     )
 
 
@@ -211,7 +220,7 @@ def _linears(headers: Headers, blocks: Blocks, places: Places | None) -> tuple[l
         table = _EMBEDDING.search(name) or (place is not None and place.kind == "embedding")
         if disk not in blocks.of and (is_tied_head or table):
             continue
-        if reason := _refused(disk, disk in blocks.of, places):
+        if reason := _refused(disk, tensor.shape[0], disk in blocks.of, places):
             refused[name] = reason
             continue
         module = (place.parameter if place else None) or disk
@@ -224,13 +233,14 @@ def _linears(headers: Headers, blocks: Blocks, places: Places | None) -> tuple[l
         if disk not in blocks.of:
             aside = "outside the decoder blocks"
         renamed = None if module == name else module
-        linears.append(_Linear(name, renamed, shape, transposed, blocks.of.get(disk), aside))
+        split = tuple(weight.removesuffix(".weight") for weight, _ in place.split) if place else ()
+        linears.append(_Linear(name, renamed, shape, transposed, blocks.of.get(disk), aside, split))
     linears.sort(key=lambda linear: (linear.block is None, linear.block or 0))
     return linears, refused
 
 
-def _refused(disk: str, in_block: bool, places: Places | None) -> str | None:
-    """Why a matrix cannot be quantized, or None."""
+def _refused(disk: str, rows: int, in_block: bool, places: Places | None) -> str | None:
+    """Why a matrix cannot be quantized, or None. rows: how many it has on disk."""
     if places is None:
         if in_block:
             return None
@@ -241,7 +251,7 @@ def _refused(disk: str, in_block: bool, places: Places | None) -> str | None:
         return _extra(disk) or "no part of the model that transformers builds, carried as it is"
     if not places.in_text(place.parameter):
         return "no part of the language model, carried as it is"
-    if not place.whole:
+    if not place.whole and (not place.split or sum(own for _, own in place.split) != rows):
         return "a part of a parameter that transformers assembles"
     return None if place.kind in ("linear", "router") else f"a {place.owner}, not a linear layer"
 

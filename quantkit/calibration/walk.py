@@ -131,7 +131,7 @@ def _open(
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
     name = f"{plan.blocks_prefix}.{index}"
-    plans = {p.module.removeprefix(f"{name}."): p for p in plan.layers if p.block == index}
+    plans = {m.removeprefix(f"{name}."): p for p in plan.layers if p.block == index for m in p.modules}
     held = skeleton.places(model).by_parameter
     stored = {
         n.removeprefix(f"{name}."): torch_dtype(source.raw(parts[0].disk).dtype)

@@ -87,9 +87,11 @@ def load(
         _finish(path, model, backend, compute, tensors)
         _hint_at_missing_kernels(model, backend)
         dtype_named = raw.get("dtype", raw.get("torch_dtype"))
-        refuse_saving(model, path) if anew else remember(
-            model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None
-        )
+        quantizer: Any = model.hf_quantizer
+        if anew or quantizer.cut:
+            refuse_saving(model, path)
+        else:
+            remember(model, path.resolve(), dtype_named if isinstance(dtype_named, str) else None)
     elif backend not in (None, "auto") or compute != "float":
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"

@@ -9,6 +9,7 @@ back.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint import kv
 from quantkit.checkpoint.saving import all_as_stored
+from quantkit.checkpoint.split import cutting
 from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
 from quantkit.models.experts import STACKS, Experts, unfuse
-from quantkit.models.places import find_places
+from quantkit.models.places import Place, find_places
 from quantkit.models.skeleton import find_blocks
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
 from quantkit.scheme import Scheme
@@ -59,6 +61,7 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
     requires_calibration = True  # reads what is quantized, quantizes nothing
     experts: list[str]  # modules whose experts are linears of their own
+    cut: list[str]  # packed linears that are one on disk with others
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
         stored = self.quantization_config.stored
@@ -69,6 +72,8 @@ class PackedQuantizer(HfQuantizer):
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
         check_shapes(model, packing, tensors)
+        several = Counter(names[name] for name, _ in packed_linears(model))
+        self.cut = [name for name, _ in packed_linears(model) if several[names[name]] > 1]
         self._shared = leave_out_shared(model)
         # What is left lives as long as the model: the types to save in.
         self.quantization_config.tensors = {n: (dtype, ()) for n, (dtype, _) in tensors.items()}
@@ -82,7 +87,7 @@ class PackedQuantizer(HfQuantizer):
         apart = self.experts
         return [
             each
-            for each in conversions
+            for each in cutting(conversions, self.cut)
             if not isinstance(each, WeightConverter)
             or not any(
                 target in f"{name}.{stack}"
@@ -188,12 +193,26 @@ def by_module(model: PreTrainedModel, packing: Codec, tensors: Tensors) -> tuple
     named: Tensors = {}
     for name, said in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        place = places.by_disk.get(name)
-        if place is None or place.parameter is None:
+        place, linear = places.by_disk.get(name), places.by_disk.get(f"{owner}.weight")
+        if linear is not None and linear.split:
+            named |= _of_parts(leaf, said, linear, packing)
+        elif place is None or place.parameter is None:
             named[f"{places.in_model(owner)}.{leaf}"] = said
         elif place.whole:
             named[place.parameter] = said
     return {module: places.on_disk(module) for module, _ in model.named_modules()}, named
+
+
+def _of_parts(leaf: str, said: tuple[str, tuple[int, ...]], linear: Place, packing: Codec) -> Tensors:
+    """What the parts of a split linear have of a tensor by which their layers are made; `cutting` cuts the others."""
+    if leaf not in (packing.scale, packing.order):
+        return {}
+    dtype, shape = said
+    whole = shape[:1] == (sum(rows for _, rows in linear.split),) and leaf == packing.scale
+    return {
+        f"{weight.removesuffix('.weight')}.{leaf}": (dtype, (rows, *shape[1:]) if whole else shape)
+        for weight, rows in linear.split
+    }
 
 
 def either(

@@ -32,11 +32,14 @@ def remember(model: PreTrainedModel, source: Path, dtype: str | None) -> None:
 
 
 def refuse_saving(model: PreTrainedModel, source: Path) -> None:
-    """Make `model.save_pretrained` say that a checkpoint of another tool is not written."""
+    """Make `model.save_pretrained` say that a checkpoint of another tool, or one whose linears lie otherwise in the
+    model than on disk, is not written.
+    """
 
     def refused(*_: Any, **__: Any) -> None:
         raise BackendError(
-            f"the model was packed anew from {source}, which quantkit reads and does not write; copy that folder"
+            f"the model's packed linears are not what {source} holds, which quantkit reads so and does not write; copy "
+            "that folder"
         )
 
     model.__dict__["save_pretrained"] = refused

@@ -356,3 +356,9 @@ def _packed_inputs(inputs: InputScale | None, grid: Grid | None) -> dict[str, to
         return {"input_global_scale": inputs.scale}
     tensors = {"input_scale": inputs.scale}
     return tensors if inputs.zero is None else tensors | {"input_zero_point": inputs.zero}
+
+
+def zero_points_of_rows(packed: torch.Tensor, bits: int, sizes: list[int]) -> list[torch.Tensor]:
+    """Packed zero points [ceil(N bits / 32), K/G] of N rows, cut into those of `sizes` rows each."""
+    codes = unpack_bits(packed.T, bits, sum(sizes)).T  # (N, K/G)
+    return [pack_bits(part.T.contiguous(), bits).T.contiguous() for part in codes.split(sizes)]

@@ -32,7 +32,8 @@ class Place:
     parameter: the parameter or buffer it belongs to, None for an extra tensor. owner: class name of the module that has
     the parameter. A tensor may be a part of its parameter: entry `index` of the first axis (an expert), or `rows`
     (first, behind last) of the first axis there. transposed: its last two axes are exchanged. opaque: only
-    transformers' own operation makes the parameter, or several, from it.
+    transformers' own operation makes the parameter, or several, from it. split: of a linear whose rows are those of
+    several linears of the model, one behind the other, their weights and how many rows each has.
     """
 
     disk: str
@@ -43,6 +44,7 @@ class Place:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     opaque: bool = False
+    split: tuple[tuple[str, int], ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -128,6 +130,8 @@ class Places:
                 disk, module = disk.rpartition(".")[0], module.rpartition(".")[0]
                 there.setdefault(disk, module)
                 back.setdefault(module, disk)
+            for weight, _ in place.split:
+                back[weight.removesuffix(".weight")] = place.disk.removesuffix(".weight")
         return there, back
 
     def opaque(self, parameter: str, read: Read, model: PreTrainedModel) -> torch.Tensor:
@@ -258,9 +262,10 @@ def _parts(
             yield _place(model, disk, group.first, transposed=turned)
             return
     if len(group.targets) > 1 or not (joined or kinds == ["MergeModulelist"]):
+        split = _split(model, group, state)
         for names in group.disk.values():
             for disk in names:
-                yield _place(model, disk, group.first, opaque=True)
+                yield _place(model, disk, group.first, opaque=True, split=split)
         return
     first = 0
     for pattern in group.converter.source_patterns:
@@ -272,6 +277,20 @@ def _parts(
             first = first if stacked else last
         if stacked and names:
             first += tensors[names[0]][0]
+
+
+def _split(
+    model: PreTrainedModel, group: _Group, state: Mapping[str, torch.Tensor]
+) -> tuple[tuple[str, int], ...]:
+    """The weights of linears, and their rows, that a conversion cuts one tensor into; () if it does anything else."""
+    operations = group.converter.operations
+    alone = len(operations) == 1 and [len(names) for names in group.disk.values()] == [1]
+    cuts = alone and type(operations[0]).__name__ in ("Chunk", "Split") and operations[0].dim == 0
+    if not cuts or not all(target in state for target in group.targets):
+        return ()
+    if any(_place(model, "", target).kind != "linear" for target in group.targets):
+        return ()
+    return tuple((target, state[target].shape[0]) for target in group.targets)
 
 
 def _translated(name: str, known: Mapping[str, str]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.memory import give_back
 from quantkit.checkpoint.records import LayerRecord
-from quantkit.errors import NumericalError
+from quantkit.errors import ModelError, NumericalError
 from quantkit.models.tensors import TensorInfo
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.statistics import Statistics
@@ -214,19 +213,45 @@ def _passes(run: BlockRun, sets: list[tuple[str, ...]]) -> list[list[tuple[str, 
 
 def _round_unused(run: BlockRun, names: list[str], result: BlockResult) -> None:
     """Round linears to nearest that no text reaches, such as the cross-attention of a decoder without its encoder."""
-    for name in names:
-        plan, weight = run.plans[name], run.held[name].weight.float()
+    for parts in linears_of(run, names):
+        plan = run.plans[parts[0]]
+        weight = torch.cat([run.held[name].weight.float() for name in parts])
         if plan.calibrates_inputs:
             raise NumericalError(
                 f"{plan.name} never ran on the calibration text, so its inputs have no range; skip it with a rule"
             )
         nearest = replace(plan, algorithm=RtnConfig(name="rtn", refit=0))
-        dtype = run.stored[f"{name}.weight"]
+        dtype = run.stored[f"{parts[0]}.weight"]
         outcome = algorithm("rtn").quantize(
             weight, Statistics(), plan.scheme.weights, dtype, nearest.algorithm
         )
-        run.held[name].quantized = outcome.weight
+        _share_out(run, parts, outcome, 0)
         result.add(nearest, weight, replace(outcome, fallbacks=[*outcome.fallbacks, *_unused(plan)]))
+
+
+def linears_of(run: BlockRun, names: Iterable[str]) -> list[list[str]]:
+    """Planned modules by the linear on disk they are: each alone, or several in the order of their rows there."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(run.plans[name].name, []).append(name)
+    for linear, parts in found.items():
+        order = run.plans[parts[0]].split
+        if order and sorted(order) != sorted(f"{run.name}.{part}" for part in parts):
+            raise ModelError(
+                f"{linear} is {len(order)} linears in the model, which do not read the same input; skip it with a rule"
+            )
+        parts.sort(key=lambda part: order.index(f"{run.name}.{part}") if order else 0)
+    return list(found.values())
+
+
+def _share_out(run: BlockRun, parts: Sequence[str], outcome: Outcome, first: int) -> slice:
+    """Give modules their rows of what was quantized, from `first` on; all of these rows."""
+    end = first
+    for name in parts:
+        size = run.held[name].out_features
+        run.held[name].quantized = outcome.rows(slice(end, end + size)).weight
+        end += size
+    return slice(first, end)
 
 
 def _unused(plan: LayerPlan) -> list[str]:
@@ -253,12 +278,10 @@ def _quantize_siblings(
     """
     held, plans = run.held, run.plans
     alike: dict[tuple[Any, ...], list[str]] = {}
-    for name in siblings:
-        if name in plans:
-            dtype = run.stored[f"{name}.weight"]
-            scheme = plans[name].scheme
-            alone = name if held[name].out_features % scheme.weights.rows(1) else None
-            alike.setdefault((scheme, plans[name].algorithm, dtype, alone), []).append(name)
+    for parts in linears_of(run, [name for name in siblings if name in plans]):
+        plan, dtype = plans[parts[0]], run.stored[f"{parts[0]}.weight"]
+        alone = plan.name if plan.shape[0] % plan.scheme.weights.rows(1) else None
+        alike.setdefault((plan.scheme, plan.algorithm, dtype, alone), []).extend(parts)
     for (scheme, config, dtype, _), names in alike.items():
         rows = [held[n].out_features for n in names]
         together = torch.empty(sum(rows), held[names[0]].in_features, device=run.device)
@@ -267,12 +290,12 @@ def _quantize_siblings(
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         given = statistics if last else replace(statistics)
         outcome = algorithm(config.name).quantize(together, given, scheme.weights, dtype, config)
-        ends = list(itertools.accumulate(rows))
-        for name, size, end in zip(names, rows, ends, strict=True):
-            mine = slice(end - size, end)
-            part = outcome.rows(mine)
-            held[name].quantized = part.weight
-            result.add(plans[name], together[mine], part, inputs.get(name))
+        end = 0
+        for parts in linears_of(run, names):
+            mine = _share_out(run, parts, outcome, end)
+            result.add(plans[parts[0]], together[mine], outcome.rows(mine), inputs.get(parts[0]))
+            end = mine.stop
+        for name in names:
             if not run.runs_original:
                 held[name].forget()
     run.finished(siblings)

@@ -22,11 +22,14 @@ from quantkit.layers.kv_cache import attach
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
+from quantkit.numerics.inputs import InputScale
+from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.quantize import prepared
 from quantkit.pipeline.run import Run
+from quantkit.plan import LayerPlan
 from quantkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,15 +97,23 @@ class _Into:
         for name, tensor in result.changed.items():
             self.model.get_parameter(name).data.copy_(tensor)
         for name, weight in result.weights.items():
-            plan = self.plans[name]
-            dense: Any = self.model.get_submodule(plan.module)
-            inputs = plan.scheme.inputs
-            bias = None if dense.bias is None else dense.bias.data
-            packed = QuantLinear.from_quantized(weight, bias, MEMORY, inputs, result.inputs.get(name))
-            packed.replaces = type(dense)
-            shared = [n for n, target in self.tied.items() if target == f"{plan.module}.weight"]
-            for module in (plan.module, *(n.removesuffix(".weight") for n in shared)):
-                self.model.set_submodule(module, packed.to(dense.weight.device))
+            plan, first = self.plans[name], 0
+            for module in plan.modules:
+                dense: Any = self.model.get_submodule(module)
+                last = first + dense.out_features if plan.split else plan.shape[0]
+                self._put(module, dense, weight.rows(slice(first, last)), plan, result.inputs.get(name))
+                first = last
+
+    def _put(
+        self, name: str, dense: Any, weight: QuantizedWeight, plan: LayerPlan, ranged: InputScale | None
+    ) -> None:
+        """Replace a dense linear by a packed one, also where other blocks share it. ranged: its static inputs."""
+        bias = None if dense.bias is None else dense.bias.data
+        packed = QuantLinear.from_quantized(weight, bias, MEMORY, plan.scheme.inputs, ranged)
+        packed.replaces = type(dense)
+        shared = [n for n, target in self.tied.items() if target == f"{name}.weight"]
+        for module in (name, *(n.removesuffix(".weight") for n in shared)):
+            self.model.set_submodule(module, packed.to(dense.weight.device))
 
 
 class _Nothing:

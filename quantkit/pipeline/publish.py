@@ -130,7 +130,7 @@ def _side_files(run: Run, shards: dict[str, dict[str, Any]], companions: Compani
     total = sum(n for w in shards.values() for n in w["tensors"].values())
     write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = copy.deepcopy(source.headers.config)
-    schemes = {name: layer.scheme for layer in run.plan.layers for name in (layer.name, layer.module)}
+    schemes = {name: layer.scheme for layer in run.plan.layers for name in (layer.name, *layer.modules)}
     kv = run.plan.kv if run.plan.calibrates_cache else None
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
