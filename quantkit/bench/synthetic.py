@@ -62,6 +62,9 @@ SHAPES = {
 MIXTURES = {
     "moe": Mixture(1024, 768, 16, 4, 8192, 64, 8),
     "moe-small": Mixture(512, 384, 8, 2, 8192, 8, 2),
+    "1b-active": Mixture(
+        2048, 1024, 16, 4, 32000, 16, 8
+    ),  # 16 layers: 1.04B weights per token of 1.9B, 3.9 GB bf16
 }
 
 

@@ -30,7 +30,7 @@ from quantkit_eval.sampler import Sampling
 
 from quantkit.bench.machine import machine, where
 from quantkit.bench.rounds import Measured, interleave, ratios
-from quantkit.bench.synthetic import SHAPES, Shape, make
+from quantkit.bench.synthetic import MIXTURES, SHAPES, Mixture, Shape, make, make_mixture
 from quantkit.checkpoint.shards import write_json
 from quantkit.pipeline.quantize import quantize
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LAYERS, PROMPT, NEW = 22, 512, 64
 RECIPE = "w4a16-rtn"
+ALL: dict[str, Shape | Mixture] = {**SHAPES, **MIXTURES}
 HEAD_TOO = 'rules=[{"match": "lm_head", "bits": 4}]'
 
 
@@ -66,12 +67,12 @@ class NotHere(Exception):
     """A way that cannot run on this machine or model; the message says why."""
 
 
-def models(work: Path, layers: int = LAYERS, shape: Shape = SHAPES["1.1b"]) -> dict[str, Path]:
+def models(work: Path, layers: int = LAYERS, shape: Shape | Mixture = SHAPES["1.1b"]) -> dict[str, Path]:
     """{"dense": bf16 checkpoint, "packed": the same as W4 g128}; made if they do not exist yet."""
-    dense = work / f"llama-{shape.hidden}-{layers}"
+    dense = work / f"{'mixture' if isinstance(shape, Mixture) else 'llama'}-{shape.hidden}-{layers}"
     packed = dense.with_name(dense.name + "-w4")
     if not (dense / "config.json").exists():
-        make(dense, layers, shape=shape)
+        make_mixture(dense, layers, shape) if isinstance(shape, Mixture) else make(dense, layers, shape=shape)
     if not (packed / "quantkit.json").exists():
         quantize(RECIPE, dense, packed, [HEAD_TOO], device="cpu", evaluate=False)
     return {"dense": dense, "packed": packed}
@@ -234,7 +235,7 @@ def memory_apart(checkpoint: Path, name: str, new: int) -> dict[str, Any]:
 def run(
     work: Path,
     layers: int = LAYERS,
-    shape: Shape = SHAPES["1.1b"],
+    shape: Shape | Mixture = SHAPES["1.1b"],
     ways: Mapping[str, Way] = WAYS,
     rounds: int = 5,
     prompt: int = PROMPT,
@@ -267,7 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="scratch folder with 3 GB free")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--shape", choices=ALL, default="1.1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--new", type=int, default=NEW)
@@ -290,7 +291,7 @@ def main() -> None:
     report = run(
         arguments.work,
         arguments.layers,
-        SHAPES[arguments.shape],
+        ALL[arguments.shape],
         ways,
         arguments.rounds,
         arguments.prompt,

@@ -1,12 +1,15 @@
 """Compare llama.cpp with the native path on the same model.
 
     python -m quantkit.bench.models.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
+    python -m quantkit.bench.models.llamacpp --work DIR --shape 1b-active --layers 16 --formats Q4_0
     python -m quantkit.bench.models.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json ops.json
 
 llama.cpp is built once, in minutes, from the source package of llama-cpp-python, in a separate environment under DIR.
 The synthetic Llama of quantkit.bench.models.decode is written as a dense GGUF, from which llama.cpp's own quantizer
-makes Q4_0 (pure: head and embedding too) and Q8_0. Both engines then run interleaved: prefill of one prompt, and
-greedy decode from an empty cache. --ops times matrix products alone, among the ops of quantkit.bench.kernels.ops.
+makes Q4_0 (pure: head and embedding too) and Q8_0; of a mixture of experts (--shape 1b-active, llama.cpp's qwen3moe),
+gguf's own quantizer makes them, without a dense file between. Both engines then run interleaved: prefill of one
+prompt, and greedy decode from an empty cache. --ops times matrix products alone, among the ops of
+quantkit.bench.kernels.ops.
 
 On a processor with AMX one line is added to llama.cpp before the build: gcc 12's `_tile_loadconfig` declares that it
 reads 8 of its 64 bytes, so the compiler drops the other stores, and every quantized model crashes.
@@ -20,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +35,8 @@ from quantkit.bench.kernels.lane import BURST, Lane
 from quantkit.bench.machine import machine, where
 from quantkit.bench.models import decode, gguf_file
 from quantkit.bench.rounds import Measured, interleave, ratios
-from quantkit.bench.synthetic import SHAPES
 from quantkit.checkpoint.shards import write_json
+from quantkit.models.config import read_config
 
 PACKAGE = "llama-cpp-python"
 FORMATS = {"Q4_0": ["--pure"], "Q8_0": []}
@@ -125,18 +128,24 @@ def guard_tiles(source: Path) -> bool:
     return GUARD in text
 
 
-def files(built: Built, dense: Path) -> dict[str, Path]:
+def files(built: Built, dense: Path, kinds: Collection[str] = tuple(FORMATS)) -> dict[str, Path]:
     """{format: GGUF file} of a dense checkpoint, in the same folder; made if they do not exist yet."""
     whole = dense.with_name(f"{dense.name}-bf16.gguf")
-    made = {kind: dense.with_name(f"{dense.name}-{kind}.gguf") for kind in FORMATS}
-    if all(file.exists() for file in made.values()):
+    made = {kind: dense.with_name(f"{dense.name}-{kind}.gguf") for kind in kinds}
+    missing = {kind: file for kind, file in made.items() if not file.exists()}
+    if "num_experts" in read_config(dense):
+        for kind, file in missing.items():
+            _run(built.python, gguf_file.__file__, dense, file.with_suffix(".part"), kind)
+            file.with_suffix(".part").rename(file)
+        return made
+    if not missing:
         return made
     if not whole.exists():
         part = whole.with_suffix(".part")
         _run(built.python, gguf_file.__file__, dense, part)
         part.rename(whole)
-    for kind, options in FORMATS.items():
-        _run(built.quantize, *options, whole, made[kind].with_suffix(".part"), kind, 1)
+    for kind in missing:
+        _run(built.quantize, *FORMATS[kind], whole, made[kind].with_suffix(".part"), kind, 1)
         made[kind].with_suffix(".part").rename(made[kind])
     return made
 
@@ -252,8 +261,8 @@ def _products(arguments: argparse.Namespace, built: Built) -> None:
 def _models(arguments: argparse.Namespace, built: Built) -> None:
     """Whole models: prefill and decode of both engines."""
     threads, prompt, new = arguments.threads, arguments.prompt, arguments.new
-    checkpoints = decode.models(arguments.work.resolve(), arguments.layers, SHAPES[arguments.shape])
-    theirs = files(built, checkpoints["dense"])
+    checkpoints = decode.models(arguments.work.resolve(), arguments.layers, decode.ALL[arguments.shape])
+    theirs = files(built, checkpoints["dense"], arguments.formats)
     names = arguments.ways or [name for name, way in decode.WAYS.items() if way.native]
     ways = {name: decode.WAYS[name] for name in names}
     ours, missing = decode.engines(ways, checkpoints, prompt, new)
@@ -265,14 +274,14 @@ def _models(arguments: argparse.Namespace, built: Built) -> None:
         "machine": machine() | where("cpu"),
         "llama.cpp": {"source": built.version, "patched": built.patched, "options": OPTIONS},
         "bytes": {kind: file.stat().st_size for kind, file in theirs.items()},
-        "model": SHAPES[arguments.shape]._asdict() | {"layers": arguments.layers},
+        "model": decode.ALL[arguments.shape]._asdict() | {"layers": arguments.layers},
         "prompt_tokens": prompt,
         "new_tokens": new,
         **interleave(everyone, arguments.rounds),
         "missing": missing,
     }
     report["times_faster"] = {
-        name: ratios(report, name, [f"llama.cpp {kind}" for kind in FORMATS]) for name in ours
+        name: ratios(report, name, [f"llama.cpp {kind}" for kind in theirs]) for name in ours
     }
     print(decode.table(report))
     for name, against in report["times_faster"].items():
@@ -288,7 +297,8 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="scratch folder with 7 GB free")
     parser.add_argument("--layers", type=int, default=decode.LAYERS)
-    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--shape", choices=decode.ALL, default="1.1b")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="llama.cpp's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=decode.PROMPT)
     parser.add_argument("--new", type=int, default=decode.NEW)

@@ -15,6 +15,10 @@ from quantkit.bench.models import decode, gguf_file, llamacpp
 
 TINY = synthetic.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2, vocabulary=160)
 
+MIXTURE = synthetic.Mixture(
+    hidden=128, intermediate=128, heads=2, kv_heads=1, vocabulary=160, experts=4, top=2
+)
+
 
 @pytest.fixture(autouse=True)
 def _own_choice_of_backend(monkeypatch):
@@ -122,6 +126,47 @@ def test_gguf_tensors_are_the_bits_of_the_checkpoint(dense):
     assert found.keys() == model.keys()
     for name, bits in found.items():
         assert np.array_equal(bits.view(np.int16), model[name].view(torch.int16).numpy()), name
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return synthetic.make_mixture(tmp_path_factory.mktemp("bench") / "mixture", 1, MIXTURE)
+
+
+def test_synthetic_mixture_loads_and_has_the_shape(mixture):
+    model, info = AutoModelForCausalLM.from_pretrained(mixture, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 256, 128)
+    assert model.model.layers[0].mlp.gate.top_k == 2
+
+
+def test_gguf_experts_of_a_role_are_stacked(mixture):
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.bfloat16)
+    found = dict(gguf_file.stacked(mixture))
+    gate_up = model.model.layers[0].mlp.experts.gate_up_proj
+    wanted = {
+        "gate": gate_up[:, :128],
+        "up": gate_up[:, 128:],
+        "down": model.model.layers[0].mlp.experts.down_proj,
+    }
+    for role, stacked in wanted.items():
+        bits = found[f"blk.0.ffn_{role}_exps.weight"]
+        assert np.array_equal(bits.view(np.int16), stacked.view(torch.int16).numpy()), role
+    assert {
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.attn_q_norm.weight",
+        "blk.0.attn_k_norm.weight",
+    } <= found.keys()
+
+
+@pytest.mark.skipif(not native_available(), reason="needs the native library (a C++ compiler)")
+def test_a_mixture_runs_natively(mixture):
+    made = decode.models(mixture.parent, 1, MIXTURE) | {"dense": mixture}
+    ways = {name: decode.WAYS[name] for name in ("native W4A8", "native W4A16")}
+    ready, missing = decode.engines(ways, made, prompt=5, new=3)
+    assert missing == {}
+    assert ready.keys() == ways.keys()
 
 
 def test_gguf_names_are_llamacpps():
