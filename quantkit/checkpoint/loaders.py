@@ -205,10 +205,16 @@ def _modeling_file(model_type: str) -> Path | None:
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations or not model_type.replace("-", "_").isidentifier():
         return None
+    models = Path(spec.submodule_search_locations[0]) / "models"
+
+    def named(name: str) -> Path:
+        return models / name / f"modeling_{name}.py"
+
+    if named(model_type).is_file():  # without transformers' table of names, which takes a second to import
+        return named(model_type)
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-    name = model_type_to_module_name(model_type)
-    file = Path(spec.submodule_search_locations[0]) / "models" / name / f"modeling_{name}.py"
+    file = named(model_type_to_module_name(model_type))
     return file if file.is_file() else None
 
 

@@ -87,7 +87,7 @@ class QuantizedWeight:
         n, k = self.codes.shape
         work = torch.float64 if dtype == torch.float64 else torch.float32
         groups, number, scales = self.scale.shape[1], self.grid.number, self.scales(work)
-        if number.kind != "int" and work == torch.float32 and self.codes.is_cpu and library.available():
+        if work == torch.float32 and self._natively:
             weight = rounding.decode(self.codes.contiguous(), scales.contiguous(), byte_values(number))
         else:
             zero = None if self.zero is None else self.zero.to(work)[:, :, None]
@@ -95,6 +95,20 @@ class QuantizedWeight:
             weight = weight.mul_(scales[:, :, None]).view(n, k)
         weight = weight.to(dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def compared(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dequantized [N, K], squared error and squared norm of every row [N]) for `weight`; all are fp32."""
+        if self._natively and self.order is None and weight.is_cpu and weight.is_contiguous():
+            scales = self.scales().contiguous()
+            return rounding.compare(self.codes.contiguous(), scales, byte_values(self.grid.number), weight)
+        decoded = self.dequantize()
+        off = decoded - weight
+        return decoded, torch.linalg.vecdot(off, off), torch.linalg.vecdot(weight, weight)
+
+    @property
+    def _natively(self) -> bool:
+        """Whether native code looks its codes up in a table."""
+        return self.grid.number.kind != "int" and self.codes.is_cpu and library.available()
 
 
 def sorted_by_group(weight: QuantizedWeight, group_of: torch.Tensor) -> QuantizedWeight:

@@ -172,11 +172,8 @@ class PiecewiseLinear:
         self, rows: slice, weight: torch.Tensor, quantized: QuantizedWeight, given: torch.Tensor
     ) -> None:
         """Keep what the record of the linear and its verification need of some rows."""
-        decoded = quantized.dequantize()
+        decoded, self._error[rows], self._norm[rows] = quantized.compared(weight)
         torch.mm(given, decoded.T, out=self._product[:, rows])
-        self._norm[rows] = torch.linalg.vecdot(weight, weight)
-        off = decoded.sub_(weight)
-        self._error[rows] = torch.linalg.vecdot(off, off)
         self._zero &= quantized.is_zero
 
     def made(self) -> Made:

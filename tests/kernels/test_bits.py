@@ -42,3 +42,16 @@ def test_bad_codes_and_lengths_are_refused():
         pack_bits(torch.tensor([[1]]), 4)
     with pytest.raises(ValueError, match="need 2 words per row, got 1"):
         unpack_bits(torch.zeros(1, 1, dtype=torch.int32), 4, 9)
+
+
+def test_words_of_whole_bytes_are_copies():
+    """Eight bits need no packing, but what is packed must not change with the codes, nor the other way round."""
+    codes = torch.arange(32, dtype=torch.uint8).view(4, 8)
+    packed = pack_bits(codes, 8)
+    back = unpack_bits(packed, 8, 8)
+    codes.zero_()
+    assert torch.equal(back, torch.arange(32, dtype=torch.uint8).view(4, 8))
+    back.zero_()
+    assert torch.equal(unpack_bits(packed, 8, 7), torch.arange(32, dtype=torch.uint8).view(4, 8)[:, :7])
+    turned = torch.arange(16, dtype=torch.uint8).view(4, 4).T
+    assert pack_bits(turned, 8).flatten().tolist() == [0x0C080400, 0x0D090501, 0x0E0A0602, 0x0F0B0703]

@@ -7,6 +7,7 @@ from quantkit_kernels.cpu import library, rounding
 
 from quantkit.numerics.grid import to_codes
 from quantkit.numerics.number import byte_values, decode, encode, rising_levels
+from quantkit.numerics.weight import QuantizedWeight
 from quantkit.scheme import NUMBERS, Grid
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
@@ -99,6 +100,34 @@ def test_every_code_is_decoded_as_torch_does(name, path):
     assert torch.equal(found.signbit() & (found == 0), wanted.signbit() & (wanted == 0))
 
 
+@pytest.mark.parametrize("group", [16, 960])
+@pytest.mark.parametrize("name", ["fp8_e4m3", *SMALL_TABLES])
+def test_errors_of_rows_are_those_of_what_is_decoded(name, group, path):
+    generator = torch.Generator().manual_seed(group)
+    codes = torch.randint(0, 15, (7, 960), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(7, 960 // group, generator=generator)
+    original = torch.randn(7, 960, generator=generator)
+    values = byte_values(NUMBERS[name])
+    decoded, error, norm = rounding.compare(codes, scale, values, original)
+    assert torch.equal(decoded, rounding.decode(codes, scale, values))
+    exact = original.double()
+    torch.testing.assert_close(error.double(), (decoded - exact).square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.double(), exact.square().sum(1), rtol=1e-5, atol=0)
+    grid = Grid(NUMBERS[name], "group", group)
+    whole = QuantizedWeight(codes, scale, None, grid)
+    assert all(map(torch.equal, whole.compared(original), (decoded, error, norm)))
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int4"])
+def test_a_weight_is_compared_the_same_without_the_library(name, monkeypatch):
+    codes = torch.randint(0, 15, (6, 64), dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.rand(6, 4), None, Grid(NUMBERS[name], "group", 16))
+    original = torch.randn(6, 64)
+    found = weight.compared(original)
+    monkeypatch.setattr(library, "available", lambda: False)
+    torch.testing.assert_close(weight.compared(original), found)
+
+
 def test_threads_share_the_rows():
     w, scale = torch.randn(333, 1024), torch.full((333, 8), 0.01)
     before, found = torch.get_num_threads(), []
@@ -141,6 +170,7 @@ def test_a_grid_gives_the_same_codes_without_the_library(name, monkeypatch):
         ("encode_table", 2, torch.zeros(4), r"edges must be .* \[2\] .*, got torch.float32 \[4\]"),
         ("encode_table", 3, torch.zeros(33, dtype=torch.uint8), "a table has 1 to 32 levels, not 33"),
         ("decode", 0, torch.zeros(4, 64), r"codes must be contiguous torch.uint8 \[4, 64\].*float32"),
+        ("compare", 3, torch.zeros(4, 32), r"original must be .* \[4, 64\]"),
         ("decode", 2, torch.zeros(16), r"values must be .* \[256\]"),
     ],
 )
@@ -151,8 +181,9 @@ def test_wrong_arguments_are_named(call, at, value, says):
         "encode_integers": [torch.zeros(4, 2), 15],
         "encode_table": [torch.tensor([-0.5, 0.5]), torch.zeros(3, dtype=torch.uint8)],
         "decode": [torch.zeros(256)],
+        "compare": [torch.zeros(256), torch.zeros(4, 64)],
     }[call]
-    given = [w.to(torch.uint8) if call == "decode" else w, scale, *more]
+    given = [w.to(torch.uint8) if call in ("decode", "compare") else w, scale, *more]
     getattr(rounding, call)(*given)  # is right
     given[at] = value
     with pytest.raises(ValueError, match=says):

@@ -164,7 +164,7 @@ def rounded(w, scale, zero, qmax, edges, code_of, values):
     """To codes of every kind and back."""
     rounding.encode_integers(w, scale, zero, qmax)
     rounding.encode_table(w, scale, edges, code_of)
-    rounding.decode(rounding.encode_fp8(w, scale), scale, values)
+    rounding.compare(rounding.encode_fp8(w, scale), scale, values, w)
 
 
 def rounded_arguments():

@@ -97,12 +97,14 @@ typedef struct qk_encoding {
 
 void qk_encode(const qk_encoding *e, int threads);
 
-/* And back: w = values[code] scale. */
+/* And back: w = values[code] scale; and how far that is from what the codes were made of. */
 typedef struct qk_decoding {
     const uint8_t *codes; /* [n, k] */
     const float *scale;   /* [n, k / group] */
     const float *values;  /* [256] */
+    const float *original; /* [n, k]; or null */
     float *w;             /* [n, k] */
+    float *error, *norm;  /* with original: [n], the sums of (w - original)^2 and original^2 of a row */
     int64_t n, k, group;
 } qk_decoding;
 

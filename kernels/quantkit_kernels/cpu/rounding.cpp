@@ -97,15 +97,45 @@ __attribute__((target("avx512f,avx512bw"))) void encode_avx512(const qk_encoding
 }
 #endif
 
-void decode(const qk_decoding *d, int64_t first, int64_t last) {
+// A row of weights from its codes.
+QK_INLINE void decode_row(const qk_decoding *d, int64_t row) {
     const int64_t groups = d->k / d->group;
-    for (int64_t at = first * groups; at < last * groups; ++at) {
+    for (int64_t at = row * groups; at < (row + 1) * groups; ++at) {
         const uint8_t *codes = d->codes + at * d->group;
         float *w = d->w + at * d->group;
         const float s = d->scale[at];
         for (int64_t i = 0; i < d->group; ++i) w[i] = d->values[codes[i]] * s;
     }
 }
+
+// Row by row, so that the sums find it in the first-level cache.
+QK_INLINE void decode(const qk_decoding *d, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        decode_row(d, row);
+        if (!d->original) continue;
+        const float *w = d->w + row * d->k, *original = d->original + row * d->k;
+        float error = 0, norm = 0;
+#pragma omp simd reduction(+ : error, norm)
+        for (int64_t i = 0; i < d->k; ++i) {
+            const float off = w[i] - original[i];
+            error += off * off;
+            norm += original[i] * original[i];
+        }
+        d->error[row] = error;
+        d->norm[row] = norm;
+    }
+}
+
+void decode_portable(const qk_decoding *d, int64_t first, int64_t last) { decode(d, first, last); }
+
+#if defined(__x86_64__) && !defined(QK_EMULATE)
+__attribute__((target("avx2"))) void decode_avx2(const qk_decoding *d, int64_t first, int64_t last) {
+    decode(d, first, last);
+}
+__attribute__((target("avx512f,avx512bw"))) void decode_avx512(const qk_decoding *d, int64_t first, int64_t last) {
+    decode(d, first, last);
+}
+#endif
 
 template <class Facts> void in_parts(void (*run)(const Facts *, int64_t, int64_t), const Facts *facts, int threads) {
     const int parts = facts->n * facts->k < (1 << 18) || threads < 1 ? 1 : threads;
@@ -116,15 +146,13 @@ template <class Facts> void in_parts(void (*run)(const Facts *, int64_t, int64_t
 
 }  // namespace
 
-extern "C" void qk_encode(const qk_encoding *e, int threads) {
-    auto *run = encode_portable;
+// The path of this machine, of a function that has all three.
 #if defined(__x86_64__) && !defined(QK_EMULATE)
-    if (qk_isa() >= AVX512)
-        run = encode_avx512;
-    else if (qk_isa() == AVX2)
-        run = encode_avx2;
+#define QK_PATH(name) (qk_isa() >= AVX512 ? name##_avx512 : qk_isa() == AVX2 ? name##_avx2 : name##_portable)
+#else
+#define QK_PATH(name) name##_portable
 #endif
-    in_parts(run, e, threads);
-}
 
-extern "C" void qk_decode(const qk_decoding *d, int threads) { in_parts(decode, d, threads); }
+extern "C" void qk_encode(const qk_encoding *e, int threads) { in_parts(QK_PATH(encode), e, threads); }
+
+extern "C" void qk_decode(const qk_decoding *d, int threads) { in_parts(QK_PATH(decode), d, threads); }

@@ -55,12 +55,32 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> to
 
     All contiguous, on the CPU.
     """
+    return _decoded(codes, scale, values, {})
+
+
+def compare(
+    codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, original: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(`decode`, sums [N] of (decoded - original)^2, sums [N] of original^2) of every row of original fp32 [N, K]."""
+    _plain("original", original, torch.float32, tuple(codes.shape))
+    error, norm = torch.empty(len(codes)), torch.empty(len(codes))
+    at = {"original": original.data_ptr(), "error": error.data_ptr(), "norm": norm.data_ptr()}
+    return _decoded(codes, scale, values, at), error, norm
+
+
+def _decoded(
+    codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, more: dict[str, int]
+) -> torch.Tensor:
     n, k = _grouped("codes", codes, torch.uint8, scale)
     _plain("values", values, torch.float32, (CODES,))
     w = torch.empty(n, k)
-    facts = library.Decoding(
-        codes.data_ptr(), scale.data_ptr(), values.data_ptr(), w.data_ptr(), n, k, k // scale.shape[1]
-    )
+    at = {
+        "codes": codes.data_ptr(),
+        "scale": scale.data_ptr(),
+        "values": values.data_ptr(),
+        "w": w.data_ptr(),
+    }
+    facts = library.Decoding(**at, **more, n=n, k=k, group=k // scale.shape[1])
     library.required().qk_decode(facts, torch.get_num_threads())
     return w
 
