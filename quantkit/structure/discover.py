@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.structure.fold import Form, Prover, ScalingGroup
+from quantkit.structure.fold import Form, Prover, ScalingGroup, in_float64
 from quantkit.structure.trace import Trace, matrix, trace
 
 PROOF_TOLERANCE = 1e-5  # relative change of what the block adds to its input; HF's RMSNorm goes through fp32
@@ -31,7 +31,8 @@ def discover(
     GPT-NeoX, whose MLP has no pair to find).
     """
     prover = Prover(block, hidden, args, kwargs)
-    seen = trace(prover.block, prover.hidden, prover.args, prover.kwargs)
+    with in_float64():
+        seen = trace(prover.block, prover.hidden, prover.args, prover.kwargs)
     groups: list[ScalingGroup] = []
     refused: list[tuple[str, str]] = []
     for siblings in seen.siblings:

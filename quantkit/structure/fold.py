@@ -9,7 +9,8 @@ folded on a float64 copy of the block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,6 +115,17 @@ def check_invariance(
     return change
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, tensors that a block makes itself are float64 too (XGLM's least float64)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Prover:
     """A float64 copy of the block with a random input, on which candidates are tried."""
 
@@ -141,7 +153,8 @@ class Prover:
     @torch.no_grad()
     def added(self) -> torch.Tensor:
         """What the block adds to its input."""
-        return _output(self.block, self.hidden, self.args, self.kwargs) - self.hidden
+        with in_float64():
+            return _output(self.block, self.hidden, self.args, self.kwargs) - self.hidden
 
     def change(self, group: ScalingGroup) -> float:
         """Fold a random s in [0.5, 2], compare, and put the weights back."""

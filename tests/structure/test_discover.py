@@ -265,6 +265,20 @@ def test_an_unlisted_block_needs_no_names():
     ]
 
 
+def test_tensors_that_a_block_makes_are_as_precise_as_the_proof():
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):  # as XGLM does, whose least float64 is no float32
+            return x + torch.max(self.b(self.a(x)), torch.full((), torch.finfo(x.dtype).min))
+
+    groups, _ = discover(Bounded().eval().requires_grad_(False), torch.zeros(1, 9, 8), (), {})
+    assert [str(g) for g in groups] == ["a (8 rows in 0..7) -> b"]
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_a_first_half_is_found_too():
     class UpFirst(nn.Module):
         def __init__(self):
