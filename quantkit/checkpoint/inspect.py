@@ -163,7 +163,7 @@ def _packed_layers(
     codec: Codec, scheme_of: SchemeOf, tensors: dict[str, TensorInfo], errors: dict[str, float | None]
 ) -> tuple[list[dict[str, Any]], dict[str, Scheme], set[str]]:
     """(a row for every linear that is packed, their schemes, the names of their tensors)."""
-    found = quantized_linears(codec.leaves, tensors)
+    found = quantized_linears(codec.leaves, tensors, codec.joint)
     layers, schemes = [], {}
     for module, infos in found.items():
         if scheme := scheme_of(module):

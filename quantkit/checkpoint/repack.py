@@ -58,7 +58,7 @@ def repacked(
     tensors: Mapping[str, TensorInfo],
 ) -> Repacked:
     """The checkpoint in `path` as quantkit's layers take it. ModelError naming the linear that cannot be read."""
-    linears = quantized_linears(packing.leaves, tensors)
+    linears = quantized_linears(packing.leaves, tensors, packing.joint)
     used = {info.name for infos in linears.values() for info in infos.values()}
     state: dict[str, torch.Tensor] = {}
     schemes: dict[str, Scheme] = {}
@@ -69,10 +69,11 @@ def repacked(
                 f"{path}: {module} is packed, but its quantization_config leaves it out; it is corrupt"
             )
         try:
-            parts, schemes[module] = _packed(packing, {k: read(v) for k, v in infos.items()}, scheme)
+            for linear, stacked in packing.linears(module, {k: read(v) for k, v in infos.items()}):
+                parts, schemes[linear] = _packed(packing, stacked, scheme)
+                state |= {f"{linear}.{leaf}": tensor for leaf, tensor in parts.items()}
         except ModelError as error:
             raise ModelError(f"{path}: {module}: {error}") from None
-        state |= {f"{module}.{leaf}": tensor for leaf, tensor in parts.items()}
     kv = packing.kv_scheme(stored)
     for name, info in tensors.items():
         if name not in used:
@@ -82,7 +83,7 @@ def repacked(
                 if kv is None:
                     continue
                 tensor = tensor.view(1) if tensor.ndim == 0 else tensor
-            state[cache] = tensor
+            state |= dict(packing.beside(cache, tensor))
     return Repacked({"quant_method": codec(MEMORY).method, "schemes": schemes, "kv_cache": kv}, state)
 
 

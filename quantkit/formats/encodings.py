@@ -158,9 +158,8 @@ def _read(config: Mapping[str, Any]) -> Encoding:
 
 
 def _mxfp4(config: Mapping[str, Any]) -> Encoding:
-    return Encoding(
-        config, mxfp4.LEAVES, mxfp4.shape, lambda name: mxfp4.SCHEME, mxfp4.decode, mxfp4.JOINT, mxfp4.DENSE
-    )
+    leaves, scheme_of = frozenset(mxfp4.Mxfp4.leaves), mxfp4.Mxfp4().parse(config)
+    return Encoding(config, leaves, mxfp4.shape, scheme_of, mxfp4.decode, mxfp4.JOINT, mxfp4.DENSE)
 
 
 _ENCODINGS: dict[str, Callable[[Mapping[str, Any]], Encoding]] = {

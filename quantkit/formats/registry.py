@@ -8,7 +8,7 @@ is read without torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,7 @@ READ = {  # quant_method of other tools' checkpoints -> the module that reads th
     "fp8": "quantkit.formats.fine_grained_fp8",
     "gptq": "quantkit.formats.gptq",
     "modelopt": "quantkit.formats.modelopt",
+    "mxfp4": "quantkit.formats.mxfp4",
 }
 DEFAULT = "compressed-tensors"
 MEMORY = "memory"  # of what `quantize_in_memory` makes: no file holds it
@@ -41,7 +42,7 @@ Shape = tuple[int, int]  # (N, K) of a weight
 
 
 class Codec(ABC):
-    """One on-disk format. The tensors of a linear called P are stored as "P." + leaf; a bias stays "P.bias".
+    """One on-disk format. The tensors of a linear called P are stored as P + joint + leaf; a bias stays "P.bias".
 
     name: what a recipe's `output.format` says. method: `quant_method` of its `quantization_config`. container: the
     kind of file that holds the tensors. leaves: dtype of every leaf; None: the float type of the model, or what the
@@ -54,6 +55,7 @@ class Codec(ABC):
     method: ClassVar[str]
     container: ClassVar[str] = "safetensors"
     leaves: ClassVar[Mapping[str, torch.dtype | None]]
+    joint: ClassVar[str] = "."
     scale: ClassVar[str]
     apart: ClassVar[frozenset[str]] = frozenset()
     positive: ClassVar[frozenset[str]] = frozenset()
@@ -164,6 +166,16 @@ class Codec(ABC):
     def narrowed(self, weight: QuantizedWeight, apart: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """A weight whose scales are floats, as kernels take them, with the scales that the format stores."""
         return weight
+
+    def linears(
+        self, name: str, tensors: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+        """(name, tensors) of each of the linears that what is stored under one name holds: of a stack of experts."""
+        yield name, tensors
+
+    def beside(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what a tensor that is not quantized becomes where stacks are taken apart."""
+        yield name, tensor
 
     def older(self, tensors: Mapping[str, Any], scheme: Scheme) -> bool:
         """Whether the tensors of a linear are in an older form of the format, which `unpack` reads and no layer runs.

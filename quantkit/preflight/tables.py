@@ -243,6 +243,7 @@ READINGS: dict[str, dict[str, Reading]] = {
         ),
         "fp8": Reading(f"{_Q}/fp8.py"),
         "modelopt": Reading(f"{_Q}/modelopt.py"),
+        "mxfp4": Reading(f"{_Q}/mxfp4.py"),
     },
     "sglang": {
         "gptq": Reading(
@@ -281,6 +282,7 @@ READINGS: dict[str, dict[str, Reading]] = {
         ),
         "fp8": Reading("layers/quantization/fp8.py"),
         "modelopt": Reading("layers/quantization/modelopt_quant.py"),
+        "mxfp4": Reading("layers/quantization/mxfp4.py"),
     },
     "transformers": {
         "gptq": Reading("quantizers/quantizer_gptq.py", needs="the packages optimum and gptqmodel"),
@@ -289,6 +291,7 @@ READINGS: dict[str, dict[str, Reading]] = {
         "auto-round awq": Reading("quantizers/quantizer_auto_round.py", needs="the package auto-round"),
         "bitsandbytes": Reading("quantizers/quantizer_bnb_4bit.py", needs="the package bitsandbytes"),
         "fp8": Reading("quantizers/quantizer_finegrained_fp8.py"),
+        "mxfp4": Reading("quantizers/quantizer_mxfp4.py"),
     },
 }
 

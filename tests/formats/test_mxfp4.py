@@ -7,11 +7,14 @@ import tiny_mixtures
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
 from quantkit.algorithms.rtn import rtn
+from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.errors import ModelError
+from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.scheme import integer
@@ -117,6 +120,28 @@ def test_what_is_no_such_stack_is_refused_by_its_name(folder):
         Source(read_checkpoint(folder, model_free=True)).tensor(NAMES[0])
 
 
-def test_it_is_not_loaded(folder):
-    with pytest.raises(ModelError, match=r"'mxfp4' \(MXFP4 of transformers\) is not one quantkit reads"):
-        quantkit.load(folder, device="cpu")
+def test_it_is_loaded_with_every_expert_on_its_own_packed_linears(folder, tmp_path):
+    model = quantkit.load(folder, device="cpu")
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert {str(m.scheme) for m in packed} == {"W4A16 fp4_e2m1 g32"}
+    assert len(packed) == 2 * tiny_mixtures.EXPERTS * 3
+    tensors = load_file(folder / "model.safetensors")
+    for name in NAMES:
+        blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+        tensors[name] = convert_moe_packed_tensors(blocks, scales)
+    (tmp_path / "dense").mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "dense/config.json").write_text(json.dumps(config))
+    change(tmp_path / "dense", tensors)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    tiny_mixtures.eager(plain)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        found, wanted = model(ids).logits, plain(ids).logits
+    assert (found - wanted).square().mean().sqrt() < 1e-4 * wanted.square().mean().sqrt()
+    report = inspect_checkpoint(folder)
+    assert report["made_by"] == "MXFP4 of transformers"
+    assert {row["scheme"] for row in report["layers"] if ".experts." in row["name"] and row["scheme"]} == {
+        "W4A16 fp4_e2m1 g32"
+    }
