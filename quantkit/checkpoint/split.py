@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from quantkit.errors import ModelError
-from quantkit.formats.compressed_tensors import zero_points_of_rows
 from quantkit.formats.registry import codec
 from quantkit.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -58,16 +57,10 @@ def cut(name: str, leaf: str, tensor: torch.Tensor, linears: list[QuantLinear]) 
     ModelError naming it if its rows cannot be cut there.
     """
     sizes = [linear.out_features for linear in linears]
-    wanted = [linear.tensors[leaf].shape for linear in linears]
-    if leaf == "weight_shape":
-        return [torch.tensor([n, int(tensor[1])], dtype=tensor.dtype) for n in sizes]
-    if leaf == codec(linears[0].file_format).order or tensor.numel() == 1:
-        return [tensor.clone() for _ in linears]
-    rows = [shape[0] for shape in wanted]
-    if tensor.dim() and tensor.shape[0] == sum(rows):
-        return [part.contiguous() for part in tensor.split(rows)]
-    if leaf == "weight_zero_point":
-        return zero_points_of_rows(tensor, linears[0].scheme.weights.bits, sizes)
+    rows = [(*linear.tensors[leaf].shape, 1)[0] for linear in linears]
+    parts = codec(linears[0].file_format).cut(leaf, tensor, linears[0].scheme, sizes, rows)
+    if parts is not None:
+        return parts
     raise ModelError(
         f"{name}: a tensor of shape {list(tensor.shape)} cannot be cut into parts of {sizes} rows"
     )

@@ -289,6 +289,19 @@ class CompressedTensors(Codec):
     def kv_scheme(self, config: Mapping[str, Any]) -> KVScheme | None:
         return configs.kv_scheme(config)
 
+    def cut(
+        self, leaf: str, tensor: torch.Tensor, scheme: Scheme, sizes: Sequence[int], rows: Sequence[int]
+    ) -> list[torch.Tensor] | None:
+        if leaf == "weight_shape":
+            return [torch.tensor([n, int(tensor[1])], dtype=tensor.dtype) for n in sizes]
+        if leaf == ORDER or tensor.numel() == 1:
+            return [tensor.clone() for _ in sizes]
+        if tensor.dim() and tensor.shape[0] == sum(rows):
+            return [part.contiguous() for part in tensor.split(list(rows))]
+        return (
+            _zero_points_of_rows(tensor, scheme.weights.bits, sizes) if leaf == "weight_zero_point" else None
+        )
+
     def older(self, tensors: Mapping[str, Any], scheme: Scheme) -> bool:
         """Words that hold whole codes only, of compressed-tensors before May 2026."""
         bits = scheme.weights.bits
@@ -358,7 +371,7 @@ def _packed_inputs(inputs: InputScale | None, grid: Grid | None) -> dict[str, to
     return tensors if inputs.zero is None else tensors | {"input_zero_point": inputs.zero}
 
 
-def zero_points_of_rows(packed: torch.Tensor, bits: int, sizes: list[int]) -> list[torch.Tensor]:
+def _zero_points_of_rows(packed: torch.Tensor, bits: int, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Packed zero points [ceil(N bits / 32), K/G] of N rows, cut into those of `sizes` rows each."""
     codes = unpack_bits(packed.T, bits, sum(sizes)).T  # (N, K/G)
     return [pack_bits(part.T.contiguous(), bits).T.contiguous() for part in codes.split(sizes)]

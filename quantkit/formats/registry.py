@@ -177,6 +177,15 @@ class Codec(ABC):
         """(name, tensor) of what a tensor that is not quantized becomes where stacks are taken apart."""
         yield name, tensor
 
+    def cut(
+        self, leaf: str, tensor: torch.Tensor, scheme: Scheme, sizes: Sequence[int], rows: Sequence[int]
+    ) -> list[torch.Tensor] | None:
+        """A stored tensor of a linear, cut into those of linears with `sizes` of its outputs; None if it cannot be.
+
+        rows: of what each of these stores in this place.
+        """
+        return None
+
     def older(self, tensors: Mapping[str, Any], scheme: Scheme) -> bool:
         """Whether the tensors of a linear are in an older form of the format, which `unpack` reads and no layer runs.
 
