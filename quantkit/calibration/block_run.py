@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from quantkit.calibration.calls import BlockCalls, mappings, written
+from quantkit.calibration.calls import BlockCalls, mappings, returned_as, written
 from quantkit.calibration.collect import Gatherer, Gatherers
 from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.forward import Call, Stop, patched, refusing
@@ -85,12 +85,12 @@ class BlockRun:
         before = {place: dict(mapping) for place, mapping in mappings(call).items()}
         with refusing(f"decoder block {index} ({type(module).__name__})"):
             self.trace = trace(module, x, call.args, call.kwargs)
-        self._hands_on = written(call, before)
+        self._writes = written(call, before)
         self.experts = {stage.name: stage for stage in experts}
         for stage in self.experts.values():
             stage.through()
         widest = max((m.in_features for m in self.held.values()), default=0)
-        self._replay = Replay(module, self.trace, widest, enabled=not self._hands_on)
+        self._replay = Replay(module, self.trace, widest, enabled=not (self._writes or calls.hands))
 
     @property
     def held(self) -> dict[str, HeldLinear]:
@@ -122,10 +122,11 @@ class BlockRun:
     @torch.no_grad()
     def forward(self, chunk: slice, full: bool) -> torch.Tensor:
         """The block's output for the windows of `chunk`; finished parts are replayed from what was kept."""
-        return self._run(chunk, full)[0]
+        out, call = self._run(chunk, full)
+        return stacked(first_output(out), call.axis)
 
-    def _run(self, chunk: slice, full: bool) -> tuple[torch.Tensor, Call]:
-        """(the block's output for the windows of `chunk`, the call that was made)."""
+    def _run(self, chunk: slice, full: bool) -> tuple[Any, Call]:
+        """(what the block returns for the windows of `chunk`, the call that was made)."""
         self.select(full)
         hidden = self.streams.of(full)[chunk].to(self.device)
         cache = self.kv.cache() if self.kv is not None and self.kv.ready and not full else None
@@ -133,7 +134,7 @@ class BlockRun:
         with patched(self._replay.forwards(chunk, full)), self._experts_at((full, chunk.start)):
             out = call(self.module, hidden)
         self.form = Form(returned(out), call.axis)
-        return stacked(first_output(out), call.axis), call
+        return out, call
 
     @contextmanager
     def _experts_at(self, at: tuple[bool, int]) -> Iterator[None]:
@@ -255,10 +256,13 @@ class BlockRun:
         """Bring one chunk of one stream to the block's output, and keep what the block hands on beside it."""
         out, call = self._run(chunk, full)
         stream = self.streams.of(full)
-        stream[chunk] = out.to(stream.device)
-        if self._hands_on:
-            shared = self.streams.shared.setdefault((full, chunk.start), {})
+        stream[chunk] = stacked(first_output(out), call.axis).to(stream.device)
+        shared = self.streams.shared.setdefault((full, chunk.start), {})
+        if self._writes:
             shared |= {place: kept(place, mapping) for place, mapping in mappings(call).items()}
+        for number in self.calls.hands:
+            name, value = returned_as(number), out[number]
+            shared[name] = {} if value is None else kept(name, {0: value})
 
     def finished(self, names: Iterable[str]) -> None:
         """These linears have their final weights: what they are the last of may be replayed."""

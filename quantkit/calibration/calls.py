@@ -9,8 +9,7 @@ each call as a copy; `Streams.shared` carries their contents.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,40 +19,11 @@ from torch import nn
 from quantkit.calibration.forward import Call, block_form, embed
 from quantkit.calibration.returned import Form
 from quantkit.calibration.streams import Shared
+from quantkit.calibration.trees import Place, leaves, rebuilt
 from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Place = tuple[Any, ...]  # the keys and indices that lead to a value inside (args, kwargs)
-
-
-def leaves(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """(place, value) of everything inside nested tuples, lists and dictionaries that is none of these itself."""
-    if isinstance(tree, tuple | list):
-        for number, item in enumerate(tree):
-            yield from leaves(item, (*at, number))
-    elif isinstance(tree, MutableMapping):
-        for key, item in tree.items():
-            yield from leaves(item, (*at, key))
-    else:
-        yield at, tree
-
-
-def rebuilt(tree: Any, change: Callable[[Place, Any], Any], at: Place = ()) -> Any:
-    """A copy of nested containers in which `change(place, value)` has replaced every leaf and every dictionary.
-
-    A dictionary is offered after its items were replaced; tuples and lists are not offered.
-    """
-    if isinstance(tree, tuple | list):
-        items = [rebuilt(item, change, (*at, number)) for number, item in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, MutableMapping):
-        own = copy.copy(tree)
-        for key, item in tree.items():
-            own[key] = rebuilt(item, change, (*at, key))
-        return change(at, own)
-    return change(at, tree)
 
 
 def _tree(call: Call) -> tuple[Any, ...]:
@@ -107,19 +77,25 @@ def differing(one: Call, other: Call) -> tuple[Place, ...]:
     return tuple(sorted(found, key=str))
 
 
+def returned_as(number: int) -> str:
+    """Under which name `Streams.shared` holds what a block has returned beside the hidden states."""
+    return f"returned {number}"
+
+
 @dataclass(frozen=True)
 class BlockCalls:
     """The calls of one block.
 
     by_size: the recorded call for each number of windows. varying: places of the tensors that depend on the tokens.
     values: those tensors, by the first window of a chunk. cache_at: where the model puts a key-value cache; None: not
-    looked for, or nowhere.
+    looked for, or nowhere. hands: which of what this block returns beside the hidden states the next one is given.
     """
 
     by_size: dict[int, Call]
     varying: tuple[Place, ...] = ()
     values: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     cache_at: Place | None = None
+    hands: tuple[int, ...] = ()
 
     def at(self, chunk: slice, windows: int, shared: Shared | None = None, cache: Any = None) -> Call:
         """The call for `windows` windows that begin where `chunk` does: with their own values of what depends on the
@@ -128,7 +104,8 @@ class BlockCalls:
         """
         call = self.by_size[windows]
         own = dict(zip(self.varying, self.values.get(chunk.start, ()), strict=False))
-        if not own and not self.mutable and cache is None:
+        beside = dict(call.beside)
+        if not own and not beside and not self.mutable and cache is None:
             return call
         whole, device = windows == chunk.stop - chunk.start, self.device
 
@@ -138,6 +115,9 @@ class BlockCalls:
         def change(at: Place, value: Any) -> Any:
             if at in own:
                 return part(own[at])
+            if at in beside:
+                given = (shared or {}).get(returned_as(beside[at]), {})
+                return part(given[0]) if 0 in given else None
             if cache is not None and at == self.cache_at:
                 return cache
             if isinstance(value, MutableMapping) and len(at) > 1 and shared:
@@ -191,7 +171,14 @@ def record(
         else [None] * len(blocks)
     )
     calls = [
-        BlockCalls({size: each[i] for size, each in per_size.items()}, places, cache_at=cache_at[i])
+        BlockCalls(
+            {size: each[i] for size, each in per_size.items()},
+            places,
+            cache_at=cache_at[i],
+            hands=tuple(sorted({number for _, number in per_size[1][i + 1].beside}))
+            if i + 1 < len(blocks)
+            else (),
+        )
         for i, places in enumerate(varying)
     ]
     states = []

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from quantkit.calibration.returned import FIRST, Form, laid, seen_on_meta, stacked, wrapped
+from quantkit.calibration.trees import Place, leaves, rebuilt
 from quantkit.errors import ModelError
 from quantkit.models.skeleton import reader
 
@@ -43,11 +44,16 @@ class Stop(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """How the model called a block: everything but the hidden states. axis: which of theirs counts the windows."""
+    """How the model called a block: everything but the hidden states. axis: which of theirs counts the windows.
+
+    beside: where it stands in (args, kwargs), and which one it is, of what the block before returned beside the hidden
+    states and the model hands on; None stands in its place.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     axis: int = 0
+    beside: tuple[tuple[Place, int], ...] = ()
 
     def __call__(self, module: nn.Module, hidden: torch.Tensor) -> Any:
         """What `module` returns for hidden states [windows, ...]."""
@@ -115,7 +121,6 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     return rest.pop("hidden_states"), Call((), rest)
 
 
-@torch.no_grad()
 def embed(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
@@ -127,6 +132,43 @@ def embed(
 
     cache: a key-value cache that the model is to hand to its blocks; None: it uses none. form: see `block_form`.
     """
+    if form.values is not None and form.values[1] > 1:
+        try:
+            hidden, calls = _embed(model, blocks, ids, cache, form, marked=True)
+        except ModelError:  # a model that looks at what its blocks return beside the hidden states
+            pass
+        else:
+            return hidden, [_unmarked(call) for call in calls]
+    return _embed(model, blocks, ids, cache, form)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Stands for what a block returns beside the hidden states, to see whether the next one is given it."""
+
+    number: int
+
+
+def _unmarked(call: Call) -> Call:
+    """The call with None for every `_Beside`, and with their places."""
+    tree = (call.args, call.kwargs)
+    beside = tuple((at, value.number) for at, value in leaves(tree) if isinstance(value, _Beside))
+    if not beside:
+        return call
+    args, kwargs = rebuilt(tree, lambda at, value: None if isinstance(value, _Beside) else value)
+    return replace(call, args=args, kwargs=kwargs, beside=beside)
+
+
+@torch.no_grad()
+def _embed(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    ids: torch.Tensor,
+    cache: Any,
+    form: Form,
+    marked: bool = False,
+) -> tuple[torch.Tensor, list[Call]]:
+    """See `embed`. marked: whether blocks return a `_Beside` in place of everything but the hidden states."""
     given = {} if cache is None else {"past_key_values": cache}
     hidden: list[torch.Tensor] = []
     calls: list[Call] = []
@@ -137,7 +179,10 @@ def embed(
         calls.append(replace(call, axis=form.axis))
         if len(calls) == len(blocks):
             raise Stop
-        return wrapped(h, form.values)
+        out = wrapped(h, form.values)
+        if marked:
+            out = type(out)([h, *map(_Beside, range(1, len(out)))])
+        return out
 
     with refusing(type(model).__name__), patched((b, record) for b in blocks):
         try:

@@ -16,9 +16,10 @@ from quantkit.pipeline.in_memory import quantize_in_memory
 
 # Hybrids: Mamba 2 beside attention, gated delta net, shared blocks, RG-LRU, a model without attention.
 # And cross-attention that no text reaches, merged convolutions, a tower whose device is asked for.
-FAST = ("bamba", "zamba2", "recurrent_gemma", "rwkv", "bart", "olmo_hybrid", "smolvlm")
+FAST = ("bamba", "zaya", "zamba2", "recurrent_gemma", "rwkv", "bart", "olmo_hybrid", "smolvlm")
 SLOW = (
     "qwen3_5_text",
+    "hy_v4",
     "lfm3",
     "gemma4",
     "kimi_k25",
