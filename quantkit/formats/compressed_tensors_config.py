@@ -6,6 +6,7 @@ A config group says for its targets how weights and inputs are quantized and in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,14 @@ def memory_format(scheme: Scheme) -> str:
         return PACKED
 
 
+_EXPERT = re.compile(r"^(.*experts)\.\d+\.([^.]+)$")  # (experts of a layer, name of a linear)
+
+
 def written_config(
     schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
 ) -> dict[str, Any]:
-    """One scheme targets the class "Linear" and a quantized head; several target their modules by name.
+    """One scheme targets the class "Linear" and a quantized head; several target their modules by name, and the experts
+    of a layer that share one by a pattern.
 
     kv: of a cache with stored scales.
 
@@ -86,7 +91,7 @@ def written_config(
     short = kv is None and set(formats) == {PACKED}
     groups = {}
     for number, (scheme, kind) in enumerate(zip(kinds, formats, strict=True)):
-        targets = sorted(n for n, s in schemes.items() if s == scheme)
+        targets = _targets(scheme, schemes)
         if len(kinds) == 1:  # to engines a head is no Linear, so it is named
             targets = [
                 "Linear",
@@ -117,6 +122,26 @@ def written_config(
         "transform_config": {},
         "version": VERSION,
     }
+
+
+def _targets(scheme: Scheme, schemes: Mapping[str, Scheme]) -> list[str]:
+    """The targets of one scheme among several.
+
+    vLLM asks for the experts of a layer under gate_proj, up_proj and down_proj, however they are called on disk.
+    """
+    of_layer: dict[str, set[Scheme]] = {}
+    leaves = {"gate_proj", "up_proj", "down_proj"}
+    for name, each in schemes.items():
+        if match := _EXPERT.match(name):
+            of_layer.setdefault(match[1], set()).add(each)
+            leaves.add(match[2])
+    alike = {layer for layer, found in of_layer.items() if found == {scheme}}
+    named = {n for n, s in schemes.items() if s == scheme}
+    named -= {n for n in named if (match := _EXPERT.match(n)) and match[1] in alike}
+    behind = rf"\.\d+\.({'|'.join(sorted(leaves))})$"
+    if alike and alike == of_layer.keys():
+        return sorted([*named, rf"re:.*experts{behind}"])
+    return sorted([*named, *(f"re:{re.escape(layer)}{behind}" for layer in alike)])
 
 
 def parsed_config(config: Mapping[str, Any]) -> Callable[[str], Scheme | None]:

@@ -136,3 +136,37 @@ def test_what_has_no_format(scheme, says):
 
 def test_memory_takes_what_kernels_have_tables_of():
     assert {*configs._IN_KERNELS} == {*TABLES}
+
+
+W4, W8 = Scheme(integer(4, 32)), Scheme(integer(8, 32))
+
+
+def experts(layer, scheme, *leaves):
+    return {f"model.layers.{layer}.moe.experts.{e}.{leaf}": scheme for e in range(3) for leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "targets"),
+    [
+        (
+            experts(0, W4, "w1", "w2", "w3") | experts(1, W4, "w1", "w2", "w3"),
+            [r"re:.*experts\.\d+\.(down_proj|gate_proj|up_proj|w1|w2|w3)$"],
+        ),
+        (
+            experts(0, W4, "up_proj", "down_proj") | experts(1, W8, "up_proj", "down_proj"),
+            [r"re:model\.layers\.0\.moe\.experts\.\d+\.(down_proj|gate_proj|up_proj)$"],
+        ),
+        (
+            experts(0, W4, "up_proj") | experts(0, W8, "down_proj"),
+            [f"model.layers.0.moe.experts.{e}.up_proj" for e in range(3)],
+        ),
+    ],
+    ids=["all alike", "alike in a layer", "mixed"],
+)
+def test_experts_of_one_scheme_are_targeted_by_a_pattern(schemes, targets):
+    schemes = schemes | {"model.layers.0.q_proj": W8, "model.layers.0.moe.experts_norm.0.w1": W8}
+    written = configs.written_config(schemes, [])
+    assert next(iter(written["config_groups"].values()))["targets"] == targets
+    found = configs.parsed_config(written)
+    assert {name: found(name) for name in schemes} == schemes
+    assert found("model.layers.0.moe.experts.2.gate_proj") in (W4, None)
