@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quantkit.scheme import Grid
 
 NOISE = 2.0  # as many times the error by noise is wrong
+DRAWS = 6  # of noise, if one is not enough: a router in doubt sends a token elsewhere with some and not with others
 LEAST = 0.002  # relative error that is never wrong: that of sums in another order
 
 
@@ -37,12 +38,12 @@ def grids(loaded: nn.Module) -> dict[str, Grid]:
 
 
 @torch.no_grad()
-def noisy(original: PreTrainedModel, loaded: nn.Module) -> PreTrainedModel:
+def noisy(original: PreTrainedModel, loaded: nn.Module, seed: int = 0) -> PreTrainedModel:
     """A copy of a model in which what is packed in `loaded` got noise: uniform, as wide as one step of an integer grid
     that spans each group of weights.
     """
     model = copy.deepcopy(original)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for name, grid in grids(loaded).items():
         turned = _weight(model, loaded, name)
         groups = turned.reshape(turned.shape[0], -1, grid.group(turned.shape[1]))  # (N, K/G, G)
