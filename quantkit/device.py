@@ -1,10 +1,14 @@
-"""The machine's processors: which device a name asks for, what the CPU is called, how OpenMP's threads wait."""
+"""The machine's processors: which device a name asks for, what the CPU is called, how OpenMP's threads wait, and which
+of several processes this is.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quantkit.errors import ModelError
 
@@ -20,17 +24,46 @@ WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBR
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
+class Launch(NamedTuple):
+    """Which of `size` processes of one run this is, counted from 0, and which of the `beside` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    beside: int = 1
+
+
+def launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """What torchrun has written into the environment; a process that was started alone is the first of one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local, beside = (environment.get(name, "") for name in names)
+    if not (rank.isdecimal() and size.isdecimal() and int(size) > 1 and "MASTER_ADDR" in environment):
+        return Launch()
+    return Launch(
+        int(rank),
+        int(size),
+        int(local) if local.isdecimal() else int(rank),
+        int(beside) if beside.isdecimal() else int(size),
+    )
+
+
 def find_device(wanted: str | torch.device | None, present: bool = True) -> torch.device:
     """The device that `wanted` names.
 
     wanted: "auto" or None (CUDA if there is a GPU, else the CPU), "cpu", "cuda", "cuda:1", or another device type
-    that torch supports. present: the device must be usable on this machine; False only reads the name.
+    that torch supports. Of several processes on one machine, each gets a GPU of its own for "auto" and "cuda".
+    present: the device must be usable on this machine; False only reads the name.
     Raises ModelError for a name that torch does not know and for a device that this machine does not have.
     """
     import torch
 
+    several = launch().size > 1 and present
     if wanted is None or str(wanted) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not several:
+            return wanted
+    if several and str(wanted) == "cuda":
+        wanted = f"cuda:{launch().local}"
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError, ValueError):

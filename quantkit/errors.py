@@ -10,6 +10,7 @@
     └── RunError                the run itself failed; exit code 1
         ├── NumericalError      non-finite or collapsed layers, no positive-definite Hessian at any damping
         ├── OutOfMemory         this machine or device has not enough memory
+        ├── ProcessLost         another process of the run has died, failed or does not answer
         └── VerificationError   what was written is not what was computed
 
 Each message says what, got, and what to do. `memory_named` turns the many errors by which libraries report that memory
@@ -78,6 +79,17 @@ class VerificationError(RunError):
     """The files do not hold what was computed."""
 
 
+class ProcessLost(RunError):
+    """Another process of the run has died, failed or does not answer.
+
+    told: whether the first process says why, so that the others need not.
+    """
+
+    def __init__(self, message: str, told: bool = True) -> None:
+        super().__init__(message)
+        self.told = told
+
+
 class OutOfMemory(RunError):
     """This machine or device has not enough memory for what was asked."""
 
@@ -115,6 +127,21 @@ def kept_traceback(error: BaseException) -> str | None:
             file.write("".join(traceback.format_exception(error)))
         return name
     return None
+
+
+def why(error: BaseException) -> str:
+    """Why something failed, in one line; for what nobody foresaw, with the file that holds its traceback."""
+    if memory_ran_out(error) and not isinstance(error, OutOfMemory):
+        error = OutOfMemory.of(error)
+    said = " ".join(str(error).split()) or type(error).__name__
+    if hasattr(error, "exit_code") or isinstance(
+        error, OSError
+    ):  # raised on purpose, here or in quantkit_eval
+        return said
+    if not isinstance(error, Exception):
+        return "interrupted" if isinstance(error, KeyboardInterrupt) else said
+    name = kept_traceback(error)
+    return f"unexpected {type(error).__name__}: {said}" + (f" (traceback in {name})" if name else "")
 
 
 @contextmanager

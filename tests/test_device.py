@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.device import cpu_name, find_device
+from quantkit.device import Launch, cpu_name, find_device, launch
 from quantkit.errors import ModelError
 
 
@@ -47,3 +47,33 @@ def test_a_device_can_be_named_without_being_there():
 
 def test_the_cpu_has_a_name():
     assert cpu_name().strip()
+
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_torchrun_says_which_process_this_is():
+    assert launch(TORCHRUN) == Launch(5, 8, 1, 4)
+    assert launch({}) == launch(TORCHRUN | {"WORLD_SIZE": "1"}) == Launch(0, 1, 0, 1)
+    assert launch({"RANK": "3"}) == Launch()  # of some other launcher
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda", None])
+def test_each_of_several_processes_gets_a_gpu_of_its_own(wanted, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("quantkit.device._count", lambda kind: 2)
+    assert find_device(wanted) == torch.device("cuda:1")
+    assert find_device("cuda:0") == torch.device("cuda:0")
+    assert find_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ModelError, match="cuda:2 is not available"):
+        find_device(wanted)

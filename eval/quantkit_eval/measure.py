@@ -22,7 +22,7 @@ from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, inference, run
 from quantkit_eval.perplexity import fit, ratio, token_nll
-from quantkit_eval.protocols import CausalLM, Tokenizer
+from quantkit_eval.protocols import CausalLM, Group, Tokenizer
 from quantkit_eval.report import Report
 from quantkit_eval.text import Text, source_name
 from quantkit_eval.windows import Window, context_of, cut, first_token, first_tokens
@@ -45,6 +45,13 @@ class _Sums:
     agreed: list[float] = field(default_factory=list)
     kl: list[torch.Tensor] = field(default_factory=list)
 
+    def add(self, others: _Sums) -> None:
+        """Append what was kept of the windows that follow."""
+        self.model += others.model
+        self.baseline += others.baseline
+        self.agreed += others.agreed
+        self.kl += others.kl
+
 
 def evaluate(
     model: CausalLM,
@@ -62,6 +69,7 @@ def evaluate(
     baseline_cache: Cache | None = None,
     cache: CacheFactory | None = None,
     cache_step: int | None = None,
+    group: Group | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -74,7 +82,8 @@ def evaluate(
     the report says so. baseline_cache: keeps what the baseline computed for later evaluations on the same windows;
     results are the same bit for bit with and without it. cache: makes the key-value caches that the model, not the
     baseline, runs with: each token sees the earlier ones as the cache holds them. cache_step: tokens per forward then;
-    default what the cache says is exact (`decoding`).
+    default what the cache says is exact (`decoding`). group: processes that all make this call and share the windows;
+    the report is the same in all of them, and that of one process.
 
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, a model that ignores the
     cache, and logits that are not finite.
@@ -97,7 +106,7 @@ def evaluate(
     decoding = None if cache is None else Decoding(model, cache, cache_step)
     runs = _runs(models, decoding, baseline_cache)
     with inference(*models):
-        sums = _score(runs, windows, compared, size, progress, kl_error)
+        sums = _score(runs, windows, compared, size, progress, kl_error, group)
     planned, windows = len(windows), windows[: len(sums.model)]
     report = Report(
         tokens=sum(window.scored for window in windows),
@@ -163,18 +172,25 @@ def _score(
     size: int,
     progress: Callable[[int, int], None] | None,
     kl_error: float | None,
+    group: Group | None = None,
 ) -> _Sums:
     """Run the models (ids to logits) on the windows, `size` at a time; the first `compared` give KL and agreement.
 
-    With kl_error it ends as soon as the KL is known that well.
+    With kl_error it ends as soon as the KL is known that well. The processes of a group take a batch each, and what
+    they found is added in the order of the batches, so that all of them end where one process would.
     """
-    sums = _Sums()
-    for start in range(0, len(windows), size):
-        _score_batch(sums, runs, windows[start : start + size], start, compared)
-        if progress:
-            progress(min(start + size, len(windows)), len(windows))
-        if kl_error is not None and _known(sums, windows, kl_error):
-            break
+    sums, rank, processes = _Sums(), group.rank if group else 0, group.size if group else 1
+    starts = range(0, len(windows), size)
+    for turn in range(0, len(starts), processes):
+        own = _Sums()
+        for start in starts[turn + rank : turn + rank + 1]:
+            _score_batch(own, runs, windows[start : start + size], start, compared)
+        for start, found in zip(starts[turn:], group.gather(own) if group else [own], strict=False):
+            sums.add(found)
+            if progress:
+                progress(min(start + size, len(windows)), len(windows))
+            if kl_error is not None and _known(sums, windows, kl_error):
+                return sums
     return sums
 
 

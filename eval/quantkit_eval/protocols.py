@@ -9,6 +9,19 @@ import torch
 from torch import nn
 
 
+class Group(Protocol):
+    """The processes that share an evaluation: this one is number `rank` of `size`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has given, by rank, in all of them."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,32 @@ class Outcome:
             error=None if self.error is None else self.error[rows],
             norm=None if self.norm is None else self.norm[rows],
             counts={name: count[rows] for name, count in self.counts.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Outcome:
+        """The same with all tensors on a device."""
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            error=None if self.error is None else self.error.to(device),
+            norm=None if self.norm is None else self.norm.to(device),
+            counts={name: count.to(device) for name, count in self.counts.items()},
+        )
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Outcome]) -> Outcome:
+        """One outcome of several that have the rows of a weight one after the other, the rest in common."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        errors = [part.error for part in parts if part.error is not None]
+        norms = [part.norm for part in parts if part.norm is not None]
+        return replace(
+            first,
+            weight=QuantizedWeight.stacked([part.weight for part in parts]),
+            error=torch.cat(errors) if errors else None,
+            norm=torch.cat(norms) if norms else None,
+            counts={name: torch.cat([part.counts[name] for part in parts]) for name in first.counts},
         )
 
 

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from quantkit.calibration.calls import BlockCalls, mappings, returned_as, written
-from quantkit.calibration.collect import Gatherer, Gatherers
+from quantkit.calibration.collect import Gatherers, extremes, sample
 from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.forward import Call, Stop, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.memory import give_back
+from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.replay import Replay
 from quantkit.calibration.returned import FIRST, Form, laid, returned, stacked
 from quantkit.calibration.streams import Streams, kept
@@ -49,6 +50,8 @@ class BlockRun:
     changed: parameters that a transform has changed and that are not quantized, in stored dtype, for the shard.
     kv: how the block's KV cache is quantized, for the quantized stream; None: it is exact.
     model_type: of the model's config, for what the literature says of a family.
+    ranks: the processes that hold this block, each with windows of its own; what is returned here of all windows is
+    the same in all of them, outputs and inputs themselves are those of this process.
     Statistics and outputs may be asked for as long as the block is loaded; `leave` ends that.
     """
 
@@ -67,7 +70,9 @@ class BlockRun:
         free: Callable[[], None] | None = None,
         now: Callable[[], float] = time.perf_counter,
         experts: Iterable[ExpertsStage] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.index, self.name, self.module = index, name, module
         self.plans, self.stored, self.streams = plans, stored, streams
         self.calls, self.batch, self.device = calls, batch, device
@@ -84,7 +89,7 @@ class BlockRun:
         x, call = self.first_call()
         before = {place: dict(mapping) for place, mapping in mappings(call).items()}
         with refusing(f"decoder block {index} ({type(module).__name__})"):
-            self.trace = trace(module, x, call.args, call.kwargs)
+            self.trace = ranks.first(trace(module, x, call.args, call.kwargs))
         self._writes = written(call, before)
         self.experts = {stage.name: stage for stage in experts}
         for stage in self.experts.values():
@@ -185,7 +190,7 @@ class BlockRun:
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
-        return gatherers.finish()
+        return gatherers.finish(self.ranks)
 
     def _may_advance(self, siblings: tuple[str, ...]) -> bool:
         """Whether the full stream may go on to the block's output once these siblings have been seen."""
@@ -227,7 +232,7 @@ class BlockRun:
             self._forward_to(sets, chunk, full, seen, stop)
             for siblings, x in seen.items():
                 gatherers.update(siblings, frozenset({field}), x)
-        return gatherers.finish()
+        return gatherers.finish(self.ranks)
 
     def _forward_to(
         self, sets: list[tuple[str, ...]], chunk: slice, full: bool, seen: Inputs, stop: bool
@@ -328,14 +333,15 @@ class BlockRun:
 
         modules = {name: self.module.get_submodule(name) for name in names}
         self._look([m.register_forward_pre_hook(note(name)) for name, m in modules.items()], windows)
-        return {name: getattr(found, field) for name, found in gatherers.finish().items()}
+        return {name: getattr(found, field) for name, found in gatherers.finish(self.ranks).items()}
 
     def _look(self, handles: list[RemovableHandle], windows: int | None) -> None:
         """Run the first windows of the full stream (or the only one) for hooks, which are removed afterwards."""
         full = self.streams.full is not None
         try:
             for chunk in self.chunks():
-                beyond = windows is not None and chunk.start >= windows
+                number = self.ranks.number(chunk.start, self.batch)
+                beyond = windows is not None and number >= windows
                 if beyond or not self.streams.has(full, chunk):
                     break
                 self.forward(chunk, full)
@@ -344,12 +350,20 @@ class BlockRun:
                 handle.remove()
 
     def gather(self, field: str, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """One field of `Statistics` over some inputs [..., K]."""
-        gatherer = Gatherer(frozenset({field}), inputs[0].shape[-1], self.device)
+        """One field of `Statistics` over some inputs [..., K], of all processes."""
+        gatherers: Gatherers[str] = Gatherers(self.device)
         for x in inputs:
-            gatherer.update(x)
-        found: torch.Tensor = getattr(gatherer.finish(), field)
+            gatherers.update("", frozenset({field}), x)
+        found: torch.Tensor = getattr(gatherers.finish(self.ranks)[""], field)
         return found
+
+    def extremes(self, inputs: list[torch.Tensor], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smallest and the largest of each column [K] of some inputs [..., K], of all processes."""
+        return extremes(inputs, columns, self.device, self.ranks)
+
+    def sample(self, inputs: list[torch.Tensor]) -> torch.Tensor | None:
+        """Some of the inputs [..., K] of all processes, fp32 [rows, K], see `collect.sample`."""
+        return sample(inputs, self.device, self.ranks)
 
     # for transforms ---------------------------------------------------------------------------------------------
 
@@ -365,7 +379,8 @@ class BlockRun:
             where = f"scaling groups of decoder block {self.index} ({type(self.module).__name__}, in float64)"
             begin = self._now()
             with refusing(where, instead=instead):
-                self._groups[shape] = discover(self.module, hidden, call.args, call.kwargs)
+                found = discover(self.module, hidden, call.args, call.kwargs)
+            self._groups[shape] = self.ranks.first(found)
             self.seconds_once += self._now() - begin
         return self._groups[shape]
 
@@ -409,13 +424,16 @@ class BlockRun:
 
         What is not quantized and has changed goes into `changed`. NumericalError if the output moved.
         """
-        chunk = self.chunks()[0]
-        full = self.streams.full is not None
-        before = self.forward(chunk, full)
+        chunks = self.chunks()[:1]  # none in a process that no token has reached
+        before = [self.forward(chunk, self.streams.has(True, chunk)) for chunk in chunks]
         fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
-        moved = float(
-            (self.forward(chunk, full) - before).square().mean().sqrt() / before.square().mean().sqrt()
-        )
+        after = [self.forward(chunk, self.streams.has(True, chunk)) for chunk in chunks]
+        changes = [
+            float((now - then).square().mean().sqrt() / then.square().mean().sqrt())
+            for now, then in zip(after, before, strict=True)
+        ]
+        found = [change for each in self.ranks.gather(changes) for change in each]
+        moved = next((change for change in found if not change < FOLD_TOLERANCE), max(found, default=0.0))
         if not moved < FOLD_TOLERANCE:
             raise NumericalError(
                 f"folding scales from {group.producer} into {', '.join(group.consumers)} in block {self.index} "

@@ -11,17 +11,21 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.numerics.input_range import BINS, InputRange, count
 from quantkit.numerics.statistics import Statistics
 
 _TILE = 128
+SAMPLE_ROWS = 512
 Key = TypeVar("Key", bound=Hashable)
 
 
 class Collector(Protocol):
-    """update() per chunk of tokens, finish() once."""
+    """update() per chunk of tokens, join() once with what other processes have seen, finish() once."""
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None: ...
+
+    def join(self, ranks: Ranks) -> None: ...
 
     def finish(self, statistics: Statistics) -> None: ...
 
@@ -38,6 +42,12 @@ class Hessian:
         for a, b in zip(self.edges, self.edges[1:], strict=False):
             self.sum[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
         self.fired |= (x != 0).any(0)
+
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum(self.sum)
+        fired = self.fired.to(torch.uint8)
+        ranks.max(fired)
+        self.fired = fired.bool()
 
     def finish(self, statistics: Statistics) -> None:
         for a, b in zip(self.edges, self.edges[1:], strict=False):
@@ -61,6 +71,10 @@ class Drift:
             self.sum.addmm_((full - x).T, x)
             self.tokens += x.shape[0]
 
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum(self.sum)
+        self.tokens = int(ranks.totals(self.tokens)[0])
+
     def finish(self, statistics: Statistics) -> None:
         statistics.drift = self.sum.mul_(2 / max(1, self.tokens))
 
@@ -73,6 +87,9 @@ class AbsMax:
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         torch.maximum(self.amax, x.abs().amax(0), out=self.amax)
+
+    def join(self, ranks: Ranks) -> None:
+        ranks.max(self.amax)
 
     def finish(self, statistics: Statistics) -> None:
         statistics.amax = self.amax
@@ -87,6 +104,9 @@ class MeanAbs:
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         self.sum += x.abs().sum(0)
 
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum(self.sum)
+
     def finish(self, statistics: Statistics) -> None:
         statistics.mean_abs = self.sum / max(1, statistics.tokens)
 
@@ -100,22 +120,11 @@ class MeanSquare:
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         self.sum += x.square().sum(0)
 
+    def join(self, ranks: Ranks) -> None:
+        ranks.sum(self.sum)
+
     def finish(self, statistics: Statistics) -> None:
         statistics.mean_square = self.sum / max(1, statistics.tokens)
-
-
-class Sample:
-    """Up to `rows` inputs, evenly spaced over each chunk, kept as they are."""
-
-    def __init__(self, features: int, device: torch.device, rows: int = 512, chunks: int = 1) -> None:
-        self.share = max(1, rows // chunks)
-        self.parts: list[torch.Tensor] = []
-
-    def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
-        self.parts.append(x[:: max(1, x.shape[0] // self.share)][: self.share].clone())
-
-    def finish(self, statistics: Statistics) -> None:
-        statistics.sample = torch.cat(self.parts)
 
 
 class Range:
@@ -129,6 +138,10 @@ class Range:
         if x.numel():
             low, high = x.aminmax()
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
+    def join(self, ranks: Ranks) -> None:
+        ranks.min(self.low)
+        ranks.max(self.high)
 
     def finish(self, statistics: Statistics) -> None:
         statistics.range = InputRange(self.low.cpu(), self.high.cpu())
@@ -145,6 +158,10 @@ class Counts(Range):
         super().update(x, full)
         self.counts += count(x)
 
+    def join(self, ranks: Ranks) -> None:
+        super().join(ranks)
+        ranks.sum(self.counts)
+
     def finish(self, statistics: Statistics) -> None:
         statistics.range = InputRange(self.low.cpu(), self.high.cpu(), self.counts.cpu())
 
@@ -155,7 +172,6 @@ COLLECTORS: dict[str, type] = {
     "amax": AbsMax,
     "mean_abs": MeanAbs,
     "mean_square": MeanSquare,
-    "sample": Sample,
     "range": Range,
     "counts": Counts,
 }
@@ -165,6 +181,7 @@ class Gatherer:
     """The collectors of one input, and the token mask applied before them."""
 
     def __init__(self, fields: frozenset[str], features: int, device: torch.device) -> None:
+        self.fields, self.features = fields, features
         self.collectors: list[Collector] = [COLLECTORS[f](features, device) for f in sorted(fields)]
         self.tokens = 0
 
@@ -181,7 +198,12 @@ class Gatherer:
         for collector in self.collectors:
             collector.update(x, full)
 
-    def finish(self) -> Statistics:
+    def finish(self, ranks: Ranks = ALONE) -> Statistics:
+        """The statistics of the tokens that all processes have seen."""
+        if ranks.size > 1:
+            self.tokens = int(ranks.totals(self.tokens)[0])
+            for collector in self.collectors:
+                collector.join(ranks)
         statistics = Statistics(tokens=self.tokens)
         for collector in self.collectors:
             collector.finish(statistics)
@@ -203,5 +225,51 @@ class Gatherers(Generic[Key]):
             self._of[key] = Gatherer(fields, x.shape[-1], self._device)
         self._of[key].update(x, full)
 
-    def finish(self) -> dict[Key, Statistics]:
-        return {key: gatherer.finish() for key, gatherer in self._of.items()}
+    def finish(self, ranks: Ranks = ALONE) -> dict[Key, Statistics]:
+        """The statistics of every input that a process has seen."""
+        if ranks.size > 1:
+            mine = [(key, each.fields, each.features) for key, each in self._of.items()]
+            seen = {
+                key: (fields, features) for found in ranks.gather(mine) for key, fields, features in found
+            }
+            self._of = {
+                key: self._of.get(key) or Gatherer(fields, features, self._device)
+                for key, (fields, features) in seen.items()
+            }
+        return {key: gatherer.finish(ranks) for key, gatherer in self._of.items()}
+
+
+def extremes(
+    inputs: list[torch.Tensor], columns: int, device: torch.device, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest of each column [K] of some inputs [..., K], of all processes."""
+    low = torch.full((columns,), torch.inf, device=device)
+    high = -low
+    for x in inputs:
+        flat = x.flatten(0, -2)
+        low, high = torch.minimum(low, flat.amin(0)), torch.maximum(high, flat.amax(0))
+    ranks.min(low)
+    ranks.max(high)
+    return low, high
+
+
+def sample(inputs: list[torch.Tensor], device: torch.device, ranks: Ranks) -> torch.Tensor | None:
+    """At most SAMPLE_ROWS of some inputs [..., K], evenly spaced over those of all processes, fp32 [rows, K]; None if
+    there are no inputs.
+
+    inputs: one per chunk of windows. The chunks of the processes follow each other in turn, as they were dealt out.
+    """
+    flat = [x.reshape(-1, x.shape[-1]) for x in inputs]
+    counts = ranks.gather([len(x) for x in flat])
+    order = sorted((chunk, rank) for rank, each in enumerate(counts) for chunk in range(len(each)))
+    total = sum(map(sum, counts))
+    if not total:
+        return None
+    step, begin, own = max(1, total // SAMPLE_ROWS), 0, []
+    for chunk, rank in order:
+        if rank == ranks.rank:
+            stop = max(0, step * SAMPLE_ROWS - begin)
+            own.append(flat[chunk][-begin % step : stop : step].float().cpu())
+        begin += counts[rank][chunk]
+    found = ranks.gather(own)
+    return torch.cat([found[rank][chunk] for chunk, rank in order]).to(device)

@@ -11,6 +11,7 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.calls import BlockCalls
 from quantkit.calibration.experts import ExpertsStage, Routed
 from quantkit.calibration.forward import Call
+from quantkit.calibration.ranks import Ranks
 from quantkit.calibration.streams import Streams
 
 _TRACED = 32  # tokens that the expert's structure is looked at with
@@ -30,7 +31,8 @@ class ExpertRun(BlockRun):
     """An expert, its tokens as windows of one token each; those that the full stream has too come first.
 
     block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least; if
-    fewer came to it, others of the layer are added, evenly spaced. own: how many came to it by themselves.
+    fewer came to it, others of the layer are added, evenly spaced. own: how many came to it by themselves. Both of all
+    processes.
     """
 
     def __init__(self, block: BlockRun, stage: ExpertsStage, expert: int, wanted: int) -> None:
@@ -39,11 +41,12 @@ class ExpertRun(BlockRun):
         self._leading = block.streams.quantized is None  # whether the leading stream is the full one
         starts = [chunk.start for chunk in block.chunks()]
         routed = {start: stage.recorded((self._leading, start)) for start in starts}
-        picked = _picked(routed, expert, wanted)
-        self.own = sum(len(routed[start].tokens(expert)) for start in starts)
+        picked = _picked(routed, expert, wanted, block.ranks)
+        own = sum(len(routed[start].tokens(expert)) for start in starts)
+        self.own = int(block.ranks.totals(own)[0])
         x = [routed[start].inputs(expert, tokens) for start, tokens in picked.items()]
         leading = torch.cat([rows for rows in x if rows is not None]).unsqueeze(1)
-        full = None if self._leading else self._full(block, picked)
+        full = None if self._leading else self._full(block, picked, leading)
         self._with_full = 0 if full is None else len(full)
         streams = Streams(leading, None) if self._leading else Streams(full, leading)
         super().__init__(
@@ -58,11 +61,25 @@ class ExpertRun(BlockRun):
             block.device,
             block._groups,
             now=block._now,
+            ranks=block.ranks,
         )
         self.last, self.model_type = block.last, block.model_type
 
-    def _full(self, block: BlockRun, picked: dict[int, torch.Tensor]) -> torch.Tensor | None:
-        """The same tokens in the full stream, as far as it reaches; None where they are not known there."""
+    def _full(
+        self, block: BlockRun, picked: dict[int, torch.Tensor], leading: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The same tokens in the full stream, as far as it reaches; None where they are not known there.
+
+        Empty in a process that has none, while others have some.
+        """
+        found = self._found(block, picked)
+        seen = block.ranks.gather(None if found is None else len(found))
+        if None in seen or not any(seen):
+            return None
+        return torch.cat(found).unsqueeze(1) if found else leading[:0]
+
+    def _found(self, block: BlockRun, picked: dict[int, torch.Tensor]) -> list[torch.Tensor] | None:
+        """Those tokens by chunk; None if they are not known."""
         found = []
         for start, tokens in picked.items():
             there = (
@@ -76,7 +93,7 @@ class ExpertRun(BlockRun):
             if rows is None:
                 return None
             found.append(rows)
-        return torch.cat(found).unsqueeze(1) if found else None
+        return found
 
     @property
     def runs_original(self) -> bool:
@@ -109,14 +126,19 @@ class ExpertRun(BlockRun):
                 routed.add(self.expert, torch.cat(given))
 
 
-def _picked(routed: dict[int, Routed], expert: int, wanted: int) -> dict[int, torch.Tensor]:
-    """Tokens of every chunk that an expert is calibrated on: its own, and others where they are fewer than `wanted`."""
+def _picked(routed: dict[int, Routed], expert: int, wanted: int, ranks: Ranks) -> dict[int, torch.Tensor]:
+    """Tokens of every chunk that an expert is calibrated on: its own, and others where they are fewer than `wanted`.
+
+    In all processes together; each takes its share of the others.
+    """
     own = {start: each.tokens(expert) for start, each in routed.items()}
-    lacking = wanted - sum(map(len, own.values()))
     others = {start: _without(each.count, own[start]) for start, each in routed.items()}
     known = [each.inputs(expert, others[start][:1]) is not None for start, each in routed.items()]
-    there = sum(map(len, others.values()))
-    if lacking <= 0 or not there or not all(known):
+    came, there, strange = ranks.totals(
+        sum(map(len, own.values())), sum(map(len, others.values())), known.count(False)
+    )
+    lacking = wanted - came
+    if lacking <= 0 or not there or strange:
         return own
     step, begin, found = max(1.0, there / lacking), 0, {}
     for start, tokens in others.items():

@@ -118,6 +118,8 @@ def cache_range(run: BlockRun, scheme: KVScheme) -> KVRange:
     for chunk in run.chunks():
         with suppress(Stop):
             _with_cache(run, chunk, PassingCache(take))
+    for largest in found.largest.values():
+        run.ranks.max(largest)
     return found
 
 

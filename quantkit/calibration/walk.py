@@ -26,6 +26,7 @@ from quantkit.calibration.experts import expert_stages
 from quantkit.calibration.forward import Stop, block_form, embed, finish
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.memory import give_back
+from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.returned import Form, returned
 from quantkit.calibration.streams import Streams
 from quantkit.errors import ModelError
@@ -68,13 +69,15 @@ def walk(
     streams: Streams | None = None,
     timed: Timed = nullcontext,
     now: Callable[[], float] = time.perf_counter,
+    ranks: Ranks = ALONE,
 ) -> Iterator[BlockRun]:
     """Yield every decoder block from `start` on, ready to be worked on, and carry the hidden states through it.
 
     model: a skeleton on meta; it is on meta again after the walk, and several walks may share it. windows: token ids
     [windows, length]. start, streams: go on at a block with the hidden states at its input, as an earlier walk left
     them. timed: called with "load" or "calibrate" for a context around that work. now: the clock of
-    `BlockRun.seconds_once`, which for the first block includes the embedding of all windows.
+    `BlockRun.seconds_once`, which for the first block includes the embedding of all windows. ranks: the processes that
+    walk together, each with its own of the windows, which the streams are of.
 
     What is quantized in a block (`HeldLinear.quantized`) changes the quantized stream behind it. A block is advanced
     and freed when the walk goes on, or when `BlockRun.leave` is called.
@@ -84,7 +87,9 @@ def walk(
     device, begin = torch.device(device), now()
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
     with timed("calibrate"):
-        batch = chunk_windows(plan, windows)
+        batch = ranks.chunk(len(windows), chunk_windows(plan, windows))
+        full = len(ranks.numbers(min(len(windows), -(-wanted.full // batch) * batch), batch))
+        windows = ranks.own(windows, batch)
         skeleton.load_outside(
             model, source, prefix, skeleton.head_tensors(model), device=device
         )  # an untied head gives nothing that is needed here
@@ -93,15 +98,19 @@ def walk(
         )
         if streams is None:
             assert hidden is not None
-            full = min(len(windows), -(-wanted.full // batch) * batch)
-            streams = Streams(hidden[:full].clone() if full else None, hidden if wanted.quantized else None)
+            beside = (
+                hidden[:full].clone() if wanted.full else None
+            )  # empty in a process that has none of them
+            streams = Streams(beside, hidden if wanted.quantized else None)
             del hidden
         skeleton.free_outside(model, prefix)
         give_back()
     once = now() - begin
     known: dict[tuple[Any, ...], Groups] = {}
     for index in range(start, plan.n_blocks):
-        run = _open(model, source, plan, index, streams, calls[index], batch, device, known, timed, now)
+        run = _open(
+            model, source, plan, index, streams, calls[index], batch, device, known, timed, now, ranks
+        )
         run.seconds_once, once = once, 0.0
         run.last = index + 1 == plan.n_blocks and not wanted.behind_last
         yield run
@@ -128,6 +137,7 @@ def _open(
     known: dict[tuple[Any, ...], Groups],
     timed: Timed,
     now: Callable[[], float],
+    ranks: Ranks,
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
     name = f"{plan.blocks_prefix}.{index}"
@@ -152,7 +162,7 @@ def _open(
 
     with timed("calibrate"):
         run = BlockRun(
-            index, name, module, plans, stored, streams, calls, batch, device, known, free, now, stages
+            index, name, module, plans, stored, streams, calls, batch, device, known, free, now, stages, ranks
         )
     run.model_type = source.headers.text_type
     return run
@@ -187,13 +197,15 @@ def inputs_after_blocks(
     fields: frozenset[str],
     device: torch.device,
     rounded: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """Statistics of the input of a linear that runs after the blocks (the head), from the streams behind them.
 
-    rounded: how the linear rounds its inputs.
+    rounded: how the linear rounds its inputs. ranks: as of `walk`.
     """
     prefix, blocks = skeleton.find_blocks(model, plan.blocks_prefix)
-    batch = chunk_windows(plan, windows)
+    batch = ranks.chunk(len(windows), chunk_windows(plan, windows))
+    windows = ranks.own(windows, batch)
     skeleton.load_outside(model, source, prefix, skeleton.head_tensors(model), device=device)
     form = _form(model, source, plan, windows, device)
     gatherer: Gatherer | None = None
@@ -230,7 +242,7 @@ def inputs_after_blocks(
         gatherer.update(rounded(x), seen.get(True))
     skeleton.free_outside(model, prefix)
     assert gatherer is not None
-    return gatherer.finish()
+    return gatherer.finish(ranks)
 
 
 def _form(

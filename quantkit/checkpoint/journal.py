@@ -24,10 +24,10 @@ from typing import Any
 
 from quantkit.checkpoint.manifest import MANIFEST, inside, read_sealed, recorded, write_sealed
 from quantkit.checkpoint.shards import check_numbers, output_error, sync_folder
+from quantkit.checkpoint.stream_files import FOLDER, StreamFiles
 from quantkit.errors import OutputError
 from quantkit.models.json_reader import parse_json
 
-FOLDER = ".quantkit"
 SEARCH = "search.json"
 START_OVER = "start over with --no-resume, or choose another --output"
 _SUM = 32  # hex digits of a line's checksum
@@ -39,15 +39,22 @@ class Journal:
     resume: continue finished work of the same run; otherwise start over. entries: the finished shards. cut: what a
     user should know about lines that were damaged, or None. OutputError if the folder belongs to a run with another
     identity (naming what differs), is in use by another process, holds foreign files, or if a file of another
-    origin has the name of one that the run would write.
+    origin has the name of one that the run would write. streams: the files of the hidden states; None: those of a run
+    in one process.
     """
 
     def __init__(
-        self, output: Path, identity: dict[str, Any], resume: bool = True, writes: Iterable[str] = ()
+        self,
+        output: Path,
+        identity: dict[str, Any],
+        resume: bool = True,
+        writes: Iterable[str] = (),
+        streams: StreamFiles | None = None,
     ) -> None:
         self.output = output
         self.folder = output / FOLDER
         self.file = self.folder / "journal.jsonl"
+        self.streams = streams or StreamFiles(output)
         self.cut: str | None = None
         try:
             ours = self.folder.exists() or (output / MANIFEST).exists()
@@ -99,7 +106,7 @@ class Journal:
             # the manifest first: a folder that holds it is finished
             self._delete({MANIFEST} & known)
             self._delete({*known, *(f"{name}.tmp" for name in known)})
-            self.drop_streams(None)
+            self.streams.drop_all()
             (self.folder / SEARCH).unlink(missing_ok=True)
         self._rewrite([first, *self.entries])
 
@@ -156,16 +163,6 @@ class Journal:
         lines, _ = read_lines(self.file)
         self.entries = self.entries[:count]
         self._rewrite([lines[0], *self.entries])
-
-    def streams(self, block: int) -> Path:
-        """Where the hidden states at the input of `block` are kept."""
-        return self.folder / f"streams-{block:05d}.safetensors"
-
-    def drop_streams(self, keep: int | None) -> None:
-        """Remove all kept hidden states but those at the input of block `keep`."""
-        for file in self.folder.glob("streams-*"):
-            if keep is None or file != self.streams(keep):
-                file.unlink()
 
     def beside(self, part: int, name: str) -> Path:
         """The file of an expert that waits for its block, `part`, to be finished."""

@@ -12,6 +12,7 @@ from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.opening import kv_cache_option, open_model, opening_options, resolve
 from quantkit.cli.output import Screen, deliver, json_option, make_console
+from quantkit.device import launch
 from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
@@ -70,28 +71,35 @@ def command(
     """
     from quantkit_eval import evaluate
 
+    from quantkit.calibration.distributed import joined
     from quantkit.layers.kv_cache import cache_of
 
-    candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify, kv_cache)
-    text = list(texts) or [str(assets.evaluation_text())]
-    if long_generation:
-        _long_generation(candidate, tokenizer, text, new_tokens, json_file)
-        return
-    reference, its_tokenizer = (
-        open_model(baseline, device, dtype, verify=verify, kv_cache="exact") if baseline else (None, None)
-    )
-    report = evaluate(
-        candidate,
-        tokenizer,
-        text=text,
-        baseline=reference,
-        baseline_tokenizer=its_tokenizer,
-        context=context,
-        stride=stride,
-        max_tokens=max_tokens,
-        baseline_cache=_cache(baseline) if baseline else None,
-        cache=cache_of(candidate),
-    )
+    if long_generation and launch().size > 1:
+        raise click.UsageError("--long-generation runs in one process; start it without torchrun")
+    with joined(device, "start the evaluation again") as ranks:
+        candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify, kv_cache)
+        text = list(texts) or [str(assets.evaluation_text())]
+        if long_generation:
+            _long_generation(candidate, tokenizer, text, new_tokens, json_file)
+            return
+        reference, its_tokenizer = (
+            open_model(baseline, device, dtype, verify=verify, kv_cache="exact") if baseline else (None, None)
+        )
+        report = evaluate(
+            candidate,
+            tokenizer,
+            text=text,
+            baseline=reference,
+            baseline_tokenizer=its_tokenizer,
+            context=context,
+            stride=stride,
+            max_tokens=max_tokens,
+            baseline_cache=_cache(baseline) if baseline else None,
+            cache=cache_of(candidate),
+            group=ranks if ranks.size > 1 else None,
+        )
+    if launch().rank:
+        return  # the first process reports
     deliver(json_file, report.to_json(), lambda: print_evaluation(report, make_console()))
 
 

@@ -8,11 +8,21 @@ import os
 import click
 
 from quantkit.cli.streams import OutputLost
+from quantkit.device import launch
 from quantkit.errors import OutOfMemory, QuantkitError, kept_traceback, memory_ran_out
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """The message for the user and the exit code. What nobody foresaw is named as a bug, its traceback in a file."""
+    """The message for the user and the exit code. What nobody foresaw is named as a bug, its traceback in a file.
+
+    Of several processes only the first speaks, of errors of the others too, unless it is the one that was lost.
+    """
+    message, code = _described(error)
+    told = isinstance(error, click.ClickException | click.Abort) or getattr(error, "told", False)
+    return ("" if launch().rank and told else message), code
+
+
+def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.Abort):
         return "interrupted", 130
     if isinstance(error, click.exceptions.Exit):

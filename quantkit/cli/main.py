@@ -67,7 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         # Ctrl-C while a C extension is imported arrives as whatever error that import makes of it.
         if isinstance(error, KeyboardInterrupt) or _interrupts:
-            return streams.last_words("interrupted", 130)
+            return streams.last_words("" if os.environ.get("RANK", "0") != "0" else "interrupted", 130)
         from quantkit.cli.failures import describe
 
         return streams.last_words(*describe(error))

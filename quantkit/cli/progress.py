@@ -15,6 +15,8 @@ from rich.text import Text
 
 from quantkit.cli.output import Screen
 from quantkit.cli.terminal import say, visible
+from quantkit.device import launch
+from quantkit.pipeline.progress import Silent
 
 _STATM = Path("/proc/self/statm")
 _PHASE_STEP = 10.0  # seconds between two lines about the same phase
@@ -130,6 +132,8 @@ class PlainProgress:
         self._total = 0
 
 
-def make_progress() -> TerminalProgress | PlainProgress:
-    """The display that fits standard error."""
+def make_progress() -> TerminalProgress | PlainProgress | Silent:
+    """The display that fits standard error; of several processes only the first has one."""
+    if launch().rank:
+        return Silent()
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()

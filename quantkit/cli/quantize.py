@@ -11,6 +11,7 @@ from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.opening import threads_option
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.cli.progress import make_progress
+from quantkit.device import launch
 
 if TYPE_CHECKING:
     from quantkit.checkpoint.records import Size
@@ -68,6 +69,8 @@ def command(
         )
     finally:
         progress.finish()
+    if launch().rank:
+        return  # the first process reports
     deliver(json_file, result.report.to_json(), lambda: print_report(result.report, make_console()))
     if result.failed:
         click.get_current_context().exit(1)

@@ -42,7 +42,6 @@ class Statistics:
     drift:   D = 2/tokens * sum (x_full - x) xT, fp32 [K, K], for re-targeting.
     fired: bool [K], whether the input was ever nonzero; comes with the hessian, whose squares may underflow.
     amax, mean_abs, mean_square: fp32 [K].
-    sample: fp32 [rows, K], some of the inputs themselves.
     range: the smallest and the largest input, and how often each value came if that was asked for.
     tokens: number of (unmasked) tokens seen.
     """
@@ -54,5 +53,4 @@ class Statistics:
     amax: torch.Tensor | None = None
     mean_abs: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
-    sample: torch.Tensor | None = None
     range: InputRange | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,28 @@ class QuantizedWeight:
         """Some output channels."""
         zero = None if self.zero is None else self.zero[rows]
         return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same with all tensors on a device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero=None if self.zero is None else self.zero.to(device),
+            global_scale=None if self.global_scale is None else self.global_scale.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """One weight of several that have its output channels one after the other, the rest in common."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero=torch.cat(zeros) if zeros else None,
+        )
 
     def scales(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What a level is multiplied by, [N, K/G]; computed in `dtype`."""

@@ -25,6 +25,7 @@ from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.inputs import CalibratedInputs, calibrate_inputs
 from quantkit.pipeline.kv import CacheCalibration
 from quantkit.pipeline.run import needs
+from quantkit.pipeline.solve import solve
 from quantkit.plan import LayerPlan
 from quantkit.scheme import KVScheme
 
@@ -289,7 +290,7 @@ def _quantize_siblings(
             part.copy_(held[name].weight)
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         given = statistics if last else replace(statistics)
-        outcome = algorithm(config.name).quantize(together, given, scheme.weights, dtype, config)
+        outcome = solve(run.ranks, together, given, scheme.weights, dtype, config)
         end = 0
         for parts in linears_of(run, names):
             mine = _share_out(run, parts, outcome, end)

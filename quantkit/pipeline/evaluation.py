@@ -15,7 +15,11 @@ from quantkit_eval.protocols import Tokenizer
 from quantkit_eval.text import Text, check_sources
 
 from quantkit import assets
+from quantkit.calibration.ranks import ALONE, Ranks
+from quantkit.checkpoint.load import load
+from quantkit.device import launch
 from quantkit.errors import DataError
+from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import Headers
 from quantkit.pipeline.cache import cache_limit, evaluation_cache
 
@@ -92,18 +96,17 @@ def evaluate_pair(
     digest: str,
     message: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[quantkit_eval.Report | None, list[str]]:
     """(report, notes); no report, and a note why, if the original does not fit in memory.
 
     The context is the calibration length, but at most CONTEXT and what the model was made for. digest: of the
     original's files; what the original computes is kept under it for later runs. message: prints a line.
-    progress(done, total): called after every batch of windows.
+    progress(done, total): called after every batch of windows. ranks: the processes that share the windows.
     """
-    from quantkit.checkpoint.load import load  # here: these import models, which most of a run does not need
-    from quantkit.layers.kv_cache import cache_of
-
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
-    if device.type == "cpu" and needed > _available():
+    needed *= launch().beside if ranks.size > 1 else 1
+    if device.type == "cpu" and not all(ranks.gather(needed <= _available())):
         return None, [
             f"not evaluated: the original in fp32 needs {needed / 2**30:.1f} GiB, more than this machine has free; "
             "run `quantkit eval` where it fits"
@@ -123,6 +126,7 @@ def evaluate_pair(
         baseline_cache=cache,
         progress=progress,
         cache=cache_of(quantized),
+        group=ranks if ranks.size > 1 else None,
     )
     if cache and cache.found:
         message(

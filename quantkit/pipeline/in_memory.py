@@ -25,6 +25,7 @@ from quantkit.models.borders import quiet
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.kept_streams import Nothing
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.quantize import prepared
@@ -80,7 +81,7 @@ class _Into:
     """Takes the place of a `ShardWriter`: what a part became goes into the model."""
 
     def __init__(self, run: Run, model: nn.Module) -> None:
-        self.run, self.model, self.journal = run, model, _Nothing()
+        self.run, self.model, self.journal = run, model, Nothing()
         self.plans = {layer.name: layer for layer in run.plan.layers}
         self.tied = skeleton.tied(run.model)
 
@@ -114,13 +115,3 @@ class _Into:
         shared = [n for n, target in self.tied.items() if target == f"{name}.weight"]
         for module in (name, *(n.removesuffix(".weight") for n in shared)):
             self.model.set_submodule(module, packed.to(dense.weight.device))
-
-
-class _Nothing:
-    """A journal of a run that cannot be continued."""
-
-    def kept(self) -> None:
-        return None
-
-    def keep(self, found: dict[str, Any]) -> None:
-        pass

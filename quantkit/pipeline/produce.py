@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.streams import Streams
@@ -26,6 +25,7 @@ from quantkit.pipeline.pieces import sharing
 from quantkit.pipeline.run import Run, needs
 from quantkit.pipeline.search import Kept, searched, settled
 from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.solve import solve
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.recipe_schemes import ExpertsPart
@@ -103,6 +103,7 @@ def _calibrated(
         streams=streams,
         timed=run.clock,
         now=run.clock.now,
+        ranks=run.ranks,
     )
     for block in blocks:
         tracker.opened(block)
@@ -124,7 +125,8 @@ def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], wri
 
     def work(one: BlockRun) -> BlockResult:
         scaling = []
-        for config in transforms if one.streams.leading.numel() else ():
+        reached = run.ranks.totals(one.streams.leading.numel())[0]  # by tokens, in any process
+        for config in transforms if reached else ():
             with run.clock("transform"):
                 report = transform(config.name).apply(one, config)
                 scaling += [{"transform": config.name} | entry for entry in report]
@@ -182,6 +184,7 @@ def _after_blocks(
             fields,
             run.device,
             rounded,
+            run.ranks,
         )
 
 
@@ -206,9 +209,7 @@ def _quantize_alone(
     with run.clock("quantize"):
         dtype = torch_dtype(run.parts[part][f"{first.name}.weight"].dtype)
         together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        outcome = algorithm(first.algorithm.name).quantize(
-            together, statistics, first.scheme.weights, dtype, first.algorithm
-        )
+        outcome = solve(run.ranks, together, statistics, first.scheme.weights, dtype, first.algorithm)
         end = 0
         for plan, own in zip(plans, parts, strict=True):
             end += len(own)

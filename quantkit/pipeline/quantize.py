@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantkit_eval import EvalError
+import torch
 
 from quantkit import assets
+from quantkit.calibration.distributed import joined
 from quantkit.calibration.memory import large_blocks_apart
+from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from quantkit.checkpoint.records import Manifest
+from quantkit.checkpoint.stream_files import StreamFiles
 from quantkit.checkpoint.verify import verify_checkpoint
-from quantkit.device import find_device
-from quantkit.errors import (
-    OutOfMemory,
-    OutputError,
-    QuantkitError,
-    RecipeError,
-    kept_traceback,
-    memory_named,
-    memory_ran_out,
-)
+from quantkit.device import find_device, launch
+from quantkit.errors import OutputError, RecipeError, memory_named, why
 from quantkit.formats.registry import MEMORY
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
@@ -33,9 +29,11 @@ from quantkit.models.headers import read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.paths import weights_path
+from quantkit.pipeline.agreed import agreed
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.disk import check_disk
 from quantkit.pipeline.evaluation import EvaluationRequest, evaluate_pair
+from quantkit.pipeline.kept_streams import Follower
 from quantkit.pipeline.model_free import evaluable
 from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
@@ -48,6 +46,8 @@ from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_target
+
+INTERRUPTED = "what is finished is kept, and the same command with as many processes goes on after it"
 
 
 @dataclass(frozen=True)
@@ -91,52 +91,80 @@ def quantize(
     Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished. The weights are published
     before they are evaluated: an evaluation that fails is a note in the report and `Result.failed`, and the next call
     with the same inputs only evaluates.
+
+    In the processes of torchrun (docs/processes.md) all make the same call: they share the work, the first one writes
+    and reports, and all return the same. ProcessLost in the others if one of them fails.
     """
     asked = (eval_tokens, eval_text) if evaluate else None
-    run = prepared(recipe, model, output, overrides, device, asked, progress or Silent())
+    with joined(device, INTERRUPTED) as ranks:
+        shown = progress if progress is not None and not ranks.rank else Silent()
+        run = prepared(recipe, model, output, overrides, device, asked, shown, ranks=ranks)
+        manifest: Manifest | None = ranks.first(_finished(run) if resume and not ranks.rank else None)
+        resumed = tracker = None
+        if manifest is None:
+            manifest, resumed, tracker = _made(run, resume, ranks)
+        notes: list[str] = []
+        failed = None
+        if run.request and not run.request.answered_by(manifest.evaluation):
+            try:
+                manifest, notes = _evaluate(run, run.request, manifest, resumed, tracker, ranks)
+            except Exception as error:  # whatever it is, the weights are finished
+                if ranks.rank:
+                    raise  # the first process hears of it
+                failed = f"the evaluation failed: {why(error)}; the weights in {run.output} are finished, and the same "
+                failed += "command evaluates them again"
+                notes = [failed]
+                ranks.failed(failed)
+        run.progress.finish()
+        if failed or not ranks.rank:
+            report = RunReport.of(run.output, manifest)
+            result = Result(run.output, replace(report, notes=[*report.notes, *notes]), manifest, failed)
+        return result if failed else ranks.sent(None if ranks.rank else result)
+
+
+def _finished(run: Run) -> Manifest | None:
+    """The manifest of a checkpoint that an earlier run has finished, verified; None if there is none."""
     folder = run.output
-    resumed = tracker = None
-    if resume and (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        refuse_other(folder, manifest.identity, run.identity)
-        verify_checkpoint(folder, manifest.files, manifest.tensors)
-        discard(folder)
-        run.progress.message(f"{folder} is finished; its files were verified again")
-    else:
-        journal = Journal(folder, run.identity, resume, files_of(run))
-        try:
-            if journal.cut:
-                run.progress.message(journal.cut)
-            resumed, tracker, found = produce(run, ShardWriter(run, journal))
-            tracker.phase(VERIFY, 0.0, 0.0)
-            manifest = publish(run, journal.entries, found, resumed=resumed)
-            journal.remove()
-            tracker.phase(VERIFY, 1.0, 0.0)
-        finally:
-            journal.close()
-    notes: list[str] = []
-    failed = None
-    if run.request and not run.request.answered_by(manifest.evaluation):
-        try:
-            manifest, notes = _evaluate(run, run.request, manifest, resumed, tracker)
-        except Exception as error:  # whatever it is, the weights are finished
-            failed = f"the evaluation failed: {_reason(error)}; the weights in {folder} are finished, and the same "
-            failed += "command evaluates them again"
-            notes = [failed]
-    run.progress.finish()
-    report = RunReport.of(folder, manifest)
-    return Result(folder, replace(report, notes=[*report.notes, *notes]), manifest, failed)
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    refuse_other(folder, manifest.identity, run.identity)
+    verify_checkpoint(folder, manifest.files, manifest.tensors)
+    discard(folder)
+    run.progress.message(f"{folder} is finished; its files were verified again")
+    return manifest
 
 
-def _reason(error: Exception) -> str:
-    """Why an evaluation failed, in one line; for what nobody foresaw, with the file that holds its traceback."""
-    if memory_ran_out(error) and not isinstance(error, OutOfMemory):
-        error = OutOfMemory.of(error)
-    said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, QuantkitError | EvalError | OSError):
-        return said
-    name = kept_traceback(error)
-    return f"unexpected {type(error).__name__}: {said}" + (f" (traceback in {name})" if name else "")
+def _made(run: Run, resume: bool, ranks: Ranks) -> tuple[Manifest, int | None, Tracker | None]:
+    """Make the checkpoint: (its manifest, how many blocks an earlier run had done, what follows the run).
+
+    ranks: all processes. Without calibration text, the first one works alone.
+    """
+    if ranks.rank:
+        follower = Follower(run) if run.ranks.size > 1 else None
+        resumed, tracker = produce(run, follower)[:2] if follower else (None, None)
+        manifest: Manifest = ranks.sent(None)
+        if follower:
+            follower.leave()
+        return manifest, resumed, tracker
+    streams = StreamFiles(run.output, 0) if run.ranks.size > 1 else None
+    if ranks.size > 1:
+        work = (
+            f"work together, {torch.get_num_threads()} threads each" if streams else "have one to do the work"
+        )
+        run.progress.message(f"{ranks.size} processes {work}")
+    journal = Journal(run.output, run.identity, resume, files_of(run), streams)
+    try:
+        if journal.cut:
+            run.progress.message(journal.cut)
+        resumed, tracker, found = produce(run, ShardWriter(run, journal))
+        tracker.phase(VERIFY, 0.0, 0.0)
+        manifest = publish(run, journal.entries, found, resumed=resumed)
+        journal.remove()
+        tracker.phase(VERIFY, 1.0, 0.0)
+    finally:
+        journal.close()
+    return ranks.first(manifest), resumed, tracker
 
 
 def _evaluate(
@@ -145,11 +173,17 @@ def _evaluate(
     manifest: Manifest,
     resumed: int | None,
     tracker: Tracker | None,
+    ranks: Ranks,
 ) -> tuple[Manifest, list[str]]:
     """Measure a published checkpoint and add the result to its manifest: (the new one, why not if it cannot be).
 
-    resumed: None if the checkpoint was finished by an earlier run, whose facts stay.
+    resumed: None if the checkpoint was finished by an earlier run, whose facts stay. ranks: they share the windows if
+    all of them see the checkpoint; otherwise the first one measures alone.
     """
+    if not all(ranks.gather((run.output / MANIFEST).exists())):
+        if ranks.rank:
+            return manifest, []
+        ranks = ALONE
     tokenizer = run.tokenizer
     if tokenizer is None:
         tokenizer, why = evaluable(run.source.path)
@@ -174,9 +208,10 @@ def _evaluate(
             digest=run.identity["model"],
             message=run.progress.message,
             progress=told,
+            ranks=ranks,
         )
     tracker.phase(EVALUATE, 1.0, run.clock.now() - begin)
-    if evaluation is not None:
+    if evaluation is not None and not ranks.rank:
         if resumed is not None:
             write_run_facts(run, manifest, resumed)
         manifest = replace(manifest, evaluation=evaluation)
@@ -193,11 +228,11 @@ def prepared(
     asked: tuple[int | None, str | Path | Sequence[str | Path] | None] | None,
     progress: Progress,
     in_memory: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """Read and check everything a run needs, before anything is computed or written.
 
-    asked: the number of tokens and the text of the closing evaluation, None to leave it out. in_memory: no file is
-    going to be written.
+    asked: tokens and text of the closing evaluation, None to leave it out. in_memory: no file is going to be written.
     """
     if in_memory:
         overrides = [*overrides, f"output.format={MEMORY}"]
@@ -227,13 +262,14 @@ def prepared(
                 assets.calibration_text(),
                 vocabulary=built.get_input_embeddings().get_parameter("weight").shape[0],
             )
-        if not in_memory and not (folder / MANIFEST).exists():
+        if not in_memory and not ranks.rank and not (folder / MANIFEST).exists():
             check_disk(folder, predict(checked, plan, headers).disk)
+        reads = not in_memory and (
+            ranks.size == 1 or not launch().local
+        )  # files of a machine: by one process
         identity = {
             "recipe": checked.identity(),
-            "model": None
-            if in_memory
-            else source.digest(lambda share: progress.phase("hashing the source", share)),
+            "model": source.digest(partial(progress.phase, "hashing the source")) if reads else None,
             "data": windows.digest if windows else None,
             "code": _version(),
             "device": where.type,
@@ -247,10 +283,11 @@ def prepared(
         windows=windows,
         device=where,
         output=folder,
-        identity=identity,
+        identity=agreed(ranks, identity, 0 if windows is None else len(windows.ids)),
         request=request,
         clock=clock,
         progress=progress,
+        ranks=ranks if windows is not None else ALONE,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from quantkit_eval.protocols import Tokenizer
 
 from quantkit.algorithms.catalog import algorithm
+from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.text import Windows
 from quantkit.calibration.walk import Wanted
 from quantkit.models.source import Source
@@ -33,7 +34,7 @@ class Run:
     skeleton: the model on meta, checked against the checkpoint. It and the tokenizer are None where a checkpoint is
     quantized by names alone. windows: None if no layer needs text. identity: what decides the result; two runs with
     equal ones write equal files. request: the closing evaluation, if any. clock, progress: where time goes, and who is
-    told.
+    told. ranks: the processes that share the run, each with a `Run` of its own.
     """
 
     recipe: Recipe
@@ -48,6 +49,7 @@ class Run:
     request: EvaluationRequest | None
     clock: Clock
     progress: Progress
+    ranks: Ranks = ALONE
 
     @property
     def model(self) -> PreTrainedModel:

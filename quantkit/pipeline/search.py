@@ -53,7 +53,7 @@ def searched(run: Run, journal: Kept, tracker: Tracker) -> list[SearchRecord]:
     wanted = [(config, search) for config, search in pairs if search and search.rounds(config)]
     if not wanted:
         return []
-    if (kept := journal.kept()) is not None:
+    if (kept := run.ranks.first(journal.kept())) is not None:
         return [parse(SearchRecord, each) for each in kept["searches"]]
     with run.clock("search"):
         found = [_Searching(run, config, search, tracker).record() for config, search in wanted]
@@ -83,7 +83,7 @@ class _Searching:
         assert run.windows is not None
         self.run, self.config, self.search, self.tracker = run, config, search, tracker
         self.ids = run.windows.ids
-        batch = chunk_windows(run.plan, self.ids)
+        batch = run.ranks.chunk(len(self.ids), chunk_windows(run.plan, self.ids))
         self.windows = min(len(self.ids), -(-config.search_windows // batch) * batch)
         self.losses: dict[Strength, torch.Tensor] = {}
         self.input_max: list[InputMax] = []
@@ -129,10 +129,20 @@ class _Searching:
         ids = self.ids if not self.input_max else self.ids[: self.windows]
         wanted = Wanted(full=len(ids), quantized=False, behind_last=True)
         streams: list[Streams] = []
-        original, form = None, FIRST
-        for block in walk(run.model, run.source, run.plan, ids, wanted, device=run.device, now=run.clock.now):
-            original = block.streams.of(full=True)
-            streams = streams or [Streams(original[: self.windows].clone(), None) for _ in strengths]
+        original, form, batch = None, FIRST, 1
+        for block in walk(
+            run.model,
+            run.source,
+            run.plan,
+            ids,
+            wanted,
+            device=run.device,
+            now=run.clock.now,
+            ranks=run.ranks,
+        ):
+            original, batch = block.streams.of(full=True), block.batch
+            own = run.ranks.numbers(self.windows, batch)
+            streams = streams or [Streams(original[: len(own)].clone(), None) for _ in strengths]
             if block.index == len(self.input_max):
                 planned = [s for s in block.trace.siblings if any(n in block.plans for n in s)]
                 self.input_max.append(block.largest_inputs(planned))
@@ -143,8 +153,9 @@ class _Searching:
             self._step(len(ids) + len(strengths) * self.windows)
         assert original is not None
         others = [stream.of(full=True) for stream in streams]
-        first, prefix = ids[: self.windows], run.plan.blocks_prefix
-        losses = window_kl(run.model, run.source, prefix, first, original, others, form, run.device)
+        first, prefix = run.ranks.own(ids[: self.windows], batch), run.plan.blocks_prefix
+        found = window_kl(run.model, run.source, prefix, first, original, others, form, run.device)
+        losses = run.ranks.together(found, self.windows, batch)
         self.walks += 1
         for strength, loss in zip(strengths, losses, strict=True):
             if not bool(torch.isfinite(loss).all()):

@@ -6,13 +6,12 @@ from collections.abc import Container, Mapping
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import load_file
 
 from quantkit.calibration.streams import Streams
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.records import TensorRecord, plain
-from quantkit.checkpoint.shards import Written, shard_name, write_shard
+from quantkit.checkpoint.shards import shard_name, write_shard
 from quantkit.checkpoint.verify import Rounding, verify_shard
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import codec
@@ -20,6 +19,7 @@ from quantkit.models import skeleton
 from quantkit.models.places import Places
 from quantkit.models.tensors import TensorInfo, read_header
 from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.kept_streams import KeptStreams
 from quantkit.pipeline.run import Run
 
 
@@ -28,6 +28,7 @@ class ShardWriter:
 
     def __init__(self, run: Run, journal: Journal) -> None:
         self.run, self.journal = run, journal
+        self._streams = KeptStreams(run, journal.streams)
         self.codec = codec(run.recipe.output.format)
         self.schemes = {layer.name: layer.scheme for layer in run.plan.layers}
         self._sums: dict[str, str] = {}  # of the tensors of experts that are put aside
@@ -41,22 +42,18 @@ class ShardWriter:
                 journal.forget_after(count)
                 break
         done = len(journal.entries)
-        if done and run.needs_streams(done):
-            kept = journal.streams(done)
-            if not kept.is_file() or digest_file(kept) != journal.entries[-1].get("streams"):
-                run.progress.message(
-                    "the hidden states of the interrupted run are gone; starting from block 0"
-                )
-                journal.forget_after(0)
-                return 0
+        needed = done > 0 and run.needs_streams(done)
+        digests = (journal.entries[-1].get("streams") or "") if needed else None
+        run.ranks.first((done, digests))
+        if digests is not None and not self._streams.there(done, digests):
+            run.progress.message("the hidden states of the interrupted run are gone; starting from block 0")
+            journal.forget_after(0)
+            return 0
         return done
 
     def streams(self, done: int) -> Streams | None:
         """The hidden states that an earlier run has kept after `done` shards; None at the beginning."""
-        if not done:
-            return None
-        # clones: mapped pages count as resident and are not aligned, which may change a matmul's last bit
-        return Streams.from_tensors({k: t.clone() for k, t in load_file(self.journal.streams(done)).items()})
+        return self._streams.load(done) if done else None
 
     def put_aside(self, part: int, result: BlockResult) -> None:
         """Pack, write and verify an expert in a file of its own, from where `commit` copies its tensors."""
@@ -79,11 +76,12 @@ class ShardWriter:
         return {f"{layer}.{leaf}": tensor for leaf, tensor in leaves.items()}
 
     def commit(self, part: int, result: BlockResult, streams: Streams | None = None) -> None:
-        """Pack and write one shard, verify it, keep the hidden states for the next block, then journal.
+        """Keep the hidden states for the next block, pack and write one shard, verify it, then journal.
 
         streams: the hidden states behind this block, None if nothing was calibrated.
         """
         run, total = self.run, self.run.plan.n_blocks
+        kept = self._streams.keep(part, streams)
         with run.clock("write"):
             tensors, account = self._packed(part, result)
             path = run.output / shard_name(part, total + 1)
@@ -97,10 +95,6 @@ class ShardWriter:
         with run.clock("verify"):
             rounding = {n: Rounding(self.schemes[n].inputs, result.inputs.get(n)) for n in result.weights}
             verify_shard(path, result.weights, self.codec, rounding, self._cache(result))
-        kept: Written | None = None
-        if streams is not None and run.needs_streams(part + 1):
-            with run.clock("write"):
-                kept = write_shard(self.journal.streams(part + 1), streams.to_tensors())
         self.journal.append(
             {
                 "part": part,
@@ -109,10 +103,10 @@ class ShardWriter:
                 "layers": plain(result.layers),
                 "scaling": result.scaling,
                 "experts": result.experts,
-                "streams": kept.sha256 if kept else None,
+                "streams": kept,
             }
         )
-        self.journal.drop_streams(part + 1 if kept else None)
+        self.journal.streams.drop(*([part + 1] if kept else []))
 
     def _packed(
         self, part: int, result: BlockResult

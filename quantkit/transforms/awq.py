@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,11 @@ def candidate(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
     return torch.where(fires & torch.isfinite(s), s, torch.ones_like(s))
 
 
+def in_turn(work: list[Callable[[], float]]) -> list[float]:
+    """Call some functions, one after the other."""
+    return [each() for each in work]
+
+
 def search_scale(
     mean_abs: torch.Tensor,
     expand: torch.Tensor | None,
@@ -60,11 +66,13 @@ def search_scale(
     dtype: torch.dtype,
     loss: Callable[[list[torch.Tensor]], float],
     grid: int,
+    share: Callable[[list[Callable[[], float]]], list[float]] = in_turn,
 ) -> ScaleSearch:
     """Search s for the consumers `weights` ([N, K] each).
 
     mean_abs: [channels]. expand: [K], the channel of each column (grouped value heads), None for one to one.
-    loss: output error of the inspected module with these weights in place of the original ones.
+    loss: output error of the inspected module with these weights in place of the original ones. share: computes them
+    for all candidates.
     The identity is always a candidate, so the result is never worse on this loss.
     """
 
@@ -72,14 +80,13 @@ def search_scale(
         columns = s if expand is None else s[expand]
         return loss([rounded(w * columns, g, dtype) / columns for w, g in zip(weights, grids, strict=True)])
 
-    identity = torch.ones_like(mean_abs)
-    identity_loss = attempt(identity)
-    best = ScaleSearch(identity, None, identity_loss, identity_loss)
-    for step in range(1, grid):
-        s = candidate(mean_abs, step / grid)
-        value = attempt(s)
+    exponents = [step / grid for step in range(1, grid)]
+    scales = [torch.ones_like(mean_abs), *(candidate(mean_abs, exponent) for exponent in exponents)]
+    identity_loss, *losses = share([partial(attempt, s) for s in scales])
+    best = ScaleSearch(scales[0], None, identity_loss, identity_loss)
+    for exponent, s, value in zip(exponents, scales[1:], losses, strict=True):
         if value < best.loss:
-            best = ScaleSearch(s, step / grid, value, identity_loss)
+            best = ScaleSearch(s, exponent, value, identity_loss)
     return best
 
 
@@ -151,6 +158,7 @@ def _scale(
     inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
     mean_abs = by_channel(run.gather("mean_abs", inputs), group.expand, "mean")
     loss = _output_error(run, group, seen)
+    linear = group.inspect == group.consumers[0]
     run.select(full=True)
     found = search_scale(
         mean_abs,
@@ -160,6 +168,7 @@ def _scale(
         run.stored[f"{group.consumers[0]}.weight"],
         loss,
         config.grid,
+        run.ranks.share if linear else in_turn,  # every process has some windows of the outputs of a module
     )
     report = {
         "producer": group.producer,
@@ -180,10 +189,9 @@ def _clip(run: BlockRun, config: AwqConfig) -> None:
     plans = {n: p for n, p in run.plans.items() if not run.feeds_attention_logits(n)}
     seen = run.observe(plans, config.windows)
     for name, plan in plans.items():
-        if not seen[name]:  # no text reaches it
+        sample = run.sample([args[0] for args, _, _ in seen[name]])
+        if sample is None:  # no text reaches it
             continue
-        x = torch.cat([args[0].reshape(-1, plan.shape[1]) for args, _, _ in seen[name]])
-        sample = run.gather("sample", [x])
         module = run.held[name]
         module.weight.data = clip(
             module.weight.data, sample, plan.scheme.weights, run.stored[f"{name}.weight"]
@@ -195,7 +203,7 @@ def _output_error(
 ) -> Callable[[list[torch.Tensor]], float]:
     """Mean squared error of the inspected module's output as a function of the consumers' weights.
 
-    A single linear needs no forward: its output error is tr(E H E^T).
+    Over the windows of all processes. A single linear needs no forward: its output error is tr(E H E^T).
     """
     held = [run.held[n] for n in group.consumers]
     if group.inspect == group.consumers[0]:
@@ -212,13 +220,14 @@ def _output_error(
     def of_module(weights: list[torch.Tensor]) -> float:
         for module, weight in zip(held, weights, strict=True):
             module.override = weight
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for args, kwargs, wanted in calls:
             out = run.output(inspected, args, kwargs)
             total += float((out - wanted).square().sum())
             count += wanted.numel()
         for module in held:
             module.override = None
+        total, count = run.ranks.totals(total, count)
         return total / count
 
     return of_module

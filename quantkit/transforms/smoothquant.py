@@ -81,19 +81,17 @@ def _losses(
     """Mean squared error of the inspected module's output for each candidate s, weights and inputs rounded."""
     run.select(full=True)
     inspected = run.module.get_submodule(group.inspect) if group.inspect else run.module
-    inputs = [args[0].flatten(0, -2) for args, _, _ in seen[group.consumers[0]]]
-    range_ = (
-        torch.stack([x.amin(0) for x in inputs]).amin(0),
-        torch.stack([x.amax(0) for x in inputs]).amax(0),
-    )
+    inputs = [args[0] for args, _, _ in seen[group.consumers[0]]]
+    range_ = run.extremes(inputs, run.held[group.consumers[0]].in_features)
     found: dict[float | None, float] = {}
     for alpha, s in candidates.items():
         columns = s if group.expand is None else s[group.expand.to(s.device)]
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with _rounded(run, group.consumers, columns, range_):
             for args, kwargs, wanted in seen[group.inspect]:
                 total += float((run.output(inspected, args, kwargs) - wanted).square().sum())
                 count += wanted.numel()
+        total, count = run.ranks.totals(total, count)
         found[alpha] = total / count
     return found
 

@@ -140,6 +140,6 @@ def test_a_collapsed_linear_among_sound_siblings_is_named(block, monkeypatch, co
         def needs(self, config):
             return frozenset()
 
-    monkeypatch.setattr("quantkit.pipeline.block.algorithm", lambda name: Collapsing())
+    monkeypatch.setattr("quantkit.pipeline.solve.algorithm", lambda name: Collapsing())
     with pytest.raises(NumericalError, match=rf"\.{collapsed}: collapsed: the quantized weight is zero"):
         quantize_block(block, Clock())
