@@ -22,6 +22,7 @@ from quantkit.checkpoint.records import FileRecord
 from quantkit.errors import ModelError
 from quantkit.formats.registry import Codec, codec_of
 from quantkit.models import families
+from quantkit.models.digests import digests
 from quantkit.models.tensors import (
     FLOATS,
     INDEX,
@@ -110,10 +111,12 @@ def check_files(path: Path, verify: bool = False) -> Checked:
 
 def check_digests(path: Path, files: Mapping[str, FileRecord]) -> None:
     """ModelError unless every listed file has its sha256; names the damaged tensors of a weight file."""
-    for name, entry in files.items():
+    for name in files:
         if not (path / name).is_file():
             raise ModelError(f"{path}: {name} is missing; {REMOVE}")
-        if digest_file(path / name) != entry.sha256:
+    found = digests([path / name for name in files])
+    for (name, entry), digest in zip(files.items(), found, strict=True):
+        if digest != entry.sha256:
             raise ModelError(
                 f"{path}: {name} is damaged or was changed{damage(path / name, entry)}; {REMOVE}"
             )

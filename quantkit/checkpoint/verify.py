@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantkit.checkpoint.check import damage, digest_file
+from quantkit.checkpoint.check import damage
 from quantkit.checkpoint.manifest import AGAIN
 from quantkit.checkpoint.records import FileRecord, TensorRecord
 from quantkit.checkpoint.shards import Written
@@ -24,6 +24,7 @@ from quantkit.device import find_device
 from quantkit.errors import ModelError, VerificationError
 from quantkit.formats.registry import Codec
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.models.digests import digests
 from quantkit.models.json_reader import read_json
 from quantkit.models.tensors import INDEX, named
 from quantkit.numerics.inputs import InputScale, round_inputs
@@ -183,12 +184,13 @@ def verify_checkpoint(
     output: Path, files: Mapping[str, FileRecord], account: Mapping[str, TensorRecord]
 ) -> None:
     """VerificationError unless the folder holds exactly what the manifest's `files` and `tensors` say."""
-    for name, entry in files.items():
-        path = output / name
-        if not path.is_file():
+    for name in files:
+        if not (output / name).is_file():
             raise VerificationError(f"{output}: {name} is missing; {AGAIN}")
-        if path.stat().st_size != entry.bytes or digest_file(path) != entry.sha256:
-            where = damage(path, entry)
+    found = digests([output / name for name in files])
+    for (name, entry), digest in zip(files.items(), found, strict=True):
+        if digest != entry.sha256:
+            where = damage(output / name, entry)
             raise VerificationError(f"{output}: {name} is not the file that was written{where}; {AGAIN}")
     stray = {each.name for each in output.glob("*.safetensors")} - files.keys()
     if stray:

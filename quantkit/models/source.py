@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +19,7 @@ import torch
 
 from quantkit.errors import ModelError
 from quantkit.models.config import MODEL_FREE, open_config
+from quantkit.models.digests import digests
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import OfExpert, TensorInfo, torch_dtype
 
@@ -160,8 +160,12 @@ class Source:
         info = self.raw(name)
         stored, columns = torch_dtype(info.dtype), info.shape[1]
         raw = torch.empty((last - first, columns), dtype=stored)
+        start = first * columns * stored.itemsize
         with self._open(info) as file:
-            self._read(file.fileno(), raw.view(-1), info, first * columns * stored.itemsize)
+            self._read(file.fileno(), raw.view(-1), info, start)
+            if hasattr(os, "posix_fadvise"):  # what follows is wanted next, and is read meanwhile
+                after = info.offset + start + raw.nbytes
+                os.posix_fadvise(file.fileno(), after, raw.nbytes, os.POSIX_FADV_WILLNEED)
         out = raw.float()
         if not _finite(out):
             self._refuse(info, raw, out.dtype)
@@ -199,20 +203,9 @@ class Source:
         total = hashlib.sha256()
         present = [self.path / name for name in HASHED if (self.path / name).is_file()]
         paths = present + self.headers.files
-        done, said = 0, time.monotonic()
-        piece = memoryview(bytearray(CHUNK_BYTES))
         try:
-            size = sum(path.stat().st_size for path in paths)
-            for path in paths:
-                content = hashlib.sha256()
-                with path.open("rb", buffering=0) as file:
-                    while got := file.readinto(piece):
-                        content.update(piece[:got])
-                        done += got
-                        if time.monotonic() - said > 1:
-                            told(min(1.0, done / size))
-                            said = time.monotonic()
-                total.update(f"{path.name} {content.hexdigest()}\n".encode())
+            for path, content in zip(paths, digests(paths, told), strict=True):
+                total.update(f"{path.name} {content}\n".encode())
         except OSError as error:
             raise ModelError(f"{error.filename or self.path} cannot be read: {error.strerror}") from error
         return total.hexdigest()

@@ -16,10 +16,8 @@ from quantkit_eval.text import Text, check_sources
 
 from quantkit import assets
 from quantkit.calibration.ranks import ALONE, Ranks
-from quantkit.checkpoint.load import load
 from quantkit.device import launch
 from quantkit.errors import DataError
-from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import Headers
 from quantkit.pipeline.cache import cache_limit, evaluation_cache
 
@@ -104,6 +102,9 @@ def evaluate_pair(
     original's files; what the original computes is kept under it for later runs. message: prints a line.
     progress(done, total): called after every batch of windows. ranks: the processes that share the windows.
     """
+    from quantkit.checkpoint.load import load  # here: these import models, which most of a run does not need
+    from quantkit.layers.kv_cache import cache_of
+
     needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
     needed *= launch().beside if ranks.size > 1 else 1
     if device.type == "cpu" and not all(ranks.gather(needed <= _available())):

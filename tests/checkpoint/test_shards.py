@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint.shards import check_numbers, shard_name, write_atomically, write_json, write_shard
+from quantkit.checkpoint import shards
+from quantkit.checkpoint.shards import (
+    Streamed,
+    check_numbers,
+    shard_name,
+    write_atomically,
+    write_json,
+    write_shard,
+)
 from quantkit.errors import ModelError, NumericalError, OutputError
 from quantkit.models.tensors import SINGLE, read_tensors
 
@@ -91,6 +99,45 @@ def test_a_write_that_fails_keeps_the_old_file_and_no_temporary_one(tmp_path, er
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
         write_atomically(file, fail(error))
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"f": b"old"}
+
+
+def test_what_the_writing_thread_meets_comes_out(tmp_path, monkeypatch):
+    def full(self, file):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(shards._Writeback, "__call__", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_shard(tmp_path / "s.safetensors", {"a": torch.ones(4)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_bytes_wait_to_be_written(tmp_path, monkeypatch):
+    """Pieces are made while others are written, but never so many that memory grows with the file."""
+    monkeypatch.setattr(shards, "_AHEAD", 3000)
+    crc32, written, ahead = zlib.crc32, [0], []
+
+    def counted(piece, crc):
+        written[0] += len(piece)
+        return crc32(piece, crc)
+
+    def pieces():
+        for made in range(40):
+            ahead.append(made * 1000 - written[0])
+            yield torch.full((1000,), made, dtype=torch.uint8)
+
+    monkeypatch.setattr(shards.zlib, "crc32", counted)
+    write_shard(tmp_path / "s.safetensors", {"a": Streamed("U8", (40_000,), pieces)})
+    assert max(ahead) <= 3000
+    wanted = bytes(n for n in range(40) for _ in range(1000))
+    assert load_file(tmp_path / "s.safetensors")["a"].numpy().tobytes() == wanted
+
+
+def test_the_disk_begins_before_the_end(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(shards, "_PIECE", 4000)
+    monkeypatch.setattr(shards, "_sync_file_range", lambda: lambda fd, *range: begun.append(range))
+    write_atomically(tmp_path / "f", (b"x" * 1500 for _ in range(7)))
+    assert begun == [(0, 4500, 2), (4500, 4500, 2)]
 
 
 @pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "--output")])

@@ -144,7 +144,7 @@ def test_hashing_tells_how_far_it_is(tmp_path, monkeypatch):
     """Reading a big source takes minutes: the display hears of it, with shares that grow to at most 1."""
     tiny_models.save(tiny_models.FAMILIES["llama"](), tmp_path, max_shard_size="40KB")
     seconds = iter(range(0, 10_000, 2))
-    monkeypatch.setattr("quantkit.models.source.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("quantkit.models.digests.time.monotonic", lambda: next(seconds))
     shares = []
     source = Source(read_checkpoint(tmp_path))
     digest = source.digest(shares.append)

@@ -88,7 +88,7 @@ def test_a_sweep_evaluates_the_original_once(arguments, tmp_path, caching, monke
         block.register_forward_hook(lambda *_: runs.append("packed" if "out" in str(path) else "original"))
         return model
 
-    monkeypatch.setattr("quantkit.pipeline.evaluation.load", counting)
+    monkeypatch.setattr("quantkit.checkpoint.load.load", counting)
     reports = {}
     for name, changes in (("a", {}), ("b", {"overrides": ["weights.bits=8"]}), ("c", {"overrides": []})):
         given = arguments("rtn", tmp_path / f"out-{name}") | {"evaluate": True, "eval_tokens": 640} | changes
