@@ -137,7 +137,10 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     return (
         "## A mixture of experts\n\n"
         "bookworm-moe-6m: 4 blocks of 8 experts, 2 per token; symmetric weights, routers as they are. "
-        f"{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n"
+        "Runs and evaluation are those of the first tables. An expert is calibrated on the tokens that the router "
+        "sends to it (routed), or on every token of its layer (all). The rival's GPTQ, if it was run, has its default "
+        "options and the same windows, every expert sees every token, and its checkpoint is evaluated in the same way."
+        "\n\n"
         f"Made by `python -m quantkit.bench.quality.mixtures` on {where['cpu']}, torch {where['torch']}, "
         f"{where['threads']} thread(s), commit {commits}, {where['date'][:10]}.\n\n"
         "| scheme | method | perplexity | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
