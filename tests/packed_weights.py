@@ -47,3 +47,24 @@ def same(a: Stored, b: Stored) -> bool:
             mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]) for name in mine
         )
     )
+
+
+def exact_weight(bits: int, n: int, k: int, group: int, symmetric: bool) -> Stored:
+    """Stored tensors whose scales are powers of two, negative ones and zeros among them."""
+    g = torch.Generator().manual_seed(bits * n + k)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
+    scale = 2.0 ** -torch.randint(0, 3, (n, k // group), generator=g) * torch.randint(
+        -1, 2, (n, k // group), generator=g
+    )
+    zero = None
+    if not symmetric:
+        zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
+        zero = pack_bits(zero, bits).T.contiguous()
+    return Stored(
+        pack_bits(codes, bits), scale.to(torch.float16), zero, Spec.integer(bits, group, symmetric, n, k)
+    )
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Small integers: with them every sum of products is exact in fp32, in any order."""
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()

@@ -50,13 +50,15 @@ class QuantExperts(nn.Module):
         wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
         if wants_gradient or hidden.is_meta or is_compiling() or not index.numel():
             return self._one_by_one(hidden, index, weights)
-        calls = self._calls or self._bind()
+        calls, count = self._calls or self._bind(), unfused.shape.experts
         chosen = index.reshape(-1)
-        counts = torch.bincount(chosen, minlength=unfused.shape.experts)
-        if calls is None or len(counts) > unfused.shape.experts:  # an expert that is somewhere else
-            return self._one_by_one(hidden, index, weights)
-        offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
         order = chosen.argsort(stable=True)  # by expert, (T K)
+        offsets = torch.searchsorted(chosen[order], torch.arange(count + 1, device=index.device))
+        elsewhere = hidden.device.type == "cpu" and int(offsets[-1]) < len(
+            chosen
+        )  # on a GPU nothing is waited for
+        if calls is None or elsewhere:
+            return self._one_by_one(hidden, index, weights)
         rows = order // index.shape[1]
         both = calls[0](hidden, rows, offsets)  # (T K, I or 2 I)
         out = calls[1](

@@ -68,6 +68,14 @@ EIGHT_BITS = [
     (("decode", 100, "fp8_e4m3", "bf16", True, False, 4, 128), 5.4),
 ]
 
+# The experts of a mixture: (arch, bits, activations, zeros, fp8, group, slots, N, K, experts)
+GROUPED = [
+    (("grouped", 80, 4, "bf16", True, False, 128, 8, 1536, 2048, 64), 3.8),
+    (("grouped", 90, 4, "bf16", False, False, 128, 8, 1536, 2048, 64), 3.2),
+    (("grouped", 90, 8, "bf16", False, True, 128, 4096, 2048, 768, 64), 5.0),
+    (("grouped", 100, 4, "bf16", True, False, 128, 1024, 1536, 2048, 128), 3.05),
+]
+
 # What rounds: entries of a cache (arch, number, their type, stored scales, head dim), and inputs (arch, number, their
 # type, columns per scale or 0, a stored scale, a zero point).
 ROUNDING = [
@@ -93,7 +101,7 @@ def reports():
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
     linears = [case for case, _ in CASES] + AMD
-    eights = [case for case, _ in EIGHT_BITS] + ROUNDING
+    eights = [case for case, _ in EIGHT_BITS + GROUPED] + ROUNDING
     cases = [("linear", *case) for case in linears] + eights
     done = subprocess.run(
         child, env=environment, input=json.dumps(cases), capture_output=True, text=True, check=False
@@ -120,9 +128,9 @@ def test_compiled_kernel_fits(reports, case, limit):
 
 
 @pytest.mark.parametrize(
-    ("case", "limit"), EIGHT_BITS, ids=lambda v: "-".join(map(str, v)) if type(v) is tuple else ""
+    ("case", "limit"), EIGHT_BITS + GROUPED, ids=lambda v: "-".join(map(str, v)) if type(v) is tuple else ""
 )
-def test_compiled_kernels_of_8_bits_fit(reports, case, limit):
+def test_compiled_kernels_of_8_bits_and_of_experts_fit(reports, case, limit):
     report = reports[case]
     assert report["stack"] == 0, report
     assert report["shared"] <= SHARED[case[1]], report

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_8bit.py"])
+@pytest.mark.parametrize(
+    "name", ["triton_interpreted.py", "triton_interpreted_8bit.py", "triton_interpreted_grouped.py"]
+)
 def test_interpreted_kernels_equal_the_reference(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     file = Path(__file__).with_name(name)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-from quantkit_kernels.triton import kv_op, scaled_op
+from quantkit_kernels.triton import grouped_op, kv_op, scaled_op
 from quantkit_kernels.triton.configs import rule
+from quantkit_kernels.triton.grouped import grouped_kernel
 from quantkit_kernels.triton.kv import decode_kernel, write_kernel
 from quantkit_kernels.triton.launch import constants
 from quantkit_kernels.triton.layout import geometry
@@ -54,6 +55,21 @@ def compile_linear(arch, bits, activations, zeros, fp8, group, m, n, k):
     pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "parts": "*fp32", "tickets": "*i32"}
     kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations) | dict.fromkeys(INTEGERS, "i32")
     kernel = compiled(linear_kernel, arch, fixed, kinds, NOT_SIXTEENS, config.warps, config.stages)
+    return kernel, config, config.bn * cut.chunk * config.unroll
+
+
+def compile_grouped(arch, bits, activations, zeros, fp8, group, slots, n, k, experts):
+    """As `compile_linear`, of the experts of a mixture."""
+    cut = geometry(bits, group, k)
+    config = grouped_op.config_of(bits, slots, experts, n, cut, 132, arch // 10)
+    fixed = constants(bits, zeros, fp8, group, k, activations, "bf16", arch // 10 == 10)
+    fixed |= {"BM": config.bm, "BN": config.bn, "UNROLL": config.unroll, "EP": experts}
+    fixed |= {"HAS_BIAS": True, "STAGES": config.stages}
+    pointers = {"codes": "*u8", "zeros": "*i32", "scales": "*i32", "index": "*i64", "offsets": "*i64"}
+    kinds = pointers | dict.fromkeys(("x", "bias", "y"), "*" + activations)
+    kinds |= dict.fromkeys(("experts", "n", "k", "ldx", "words", "chunks", "trips"), "i32")
+    odd = ("experts", "words", "chunks", "trips", "offsets")
+    kernel = compiled(grouped_kernel, arch, fixed, kinds, odd, config.warps, config.stages)
     return kernel, config, config.bn * cut.chunk * config.unroll
 
 
@@ -127,6 +143,7 @@ class Launch(NamedTuple):
 
 COMPILE = {
     "linear": compile_linear,
+    "grouped": compile_grouped,
     "scaled": compile_scaled,
     "decode": compile_decode,
     "write": compile_write,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_mended
-from quantkit_kernels import Spec, Stored, pack_bits
+from packed_weights import exact_weight, integers
 from quantkit_kernels.reference.wna16_linear import dequantize as reference_dequantize
 from quantkit_kernels.triton import layout, selfcheck
 from quantkit_kernels.triton.configs import Config
@@ -15,27 +15,6 @@ from racing import race
 from wrong_arguments import refusals
 
 assert triton_mended
-
-
-def exact_weight(bits, n, k, group, symmetric):
-    """Stored tensors whose scales are powers of two, negative ones and zeros among them."""
-    g = torch.Generator().manual_seed(bits * n + k)
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=g)
-    scale = 2.0 ** -torch.randint(0, 3, (n, k // group), generator=g) * torch.randint(
-        -1, 2, (n, k // group), generator=g
-    )
-    zero = None
-    if not symmetric:
-        zero = torch.randint(0, 2**bits, (k // group, n), dtype=torch.uint8, generator=g)
-        zero = pack_bits(zero, bits).T.contiguous()
-    return Stored(
-        pack_bits(codes, bits), scale.to(torch.float16), zero, Spec.integer(bits, group, symmetric, n, k)
-    )
-
-
-def integers(*shape, seed=0):
-    """Small integers: with them every sum of products is exact in fp32, in any order."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 # bits, N, K, group: several groups per chunk, several chunks per group, groups that straddle chunks, ragged N and K

@@ -154,6 +154,15 @@ def test_linears_that_were_replaced_are_used():
     torch.testing.assert_close(found[0], layer.unfused.run(0, torch.ones(1, 64))[0])
 
 
+def test_a_choice_that_is_no_expert_goes_through_the_loop():
+    """As with experts on other processes, whose tokens get nothing here."""
+    model = tiny()
+    lay_out(model, "cpu")
+    layer, x = fused(model)[0], torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    found = layer(x, torch.tensor([[0, 4], [1, 4]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert torch.equal(found, layer(x, torch.tensor([[0], [1]]), torch.ones(2, 1)))
+
+
 def test_no_tokens():
     model = tiny()
     lay_out(model, "cpu")

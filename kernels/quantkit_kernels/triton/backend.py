@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 
-from quantkit_kernels.backend import Backend, Verdict
+from quantkit_kernels.backend import Backend, GroupedCall, Verdict
 from quantkit_kernels.stored import Layout, Spec, Stored
 from quantkit_kernels.triton import scaled_layout
-from quantkit_kernels.triton.launch import DTYPES, tickets
-from quantkit_kernels.triton.layout import build, reads_by_row, restore
+from quantkit_kernels.triton.configs import table
+from quantkit_kernels.triton.grouped_op import stack, triton_grouped_linear
+from quantkit_kernels.triton.launch import DTYPES, chip, tickets
+from quantkit_kernels.triton.layout import ROWS, build, reads_by_row, restore
 from quantkit_kernels.triton.op import triton_linear
 from quantkit_kernels.triton.scaled_op import triton_scaled_linear
 from quantkit_kernels.triton.selfcheck import verdict
@@ -49,6 +52,41 @@ class TritonBackend(Backend):
         return triton_linear(
             x, codes, scales, tensors.get("zeros"), bias, spec.bits, spec.group_size, spec.n, spec.k
         )
+
+    def bind_grouped(
+        self,
+        layouts: Sequence[Layout],
+        bias: Callable[[int], torch.Tensor | None],
+        each: int,
+        dtype: torch.dtype,
+    ) -> GroupedCall:
+        """As in `Backend`, in one launch; with inputs in 8 bits, or as many tokens as W is written out for, one by one.
+
+        The tensors of the layouts become parts of one tensor, without a second copy.
+        """
+        one_by_one = super().bind_grouped(layouts, bias, each, dtype)
+        spec = layouts[0].spec
+        if spec.inputs != "float" or (each > 1 and spec.n % ROWS):
+            return one_by_one
+        codes, scales, *zeros = stack(layouts, each)
+        experts, most = len(layouts) // each, table(chip(codes.device)[0]).dequantize_from
+        facts = (spec.bits, spec.group_size, each * spec.n, spec.k)
+
+        def call(x: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            if len(rows) >= most * experts or (x.requires_grad and torch.is_grad_enabled()):
+                return one_by_one(x, rows, offsets)
+            biases = [bias(i) for i in range(len(layouts))]
+            given = x.to(dtype)
+            added = None
+            if any(one is not None for one in biases):
+                none = given.new_zeros(spec.n)
+                added = torch.stack([none if one is None else one.to(dtype) for one in biases]).view(
+                    experts, -1
+                )
+            parts = (codes, scales, zeros[0] if zeros else None, added)
+            return triton_grouped_linear(given, rows, offsets, *parts, *facts).to(x.dtype)
+
+        return call
 
     def restore(self, layout: Layout) -> Stored:
         if layout.spec.inputs != "float":

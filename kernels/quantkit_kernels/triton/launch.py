@@ -89,7 +89,7 @@ def constants(
 
 
 @cache
-def _plan(
+def plan(
     device: torch.device,
     bits: int,
     zero: bool,
@@ -175,7 +175,7 @@ def launched(
 
     fp8 = codes.dtype == torch.float8_e4m3fn
     kind = None if torch.version.hip or x.device.type != "cuda" else KINDS.get(x.dtype)
-    fixed = _plan(
+    fixed = plan(
         x.device, bits, zeros is not None, fp8, group_size, n, k, kind, scales.dtype, is_by_row(codes)
     )
     chunks, words = codes.shape[1], scales.shape[1]
@@ -231,7 +231,7 @@ def written_out(
     from quantkit_kernels.triton.linear import dequantize_kernel
 
     fp8 = codes.dtype == torch.float8_e4m3fn
-    fixed = _plan(
+    fixed = plan(
         codes.device, bits, zeros is not None, fp8, group_size, n, k, None, scales.dtype, is_by_row(codes)
     )
     names = ("BITS", "FP8", "ZERO", "SCALES", "GROUP", "H", "PLANES", "BY_ROW", "HAS_ZEROS")

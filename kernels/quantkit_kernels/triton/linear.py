@@ -144,18 +144,115 @@ def _float(word, g, SCALES: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, m, n_m, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
-    """x^T [H, BM] from column `at` on; 0 beyond x."""
+def _inputs(x, token, live, k, ldx, at, H: tl.constexpr, EVEN_K: tl.constexpr):
+    """x^T [H, BM] of rows `token` from column `at` on; 0 where they are not live, and beyond x."""
     column = at + tl.arange(0, H)
-    mask = (m < n_m)[None, :]
+    mask = live[None, :]
     if not EVEN_K:
         mask = mask & (column < k)[:, None]
     return tl.load(
-        x + m.to(tl.int64)[None, :] * ldx + column[:, None],
+        x + token.to(tl.int64)[None, :] * ldx + column[:, None],
         mask=mask,
         other=0.0,
         eviction_policy="evict_last",
     )
+
+
+@triton.jit
+def products(
+    x,
+    codes,
+    scales,
+    zeros,
+    token,  # [BM], rows of x
+    live,  # [BM], which of them there are
+    block,  # 64 rows of the weight each, the first of the tile and the last of the weight
+    last,
+    stored,  # [BN], the first word of scales of each row
+    k,
+    ldx,
+    chunks,
+    begin,  # trips of this program
+    end,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    ZERO: tl.constexpr,
+    BASES: tl.constexpr,
+    SCALES: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    PLANES: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    RUN: tl.constexpr,
+    STEP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """W x^T [BN, BM] of a tile in fp32, over some trips; the arguments of `linear_kernel`."""
+    FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
+    HALVES: tl.constexpr = 2 if BITS == 3 else 1
+    CHUNK: tl.constexpr = H * FIELDS * HALVES
+    TRIP: tl.constexpr = CHUNK * UNROLL
+    SHARE: tl.constexpr = GROUP * (1 if SCALES == "fp32" else 2)  # columns of a word of scales
+    KIND: tl.constexpr = x.dtype.element_ty
+    zero = tl.full([BN], ZERO, tl.float32)
+    if HAS_ZEROS and GROUP == 0:
+        zero = _float(tl.load(zeros + stored), 0, SCALES)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for trip in tl.range(begin, end, num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
+            chunk = trip * UNROLL + u
+            high = None
+            if BITS == 3:
+                high = _plane(codes, block, last, chunk, chunks, 2, BN, H, PLANES, BY_ROW)
+            for half in tl.static_range(HALVES):
+                w = _plane(codes, block, last, chunk, chunks, half, BN, H, PLANES, BY_ROW)
+                part = tl.zeros([BN, BM], tl.float32)
+                for f in tl.static_range(FIELDS):
+                    at = chunk * CHUNK + (half * FIELDS + f) * H
+                    if GROUP > 0 and f % RUN == 0:
+                        g = _group(at, ((u * HALVES + half) * FIELDS + f) * H, TRIP, SHARE, GROUP)
+                        if TRIP % SHARE > 0 or (((u * HALVES + half) * FIELDS + f) * H) % SHARE == 0:
+                            word = stored + (at // SHARE) * 64
+                            s_word = tl.load(scales + word)
+                            if HAS_ZEROS:
+                                z_word = tl.load(zeros + word)
+                        scale = _float(s_word, g, SCALES)
+                        if HAS_ZEROS:
+                            zero = _float(z_word, g, SCALES)
+                    if ASM is None:
+                        v = _field(w, high, zero[:, None], f, half, BITS, FP8).to(KIND)
+                    else:
+                        if f % STEP == 0:
+                            vs = _fields(
+                                w,
+                                high,
+                                zero,
+                                (half * FIELDS + f) // STEP,
+                                ASM,
+                                STEP,
+                                BITS,
+                                BASES,
+                                HAS_ZEROS,
+                                KIND,
+                            )
+                        v = vs[f % STEP]
+                    xt = _inputs(x, token, live, k, ldx, at, H, EVEN_K)
+                    if GROUP == 0:
+                        acc = tl.dot(v, xt, acc, input_precision="ieee")
+                    else:
+                        part = tl.dot(v, xt, part, input_precision="ieee")
+                        if (f + 1) % RUN == 0:
+                            acc += part * scale[:, None]
+                            part = tl.zeros([BN, BM], tl.float32)
+    if GROUP == 0:
+        acc *= _float(tl.load(scales + stored), 0, SCALES)[:, None]
+    return acc
 
 
 @triton.jit
@@ -209,12 +306,6 @@ def linear_kernel(
     STAGES: tl.constexpr,
 ):
     """Program (tile of M fastest, tile of N, split): y[tile] = x W^T + bias."""
-    FIELDS: tl.constexpr = 1 if BITS == 8 else 4 if BITS < 4 else 2
-    HALVES: tl.constexpr = 2 if BITS == 3 else 1
-    CHUNK: tl.constexpr = H * FIELDS * HALVES
-    TRIP: tl.constexpr = CHUNK * UNROLL
-    SHARE: tl.constexpr = GROUP * (1 if SCALES == "fp32" else 2)  # columns of a word of scales
-    KIND: tl.constexpr = x.dtype.element_ty
     tiles_m = tl.cdiv(n_m, BM)
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -226,59 +317,41 @@ def linear_kernel(
     last = (n - 1) // 64
     stored = tl.minimum(block + tl.arange(0, BN) // 64, last) * words * 64 + rows % 64
 
-    zero = tl.full([BN], ZERO, tl.float32)
-    if HAS_ZEROS and GROUP == 0:
-        zero = _float(tl.load(zeros + stored), 0, SCALES)
-    acc = tl.zeros([BN, BM], tl.float32)
     each = tl.cdiv(trips, splits)
-    for trip in tl.range(split * each, tl.minimum(split * each + each, trips), num_stages=STAGES):
-        for u in tl.static_range(UNROLL):
-            chunk = trip * UNROLL + u
-            high = None
-            if BITS == 3:
-                high = _plane(codes, block, last, chunk, chunks, 2, BN, H, PLANES, BY_ROW)
-            for half in tl.static_range(HALVES):
-                w = _plane(codes, block, last, chunk, chunks, half, BN, H, PLANES, BY_ROW)
-                part = tl.zeros([BN, BM], tl.float32)
-                for f in tl.static_range(FIELDS):
-                    at = chunk * CHUNK + (half * FIELDS + f) * H
-                    if GROUP > 0 and f % RUN == 0:
-                        g = _group(at, ((u * HALVES + half) * FIELDS + f) * H, TRIP, SHARE, GROUP)
-                        if TRIP % SHARE > 0 or (((u * HALVES + half) * FIELDS + f) * H) % SHARE == 0:
-                            word = stored + (at // SHARE) * 64
-                            s_word = tl.load(scales + word)
-                            if HAS_ZEROS:
-                                z_word = tl.load(zeros + word)
-                        scale = _float(s_word, g, SCALES)
-                        if HAS_ZEROS:
-                            zero = _float(z_word, g, SCALES)
-                    if ASM is None:
-                        v = _field(w, high, zero[:, None], f, half, BITS, FP8).to(KIND)
-                    else:
-                        if f % STEP == 0:
-                            vs = _fields(
-                                w,
-                                high,
-                                zero,
-                                (half * FIELDS + f) // STEP,
-                                ASM,
-                                STEP,
-                                BITS,
-                                BASES,
-                                HAS_ZEROS,
-                                KIND,
-                            )
-                        v = vs[f % STEP]
-                    xt = _inputs(x, m, n_m, k, ldx, at, H, EVEN_K)
-                    if GROUP == 0:
-                        acc = tl.dot(v, xt, acc, input_precision="ieee")
-                    else:
-                        part = tl.dot(v, xt, part, input_precision="ieee")
-                        if (f + 1) % RUN == 0:
-                            acc += part * scale[:, None]
-                            part = tl.zeros([BN, BM], tl.float32)
-    if GROUP == 0:
-        acc *= _float(tl.load(scales + stored), 0, SCALES)[:, None]
+    acc = products(
+        x,
+        codes,
+        scales,
+        zeros,
+        m,
+        m < n_m,
+        block,
+        last,
+        stored,
+        k,
+        ldx,
+        chunks,
+        split * each,
+        tl.minimum(split * each + each, trips),
+        BITS,
+        FP8,
+        ZERO,
+        BASES,
+        SCALES,
+        GROUP,
+        H,
+        PLANES,
+        BY_ROW,
+        RUN,
+        STEP,
+        BM,
+        BN,
+        UNROLL,
+        EVEN_K,
+        HAS_ZEROS,
+        ASM,
+        STAGES,
+    )
 
     if SPLIT:
         mask = (m < n_m)[None, :]
