@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from quantkit.layers.quant_experts import QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
 from quantkit.models.experts import Experts, part_of
@@ -59,7 +60,7 @@ def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
     owner, _, rest = name.rpartition(".")
     owner, _, number = owner.rpartition(".")
     experts = loaded.get_submodule(owner) if number.isdecimal() else None
-    if not isinstance(experts, Experts):
+    if not isinstance(experts, Experts | QuantExperts):
         linear = model.get_submodule(name)
         weight = linear.get_parameter("weight").data
         return weight.T if type(linear).__name__ == "Conv1D" else weight
