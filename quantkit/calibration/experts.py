@@ -178,9 +178,14 @@ class ExpertsStage:
             self._mode, self.at = "run", None
 
     def finish(self) -> None:
-        """Every expert has given its outputs: they are replayed from now on."""
+        """Every expert with weights has given its outputs: with those of the others, they are replayed from now on."""
         self.done = True
         for routed in self._routed.values():
+            for expert in range(self.experts.shape.experts, self.experts.total):
+                tokens = routed.tokens(expert)
+                rows = routed.inputs(expert, tokens)
+                if rows is not None and len(tokens):  # it has no weights and hands on what it is given
+                    routed.add(expert, rows)
             routed.forget()
 
     def open(self, expert: int, device: torch.device) -> OneExpert:
@@ -224,13 +229,6 @@ class ExpertsStage:
             return x
         given: torch.Tensor = self.open(expert, device)(x)
         return given
-
-    def hand_on(self, at: At) -> None:
-        """Add the parts of the experts without weights in one chunk."""
-        routed = self._routed[at]
-        for expert in range(self.experts.shape.experts, self.experts.total):
-            if len(tokens := routed.tokens(expert)):
-                routed.add(expert, self._given(expert, routed, tokens, torch.device("cpu")))
 
 
 def expert_stages(

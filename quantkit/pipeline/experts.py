@@ -56,16 +56,16 @@ def quantize_experts(
 
 def _worked_on(one: ExpertRun, work: Work, options: ExpertsPart) -> BlockResult:
     """One expert, with a note for each of its linears where it saw too little."""
-    asked = one.plans
-    if not one.own:
+    asked, alone = one.plans, options.calibrate == "routed"
+    if alone and not one.own:
         one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn", refit=0)) for n, plan in asked.items()}
     result = work(one)
     for number, layer in enumerate(result.layers):
         plan = next(plan for plan in asked.values() if plan.name == layer.name)
         notes = []
-        if not one.own and plan.algorithm.name != "rtn":
+        if alone and not one.own and plan.algorithm.name != "rtn":
             notes = [NONE.format(plan.algorithm.name)]
-        elif 0 < one.own < _least(options, plan.shape[1]) and plan.algorithm.needs:
+        elif alone and 0 < one.own < _least(options, plan.shape[1]) and plan.algorithm.needs:
             notes = [FEW]
         details = layer.details | {"tokens": one.own}
         fallbacks = [*(layer.fallbacks or ()), *notes] or None

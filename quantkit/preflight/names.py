@@ -40,7 +40,9 @@ def siblings(subject: Subject, target: Target) -> Iterator[tuple[str, Finding]]:
                     f"{told}: {NAMES[target.engine]} holds them as one {fusion.fused}, which has one scheme"
                 )
                 remedy = "let the rules cover all of them"
-                if any(part.scheme is None for part in parts):  # maybe without a place in the model, so carried
+                if any(
+                    part.scheme is None for part in parts
+                ):  # maybe without a place in the model, so carried
                     packed = ", ".join(part.leaf for part in parts if part.scheme is not None)
                     remedy += f", or skip {packed} there"
                 where = source(target.engine, fusion.file)

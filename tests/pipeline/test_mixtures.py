@@ -160,7 +160,7 @@ def test_an_expert_is_calibrated_on_its_own_tokens(saved, tmp_path):
 def test_experts_that_see_little_or_nothing_are_told(saved, tmp_path):
     _, source = saved("mixtral")
     recipe = GPTQ | {"calibration": {"samples": 1, "sequence_length": 2}}
-    manifest = run(recipe, source, tmp_path)
+    manifest = run(recipe, source, tmp_path / "routed")
     tokens = [count for report in manifest.experts for count in report["tokens"]]
     assert 0 in tokens
     assert any(0 < count < 64 for count in tokens)
@@ -169,6 +169,10 @@ def test_experts_that_see_little_or_nothing_are_told(saved, tmp_path):
         wanted = FEW if layer.details["tokens"] else NONE.format("gptq")
         assert wanted in layer.fallbacks
         assert layer.algorithm == ("gptq" if layer.details["tokens"] else "rtn")
+    every = run(recipe | {"experts": {"calibrate": "all"}}, source, tmp_path / "all")
+    assert not [
+        layer.name for layer in every.layers if {FEW, NONE.format("gptq")} & {*(layer.fallbacks or ())}
+    ]
     unseen = 3 * sum(report["unseen"] for report in manifest.experts)
     told = [note for note in manifest.notes if NONE.format("gptq") in note]
     assert sum(int(note.split()[0]) for note in told) == unseen
