@@ -25,6 +25,7 @@ from quantkit.models import families
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import GENERATION, check_sizes, open_config, quantization_config, read_config
+from quantkit.models.experts import run_eagerly
 from quantkit.models.headers import resolve_model
 from quantkit.models.skeleton import misfits
 from quantkit.models.tensors import TensorInfo, named, read_tensors, stored_dtype
@@ -96,6 +97,7 @@ def load(
         raise BackendError(
             f"{path} has no packed linears that backend {backend!r} could run with {compute!r}"
         )
+    run_eagerly(model)
     if cache is not None:
         attach(model, cache, None if cache.dynamic else kv.scales_of(model))
     model.eval()

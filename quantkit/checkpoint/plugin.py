@@ -28,10 +28,11 @@ from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
-from quantkit.models.experts import STACKS, Experts, unfuse
+from quantkit.models.experts import STACKS, Experts
 from quantkit.models.places import Place, find_places
 from quantkit.models.skeleton import find_blocks
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
+from quantkit.models.unfuse import unfuse
 from quantkit.scheme import Scheme
 
 if TYPE_CHECKING:

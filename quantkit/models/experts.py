@@ -9,18 +9,14 @@ is asked of it and never known by family, and that both compute the same is prov
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-
-from quantkit.errors import ModelError
-from quantkit.models.places import Place, Places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +27,6 @@ ROLES = {
     "down": "down_proj",
 }  # role -> its name where the disk gives none
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of transformers' modules
-_UNFUSED = re.compile(r"^(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$")
-_STACKED = re.compile(r"^(gate_up_proj|up_proj|down_proj)(_bias)?$")
-_TOLERANCE = 1e-6  # of the proof, relative; it runs in float64, but some families add up in fp32
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,22 @@ class Experts(nn.Module):
     def _answered(self) -> Callable[..., torch.Tensor] | None:
         found: Callable[..., torch.Tensor] | None = self.__dict__["answer"]
         return found
+
+    @torch.no_grad()
+    def with_weights(self, stacked: nn.Module) -> Experts:
+        """Such experts with the weights of a stacked module that is loaded, which may be let go of afterwards."""
+        made = type(self)(self.__dict__["stacked"], self.names)
+        for number in range(self.shape.experts):
+            for role in self.names:
+                linear = made.linear(number, role)
+                for leaf, _ in list(linear.named_parameters()):
+                    held = stacked.get_parameter(stack_of(role, leaf, self.shape))
+                    own = part_of(held, number, role, leaf, self.shape).clone()
+                    setattr(linear, leaf, nn.Parameter(own, requires_grad=False))
+        for name, module in stacked.named_children():
+            if name in made._modules:
+                made.add_module(name, module)
+        return made.eval()
 
     def linear(self, expert: int, role: str) -> nn.Module:
         """One linear of one expert."""
@@ -208,6 +217,16 @@ def is_stacked(module: nn.Module) -> bool:
     return down is not None and down.dim() == 3 and known and not isinstance(module, Experts)
 
 
+def run_eagerly(model: PreTrainedModel) -> None:
+    """Let transformers run experts one by one, as quantkit does: in another order of adding up, a router in doubt sends
+    tokens elsewhere, and models could not be compared.
+    """
+    with contextlib.suppress(
+        AttributeError, ValueError
+    ):  # classes that know no other way do not let it be chosen
+        model.set_experts_implementation("eager")
+
+
 def shape_of(stacked: nn.Module) -> Shape:
     """What a stacked module says of itself; see `Shape`."""
     down = stacked.get_parameter("down_proj")
@@ -228,114 +247,6 @@ def shape_of(stacked: nn.Module) -> Shape:
     )
 
 
-def unfuse(model: PreTrainedModel, places: Places, only: frozenset[str] | None = None) -> Places:
-    """Put `Experts` in place of the stacked modules of the language model; the places of their linears' tensors.
-
-    Linears are called as on disk, or `gate_proj`, `up_proj` and `down_proj` where the disk stacks them too. only: names
-    on disk, without leaf, of the linears whose modules are meant; None: all. ModelError if tensors on disk are made
-    into experts in a way that is not understood, or if `Experts` does not compute what the stacked module does.
-    """
-    by_disk, proved = dict(places.by_disk), set()
-    for name, stacked in list(model.named_modules()):
-        if not is_stacked(stacked) or not places.in_text(name):
-            continue
-        found, names = _tensors(name, stacked, places)
-        if only is not None and not any(disk.rpartition(".")[0] in only for disk in found):
-            continue
-        if not found:
-            raise ModelError(
-                f"{name} ({type(stacked).__name__}): the tensors of its experts are not one per expert and linear; "
-                "this layout is not supported"
-            )
-        contract = inspect.signature(type(stacked).forward).parameters
-        experts = (Experts if len(contract) > 2 or "args" in contract else SlottedExperts)(stacked, names)
-        if type(stacked) not in proved:
-            prove(stacked, type(experts), names)
-            proved.add(type(stacked))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, experts)
-        by_disk |= {disk: Place(disk, parameter, "linear", "Linear") for disk, parameter in found.items()}
-    by_parameter: dict[str, tuple[Place, ...]] = {}
-    for place in by_disk.values():
-        if place.parameter is not None:
-            by_parameter[place.parameter] = (*by_parameter.get(place.parameter, ()), place)
-    kept = {
-        name: parts for name, parts in places.by_parameter.items() if any(by_disk[p.disk] == p for p in parts)
-    }
-    return replace(places, by_disk=by_disk, by_parameter=kept | by_parameter)
-
-
-def _tensors(name: str, stacked: nn.Module, places: Places) -> tuple[dict[str, str], dict[str, str]]:
-    """(tensor on disk -> parameter of `Experts`, role -> name of its linears) for the stacked module `name`."""
-    found: dict[str, str] = {}
-    names = {role: leaf for role, leaf in ROLES.items() if role != "gate" or shape_of(stacked).gated}
-    for parameter in stacked._parameters:
-        match = _STACKED.match(parameter)
-        for place in places.by_parameter.get(f"{name}.{parameter}", ()):
-            if match is None or place.index is None or place.opaque:
-                continue
-            own = place.disk.split(".")
-            leaf = "bias" if match[2] else own.pop()
-            role = {"down_proj": "down", "up_proj": "up"}.get(match[1])
-            role = role or ("gate" if place.rows is not None and place.rows[0] == 0 else "up")
-            names[role] = own[-1]
-            found[place.disk] = f"{name}.{place.index}.{own[-1]}.{leaf}"
-    for disk in places.extra():
-        match = _UNFUSED.match(disk)
-        if match and places.in_model(match[1]) == name:
-            found[disk] = f"{name}.{match[2]}.{match[3]}.{match[4]}"
-    return found, names
-
-
-@torch.no_grad()
-def prove(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) -> None:
-    """ModelError unless `Experts` gives what the stacked module gives, on small random weights and tokens, in float64.
-
-    The small module is a copy of the stacked one with its sizes changed wherever they stand in it.
-    """
-    with torch.device("cpu"):  # a model is loaded under a device of its own
-        off = _difference(stacked, unfused, names)
-    if not off < _TOLERANCE:
-        raise ModelError(
-            f"{type(stacked).__name__}: its experts, taken apart, give another output (relative difference {off:.2g}); "
-            "this kind of experts is not supported"
-        )
-
-
-def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) -> float:
-    """The largest relative difference of `prove`."""
-    small, shape = _small(stacked)
-    experts = unfused(small, names)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in small.parameters(recurse=False):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    for number in range(shape.experts):
-        for role in names:
-            linear = experts.linear(number, role)
-            for leaf, _ in list(linear.named_parameters()):
-                value = part_of(small.get_parameter(_holder(role, leaf, shape)), number, role, leaf, shape)
-                setattr(linear, leaf, nn.Parameter(value.clone(), requires_grad=False))
-    tokens = 12
-    hidden = torch.randn(tokens, shape.hidden, generator=generator, dtype=torch.float64)
-    if unfused is SlottedExperts:
-        hidden = hidden.repeat(shape.experts, 1)
-        hidden[::3] = 0
-        given: tuple[torch.Tensor, ...] = (hidden,)
-    else:
-        scores = torch.rand(tokens, experts.total, generator=generator, dtype=torch.float64)
-        weights, index = scores.topk(min(2, experts.total), -1)
-        given = (hidden, index, weights)
-    try:
-        forward = getattr(type(stacked).forward, "__wrapped__", type(stacked).forward)
-        wanted, got = forward(small, *given), experts(*given)
-        return float((wanted - got).abs().max() / wanted.abs().max())
-    except Exception as error:
-        raise ModelError(
-            f"{type(stacked).__name__} does not run with experts taken apart: {type(error).__name__}: {error}; "
-            "this kind of experts is not supported"
-        ) from error
-
-
 def part_of(stacked: torch.Tensor, expert: int, role: str, leaf: str, shape: Shape) -> torch.Tensor:
     """The weight [N, K] or bias [N] of one linear, a view of a stacked parameter [E, ...]."""
     own = stacked[expert]
@@ -347,47 +258,7 @@ def part_of(stacked: torch.Tensor, expert: int, role: str, leaf: str, shape: Sha
     return own[first::2] if shape.interleaved else own.chunk(2)[first]
 
 
-def _holder(role: str, leaf: str, shape: Shape) -> str:
+def stack_of(role: str, leaf: str, shape: Shape) -> str:
     """The stacked parameter that holds a linear's weight or bias."""
     name = "down_proj" if role == "down" else "gate_up_proj" if shape.gated else "up_proj"
     return name if leaf == "weight" else f"{name}_bias"
-
-
-def _small(stacked: nn.Module) -> tuple[nn.Module, Shape]:
-    """(a copy with three experts of few features in float64, its shape)."""
-    shape = shape_of(stacked)
-    width = 4
-    hidden = width if shape.hidden == shape.width else 2 * width if shape.hidden == 2 * shape.width else 6
-    sizes = {2 * shape.width: 2 * width, shape.hidden: hidden, shape.width: width}
-    few = min(3, shape.experts)
-    small = copy.copy(stacked)
-    small.__dict__.update(_parameters={}, _modules=dict(stacked._modules), _buffers=dict(stacked._buffers))
-    extra = int(getattr(stacked, "total_experts", shape.experts)) - shape.experts
-    counts = {shape.experts + extra: few + extra, shape.experts: few}
-    for name, value in list(vars(small).items()):
-        if type(value) is int:
-            number = counts.get(value, value) if "expert" in name else sizes.get(value, value)
-            setattr(small, name, number)
-    for name, parameter in stacked.named_parameters(recurse=False):
-        first, *rest = parameter.shape
-        changed = [counts.get(first, first), *(sizes.get(size, size) for size in rest)]
-        small._parameters[name] = nn.Parameter(
-            torch.empty(changed, dtype=torch.float64, device="cpu"), requires_grad=False
-        )
-    for name, module in stacked._modules.items():
-        if module is not None and any(True for _ in module.parameters()):
-            small._modules[name] = _small_norm(module, sizes)
-    return small, shape_of(small)
-
-
-def _small_norm(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
-    """A copy of a norm with vectors of the small size."""
-    made = copy.deepcopy(module)
-    for each in made.modules():
-        for name, parameter in each._parameters.items():
-            if parameter is not None:
-                size = [sizes.get(n, n) for n in parameter.shape]
-                each._parameters[name] = nn.Parameter(
-                    torch.ones(size, dtype=torch.float64), requires_grad=False
-                )
-    return made

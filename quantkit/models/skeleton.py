@@ -22,10 +22,11 @@ from quantkit.models.blocks import NUMBERED, predicts_further
 from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import MODEL_FREE
-from quantkit.models.experts import Experts, unfuse
+from quantkit.models.experts import Experts
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
 from quantkit.models.tensors import TensorInfo, named, torch_dtype
+from quantkit.models.unfuse import unfuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

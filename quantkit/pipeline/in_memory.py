@@ -22,6 +22,7 @@ from quantkit.layers.kv_cache import attach
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
+from quantkit.models.experts import Experts
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.block import BlockResult
@@ -57,6 +58,7 @@ def quantize_in_memory(
     """
     run = prepared(recipe, model, None, overrides, device, None, progress or Silent(), in_memory=True)
     loaded = load(run.source.headers.path, device=str(run.device), dtype=dtype)
+    _take_apart(run, loaded)
     produce(run, _Into(run, loaded))
     lay_out(loaded, backend)
     cache = run.recipe.kv_cache
@@ -68,6 +70,14 @@ def quantize_in_memory(
     run.progress.finish()
     loaded.eval()
     return loaded
+
+
+def _take_apart(run: Run, model: nn.Module) -> None:
+    """Give every expert of a loaded mixture linears of its own, as the skeleton has them, where one is planned."""
+    planned = {layer.module for layer in run.plan.layers}
+    for name, experts in run.model.named_modules():
+        if isinstance(experts, Experts) and any(each.startswith(f"{name}.") for each in planned):
+            model.set_submodule(name, experts.with_weights(model.get_submodule(name)))
 
 
 def _refuse(schemes: list[str], *_: Any, **__: Any) -> NoReturn:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from quantkit.errors import ModelError
-from quantkit.models.experts import ROLES, Experts, SlottedExperts, chosen, prove, shape_of
+from quantkit.models.experts import ROLES, Experts, SlottedExperts, chosen, shape_of
+from quantkit.models.experts_proof import prove
 
 
 def test_the_chosen_experts_of_every_token():

@@ -240,3 +240,17 @@ def test_only_the_loaded_experts_lie_in_memory(saved, tmp_path):
     assert linears
     assert all(linear.weight.is_meta for linear in linears)
     assert expert_stages(block, {}, {}, lambda name: None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_in_memory_and_saved_again_it_is_the_same_model(name, saved, tmp_path):
+    _, source = saved(name)
+    run(GPTQ, source, tmp_path / "out")
+    ids = tiny_models.ids(16)
+    loaded = quantkit.load(tmp_path / "out", device="cpu")
+    wanted = loaded(input_ids=ids).logits
+    made = quantkit.quantize_in_memory(GPTQ, source, device="cpu")
+    assert torch.equal(made(input_ids=ids).logits, wanted)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(quantkit.load(tmp_path / "again", device="cpu")(input_ids=ids).logits, wanted)
