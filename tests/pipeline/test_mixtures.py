@@ -76,7 +76,10 @@ def relative(found, wanted):
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4", "granitemoe"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_moe", "deepseek_v3", "glm4_moe")]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "granitemoe", *SLOW])
 def test_gptq_of_every_kind_of_experts(name, saved, tmp_path):
     model, source = saved(name)
     manifest = run(GPTQ, source, tmp_path)
