@@ -28,7 +28,7 @@ from quantkit.errors import BackendError, ModelError
 from quantkit.formats.registry import Codec, Shape, codec, codec_of
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
-from quantkit.models.experts import STACKS, Experts
+from quantkit.models.experts import Experts
 from quantkit.models.places import Place, find_places
 from quantkit.models.skeleton import find_blocks
 from quantkit.models.tensors import WEIGHT_DTYPES, stored_dtype, torch_dtype
@@ -61,14 +61,15 @@ class PackedQuantizer(HfQuantizer):
 
     quantization_config: PackedConfig
     requires_calibration = True  # reads what is quantized, quantizes nothing
-    experts: list[str]  # modules whose experts are linears of their own
+    stacks: list[str]  # parameters in whose place experts have linears of their own
     cut: list[str]  # packed linears that are one on disk with others
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
         stored = self.quantization_config.stored
         packing = codec_of(stored)
         names, tensors = by_module(model, packing, self.quantization_config.tensors)
-        self.experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+        apart = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+        self.stacks = [f"{name}.{stack}" for name, module in apart.items() for stack in module.stacks]
         swap(model, packing, either(packing.parse(stored), names), tensors)
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
@@ -85,18 +86,15 @@ class PackedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, conversions: list[Any], *_: Any) -> list[Any]:
         """transformers' conversions, without those that would stack experts which stay linears of their own."""
-        apart = self.experts
         return [
             each
             for each in cutting(conversions, self.cut)
-            if not isinstance(each, WeightConverter)
-            or not any(
-                target in f"{name}.{stack}"
-                for target in each.target_patterns
-                for name in apart
-                for stack in STACKS
-            )
+            if not (isinstance(each, WeightConverter) and any(map(self._unstacked, each.target_patterns)))
         ]
+
+    def _unstacked(self, target: str) -> bool:
+        """Whether a conversion makes a stack that the model does not have any more. target: the end of its name."""
+        return any(f".{stack}".endswith(f".{target.lstrip('.')}") for stack in self.stacks)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **__: Any) -> PreTrainedModel:
         for _, module in packed_linears(model):

@@ -26,7 +26,6 @@ ROLES = {
     "up": "up_proj",
     "down": "down_proj",
 }  # role -> its name where the disk gives none
-STACKS = ("gate_up_proj", "up_proj", "down_proj")  # parameters of transformers' modules
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,12 @@ class Experts(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["stacked"], name)
+
+    @property
+    def stacks(self) -> list[str]:
+        """The parameters of the stacked module."""
+        stacked: nn.Module = self.__dict__["stacked"]
+        return list(stacked._parameters)
 
     @property
     def _answered(self) -> Callable[..., torch.Tensor] | None:

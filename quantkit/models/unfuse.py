@@ -25,12 +25,13 @@ def unfuse(model: PreTrainedModel, places: Places, only: frozenset[str] | None =
     """Put `Experts` in place of the stacked modules of the language model; the places of their linears' tensors.
 
     Linears are called as on disk, or `gate_proj`, `up_proj` and `down_proj` where the disk stacks them too. only: names
-    on disk, without leaf, of the linears whose modules are meant; None: all. ModelError if tensors on disk are made
-    into experts in a way that is not understood, or if `Experts` does not compute what the stacked module does.
+    on disk, without leaf, of the linears whose modules are meant, in towers too; None: all. ModelError if tensors on
+    disk are made into experts in a way that is not understood, or if `Experts` does not compute what the stacked module
+    does.
     """
     by_disk, proved = dict(places.by_disk), set()
     for name, stacked in list(model.named_modules()):
-        if not is_stacked(stacked) or not places.in_text(name):
+        if not is_stacked(stacked) or (only is None and not places.in_text(name)):
             continue
         found, names = _tensors(name, stacked, places)
         if only is not None and not any(disk.rpartition(".")[0] in only for disk in found):

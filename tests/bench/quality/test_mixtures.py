@@ -11,12 +11,14 @@ from quantkit.bench.quality import methods, mixtures
 from quantkit.recipe import parse_recipe
 
 FIT = {"perplexity": 80.0, "perplexity_se": 2.0}
-FEW = {"calibration": {"samples": 2, "sequence_length": 128}}
+FEW = {
+    "calibration": {"samples": 8, "sequence_length": 128}
+}  # fewer, and every expert is filled up with all tokens
 RIVAL = f"""#!{sys.executable}
 import json, shutil, sys
 isolated, script, model, windows, method, save, bits, group = sys.argv[1:]
 assert isolated == "-I" and script.endswith("oneshot.py") and method == "gptq"
-assert [len(w) for w in json.load(open(windows))] == [128, 128]
+assert [len(w) for w in json.load(open(windows))] == 8 * [128]
 shutil.copytree(model, save)
 print("chatter")
 print(json.dumps({{"cpu_seconds": int(bits), "versions": {{"theirs": "1"}}}}))
