@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quantkit.calibration.block_run import BlockRun, Groups
+from quantkit.calibration.block_forward import Groups
+from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.calls import BlockCalls, record
 from quantkit.calibration.collect import Gatherer
 from quantkit.calibration.experts import expert_stages
