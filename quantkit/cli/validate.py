@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from quantkit.cli.output import Screen, make_console, size
 from quantkit.cli.terminal import say
+from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan, starred
 from quantkit.predict import Prediction
@@ -46,9 +47,14 @@ def print_plan(plan: Plan, console: Screen) -> None:
         "algorithm",
         title=f"{plan.n_blocks} blocks in {plan.blocks_prefix}",
     )
+    rows: Counter[tuple[str, str, str, str]] = Counter()
     for layer in plan.layers:
         n, k = layer.shape
-        table.add_row(layer.name, f"{n} x {k}", str(layer.scheme), layer.algorithm.name)
+        expert = families.EXPERT_TENSOR.search(layer.name)  # a mixture has thousands of them
+        name = starred(layer.name) if expert else layer.name
+        rows[name, f"{n} x {k}", str(layer.scheme), layer.algorithm.name] += 1
+    for (name, *rest), count in rows.items():
+        table.add_row(f"{name} ({count})" if count > 1 else name, *rest)
     for name, reason in plan.skipped:
         table.add_row(name, "", "as it is", reason)
     console.print(table)
