@@ -31,8 +31,8 @@ class ExpertRun(BlockRun):
     """An expert, its tokens as windows of one token each; those that the full stream has too come first.
 
     block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least; if
-    fewer came to it, others of the layer are added, evenly spaced. own: how many came to it by themselves. Both of all
-    processes.
+    fewer came to it, others of the layer are added, evenly spaced. own, others: how many came to it by themselves, and
+    how many were added. All of all processes together.
     """
 
     def __init__(self, block: BlockRun, stage: ExpertsStage, expert: int, wanted: int) -> None:
@@ -43,9 +43,9 @@ class ExpertRun(BlockRun):
         routed = {start: stage.recorded((self._leading, start)) for start in starts}
         picked = _picked(routed, expert, wanted, block.ranks)
         own = sum(len(routed[start].tokens(expert)) for start in starts)
-        self.own = int(block.ranks.totals(own)[0])
         x = [routed[start].inputs(expert, tokens) for start, tokens in picked.items()]
         leading = torch.cat([rows for rows in x if rows is not None]).unsqueeze(1)
+        self.own, self.others = map(int, block.ranks.totals(own, len(leading) - own))
         full = None if self._leading else self._full(block, picked, leading)
         self._with_full = 0 if full is None else len(full)
         streams = Streams(leading, None) if self._leading else Streams(full, leading)
@@ -54,7 +54,7 @@ class ExpertRun(BlockRun):
             f"{block.name}.{stage.name}.{expert}",
             stage.open(expert, block.device),
             dict(stage.plans.get(expert, {})),
-            dict(stage.stored.get(expert, {}).items()),
+            dict(stage.stored.get(expert, {})),
             streams,
             _Alone(),
             max(1, block.batch * self._length),

@@ -112,8 +112,9 @@ class SlottedRouted(Routed):
         return self._given[expert][0] if expert in self._given else torch.empty(0, dtype=torch.int64)
 
     def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor | None:
-        own, rows = self._given.get(expert, (torch.empty(0), torch.empty(0)))
-        return rows if torch.equal(own, tokens) else None
+        none = torch.empty(0, self._shape[-1], dtype=self._dtype)
+        rows = self._given[expert][1] if expert in self._given else none
+        return rows if torch.equal(self.tokens(expert), tokens) else None
 
     def add(self, expert: int, given: torch.Tensor) -> None:
         self._made[expert] = self._given[expert][0], given
@@ -182,10 +183,8 @@ class ExpertsStage:
         self.done = True
         for routed in self._routed.values():
             for expert in range(self.experts.shape.experts, self.experts.total):
-                tokens = routed.tokens(expert)
-                rows = routed.inputs(expert, tokens)
-                if rows is not None and len(tokens):  # it has no weights and hands on what it is given
-                    routed.add(expert, rows)
+                if len(tokens := routed.tokens(expert)):
+                    routed.add(expert, self._given(expert, routed, tokens, torch.device("cpu")))
             routed.forget()
 
     def open(self, expert: int, device: torch.device) -> OneExpert:

@@ -21,11 +21,8 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROLES = {
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-}  # role -> its name where the disk gives none
+# Role of a linear -> its name where the disk gives none.
+ROLES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -126,24 +123,22 @@ class Experts(nn.Module):
 
     def between(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """What goes into down, from the outputs of gate and up [T, I]."""
-        stacked: Any = self.__dict__["stacked"]
-        if gate is not None and not hasattr(stacked, "_apply_gate"):
-            activated: torch.Tensor = stacked.act_fn(gate)
-            return activated * up
         return self.combined(up if gate is None else torch.cat((gate, up), -1))
 
     def combined(self, both: torch.Tensor) -> torch.Tensor:
         """What goes into down [T, I], from the outputs of gate and up side by side [T, 2I], or of up alone."""
         stacked: Any = self.__dict__["stacked"]
+        out: torch.Tensor
         if not self.shape.gated:
-            out: torch.Tensor = stacked.act_fn(both)
-            return out
-        if not hasattr(stacked, "_apply_gate"):
-            return self.between(*both.chunk(2, -1))
-        if self.shape.interleaved:
-            both = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        combined: torch.Tensor = stacked._apply_gate(both)
-        return combined
+            out = stacked.act_fn(both)
+        elif not hasattr(stacked, "_apply_gate"):
+            gate, up = both.chunk(2, -1)
+            out = stacked.act_fn(gate) * up
+        else:
+            if self.shape.interleaved:
+                both = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            out = stacked._apply_gate(both)
+        return out
 
     def behind(self, out: torch.Tensor) -> torch.Tensor:
         """What happens to the output of down before it is weighted."""
@@ -194,11 +189,10 @@ class SlottedExperts(Experts):
             return self._answered(hidden)
         if hidden.is_meta:
             return out
-        for expert, own in enumerate(hidden.view(self.shape.experts, -1, hidden.shape[-1])):
+        slots = (self.shape.experts, -1, hidden.shape[-1])
+        for expert, (own, into) in enumerate(zip(hidden.view(slots), out.view(slots), strict=True)):
             if len(token := own.any(-1).nonzero()[:, 0]):
-                out.view(self.shape.experts, -1, hidden.shape[-1])[expert].index_copy_(
-                    0, token, self.run(expert, own[token])
-                )
+                into.index_copy_(0, token, self.run(expert, own[token]))
         return out
 
 
@@ -226,9 +220,8 @@ def run_eagerly(model: PreTrainedModel) -> None:
     """Let transformers run experts one by one, as quantkit does: in another order of adding up, a router in doubt sends
     tokens elsewhere, and models could not be compared.
     """
-    with contextlib.suppress(
-        AttributeError, ValueError
-    ):  # classes that know no other way do not let it be chosen
+    # classes that know no other way do not let it be chosen
+    with contextlib.suppress(AttributeError, ValueError):
         model.set_experts_implementation("eager")
 
 

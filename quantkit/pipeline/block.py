@@ -22,7 +22,7 @@ from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.statistics import Statistics
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.clock import Clock
-from quantkit.pipeline.inputs import CalibratedInputs, calibrate_inputs
+from quantkit.pipeline.inputs import CalibratedInputs, calibrate_inputs, no_range
 from quantkit.pipeline.kv import CacheCalibration
 from quantkit.pipeline.run import needs
 from quantkit.pipeline.solve import solve
@@ -218,9 +218,7 @@ def _round_unused(run: BlockRun, names: list[str], result: BlockResult) -> None:
         plan = run.plans[parts[0]]
         weight = torch.cat([run.held[name].weight.float() for name in parts])
         if plan.calibrates_inputs:
-            raise NumericalError(
-                f"{plan.name} never ran on the calibration text, so its inputs have no range; skip it with a rule"
-            )
+            raise NumericalError(no_range(plan.name))
         nearest = replace(plan, algorithm=RtnConfig(name="rtn", refit=0))
         dtype = run.stored[f"{parts[0]}.weight"]
         outcome = algorithm("rtn").quantize(

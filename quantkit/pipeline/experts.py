@@ -21,6 +21,7 @@ Work = Callable[[BlockRun], BlockResult]  # transforms and quantizes a block
 PutAside = Callable[[BlockResult], None]  # moves what it became out of memory
 
 FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came to it"
+SHORT = "calibrated on fewer than min_tokens tokens, as its inputs are known only for those that came to it"
 NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
 
 
@@ -43,9 +44,8 @@ def quantize_experts(
             result = _worked_on(one, work, options)
             put_aside(result)
             together.take(result)
-        if not run.last:
-            with clock("calibrate"):
-                one.advance()
+        with clock("calibrate"):
+            one.advance()
         del one
     with clock("calibrate"):
         stage.finish()
@@ -66,7 +66,7 @@ def _worked_on(one: ExpertRun, work: Work, options: ExpertsPart) -> BlockResult:
         if alone and not one.own and plan.algorithm.name != "rtn":
             notes = [NONE.format(plan.algorithm.name)]
         elif alone and 0 < one.own < _least(options, plan.shape[1]) and plan.algorithm.needs:
-            notes = [FEW]
+            notes = [FEW if one.others else SHORT]
         details = layer.details | {"tokens": one.own}
         fallbacks = [*(layer.fallbacks or ()), *notes] or None
         result.layers[number] = replace(layer, details=details, fallbacks=fallbacks)

@@ -52,6 +52,14 @@ def calibrated(plan: LayerPlan, found: InputRange, dtype: torch.dtype) -> Calibr
     return CalibratedInputs(scale, details)
 
 
+def no_range(name: str) -> str:
+    """That a linear with static inputs never ran, and what to do."""
+    return (
+        f"{name} never ran on the calibration text, so its inputs have no range; use more text, inputs with dynamic "
+        "scales, or skip it with a rule"
+    )
+
+
 def calibrate_inputs(run: BlockRun, sets: list[tuple[str, ...]]) -> dict[str, CalibratedInputs]:
     """The input scales of the linears of `sets` that need one, by name inside the block.
 
@@ -63,7 +71,10 @@ def calibrate_inputs(run: BlockRun, sets: list[tuple[str, ...]]) -> dict[str, Ca
         return found
     plans = {n: plan for n, plan in run.plans.items() if plan.calibrates_inputs}
     fields = {statistic(plans[n]) for s in wanted for n in s if n in plans}
-    for siblings, range_ in run.ranges(wanted, "counts" if "counts" in fields else "range").items():
+    ranges = run.ranges(wanted, "counts" if "counts" in fields else "range")
+    if unseen := [plans[name].name for s in wanted if s not in ranges for name in s if name in plans]:
+        raise NumericalError(no_range(unseen[0]))
+    for siblings, range_ in ranges.items():
         for name in plans.keys() & set(siblings):
             found[name] = calibrated(plans[name], range_, run.stored[f"{name}.weight"])
             run.held[name].input_scale = found[name].scale

@@ -13,12 +13,15 @@ from quantkit.calibration.expert_run import ExpertRun
 from quantkit.calibration.experts import expert_stages
 from quantkit.calibration.walk import Wanted, walk
 from quantkit.checkpoint.manifest import read_manifest
-from quantkit.errors import RecipeError
+from quantkit.errors import NumericalError, RecipeError
 from quantkit.models import skeleton
 from quantkit.models.experts import Experts, part_of
-from quantkit.pipeline.experts import FEW, NONE
+from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.experts import FEW, NONE, SHORT, quantize_experts
 from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import prepared
+from quantkit.recipe_schemes import ExpertsPart
 
 WEIGHTS = {"bits": 8, "group_size": 16}
 CALIBRATION = {"samples": 4, "sequence_length": 64}
@@ -72,6 +75,11 @@ def assert_runs(folder, name):
     assert relative(found, wanted) < 1e-4
 
 
+def close(found, wanted):
+    """Equal but for the last bits, which are another processor's business."""
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def relative(found, wanted):
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
@@ -109,7 +117,7 @@ def test_routers_are_named_in_ignore(name, saved, tmp_path):
 
 
 def test_the_walk_with_experts_one_by_one_is_the_model(saved, tmp_path):
-    """Bit for bit, in two ways: experts read when a token comes to them, and one after the other for all tokens."""
+    """In two ways: experts read when a token comes to them, and one after the other for all tokens."""
     model, source = saved("qwen2_moe")
     ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
     ids = ready.windows.ids
@@ -122,15 +130,15 @@ def test_the_walk_with_experts_one_by_one_is_the_model(saved, tmp_path):
     blocks = walk(ready.model, ready.source, ready.plan, ids, Wanted(len(ids), True, behind_last=True))
     for block, whole in zip(blocks, wanted, strict=True):
         chunk = block.chunks()[0]
-        assert torch.equal(block.forward(chunk, full=True), whole[chunk])
+        close(block.forward(chunk, full=True), whole[chunk])
         (stage,) = block.experts.values()
         block.route(stage)
         for expert in range(stage.experts.shape.experts):
             ExpertRun(block, stage, expert, wanted=0).advance()
         stage.finish()
         block.leave()
-        assert torch.equal(block.streams.full, whole)
-        assert torch.equal(block.streams.quantized, whole)
+        close(block.streams.full, whole)
+        close(block.streams.quantized, whole)
 
 
 def test_an_expert_is_calibrated_on_its_own_tokens(saved, tmp_path):
@@ -152,10 +160,10 @@ def test_an_expert_is_calibrated_on_its_own_tokens(saved, tmp_path):
     assert one.own == len(rows)
     siblings = one.trace.siblings[0]
     found = one.collect([siblings], {siblings: frozenset({"hessian"})})[siblings]
-    torch.testing.assert_close(found.hessian, 2 / len(rows) * rows.T @ rows)
+    close(found.hessian, 2 / len(rows) * rows.T @ rows)
     every = ExpertRun(block, stage, 2, wanted=1 << 40)
     both = every.collect([siblings], {siblings: frozenset({"hessian"})})[siblings]
-    torch.testing.assert_close(both.hessian, 2 / len(hidden) * hidden.T @ hidden)
+    close(both.hessian, 2 / len(hidden) * hidden.T @ hidden)
     half = ExpertRun(block, stage, 2, wanted=len(rows) + 10)
     assert half.streams.leading.shape[0] == len(rows) + 10
 
@@ -179,6 +187,32 @@ def test_experts_that_see_little_or_nothing_are_told(saved, tmp_path):
     unseen = 3 * sum(report["unseen"] for report in manifest.experts)
     told = [note for note in manifest.notes if NONE.format("gptq") in note]
     assert sum(int(note.split()[0]) for note in told) == unseen
+
+
+def test_an_expert_of_llama_4_that_sees_nothing_is_rounded_to_nearest(saved, tmp_path):
+    """Its tokens come weighted by its own choice, so none of the others can be taken in their place."""
+    _, source = saved("llama4")
+    few = {"calibration": {"samples": 1, "sequence_length": 2}}
+    manifest = run(GPTQ | few | {"transforms": [{"name": "awq", "grid": 2}]}, source, tmp_path / "out")
+    assert 0 in manifest.experts[0]["tokens"]
+    experts = [layer for layer in manifest.layers if "experts" in layer.name]
+    assert all(layer.algorithm == ("gptq" if layer.details["tokens"] else "rtn") for layer in experts)
+    assert all(SHORT in layer.fallbacks for layer in experts if layer.details["tokens"])
+    static = {"weights": {"preset": "W8A8_STATIC", "algorithm": "rtn"}} | few
+    with pytest.raises(NumericalError, match=r"experts\.\d\.\w+ never ran on the calibration text"):
+        run(static, source, tmp_path / "static")
+
+
+def test_the_experts_of_the_last_block_give_their_outputs_too(saved, tmp_path):
+    """Linears behind them in that block are calibrated on what they give."""
+    _, source = saved("mixtral")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    for block in walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True)):
+        (stage,) = block.experts.values()
+        quantize_experts(block, stage, ExpertsPart(), lambda one: BlockResult(), lambda result: None, Clock())
+        outputs = [routed.output() for _, routed in stage.all_recorded()]
+    assert block.last
+    assert all(bool(output.any(-1).all()) for output in outputs)
 
 
 def test_all_tokens_for_every_expert(saved, tmp_path):
