@@ -21,7 +21,7 @@ Work = Callable[[BlockRun], BlockResult]  # transforms and quantizes a block
 PutAside = Callable[[BlockResult], None]  # moves what it became out of memory
 
 FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came to it"
-SHORT = "calibrated on fewer than min_tokens tokens, as its inputs are known only for those that came to it"
+SHORT = "calibrated on fewer than min_tokens tokens, as no others could be added"
 NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
 
 
