@@ -37,6 +37,7 @@ def build_emulated(out: Path):
         "linear_avx512",
         "linear_amx",
         "grouped",
+        "columns",
         "range_errors",
         "rounding",
         "kv_pages",

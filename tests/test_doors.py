@@ -18,7 +18,7 @@ DOORS: dict[str, set[str]] = {
     "assets": set(),
     "numerics": {"quantkit_kernels"},  # the range search's first look at its candidates is native
     "formats": {"numerics", "quantkit_kernels"},
-    "algorithms": {"numerics"},
+    "algorithms": {"numerics", "quantkit_kernels"},  # GPTQ's column loops are native
     "transforms": {"numerics"},
     "models": {"formats"},
     "structure": set(),

@@ -7,11 +7,13 @@ Around that core, each an option:
   the original gave on the original's inputs (D = 2/N sum (x_full - x) x^T);
 - sweeps (`refine`): cyclic coordinate descent on the same objective afterwards (QuantEase); monotone.
 
-Inside a chunk of rows matrices are transposed, [K, n], as in columns.py.
+Weights of one shape can be solved as one batch. Inside a chunk of rows matrices are transposed, [E, K, n], as in
+columns.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +131,45 @@ def quantize(
 
     The matrices of `statistics` are consumed (set to None), so that only what is still needed stays in memory.
     """
+    return quantize_all([weight], [statistics], grid, dtype, config)[0]
+
+
+def quantize_all(
+    weights: Sequence[torch.Tensor],
+    statistics: Sequence[Statistics],
+    grid: Grid,
+    dtype: torch.dtype,
+    config: GptqConfig,
+) -> list[Outcome]:
+    """`quantize` of several weights of one shape, each with its own statistics, as one batch: for GPUs.
+
+    Their column loops and sweeps are one; the results may differ in the last bits from those of one at a time.
+    """
+    all_ = [_prepared(*each, grid, config) for each in zip(weights, statistics, strict=True)]
+    ready = [each for each in all_ if each.factor is not None]
+    solved = iter(_Problem(ready, grid, dtype, config).outcomes() if ready else [])
+    return [next(solved) if each.factor is not None else _nearest(each, grid, dtype, config) for each in all_]
+
+
+@dataclass
+class _Prepared:
+    """A weight [N, K] and what its columns are quantized with.
+
+    order: of the columns. hessian (damped), factor, pull (W D, if the weight is to be re-targeted): in that order.
+    factor: None if the Hessian has none. importance: see `Statistics.mean_square`.
+    """
+
+    weight: torch.Tensor
+    order: torch.Tensor
+    hessian: torch.Tensor
+    factor: torch.Tensor | None
+    pull: torch.Tensor | None
+    importance: torch.Tensor | None
+    details: dict[str, float | int | str]
+    fallbacks: list[str]
+
+
+def _prepared(weight: torch.Tensor, statistics: Statistics, grid: Grid, config: GptqConfig) -> _Prepared:
     fallbacks: list[str] = []
     assert statistics.hessian is not None
     hessian, statistics.hessian = statistics.hessian.to(weight.dtype), None
@@ -137,8 +178,7 @@ def quantize(
     details: dict[str, float | int | str] = {
         "dead_columns": _report_silent(silent, statistics.fired, fallbacks)
     }
-    k = weight.shape[1]
-    order = column_order(hessian.diagonal(), grid.group(k), config.order)
+    order = column_order(hessian.diagonal(), grid.group(weight.shape[1]), config.order)
     pull = None
     if config.retarget:
         assert drift is not None
@@ -148,31 +188,16 @@ def quantize(
     del hessian
     mean = h.diagonal().mean()
     h.diagonal()[silent[order]] = torch.where(mean > 0, mean, 1.0)  # alone in its row: rounded to nearest
-    found = _positive_definite(h, config.damping, fallbacks)
-    if found is None:
-        fallbacks.append("rounded to nearest: no damping made the Hessian positive definite")
-        quantized = rtn(weight, grid, dtype, config.range, 0, statistics.mean_square)
-        return Outcome(quantized, details=details, fallbacks=fallbacks)
-    factor, details["damping"] = found
+    factor = None
+    if found := _positive_definite(h, config.damping, fallbacks):
+        factor, details["damping"] = found
+    return _Prepared(weight, order, h, factor, pull, statistics.mean_square, details, fallbacks)
 
-    problem = _Problem(h, factor, order, grid, dtype, config, statistics.mean_square)
-    del h, factor
-    parts = problem.solve_all(weight, pull, max(1, CHUNK_ELEMENTS // k))
-    counts = {"codes_changed_by_sweeps": torch.cat([p.changed for p in parts])} if config.refine else {}
-    return Outcome(
-        QuantizedWeight(
-            codes=torch.cat([p.codes for p in parts]),
-            scale=torch.cat([p.scale for p in parts]),
-            zero=None if grid.symmetric else torch.cat([p.zero for p in parts]),
-            grid=grid,
-            global_scale=problem.global_scale,
-        ),
-        torch.cat([p.error for p in parts]),
-        torch.cat([p.norm for p in parts]),
-        counts,
-        details,
-        fallbacks,
-    )
+
+def _nearest(one: _Prepared, grid: Grid, dtype: torch.dtype, config: GptqConfig) -> Outcome:
+    note = "rounded to nearest: no damping made the Hessian positive definite"
+    quantized = rtn(one.weight, grid, dtype, config.range, 0, one.importance)
+    return Outcome(quantized, details=one.details, fallbacks=[*one.fallbacks, note])
 
 
 def _report_silent(silent: torch.Tensor, fired: torch.Tensor | None, fallbacks: list[str]) -> int:
@@ -194,7 +219,10 @@ def _report_silent(silent: torch.Tensor, fired: torch.Tensor | None, fallbacks: 
 
 @dataclass
 class _Rows:
-    """Some rows solved: codes, scale and zero as stored; per row E H E^T, W H W^T and the codes that sweeps changed."""
+    """Some rows of E weights solved: codes [E, n, K], scale and zero [E, n, K/G] as stored.
+
+    Per row [E, n]: E H E^T, W H W^T and the codes that sweeps changed.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -204,94 +232,109 @@ class _Rows:
     changed: torch.Tensor
 
 
-@dataclass
 class _Problem:
-    """What all rows of a weight share. hessian (damped) and factor are in quantization order.
+    """E weights of one shape that are solved together, each with a Hessian of its own: matrices [E, K, K]."""
 
-    global_scale: of a two-level grid, known when the rows are solved.
-    """
+    def __init__(self, members: list[_Prepared], grid: Grid, dtype: torch.dtype, config: GptqConfig) -> None:
+        self.members, self.grid, self.dtype, self.config = members, grid, dtype, config
+        self.hessian = _stacked([one.hessian for one in members])
+        self.factor = _stacked([one.factor for one in members if one.factor is not None])
+        for e, one in enumerate(members):  # views of the stacked ones: the single ones are freed
+            one.hessian, one.factor = self.hessian[e], self.factor[e]
+        k = len(members[0].order)
+        self.groups = torch.stack([one.order for one in members]) // grid.group(k)  # [E, K]
+        self.global_scales: list[torch.Tensor | None] = [None] * len(members)
 
-    hessian: torch.Tensor
-    factor: torch.Tensor
-    order: torch.Tensor
-    grid: Grid
-    dtype: torch.dtype
-    config: GptqConfig
-    importance: torch.Tensor | None
-    global_scale: torch.Tensor | None = None
-
-    def solve_all(self, weight: torch.Tensor, pull: torch.Tensor | None, rows: int) -> list[_Rows]:
-        """Quantize a weight [N, K], `rows` at a time: a chunk bounds the memory, not the result.
-
-        pull: W D [N, K] in quantization order, if the weight is to be re-targeted. Only scales that rows share are
-        found for all of the (re-targeted) weight before.
-        """
-        pulls = [None] * -(-len(weight) // rows) if pull is None else list(pull.split(rows))
+    def outcomes(self) -> list[Outcome]:
+        """All rows solved, a chunk at a time: that bounds the memory and does not change the result."""
+        n, k = self.members[0].weight.shape
+        rows = max(1, CHUNK_ELEMENTS // (k * len(self.members)))
+        chunks = [slice(first, first + rows) for first in range(0, n, rows)]
         if not self.grid.rows_share:
-            return [self.solve(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
-        if pull is not None:
-            targets = [self._target(w, p) for w, p in zip(weight.split(rows), pulls, strict=True)]
-            weight = self._in_order_of_columns(torch.cat(targets, 1))
-            del targets
-        method = self.config.range
-        self.global_scale = search_global(weight, self.grid, method, self.importance)
-        found = self._search(weight)
-        scales, zeros = (each.split(rows) for each in found)
-        return [
-            self.solve(*part)
-            for part in zip(weight.split(rows), [None] * len(scales), scales, zeros, strict=True)
-        ]
+            targets = map(self._target, chunks)
+            parts = [self._solve(target, *self._search(self._by_rows(target))) for target in targets]
+        else:  # the scales of all rows are found before, for what the rows aim at
+            aims = [self._target(chunk) for chunk in chunks]
+            scale, zero = self._search(self._by_rows(torch.cat(aims, 2)))
+            found = zip(aims, scale.split(rows, 1), zero.split(rows, 1), strict=True)
+            parts = [self._solve(*part) for part in found]
+        return [self._outcome(e, parts) for e in range(len(self.members))]
 
-    def _search(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return search_grid(
-            weight, self.grid, self.dtype, self.config.range, self.importance, self.global_scale
+    def _outcome(self, e: int, parts: list[_Rows]) -> Outcome:
+        changed = torch.cat([p.changed[e] for p in parts])
+        weight = QuantizedWeight(
+            codes=torch.cat([p.codes[e] for p in parts]),
+            scale=torch.cat([p.scale[e] for p in parts]),
+            zero=None if self.grid.symmetric else torch.cat([p.zero[e] for p in parts]),
+            grid=self.grid,
+            global_scale=self.global_scales[e],
+        )
+        return Outcome(
+            weight,
+            torch.cat([p.error[e] for p in parts]),
+            torch.cat([p.norm[e] for p in parts]),
+            {"codes_changed_by_sweeps": changed} if self.config.refine else {},
+            self.members[e].details,
+            self.members[e].fallbacks,
         )
 
-    def _target(self, weight: torch.Tensor, pull: torch.Tensor | None) -> torch.Tensor:
-        """What the rows [n, K] aim at, [K, n] in quantization order."""
-        target = weight.T[self.order].contiguous()  # (K, n)
-        if pull is not None:
-            target.add_(retarget_shift(pull, self.factor).T, alpha=self.config.retarget)
-        return target
+    def _target(self, rows: slice) -> torch.Tensor:
+        """What some rows aim at, [E, K, n] in quantization order."""
+        found = []
+        for one, factor in zip(self.members, self.factor, strict=True):
+            target = one.weight[rows].T[one.order].contiguous()
+            if one.pull is not None:
+                target.add_(retarget_shift(one.pull[rows], factor).T, alpha=self.config.retarget)
+            found.append(target)
+        return _stacked(found)
 
-    def _in_order_of_columns(self, target: torch.Tensor) -> torch.Tensor:
-        """The inverse of `_target` without a pull: [n, K]."""
-        weight = target.new_empty(target.shape[1], target.shape[0])
-        weight[:, self.order] = target.T
-        return weight
+    def _by_rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """[E, K, n] in quantization order as rows [E, n, K] in the order of the weight."""
+        rows = columns.new_empty(columns.mT.shape)
+        for one, into, given in zip(self.members, rows, columns, strict=True):
+            into[:, one.order] = given.T
+        return rows
 
-    def solve(
-        self,
-        weight: torch.Tensor,
-        pull: torch.Tensor | None,
-        scale: torch.Tensor | None = None,
-        zero: torch.Tensor | None = None,
-    ) -> _Rows:
-        """Quantize rows [n, K]. pull: as in `solve_all`. scale, zero [n, K/G]: None: found here."""
-        config, grid, h = self.config, self.grid, self.hessian
-        target = self._target(weight, pull)
-        if pull is not None:
-            weight = self._in_order_of_columns(target)
-        if scale is None or zero is None:
-            scale, zero = self._search(weight)
-        groups = (self.order // grid.group(len(h))).tolist()
-        grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups, self.global_scale)
+    def _search(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The grids of rows [E, n, K]: scale and zero [E, n, K/G]."""
+        found = []
+        for e, (w, one) in enumerate(zip(weights, self.members, strict=True)):
+            method, importance = self.config.range, one.importance
+            if self.grid.rows_share:
+                self.global_scales[e] = search_global(w, self.grid, method, importance)
+            found.append(search_grid(w, self.grid, self.dtype, method, importance, self.global_scales[e]))
+        return _stacked([scale for scale, _ in found]), _stacked([zero for _, zero in found])
+
+    def _solve(self, target: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> _Rows:
+        """Quantize rows, of which `target` is what they aim at, to the grids that `_search` has found."""
+        config, grid = self.config, self.grid
+        shared = [each for each in self.global_scales if each is not None]
+        grids = ColumnGrid(
+            scale.mT.contiguous(), zero.mT.contiguous(), self.groups, torch.stack(shared) if shared else None
+        )
         dynamic = self.dtype if config.groups == "dynamic" else None
         levels, errors = solve(target.clone(), self.factor, grids, grid, config.block, dynamic)
-        error = errors.square_().sum(0)
+        error = errors.square_().sum(1)
         changed = torch.zeros_like(error)
         del errors
         if config.refine:
-            changed, gained = sweep(target, h, levels, grids, grid, config.refine)
+            changed, gained = sweep(target, self.hessian, levels, grids, grid, config.refine)
             error = (error + gained).clamp_(min=0)
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        shift = None if grid.symmetric else grids.zero[groups]
-        codes[:, self.order] = encode(levels, grid.number, shift).T
+        shift = None if grid.symmetric else grids.of_columns(grids.zero)
+        stored = [
+            to_stored(grid, each.T.contiguous(), self.dtype, global_scale)
+            for each, global_scale in zip(grids.scale, self.global_scales, strict=True)
+        ]
         return _Rows(
-            codes,
-            to_stored(grid, grids.scale.T.contiguous(), self.dtype, self.global_scale),
-            grids.zero.T.contiguous().to(torch.uint8),
+            self._by_rows(encode(levels, grid.number, shift)),
+            _stacked(stored),
+            grids.zero.mT.contiguous().to(torch.uint8),
             error,
-            quadratic(h, target),
+            quadratic(self.hessian, target),
             changed,
         )
+
+
+def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """[E, ...] of E tensors; of a single one a view."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)

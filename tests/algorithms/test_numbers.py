@@ -121,17 +121,17 @@ def test_gptq_error_identity_and_sweeps(grid):
     x, w = inputs(), weight_of()
     h = damped(2 * x.T @ x / len(x), 0.01)
     scale, zero = search_grid(w, grid, torch.float32)
-    groups = (torch.arange(128) // grid.group(128)).tolist()
-    grids = ColumnGrid(scale.T.contiguous(), zero.T.contiguous(), groups)
-    levels, errors = solve(w.T.clone().contiguous(), inverse_factor(h), grids, grid, 32)
+    groups = torch.arange(128) // grid.group(128)
+    grids = ColumnGrid(scale.T.contiguous()[None], zero.T.contiguous()[None], groups[None])
+    levels, errors = solve(w.T.clone().contiguous()[None], inverse_factor(h)[None], grids, grid, 32)
 
     def objective():
-        off = w.T - grids.values(levels)
+        off = w.T - grids.values(levels)[0]
         return float((off * (h @ off)).sum())
 
     before = objective()
     assert before == pytest.approx(float(errors.square().sum()), rel=1e-9)
-    _, gained = sweep(w.T, h, levels, grids, grid, 3)
+    _, gained = sweep(w.T[None], h[None], levels, grids, grid, 3)
     assert objective() == pytest.approx(before + float(gained.sum()), rel=1e-9)
     assert gained.sum() < 0
     torch.testing.assert_close(decode(encode(levels, grid.number), grid.number, dtype=levels.dtype), levels)

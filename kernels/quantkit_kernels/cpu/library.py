@@ -68,6 +68,17 @@ class Grouped(ctypes.Structure):
     ]
 
 
+class Columns(ctypes.Structure):
+    """`qk_columns` of quantkit_cpu.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("value", "gradient", "matrix", "scale", "low", "high", "group_of")],
+        *[(name, c_void_p) for name in ("first_out", "second_out")],
+        *[(name, c_int64) for name in ("weights", "columns", "rows", "groups", "each", "row")],
+        *[(name, c_int64) for name in ("gradient_each", "gradient_row")],
+    ]
+
+
 class Encoding(ctypes.Structure):
     """`qk_encoding` of quantkit_cpu.h."""
 
@@ -121,6 +132,8 @@ _FUNCTIONS = {  # name: (result, arguments)
     "qk_cpu_flags": (c_char_p, []),
     "qk_sources": (c_char_p, []),
     "qk_range_errors": (None, [POINTER(Range), c_int]),
+    "qk_spread": (None, [POINTER(Columns), c_int]),
+    "qk_descend": (None, [POINTER(Columns), c_int]),
     "qk_encode": (None, [POINTER(Encoding), c_int]),
     "qk_decode": (None, [POINTER(Decoding), c_int]),
     "qk_kv_attend": (c_int, [c_void_p, c_int]),

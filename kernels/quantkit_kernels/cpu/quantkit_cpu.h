@@ -80,6 +80,30 @@ typedef struct qk_range {
    alone costs more than an earlier candidate does, error is that cost: less than the sum, more than the least. */
 void qk_range_errors(const qk_range *r, int threads);
 
+/* A block of columns of several weights of one shape, transposed: [columns, rows] of each. Rows of all tensors are
+   contiguous. matrix: row j holds what column j takes from each column before it, and its own pivot. */
+enum { QK_MOST_COLUMNS = 128 };
+
+typedef struct qk_columns {
+    const float *value;      /* [weights, columns, rows] */
+    const float *gradient;   /* of qk_descend: the same */
+    const float *matrix;     /* [weights, columns, columns] */
+    const float *scale;      /* [weights, groups, rows] */
+    const float *low, *high; /* the lowest and the highest level, as scale */
+    const int32_t *group_of; /* [weights, columns] */
+    float *first_out;        /* as value: levels, or new values */
+    float *second_out;       /* as value: errors of qk_spread */
+    int64_t weights, columns, rows, groups;
+    int64_t each, row;                   /* floats from a weight to the next, from a column to the next; of outputs too */
+    int64_t gradient_each, gradient_row; /* of gradient */
+} qk_columns;
+
+/* level = round(w / s), error = (w - level s) / matrix[j][j], w less matrix[j][i] error_i of all columns i before. */
+void qk_spread(const qk_columns *c, int threads);
+
+/* new = round((old + gradient / matrix[j][j]) / s) s, gradient less matrix[j][i] (new_i - old_i) of all before. */
+void qk_descend(const qk_columns *c, int threads);
+
 /* A weight [n, k] and its grid, scale [n, k / group]: code = that of the level nearest to w / s. */
 enum { QK_ENCODE_INTEGERS = 0, QK_ENCODE_FP8 = 1, QK_ENCODE_TABLE = 2 };
 
