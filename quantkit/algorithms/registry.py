@@ -65,27 +65,33 @@ class Outcome:
 
 
 Quantize = Callable[..., Outcome]
+QuantizeAll = Callable[..., list[Outcome]]
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """`quantize(weight [N, K] fp32, Statistics, Grid, scale dtype, config) -> Outcome` and what it must be fed.
 
-    needs(config): the Statistics fields to collect, none for a data-free algorithm.
+    needs(config): the Statistics fields to collect, none for a data-free algorithm. quantize_all: the same for a batch
+    of weights of one shape, (weights, their Statistics, Grid, scale dtype, config) -> their Outcomes; None: they are
+    quantized one after the other.
     """
 
     quantize: Quantize
     needs: Callable[[Any], frozenset[str]]
+    quantize_all: QuantizeAll | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def register(name: str, needs: Callable[[Any], frozenset[str]]) -> Callable[[Quantize], Quantize]:
+def register(
+    name: str, needs: Callable[[Any], frozenset[str]], quantize_all: QuantizeAll | None = None
+) -> Callable[[Quantize], Quantize]:
     """Decorator: makes `quantize` available as `algorithm: name`."""
 
     def add(quantize: Quantize) -> Quantize:
-        ALGORITHMS[name] = Algorithm(quantize, needs)
+        ALGORITHMS[name] = Algorithm(quantize, needs, quantize_all)
         return quantize
 
     return add

@@ -59,6 +59,10 @@ class Ranks:
         self.sum(found)
         return tuple(found.tolist())
 
+    def does(self, number: int) -> bool:
+        """Whether `share` gives this process the piece of work of that number."""
+        return number % self.size == self.rank
+
     def share(self, work: Sequence[Callable[[], T]]) -> list[T]:
         """Do each piece of work in one of the processes; the results, in the order of the work, in all of them."""
         own = [each() for each in work[self.rank :: self.size]]

@@ -25,7 +25,7 @@ from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.inputs import CalibratedInputs, calibrate_inputs, no_range
 from quantkit.pipeline.kv import CacheCalibration
 from quantkit.pipeline.run import needs
-from quantkit.pipeline.solve import solve
+from quantkit.pipeline.solve import Problem, Steps, joined
 from quantkit.plan import LayerPlan
 from quantkit.scheme import KVScheme
 
@@ -164,8 +164,10 @@ def quantize_block(
     clock: Clock,
     kv: KVScheme | None = None,
     experts: Callable[[ExpertsStage], BlockResult] | None = None,
-) -> BlockResult:
+) -> Steps[BlockResult]:
     """Quantize the planned linears of one block, one set of siblings (linears that share an input) after the other.
+
+    A generator of what is to be solved, see `run_steps`; it returns what the block became.
 
     The block keeps the quantized weights, so the statistics of each set see the sets before it already quantized
     ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized. experts:
@@ -186,9 +188,9 @@ def quantize_block(
             inputs = calibrate_inputs(run, together)
             statistics = run.collect(together, fields)
             give_back()
-        with clock("quantize"):
-            for siblings in together:
-                _quantize_siblings(run, siblings, statistics.pop(siblings, Statistics()), inputs, result)
+        for siblings in together:
+            given = statistics.pop(siblings, Statistics())
+            yield from _quantize_siblings(run, siblings, given, inputs, result, clock)
         cache.quantized(name for siblings in together for name in siblings)
     result.cache = cache.stored()
     return result
@@ -216,7 +218,7 @@ def _round_unused(run: BlockRun, names: list[str], result: BlockResult) -> None:
     """Round linears to nearest that no text reaches, such as the cross-attention of a decoder without its encoder."""
     for parts in linears_of(run, names):
         plan = run.plans[parts[0]]
-        weight = torch.cat([run.held[name].weight.float() for name in parts])
+        weight = joined([run.held[name].weight.data for name in parts])
         if plan.calibrates_inputs:
             raise NumericalError(no_range(plan.name))
         nearest = replace(plan, algorithm=RtnConfig(name="rtn", refit=0))
@@ -268,7 +270,8 @@ def _quantize_siblings(
     statistics: Statistics,
     inputs: Mapping[str, CalibratedInputs],
     result: BlockResult,
-) -> None:
+    clock: Clock,
+) -> Steps[None]:
     """Siblings with one scheme and algorithm are quantized as one matrix: they share the Hessian.
 
     So they also share what a weight has once (the scale of a tensor, NVFP4's global scale), as engines that fuse them
@@ -282,20 +285,31 @@ def _quantize_siblings(
         alone = plan.name if plan.shape[0] % plan.scheme.weights.rows(1) else None
         alike.setdefault((plan.scheme, plan.algorithm, dtype, alone), []).extend(parts)
     for (scheme, config, dtype, _), names in alike.items():
-        rows = [held[n].out_features for n in names]
-        together = torch.empty(sum(rows), held[names[0]].in_features, device=run.device)
-        for part, name in zip(together.split(rows), names, strict=True):
-            part.copy_(held[name].weight)
         last = names[-1] == list(alike.values())[-1][-1]  # an algorithm may use its statistics up
         given = statistics if last else replace(statistics)
-        outcome = solve(run.ranks, together, given, scheme.weights, dtype, config)
-        end = 0
-        for parts in linears_of(run, names):
-            mine = _share_out(run, parts, outcome, end)
-            result.add(plans[parts[0]], together[mine], outcome.rows(mine), inputs.get(parts[0]))
-            end = mine.stop
+        weights = [held[name].weight.data for name in names]
+        outcome = yield Problem(weights, given, scheme.weights, dtype, config)
+        with clock("quantize"):
+            _take(run, names, outcome, inputs, result)
+    with clock("quantize"):
+        run.finished(siblings)
+        give_back()
+
+
+def _take(
+    run: BlockRun,
+    names: list[str],
+    outcome: Outcome,
+    inputs: Mapping[str, CalibratedInputs],
+    result: BlockResult,
+) -> None:
+    """Give linears that were quantized as one matrix their parts of it, and record them."""
+    held, end = run.held, 0
+    for parts in linears_of(run, names):
+        weight = joined([held[name].weight.data for name in parts])
+        mine = _share_out(run, parts, outcome, end)
+        result.add(run.plans[parts[0]], weight, outcome.rows(mine), inputs.get(parts[0]))
+        end = mine.stop
+    if not run.runs_original:
         for name in names:
-            if not run.runs_original:
-                held[name].forget()
-    run.finished(siblings)
-    give_back()
+            held[name].forget()

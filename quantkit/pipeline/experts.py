@@ -1,8 +1,8 @@
-"""The experts of a block, one after the other: each is read, quantized, put aside and freed."""
+"""The experts of a block, some at a time: each is read, quantized, put aside and freed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,20 @@ from quantkit.calibration.experts import ExpertsStage
 from quantkit.calibration.memory import give_back
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.solve import Steps, run_steps
 from quantkit.recipe_schemes import ExpertsPart
 
-Work = Callable[[BlockRun], BlockResult]  # transforms and quantizes a block
+Work = Callable[[BlockRun], Steps[BlockResult]]  # transforms and quantizes a block
 PutAside = Callable[[BlockResult], None]  # moves what it became out of memory
 
 FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came to it"
 SHORT = "calibrated on fewer than min_tokens tokens, as no others could be added"
 NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
+
+# Experts that are worked on at once, by type of device (1 elsewhere), and the bytes they may take there. One small matrix
+# leaves most of a GPU idle; a CPU is busy with it, and a large one keeps a GPU busy too.
+AT_ONCE = {"cuda": 32}
+HELD = 4 << 30
 
 
 def quantize_experts(
@@ -35,18 +41,20 @@ def quantize_experts(
     with clock("calibrate"):
         run.route(stage)
         give_back()
-    came = []
-    for expert in range(stage.experts.shape.experts):
-        with clock("load"):
-            one = ExpertRun(run, stage, expert, _wanted(stage, expert, options))
-        came.append(one.own)
-        if one.plans:
-            result = _worked_on(one, work, options)
+    came: list[int] = []
+    for batch in _batches(run, stage, options, clock):
+        planned = [one for one in batch if one.plans]
+        results = run_steps(run.ranks, [_steps(one, work, options) for one in planned], clock)
+        for result in results:
             put_aside(result)
             together.take(result)
-        with clock("calibrate"):
-            one.advance()
-        del one
+        del planned, results
+        while batch:
+            one = batch.pop(0)
+            came.append(one.own)
+            with clock("calibrate"):
+                one.advance()
+            del one
     with clock("calibrate"):
         stage.finish()
         give_back()
@@ -54,12 +62,44 @@ def quantize_experts(
     return together
 
 
-def _worked_on(one: ExpertRun, work: Work, options: ExpertsPart) -> BlockResult:
+def _batches(
+    run: BlockRun, stage: ExpertsStage, options: ExpertsPart, clock: Clock
+) -> Iterator[list[ExpertRun]]:
+    """All experts, in order, as many at a time as are worked on at once; who takes a batch empties it.
+
+    At least one for each process, which then solves one alone; more where `AT_ONCE` and `HELD` allow it.
+    """
+    batch: list[ExpertRun] = []
+    processes, most = run.ranks.size, AT_ONCE.get(run.device.type, 1)
+    for expert in range(stage.experts.shape.experts):
+        if len(batch) >= processes and (len(batch) >= most or _held(batch) > HELD):
+            yield batch
+            batch = []
+        with clock("load"):
+            batch.append(ExpertRun(run, stage, expert, _wanted(stage, expert, options)))
+    if batch:
+        yield batch
+
+
+def _held(batch: list[ExpertRun]) -> int:
+    """Bytes of some experts that are worked on, and of one more like the last: weights, inputs, and the matrices of the
+    widest linear (H, its factor, the drift). The same in all processes.
+    """
+    sizes = []
+    for one in batch:
+        weights = sum(parameter.nbytes for parameter in one.module.parameters())
+        widest = max((plan.shape[1] for plan in one.plans.values()), default=0)
+        inputs, tokens = one.streams.leading, one.own + one.others
+        sizes.append(weights + tokens * inputs.shape[-1] * inputs.element_size() + 3 * 4 * widest**2)
+    return sum(sizes) + sizes[-1]
+
+
+def _steps(one: ExpertRun, work: Work, options: ExpertsPart) -> Steps[BlockResult]:
     """One expert, with a note for each of its linears where it saw too little."""
     asked, alone = one.plans, options.calibrate == "routed"
     if alone and not one.own:
         one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn", refit=0)) for n, plan in asked.items()}
-    result = work(one)
+    result = yield from work(one)
     for number, layer in enumerate(result.layers):
         plan = next(plan for plan in asked.values() if plan.name == layer.name)
         notes = []

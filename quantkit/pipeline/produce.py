@@ -25,7 +25,7 @@ from quantkit.pipeline.pieces import sharing
 from quantkit.pipeline.run import Run, needs
 from quantkit.pipeline.search import Kept, searched, settled
 from quantkit.pipeline.shard_writer import ShardWriter
-from quantkit.pipeline.solve import solve
+from quantkit.pipeline.solve import Problem, Steps, run_steps, solve
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.recipe_schemes import ExpertsPart
@@ -121,16 +121,17 @@ def _calibrated(
 
 
 def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], writer: Writer) -> BlockResult:
-    """Transform and quantize one block, and its experts one by one."""
+    """Transform and quantize one block, and its experts some at a time."""
 
-    def work(one: BlockRun) -> BlockResult:
+    def work(one: BlockRun) -> Steps[BlockResult]:
         scaling = []
         reached = run.ranks.totals(one.streams.leading.numel())[0]  # by tokens, in any process
         for config in transforms if reached else ():
             with run.clock("transform"):
                 report = transform(config.name).apply(one, config)
                 scaling += [{"transform": config.name} | entry for entry in report]
-        result = quantize_block(one, run.clock, run.plan.kv if one is block else None, experts)
+        kv = run.plan.kv if one is block else None
+        result = yield from quantize_block(one, run.clock, kv, experts)
         result.changed |= {f"{one.name}.{n}": t for n, t in one.changed.items()}
         result.scaling = scaling + result.scaling
         return result
@@ -140,7 +141,8 @@ def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], wri
         keep = partial(writer.put_aside, block.index)
         return quantize_experts(block, stage, options, work, keep, run.clock)
 
-    return work(block)
+    (result,) = run_steps(run.ranks, [work(block)], run.clock)
+    return result
 
 
 def _outside(run: Run, streams: Streams) -> BlockResult:
@@ -208,8 +210,8 @@ def _quantize_alone(
             parts.append(weight.to(run.device) if run.windows is not None else weight)
     with run.clock("quantize"):
         dtype = torch_dtype(run.parts[part][f"{first.name}.weight"].dtype)
-        together = parts[0] if len(parts) == 1 else torch.cat(parts)
-        outcome = solve(run.ranks, together, statistics, first.scheme.weights, dtype, first.algorithm)
+        problem = Problem(parts, statistics, first.scheme.weights, dtype, first.algorithm)
+        outcome = solve(run.ranks, problem)
         end = 0
         for plan, own in zip(plans, parts, strict=True):
             end += len(own)

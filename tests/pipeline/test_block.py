@@ -9,6 +9,7 @@ import torch
 from quantkit.algorithms.catalog import algorithm
 from quantkit.algorithms.registry import Outcome
 from quantkit.algorithms.rtn import rtn
+from quantkit.calibration.ranks import ALONE
 from quantkit.calibration.walk import Wanted, walk
 from quantkit.errors import NumericalError
 from quantkit.models import skeleton
@@ -17,6 +18,7 @@ from quantkit.models.source import Source
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import check_sound, quantize_block
 from quantkit.pipeline.clock import Clock
+from quantkit.pipeline.solve import run_steps
 from quantkit.plan import build_plan
 from quantkit.recipe import parse_recipe
 from quantkit.scheme import NUMBERS, Grid, integer
@@ -111,7 +113,7 @@ def test_siblings_become_what_each_becomes_alone(block):
     """They are quantized as one matrix, but weights and errors are each one's own."""
     weights = {f"{block.name}.{n}": m.weight.float().clone() for n, m in block.held.items()}
     assert any(len(siblings) > 1 for siblings in block.trace.siblings)
-    result = quantize_block(block, Clock())
+    (result,) = run_steps(ALONE, [quantize_block(block, Clock())], Clock())
     assert result.weights.keys() == weights.keys()
     errors = {layer.name: layer.relative_error for layer in result.layers}
     for name, weight in weights.items():
@@ -131,6 +133,8 @@ def test_a_collapsed_linear_among_sound_siblings_is_named(block, monkeypatch, co
     starts = 0 if together[0].endswith(collapsed) else rows[0]
 
     class Collapsing:
+        quantize_all = None
+
         def quantize(self, weight, statistics, grid, dtype, config):
             quantized = rtn(weight, grid, dtype)
             if len(weight) == sum(rows) and weight.shape[1] == block.held[together[0]].in_features:
@@ -142,4 +146,4 @@ def test_a_collapsed_linear_among_sound_siblings_is_named(block, monkeypatch, co
 
     monkeypatch.setattr("quantkit.pipeline.solve.algorithm", lambda name: Collapsing())
     with pytest.raises(NumericalError, match=rf"\.{collapsed}: collapsed: the quantized weight is zero"):
-        quantize_block(block, Clock())
+        run_steps(ALONE, [quantize_block(block, Clock())], Clock())

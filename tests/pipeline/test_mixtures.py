@@ -18,9 +18,11 @@ from quantkit.models import skeleton
 from quantkit.models.experts import Experts, part_of
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.clock import Clock
-from quantkit.pipeline.experts import FEW, NONE, SHORT, quantize_experts
+from quantkit.pipeline.experts import AT_ONCE, FEW, NONE, SHORT, quantize_experts
 from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import prepared
+from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.solve import run_steps
 from quantkit.recipe_schemes import ExpertsPart
 
 WEIGHTS = {"bits": 8, "group_size": 16}
@@ -78,6 +80,12 @@ def assert_runs(folder, name):
 def close(found, wanted):
     """Equal but for the last bits, which are another processor's business."""
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def untouched(one):
+    """The work on an expert of which nothing is quantized."""
+    yield from ()
+    return BlockResult()
 
 
 def relative(found, wanted):
@@ -208,7 +216,7 @@ def test_the_experts_of_the_last_block_give_their_outputs_too(saved, tmp_path):
     ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
     for block in walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True)):
         (stage,) = block.experts.values()
-        quantize_experts(block, stage, ExpertsPart(), lambda one: BlockResult(), lambda result: None, Clock())
+        quantize_experts(block, stage, ExpertsPart(), untouched, lambda result: None, Clock())
         outputs = [routed.output() for _, routed in stage.all_recorded()]
     assert block.last
     assert all(bool(output.any(-1).all()) for output in outputs)
@@ -264,6 +272,69 @@ def test_awq_scales_inside_an_expert(saved, tmp_path):
     norms = [s for s in manifest.scaling if s.get("producer") == "post_attention_layernorm"]
     assert not [s for s in norms if not s.get("left_out")]
     assert_runs(tmp_path, "mixtral")
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """How many experts were worked on at once, batch by batch."""
+    counts = []
+
+    def watched(ranks, sequences, clock):
+        counts.append(len(sequences))
+        return run_steps(ranks, sequences, clock)
+
+    monkeypatch.setattr("quantkit.pipeline.experts.run_steps", watched)
+    return counts
+
+
+def test_experts_worked_on_at_once_become_what_each_becomes_alone(saved, tmp_path, monkeypatch, at_once):
+    """Also where the run ended when some of the second block's experts had files already."""
+    _model, source = saved("mixtral")
+    gptq = {"bits": 4, "group_size": 16, "algorithm": {"name": "gptq", "retarget": 1.0}}
+    recipe = GPTQ | {"weights": gptq, "transforms": [{"name": "awq", "grid": 2}]}
+    alone = run(recipe, source, tmp_path / "alone")
+    monkeypatch.setitem(AT_ONCE, "cpu", 3)
+    out = tmp_path / "together"
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "put_aside", ending_at(1, 2, ShardWriter.put_aside))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, source, out)
+    assert len(list((out / ".quantkit").glob("expert-1-*"))) == 2
+    together = run(recipe, source, out)
+    assert at_once == [*[1] * 8, 3, 1, 3, 3, 1]
+    assert together.layers == alone.layers
+    assert (together.scaling, together.experts) == (alone.scaling, alone.experts)
+    for file in (tmp_path / "alone").glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def ending_at(block, expert, put_aside):
+    """`put_aside` that ends the run before it takes the expert of that number of a block."""
+    left = [expert]
+
+    def ending(writer, part, result):
+        if part == block:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        put_aside(writer, part, result)
+
+    return ending
+
+
+def test_experts_are_as_many_at_once_as_memory_allows(saved, tmp_path, monkeypatch, at_once):
+    _model, source = saved("mixtral")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    block = next(walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True)))
+    (stage,) = block.experts.values()
+    monkeypatch.setitem(AT_ONCE, "cpu", 4)
+    tokens = CALIBRATION["samples"] * CALIBRATION["sequence_length"]
+    one = 4 * (3 * 64 * 96 + tokens * 64 + 3 * 96**2)
+    for allowed in (1, 2 * one - 1, 2 * one, 4 * one):
+        monkeypatch.setattr("quantkit.pipeline.experts.HELD", allowed)
+        every = ExpertsPart(calibrate="all")  # so that all experts take the same
+        quantize_experts(block, stage, every, untouched, lambda result: None, Clock())
+    assert at_once == [*[1] * 8, 2, 2, 4]
 
 
 def test_only_the_loaded_experts_lie_in_memory(saved, tmp_path):
