@@ -1,10 +1,10 @@
-"""The experts of a decoder block during calibration: one at a time, however many there are.
+"""The experts of a decoder block during calibration: a few at a time, however many there are.
 
 A block is loaded without its experts. First the router's choices are recorded for all windows: what every token brings
 to the experts, which ones it goes to, and how their outputs are weighted. Then each expert is read, worked on as a
 small block of its own (`ExpertRun`) whose windows are the tokens that came to it, and freed; its outputs are added up
 where the block will look for them. From then on the experts need not run again. So memory is that of the recorded
-hidden states and one expert.
+hidden states and of the experts that are worked on at once, on a CPU one.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came 
 SHORT = "calibrated on fewer than min_tokens tokens, as no others could be added"
 NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
 
-# Experts that are worked on at once, by type of device (1 elsewhere), and the bytes they may take there. One small matrix
-# leaves most of a GPU idle; a CPU is busy with it, and a large one keeps a GPU busy too.
+# Experts that are worked on at once, by type of device (1 elsewhere), and the bytes they may take there. One small
+# matrix leaves most of a GPU idle; a CPU is busy with it, and a large one keeps a GPU busy too.
 AT_ONCE = {"cuda": 32}
 HELD = 4 << 30
 
