@@ -123,17 +123,6 @@ def _positive_definite(
     return None
 
 
-@register("gptq", lambda config: config.needs)
-def quantize(
-    weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: GptqConfig
-) -> Outcome:
-    """Quantize `weight` [N, K] (fp32; fp64 in tests) with statistics.hessian [K, K].
-
-    The matrices of `statistics` are consumed (set to None), so that only what is still needed stays in memory.
-    """
-    return quantize_all([weight], [statistics], grid, dtype, config)[0]
-
-
 def quantize_all(
     weights: Sequence[torch.Tensor],
     statistics: Sequence[Statistics],
@@ -149,6 +138,17 @@ def quantize_all(
     ready = [each for each in all_ if each.factor is not None]
     solved = iter(_Problem(ready, grid, dtype, config).outcomes() if ready else [])
     return [next(solved) if each.factor is not None else _nearest(each, grid, dtype, config) for each in all_]
+
+
+@register("gptq", lambda config: config.needs, quantize_all)
+def quantize(
+    weight: torch.Tensor, statistics: Statistics, grid: Grid, dtype: torch.dtype, config: GptqConfig
+) -> Outcome:
+    """Quantize `weight` [N, K] (fp32; fp64 in tests) with statistics.hessian [K, K].
+
+    The matrices of `statistics` are consumed (set to None), so that only what is still needed stays in memory.
+    """
+    return quantize_all([weight], [statistics], grid, dtype, config)[0]
 
 
 @dataclass
