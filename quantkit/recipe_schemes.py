@@ -6,6 +6,7 @@ inputs, an exact cache) are None and are not written back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -74,6 +75,16 @@ GroupSize = Annotated[int, Field(ge=16)] | None
 Granularity = Literal["tensor", "channel", "group", "block"]
 ScaleName = Literal["fp8_e4m3", "e8m0"]
 InputRange = Literal["minmax", "percentile", "mse"]
+
+
+def _calibrated(value: Any) -> Any:
+    """ValueError for what is no way to calibrate experts."""
+    if isinstance(value, str) and (value in ("routed", "all") or re.fullmatch("top:[1-9][0-9]{0,5}", value)):
+        return value
+    raise ValueError(f"must be routed, all or top:N with N from 1, such as top:4; got {value!r}")
+
+
+Calibrate = Annotated[str, BeforeValidator(_calibrated)]
 
 
 class Part(BaseModel):
@@ -340,9 +351,22 @@ class KVCache(Part):
 class ExpertsPart(Part):
     """How the experts of a mixture are calibrated.
 
-    calibrate: "routed", on the tokens that the router sends to them, or "all", on every token of the layer. min_tokens:
-    below so many an expert's own tokens are filled up with others of its layer; None: as many as a linear has inputs.
+    calibrate: "routed", on the tokens that the router sends to them, "all", on every token of the layer, or "top:N", on
+    those whose router ranks them among its first N, whether it sends them or not. min_tokens: below so many an expert's
+    own tokens are filled up with others of its layer; None: as many as a linear has inputs.
     """
 
-    calibrate: Literal["routed", "all"] = "routed"
+    calibrate: Calibrate = "routed"
     min_tokens: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+
+    @property
+    def top(self) -> int | None:
+        """N of "top:N"."""
+        number = self.calibrate.removeprefix("top:")
+        return None if number == self.calibrate else int(number)
+
+    def of(self, experts: int) -> Self:
+        """The same for a layer of so many experts: those that rank all of them serve every expert."""
+        if self.top is None or self.top < experts:
+            return self
+        return self.model_copy(update={"calibrate": "all"})

@@ -17,6 +17,7 @@ from quantkit.calibration.forward import Call, patched, refusing
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.memory import give_back
+from quantkit.calibration.ranking import Scores, agreed, rankings
 from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.replay import Replay
 from quantkit.calibration.returned import FIRST, Form, laid, returned, stacked
@@ -141,12 +142,24 @@ class BlockForward:
                 stage.at = None
 
     @torch.no_grad()
-    def route(self, stage: ExpertsStage) -> None:
-        """Record what reaches some experts in every chunk of both streams."""
+    def route(self, stage: ExpertsStage, top: int | None = None) -> None:
+        """Record what reaches some experts in every chunk of both streams.
+
+        top: an expert is to be calibrated on the tokens whose router ranks it among its first `top`.
+        """
+        experts, found = stage.experts.total, {}
         for chunk in self.chunks():
             for full in (False, True):
                 if self.streams.has(full, chunk):
-                    stage.record((full, chunk.start), partial(self._run, chunk, full))
+                    at, tokens = (full, chunk.start), self.streams.of(full)[chunk].shape[:-1].numel()
+                    scores = None if top is None else Scores(tokens, experts)
+                    stage.record(at, partial(self._run, chunk, full), scores)
+                    if scores is not None and top is not None:
+                        found[at] = rankings(scores.seen, stage.recorded(at).index, top)
+        if top is not None:
+            place = agreed(found.values(), self.ranks, f"{self.name}.{stage.name}", top)
+            for at, each in found.items():
+                stage.recorded(at).rank(each[place], experts)
 
     def _step(self, chunk: slice, full: bool) -> None:
         """Bring one chunk of one stream to the block's output, and keep what the block hands on beside it."""

@@ -31,8 +31,8 @@ class ExpertRun(BlockRun):
     """An expert, its tokens as windows of one token each; those that the full stream has too come first.
 
     block: the block it belongs to. stage: the experts module. wanted: how many tokens it is calibrated on at least; if
-    fewer came to it, others of the layer are added, evenly spaced. own, others: how many came to it by themselves, and
-    how many were added. All of all processes together.
+    fewer came to it, others of the layer are added, evenly spaced. own, others: how many came to it by themselves (or
+    rank it high enough, see `BlockRun.route`), and how many were added. All of all processes together.
     """
 
     def __init__(self, block: BlockRun, stage: ExpertsStage, expert: int, wanted: int) -> None:
@@ -42,7 +42,7 @@ class ExpertRun(BlockRun):
         starts = [chunk.start for chunk in block.chunks()]
         routed = {start: stage.recorded((self._leading, start)) for start in starts}
         picked = _picked(routed, expert, wanted, block.ranks)
-        own = sum(len(routed[start].tokens(expert)) for start in starts)
+        own = sum(len(routed[start].serving(expert)) for start in starts)
         x = [routed[start].inputs(expert, tokens) for start, tokens in picked.items()]
         leading = torch.cat([rows for rows in x if rows is not None]).unsqueeze(1)
         self.own, self.others = map(int, block.ranks.totals(own, len(leading) - own))
@@ -131,7 +131,7 @@ def _picked(routed: dict[int, Routed], expert: int, wanted: int, ranks: Ranks) -
 
     In all processes together; each takes its share of the others.
     """
-    own = {start: each.tokens(expert) for start, each in routed.items()}
+    own = {start: each.serving(expert) for start, each in routed.items()}
     others = {start: _without(each.count, own[start]) for start, each in routed.items()}
     known = [each.inputs(expert, others[start][:1]) is not None for start, each in routed.items()]
     came, there, strange = ranks.totals(

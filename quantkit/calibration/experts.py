@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from quantkit.calibration.forward import Stop
 from quantkit.calibration.held import HeldLinear
+from quantkit.calibration.ranking import Scores
 from quantkit.models.experts import Experts, chosen
 
 if TYPE_CHECKING:
@@ -57,8 +59,9 @@ class Routed:
     def __init__(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int
     ) -> None:
-        self.hidden, self._weights = hidden, weights
+        self.hidden, self.index, self._weights = hidden, index, weights
         self._of = {e: (token, slot) for e, token, slot in chosen(index, experts)}
+        self._ranked: dict[int, torch.Tensor] | None = None
         self._out = torch.zeros_like(hidden)
 
     @property
@@ -69,6 +72,16 @@ class Routed:
     def tokens(self, expert: int) -> torch.Tensor:
         """Numbers of the tokens that an expert was chosen for, ascending."""
         return self._of[expert][0] if expert in self._of else torch.empty(0, dtype=torch.int64)
+
+    def serving(self, expert: int) -> torch.Tensor:
+        """Numbers of the tokens that an expert is calibrated on: its `tokens`, or those that `rank` gave it."""
+        if self._ranked is None:
+            return self.tokens(expert)
+        return self._ranked.get(expert, torch.empty(0, dtype=torch.int64))
+
+    def rank(self, ranking: torch.Tensor, experts: int) -> None:
+        """From now on an expert is calibrated on the tokens that have it in their row of `ranking` [T, N]."""
+        self._ranked = {expert: token for expert, token, _ in chosen(ranking, experts)}
 
     def inputs(self, expert: int, tokens: torch.Tensor) -> torch.Tensor | None:
         """What an expert would be given for any tokens; None if that is not known."""
@@ -82,7 +95,8 @@ class Routed:
 
     def forget(self) -> None:
         """Keep the output alone."""
-        self.hidden = self._weights = torch.empty(0)
+        self.hidden = self.index = self._weights = torch.empty(0)
+        self._ranked = None
         self._of.clear()
 
     def output(self) -> torch.Tensor:
@@ -98,6 +112,7 @@ class SlottedRouted(Routed):
 
     def __init__(self, hidden: torch.Tensor, experts: int) -> None:
         self._shape, self._each, self._dtype = hidden.shape, len(hidden) // experts, hidden.dtype
+        self._ranked = None
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for expert, rows in enumerate(hidden.view(experts, self._each, -1)):
@@ -167,12 +182,13 @@ class ExpertsStage:
         """What was recorded for every chunk of both streams."""
         return list(self._routed.items())
 
-    def record(self, at: At, run: Callable[[], object]) -> None:
-        """Record what reaches the experts in one chunk. run: runs the block on it."""
+    def record(self, at: At, run: Callable[[], object], scores: Scores | None = None) -> None:
+        """Record what reaches the experts in one chunk. run: runs the block on it. scores: watches it meanwhile."""
         self._mode = "record"
         self.at = at
         try:
-            run()
+            with scores or nullcontext():
+                run()
         except Stop:
             pass
         finally:

@@ -35,11 +35,12 @@ def quantize_experts(
     run: BlockRun, stage: ExpertsStage, options: ExpertsPart, work: Work, put_aside: PutAside, clock: Clock
 ) -> BlockResult:
     """Quantize every expert of one module on the tokens that come to it; their outputs are there for the block then."""
+    options = options.of(stage.experts.total)
     together = BlockResult()
     if not stage.plans and run.last:
         return together
     with clock("calibrate"):
-        run.route(stage)
+        run.route(stage, options.top)
         give_back()
     came: list[int] = []
     for batch in _batches(run, stage, options, clock):
@@ -96,7 +97,7 @@ def _held(batch: list[ExpertRun]) -> int:
 
 def _steps(one: ExpertRun, work: Work, options: ExpertsPart) -> Steps[BlockResult]:
     """One expert, with a note for each of its linears where it saw too little."""
-    asked, alone = one.plans, options.calibrate == "routed"
+    asked, alone = one.plans, options.calibrate != "all"
     if alone and not one.own:
         one.plans = {n: replace(plan, algorithm=RtnConfig(name="rtn", refit=0)) for n, plan in asked.items()}
     result = yield from work(one)

@@ -13,6 +13,7 @@ import torch
 from quantkit import assets
 from quantkit.calibration.distributed import joined
 from quantkit.calibration.memory import large_blocks_apart
+from quantkit.calibration.ranking import refuse_weighted
 from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
@@ -250,6 +251,8 @@ def prepared(
         built = None if checked.model_free else skeleton.build(source)
         plan = build_plan(checked, headers, None if built is None else skeleton.places(built))
         check_target(checked, plan, headers)
+        if built is not None and checked.experts is not None and checked.experts.top is not None:
+            refuse_weighted(built, checked.experts.top)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)

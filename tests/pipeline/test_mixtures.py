@@ -15,7 +15,7 @@ from quantkit.calibration.expert_run import ExpertRun
 from quantkit.calibration.experts import expert_stages
 from quantkit.calibration.walk import Wanted, walk
 from quantkit.checkpoint.manifest import read_manifest
-from quantkit.errors import NumericalError, RecipeError
+from quantkit.errors import ModelError, NumericalError, RecipeError
 from quantkit.models import skeleton
 from quantkit.models.experts import Experts, part_of
 from quantkit.pipeline.block import BlockResult
@@ -224,19 +224,92 @@ def test_the_experts_of_the_last_block_give_their_outputs_too(saved, tmp_path):
     assert all(bool(output.any(-1).all()) for output in outputs)
 
 
-def test_all_tokens_for_every_expert(saved, tmp_path):
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_more_tokens_for_every_expert(name, saved, tmp_path):
+    _, source = saved(name)
+    manifests, written = {}, {}
+    for how in ("routed", "top:3", "all"):
+        options = {"experts": {"calibrate": how, "min_tokens": 0}}
+        manifests[how] = run(GPTQ | options, source, tmp_path / how)
+        files = [load_file(file) for file in sorted((tmp_path / how).glob("*.safetensors"))]
+        packed = {
+            n: t
+            for file in files
+            for n, t in file.items()
+            if n.endswith(("experts.0.w1.weight_packed", "experts.0.gate_proj.weight_packed"))
+        }
+        written[how] = next(iter(packed.values()))
+    told = {how: manifest.experts[0] for how, manifest in manifests.items()}
+    assert [each["calibrate"] for each in told.values()] == ["routed", "top:3", "all"]
+    assert told["routed"]["tokens"] == told["all"]["tokens"]
+    tokens = CALIBRATION["samples"] * CALIBRATION["sequence_length"]
+    assert (sum(told["routed"]["tokens"]), sum(told["top:3"]["tokens"])) == (2 * tokens, 3 * tokens)
+    for one, other in (("routed", "all"), ("top:3", "all"), ("routed", "top:3")):
+        assert not torch.equal(written[one], written[other])
+
+
+def test_as_many_as_there_are_is_all():
+    part = ExpertsPart(calibrate="top:4", min_tokens=7)
+    assert part.top == 4
+    assert part.of(5) == part
+    assert part.of(4) == ExpertsPart(calibrate="all", min_tokens=7)
+    assert ExpertsPart().of(4) == ExpertsPart()
+
+
+@pytest.mark.parametrize("how", ["some", "top:0", "top:x", "top:", "top:2.5", "top:-1", 4])
+def test_other_ways_to_calibrate_experts_are_refused(how, saved, tmp_path):
     _, source = saved("mixtral")
-    routed, every = (
-        run(GPTQ | {"experts": {"calibrate": how, "min_tokens": 0}}, source, tmp_path / how)
-        for how in ("routed", "all")
-    )
-    assert routed.experts[0]["tokens"] == every.experts[0]["tokens"]
-    assert every.experts[0]["calibrate"] == "all"
-    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight_packed"
-    files = [load_file(next((tmp_path / how).glob("model-00001*")))[name] for how in ("routed", "all")]
-    assert not torch.equal(*files)
-    with pytest.raises(RecipeError, match=r"experts\.calibrate"):
-        run(GPTQ | {"experts": {"calibrate": "some"}}, source, tmp_path / "no")
+    with pytest.raises(RecipeError, match=r"experts\.calibrate: must be routed, all or top:N .* got "):
+        run(GPTQ | {"experts": {"calibrate": how}}, source, tmp_path / "no")
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_an_expert_is_calibrated_on_the_tokens_that_rank_it(top, saved, tmp_path):
+    """And gives the layer what it gives those that chose it."""
+    model, source = saved("qwen3_moe")
+    ready = prepared(GPTQ, source, tmp_path, (), "cpu", None, Silent())
+    seen = []
+    mixture = model.model.layers[0].mlp
+    handles = [
+        mixture.register_forward_hook(lambda m, args, out: seen.append((args[0].flatten(0, 1), out))),
+        mixture.gate.register_forward_hook(lambda m, args, out: seen.append(out)),
+    ]
+    model(input_ids=ready.windows.ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    (logits, *_), (hidden, output) = seen
+    block = next(walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True)))
+    (stage,) = block.experts.values()
+    block.route(stage, top)
+    for expert in range(tiny_mixtures.EXPERTS):
+        one = ExpertRun(block, stage, expert, wanted=0)
+        rows = hidden[(logits.topk(top).indices == expert).any(-1)]
+        close(one.streams.leading[:, 0], rows)
+        assert (one.own, one.others) == (len(rows), 0)
+        one.advance()
+    given = torch.cat([routed.output() for _, routed in stage.all_recorded()])
+    close(given, output.flatten(0, 1))
+
+
+def test_top_is_refused_where_nothing_ranks_the_experts(saved, tmp_path):
+    recipe = GPTQ | {"experts": {"calibrate": "top:2"}}
+    with pytest.raises(
+        ModelError, match=r"feed_forward\.experts: experts\.calibrate: top:2 .* routed, or all"
+    ):
+        run(recipe, saved("llama4")[1], tmp_path / "weighted")
+    ready = prepared(recipe, saved("mixtral")[1], tmp_path, (), "cpu", None, Silent())
+    block = next(walk(ready.model, ready.source, ready.plan, ready.windows.ids, Wanted(0, True)))
+    (stage,) = block.experts.values()
+    gate = block.module.get_submodule("mlp.gate")
+    hashed = torch.stack((torch.arange(64) % 4, torch.arange(1, 65) % 4), 1)  # by place, as if by token
+
+    def route(hidden):
+        index = hashed.repeat(len(hidden) // 64, 1)
+        return hidden @ gate.weight.T, torch.full(index.shape, 0.5), index
+
+    gate.forward = route
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts: .* top:2 .* routed, or all"):
+        block.route(stage, 2)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe"])

@@ -127,7 +127,9 @@ def test_two_processes_give_what_one_gives(whole, given, tmp_path, name):
         assert [t.loss for t in ours.trials] == pytest.approx([t.loss for t in theirs.trials], rel=1e-3)
 
 
-@pytest.mark.parametrize("calibrate", ["routed", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "calibrate", ["routed", *(pytest.param(each, marks=pytest.mark.slow) for each in ("top:3", "all"))]
+)
 def test_experts_are_calibrated_on_the_tokens_of_all_processes(server, given, tmp_path, calibrate):
     """With min_tokens, experts take tokens of others too, each process its share. Each expert is solved by one process,
     the fifth by both.
