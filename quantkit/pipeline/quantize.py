@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,6 +47,9 @@ from quantkit.plan import build_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INTERRUPTED = "what is finished is kept, and the same command with as many processes goes on after it"
 
@@ -248,11 +251,9 @@ def prepared(
         request = EvaluationRequest.of(*asked, length) if asked else None
         headers = read_checkpoint(path, checked.model_free)
         source = Source(headers)
-        built = None if checked.model_free else skeleton.build(source)
+        built = _skeleton(checked, source)
         plan = build_plan(checked, headers, None if built is None else skeleton.places(built))
         check_target(checked, plan, headers)
-        if built is not None and checked.experts is not None and checked.experts.top is not None:
-            refuse_weighted(built, checked.experts.top)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
@@ -292,6 +293,16 @@ def prepared(
         progress=progress,
         ranks=ranks if windows is not None else ALONE,
     )
+
+
+def _skeleton(recipe: Recipe, source: Source) -> PreTrainedModel | None:
+    """The model without weights, None if there need not be one; ModelError if it cannot rank experts as asked."""
+    if recipe.model_free:
+        return None
+    built = skeleton.build(source)
+    if recipe.experts is not None and recipe.experts.top is not None:
+        refuse_weighted(built, recipe.experts.top)
+    return built
 
 
 def _refuse_misplaced(recipe: Recipe, in_memory: bool) -> None:
