@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from quantkit.checkpoint.check import REMOVE, SchemeOf, check_files, check_values, packing_of
 from quantkit.checkpoint.kv import stored_scheme
-from quantkit.checkpoint.loaders import Loader, loaders
+from quantkit.checkpoint.loaders import Loader, loaders, of_mixture
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest
 from quantkit.checkpoint.records import plain
 from quantkit.errors import ModelError
@@ -79,7 +79,7 @@ def inspect_checkpoint(
             layers.append(_plain(module, tensor))
     layers.sort(key=lambda layer: [int(p) if p.isdecimal() else -1 for p in layer["name"].split(".")])
     subject = _subject(config, quantization, layers, schemes, cache, tensors)
-    who = loaders(model_type, schemes, cache)
+    who = of_mixture(loaders(model_type, schemes, cache), subject)
     if format_of(subject) is not None:
         who = [who[0], _loader(subject, Target("transformers")), _loader(subject, Target("vllm"))]
     return {

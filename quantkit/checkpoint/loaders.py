@@ -15,8 +15,11 @@ from pathlib import Path
 
 from quantkit.models import families
 from quantkit.preflight.cache import engine_flag
+from quantkit.preflight.check import preflight
+from quantkit.preflight.experts import gathers
 from quantkit.preflight.kernels import devices_for
-from quantkit.preflight.target import DEVICES
+from quantkit.preflight.subject import Subject
+from quantkit.preflight.target import DEVICES, Target
 from quantkit.scheme import KVScheme, Scheme
 
 TRANSFORMERS = "transformers + compressed-tensors"
@@ -71,6 +74,18 @@ def loaders(model_type: str, schemes: dict[str, Scheme], kv: KVScheme | None = N
     if kv is not None:
         plain, engine = _transformers_cache(plain, kv), _vllm_cache(engine, kv)
     return [ours, _beware(plain, schemes, stored), engine]
+
+
+def of_mixture(who: list[Loader], subject: Subject) -> list[Loader]:
+    """The same with what the experts of the checkpoint change: plain transformers makes others of some."""
+    found = [each for each in preflight(subject, Target("transformers")) if each.rule == "experts"]
+    if found:
+        return [who[0], Loader(TRANSFORMERS, False, str(found[0])), *who[2:]]
+    rounded = [each for each in subject.quantized if each.scheme is not None and each.scheme.inputs]
+    if gathers(subject, rounded) and who[1].loads:
+        said = "it leaves the inputs of experts as they are"
+        return [who[0], replace(who[1], beware="; ".join(filter(None, (who[1].beware, said)))), *who[2:]]
+    return who
 
 
 def _beware(loader: Loader, schemes: dict[str, Scheme], stored: bool) -> Loader:

@@ -18,7 +18,7 @@ import transformers
 
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import copy_companions
-from quantkit.checkpoint.loaders import loaders
+from quantkit.checkpoint.loaders import loaders, of_mixture
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
 from quantkit.checkpoint.records import (
     Calibration,
@@ -51,6 +51,7 @@ from quantkit.pipeline.run import Run
 from quantkit.plan import starred
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import preflight, verdicts
+from quantkit.preflight.subject import Subject
 from quantkit.scheme import Scheme
 from quantkit.validation import subject_of
 
@@ -187,7 +188,7 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
         for (transform, name), count in left_out.items()
     ]
     schemes = {layer.name: layer.scheme for layer in run.plan.layers}
-    known = loaders(run.source.headers.text_type, schemes, run.plan.kv)
+    known = of_mixture(loaders(run.source.headers.text_type, schemes, run.plan.kv), _subject(run))
     notes += [str(loader) for loader in known if not loader.loads or loader.needs]
     notes += engine_notes(run)
     if run.plan.kv is not None:
@@ -200,12 +201,16 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
 
 def engine_notes(run: Run) -> list[str]:
     """What the recipe's target would refuse of the files as they were written; without one, each engine in a line."""
-    written = read_config(run.output).get("quantization_config")
-    subject = subject_of(run.plan, run.source.headers, written)
+    subject = _subject(run)
     if run.recipe.target is not None:
         asked = run.recipe.target.asked
         return [f"refused by {asked}: {finding}" for finding in preflight(subject, asked)]
     return [f"refused by {said}" for runs, said in verdicts(subject) if not runs]
+
+
+def _subject(run: Run) -> Subject:
+    """The checkpoint as it was written, for the rules about engines."""
+    return subject_of(run.plan, run.source.headers, read_config(run.output).get("quantization_config"))
 
 
 def source_notes(headers: Headers) -> list[str]:

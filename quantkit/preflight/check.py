@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantkit.preflight.cache import caches
+from quantkit.preflight.experts import experts_there
 from quantkit.preflight.foreign import format_of, reading_of, settings, unread
 from quantkit.preflight.kernels import needed, no_kernel
 from quantkit.preflight.names import siblings, spelled
@@ -88,6 +89,7 @@ def _alone(subject: Subject, target: Target) -> Iterator[Finding]:
         if len(kinds) > 1 and any(kind and not kind.weights.symmetric for kind in kinds):
             numbers = f"{len(kinds)} schemes, some asymmetric: its dequantize=True decodes all by the first"
             yield Finding("schemes", "", numbers, "use one scheme, or symmetric: true", where)
+        yield from experts_there(subject, where)
 
 
 def _mtp(subject: Subject, target: Target) -> Iterator[Finding]:
