@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantkit.errors import ModelError
+from quantkit.formats.expert_names import ASKED, EXPERT, asked_of_left
 from quantkit.formats.patterns import PatternError, matches, parsed
 from quantkit.scheme import NUMBERS, Grid, KVScheme, Number, Scheme, integer
 
@@ -72,9 +73,6 @@ def memory_format(scheme: Scheme) -> str:
         return PACKED
 
 
-_EXPERT = re.compile(r"^(.*experts)\.\d+\.([^.]+)$")  # (experts of a layer, name of a linear)
-
-
 def written_config(
     schemes: Mapping[str, Scheme], ignore: Sequence[str], kv: KVScheme | None = None
 ) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def written_config(
         "quant_method": METHOD,
         "format": top,
         "quantization_status": "compressed",
-        "ignore": sorted(ignore),
+        "ignore": sorted({*ignore, *asked_of_left(ignore, schemes)}),
         "config_groups": groups,
     }
     if short:
@@ -125,19 +123,16 @@ def written_config(
 
 
 def _targets(scheme: Scheme, schemes: Mapping[str, Scheme]) -> list[str]:
-    """The targets of one scheme among several.
-
-    vLLM asks for the experts of a layer under gate_proj, up_proj and down_proj, however they are called on disk.
-    """
+    """The targets of one scheme among several; patterns of experts also fit the names that vLLM asks for."""
     of_layer: dict[str, set[Scheme]] = {}
-    leaves = {"gate_proj", "up_proj", "down_proj"}
+    leaves = {*ASKED}
     for name, each in schemes.items():
-        if match := _EXPERT.match(name):
+        if match := EXPERT.match(name):
             of_layer.setdefault(match[1], set()).add(each)
             leaves.add(match[2])
     alike = {layer for layer, found in of_layer.items() if found == {scheme}}
     named = {n for n, s in schemes.items() if s == scheme}
-    named -= {n for n in named if (match := _EXPERT.match(n)) and match[1] in alike}
+    named -= {n for n in named if (match := EXPERT.match(n)) and match[1] in alike}
     behind = rf"\.\d+\.({'|'.join(sorted(leaves))})$"
     if alike and alike == of_layer.keys():
         return sorted([*named, rf"re:.*experts{behind}"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from quantkit.errors import ModelError
+from quantkit.formats.expert_names import asked, asked_of_left
 from quantkit.models import families
 from quantkit.models.blocks import NUMBERED, Blocks, find_blocks
 from quantkit.models.headers import Headers
@@ -155,9 +156,11 @@ def ignore_patterns(left: Iterable[str], quantized: Iterable[str], prefix: str, 
     enough; towers, MTP layers and stacked experts are named by the part that says so. `lm_head` is always there: a
     model has one even if its checkpoint does not. prefix, count: of the decoder blocks.
     """
-    taken = set(quantized)
+    taken, left = set(quantized), list(left)
+    beside = asked_of_left(left, taken)
+    taken |= {*asked(taken)}
     found = dict.fromkeys([ENGINES_HEAD])
-    for name in left:
+    for name in [*left, *beside]:
         known = any(re.match(each.removeprefix("re:"), name) for each in found if each.startswith("re:"))
         if name not in found and not known and _first(families.TABLES, name) is None:
             found[_pattern(name, taken, prefix, count)] = None

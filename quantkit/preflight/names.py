@@ -7,7 +7,9 @@ layers/quantization/compressed_tensors/utils.py. Names and patterns are those of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from quantkit.formats.expert_names import asked, holders
 from quantkit.formats.patterns import PatternError, matches
 from quantkit.preflight.foreign import format_of
 from quantkit.preflight.subject import EMBEDDING, HEAD, Finding, Linear, Subject
@@ -78,7 +80,7 @@ def spelled(subject: Subject, target: Target) -> Iterator[tuple[str, Finding]]:
         t for group in groups.values() if isinstance(group, Mapping) for t in _texts(group.get("targets"))
     ]
     targets = _Names(written, renamed)
-    for linear in subject.linears:
+    for linear in [*subject.linears, *(_asked(subject) if target.engine == "vllm" else ())]:
         if EMBEDDING.search(linear.name):
             continue
         there = _translated(linear.name, renamed)
@@ -88,6 +90,19 @@ def spelled(subject: Subject, target: Target) -> Iterator[tuple[str, Finding]]:
         problem = _problem(linear, there, left, chosen, ignore)
         if problem:
             yield linear.name, Finding("names", "", *problem, source(target.engine, file))
+
+
+def _asked(subject: Subject) -> Iterator[Linear]:
+    """The first expert of each layer under the names that vLLM asks for; none where a layer has several schemes."""
+    known = {linear.name for linear in subject.linears}
+    kinds: dict[str, set[Linear]] = {}
+    for linear in subject.linears:
+        for holder in holders([linear.name]):
+            kinds.setdefault(holder, set()).add(linear)
+    for members in kinds.values():
+        first = min(members, key=lambda linear: linear.name)
+        if len({linear.scheme for linear in members}) == 1:
+            yield from (replace(first, name=name) for name in asked([first.name]) if name not in known)
 
 
 class _Names:

@@ -245,3 +245,24 @@ def test_the_room_imports_no_torch():
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("leaves", "targets", "found"),
+    [
+        (("w1", "w2", "w3"), ["Linear"], []),
+        (("w1", "w2", "w3"), [r"re:.*experts\.\d+\.w[123]$"], ["names"] * 3),
+        (("gate_proj", "up_proj", "down_proj"), [r"re:.*experts\.\d+\.\w+_proj$"], []),
+        (("w1", "w2", "w3"), [r"re:.*experts\.\d+\.(w[123]|\w+_proj)$"], []),
+    ],
+)
+def test_experts_are_found_under_the_names_that_vllm_asks_for(leaves, targets, found):
+    """However the disk calls them: a pattern of w1, w2 and w3 alone leaves them unquantized there."""
+    linears = [
+        Linear(f"model.layers.0.block_sparse_moe.experts.{e}.{leaf}", (512, 512), FOUR)
+        for e in range(2)
+        for leaf in leaves
+    ]
+    checkpoint = subject(linears, {"model_type": "mixtral"}, targets=targets)
+    assert rules(checkpoint, "vllm,gpu=sm90") == found
+    assert rules(checkpoint, "sglang,gpu=sm90") == []
