@@ -4,10 +4,10 @@
 
 Calibration, verification and evaluation are those of quantkit.bench.quality.methods: 128 windows of 512 tokens, the
 packed weights in fp32, every number paired with the original model on the same tokens. "routed" calibrates an expert on
-the tokens that the router sends to it, "all" on every token of its layer; the row of "all" also has its evaluation
-against the checkpoint of "routed". PYTHON is the interpreter of an environment that has llm-compressor: its GPTQ with
-its default options, where every expert sees every token, is then run on the same windows, and what it saves is loaded
-and evaluated in the same way.
+the tokens that the router sends to it, "top:4" on those whose router ranks it among its first four, "all" on every
+token of its layer; rows of the last two are also evaluated against the checkpoint of "routed". PYTHON is the
+interpreter of an environment that has llm-compressor: its GPTQ with its default options, where every expert sees every
+token, is then run on the same windows, and what it saves is loaded and evaluated in the same way.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ RTN = {"name": "rtn", "range": "minmax"}
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"weights": {"algorithm": RTN}},
     "GPTQ, routed": {"weights": {"algorithm": "gptq"}, "experts": {"calibrate": "routed"}},
+    "GPTQ, top:4": {"weights": {"algorithm": "gptq"}, "experts": {"calibrate": "top:4"}},
     "GPTQ, all": {"weights": {"algorithm": "gptq"}, "experts": {"calibrate": "all"}},
     "AWQ + GPTQ, routed": {
         "weights": {"algorithm": "gptq"},
@@ -54,7 +55,7 @@ def ours(measured: Measured, method: str, bits: int, group: int, overrides: dict
     recipe = METHODS[method] | overrides
     recipe |= {"weights": recipe["weights"] | {"bits": bits, "group_size": group, "symmetric": True}}
     row = measured(recipe, folder_name(method, bits))
-    if method == "GPTQ, all":
+    if method in ("GPTQ, top:4", "GPTQ, all"):
         routed = measured.work / folder_name("GPTQ, routed", bits)
         row["against_routed"] = measured.evaluated(measured.work / folder_name(method, bits), routed)
     return row
@@ -129,7 +130,7 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
     base = plus_minus(rows[0]["evaluation"]["original"])
     table = "\n".join(line({k: v for k, v in row.items() if k != "against_routed"}) for row in rows)
     pairs = "; ".join(
-        f"W{row['bits']} {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f}"
+        f"{row['method']} W{row['bits']} {e['delta_nll']:+.4f} ± {e['delta_nll_se']:.4f}"
         for row in rows
         if (e := row.get("against_routed"))
     )
@@ -138,15 +139,16 @@ def markdown(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
         "## A mixture of experts\n\n"
         "bookworm-moe-6m: 4 blocks of 8 experts, 2 per token; symmetric weights, routers as they are. "
         "Runs and evaluation are those of the first tables. An expert is calibrated on the tokens that the router "
-        "sends to it (routed), or on every token of its layer (all). The rival's GPTQ, if it was run, has its default "
-        "options and the same windows, every expert sees every token, and its checkpoint is evaluated in the same way."
+        "sends to it (routed), on those whose router ranks it among its first four (top:4), or on every token of its "
+        "layer (all). The rival's GPTQ, if it was run, has its default options and the same windows, every expert sees "
+        "every token, and its checkpoint is evaluated in the same way."
         "\n\n"
         f"Made by `python -m quantkit.bench.quality.mixtures` on {where['cpu']}, torch {where['torch']}, "
         f"{where['threads']} thread(s), commit {commits}, {where['date'][:10]}.\n\n"
         "| scheme | method | perplexity | paired ΔNLL | KL x 1e-3 | top-1 flips | CPU-s |\n"
         "|---|---|---|---|---|---|---|\n"
         f"| bf16 | original, run in fp32 | {base} | | | | |\n{table}\n"
-        + (f"\nPaired ΔNLL of all tokens against routed ones: {pairs}.\n" if pairs else "")
+        + (f"\nPaired ΔNLL against routed tokens: {pairs}.\n" if pairs else "")
     )
 
 
