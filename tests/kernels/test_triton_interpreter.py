@@ -12,7 +12,13 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(
-    "name", ["triton_interpreted.py", "triton_interpreted_8bit.py", "triton_interpreted_grouped.py"]
+    "name",
+    [
+        "triton_interpreted.py",
+        "triton_interpreted_8bit.py",
+        "triton_interpreted_grouped.py",
+        "triton_interpreted_columns.py",
+    ],
 )
 def test_interpreted_kernels_equal_the_reference(name):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
