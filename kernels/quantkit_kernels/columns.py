@@ -28,7 +28,7 @@ def loops_for(weight: torch.Tensor) -> Loops | None:
     if weight.is_cpu and library.available():
         return Loops(cpu_columns.spread, cpu_columns.descend)
     if weight.is_cuda and torch.version.cuda and importlib.util.find_spec("triton"):
-        from quantkit_kernels.triton import columns
+        from quantkit_kernels.triton import columns_op
 
-        return Loops(columns.spread, columns.descend)
+        return Loops(columns_op.spread, columns_op.descend)
     return None

@@ -6,10 +6,10 @@ The steps: `tests` runs the tests marked `gpu`, among them the Triton kernels ag
 most of the time is compilation. `decode` times whole steps of a 32-layer Llama-3-8B, bf16 and packed, with CUDA graphs
 and without. `tune` writes a table of tile sizes for this chip, which later steps use. `bench` is `quantkit bench
 --products --device cuda`, W8A8 in int8 and FP8 among them. `caches` times attention over INT8 and FP8 caches against
-PyTorch's over bf16. `compare` quantizes the embedded model by one recipe on the device and on the CPU, and
-evaluates both results on the device.
+PyTorch's over bf16. `gptq` times the solving of weights. `compare` quantizes the embedded model by one recipe on the
+device and on the CPU, and evaluates both results on the device.
 
-If a command may take only ten minutes, run `tests decode`, then `tune`, then `bench caches compare`, with the same DIR.
+If a command may take only ten minutes, run `tests decode`, then `tune`, then `bench caches gptq compare`, with one DIR.
 Each step writes DIR/STEP.json, which also says if the time ran out, and the report collects the steps found in DIR.
 Nothing is downloaded. The exit code is 1 if a step fails or runs out of time, or if the two quantized models differ by
 more than their standard errors allow.
@@ -116,6 +116,11 @@ def caches(work: Path, deadline: float) -> dict[str, Any]:
     return _child(work, deadline, "caches", "quantkit.bench.kernels.gpu_kv", "--json")
 
 
+def gptq(work: Path, deadline: float) -> dict[str, Any]:
+    """Time GPTQ's column loops as Triton kernels against torch's ops, and experts as one batch."""
+    return _child(work, deadline, "gptq", "quantkit.bench.kernels.gptq", "--device", "cuda", "--json")
+
+
 def compare(work: Path, deadline: float) -> dict[str, Any]:
     """Quantize by the same recipes on CUDA and on the CPU, and evaluate the results."""
     rows: list[dict[str, Any]] = []
@@ -144,6 +149,7 @@ STEPS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "tune": tune,
     "bench": bench,
     "caches": caches,
+    "gptq": gptq,
     "compare": compare,
 }
 

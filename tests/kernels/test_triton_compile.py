@@ -88,6 +88,12 @@ ROUNDING = [
     *(("quantize", arch, "fp8_e4m3", "bf16", 128, False, False) for arch in (90, 100)),
 ]
 
+# GPTQ's loops: (arch, loop, columns of a block)
+COLUMNS = [
+    *(("columns", arch, name, 128) for arch in (80, 90, 100) for name in ("spread", "descend")),
+    ("columns", 90, "spread", 256),
+]
+
 AMD = [
     (942, 4, "bf16", True, False, 128, 16, 4096, 4096),
     (942, 8, "fp16", False, True, 128, 128, 4096, 4096),
@@ -101,7 +107,7 @@ def reports():
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     child = [sys.executable, str(Path(__file__).with_name("triton_compiled.py"))]
     linears = [case for case, _ in CASES] + AMD
-    eights = [case for case, _ in EIGHT_BITS + GROUPED] + ROUNDING
+    eights = [case for case, _ in EIGHT_BITS + GROUPED] + ROUNDING + COLUMNS
     cases = [("linear", *case) for case in linears] + eights
     done = subprocess.run(
         child, env=environment, input=json.dumps(cases), capture_output=True, text=True, check=False
@@ -143,6 +149,14 @@ def test_compiled_kernels_of_8_bits_and_of_experts_fit(reports, case, limit):
 def test_compiled_rounding_fits(reports, case):
     assert reports[case]["stack"] == 0, reports[case]
     assert reports[case]["registers"] <= 128, reports[case]
+    assert reports[case]["shared"] <= SHARED[case[1]], reports[case]
+
+
+@pytest.mark.parametrize("case", COLUMNS, ids=lambda v: "-".join(map(str, v)))
+def test_compiled_column_loop_fits(reports, case):
+    """The tile stays in registers."""
+    assert reports[case]["stack"] == 0, reports[case]
+    assert reports[case]["registers"] <= 255, reports[case]
     assert reports[case]["shared"] <= SHARED[case[1]], reports[case]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from quantkit_kernels.triton import grouped_op, kv_op, scaled_op
+from quantkit_kernels.triton import columns, columns_op, grouped_op, kv_op, scaled_op
 from quantkit_kernels.triton.configs import rule
 from quantkit_kernels.triton.grouped import grouped_kernel
 from quantkit_kernels.triton.kv import decode_kernel, write_kernel
@@ -135,6 +135,17 @@ def compile_quantize(arch, number, activations, group, static, zero):
     return compiled(quantize_kernel, arch, fixed, kinds, ("groups",), warps, 3), Launch(warps), fixed["BK"]
 
 
+def compile_columns(arch, name, b):
+    """As `compile_linear`, of GPTQ's loops over a block of `b` columns; nothing about sizes is known."""
+    kernel = {"spread": columns.spread_kernel, "descend": columns.descend_kernel}[name]
+    tile = columns_op.config(b)
+    pointers = ("weight", "value", "gradient", "matrix", "scale", "low", "high", "levels", "errors")
+    names = [each for each in kernel.arg_names if each not in tile]
+    kinds = {each: "*fp32" if each in pointers else "i32" for each in names} | {"group_of": "*i32"}
+    odd = [each for each in names if kinds[each] == "i32"]
+    return compiled(kernel, arch, tile, kinds, odd, 1, 3), Launch(1), tile["BLOCK"] * tile["STRIP"]
+
+
 class Launch(NamedTuple):
     """What `main` needs of a configuration."""
 
@@ -148,6 +159,7 @@ COMPILE = {
     "decode": compile_decode,
     "write": compile_write,
     "quantize": compile_quantize,
+    "columns": compile_columns,
 }
 
 

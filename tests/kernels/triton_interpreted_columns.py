@@ -1,53 +1,51 @@
-"""The Triton kernels of GPTQ's column loops, interpreted on the CPU; run by `test_triton_interpreter.py`."""
+"""The Triton kernels of GPTQ's column loops, interpreted on the CPU; run by `test_triton_interpreter.py`.
+
+They are compared with the native loops, which have tests of their own.
+"""
 
 import pytest
 import torch
 import triton_mended
-from quantkit_kernels.triton.columns import descend, spread
+from column_blocks import arguments
+from quantkit_kernels.cpu import columns as native
+from quantkit_kernels.cpu import library
+from quantkit_kernels.triton import columns_op
 
 assert triton_mended
+pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
+SIZES = pytest.mark.parametrize(("b", "n"), [(1, 1), (13, 40)])
 
 
-def problem(b, n, experts=2, groups=3):
-    g = torch.Generator().manual_seed(b + n)
-    w = torch.randn(experts, b, n + 3, generator=g)[..., 2:-1]
-    x = torch.randn(experts, 4 * b, b, generator=g)
-    h = x.mT @ x / (4 * b)
-    scale = 0.2 + torch.rand(experts, groups, n, generator=g) / 5
-    zero = torch.randint(5, 11, scale.shape, generator=g).float()
-    return w, h, scale, -zero, 15 - zero, torch.randint(0, groups, (experts, b), generator=g).int()
+@SIZES
+def test_spread_is_that_of_the_cpu(b, n):
+    whole, at, matrix, *grid = arguments(e=2, b=b, n=n, g=3)
+    upper, before = torch.linalg.cholesky(matrix).mT, whole.clone()
+    found, wanted = ([torch.zeros_like(whole) for _ in range(2)] for _ in range(2))
+    columns_op.spread(whole[:, at], upper, *grid, *(each[:, at] for each in found))
+    native.spread(whole[:, at], upper, *grid, *(each[:, at] for each in wanted))
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize(("b", "n"), [(8, 5), (13, 40), (32, 33)])
-def test_spread_is_the_loop(b, n):
-    w, h, scale, low, high, groups = problem(b, n)
-    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    ours, levels, errors = w.clone(), *torch.full((2, *w.shape), float("nan"))
-    spread(ours, upper, scale, low, high, groups, levels, errors)
-    for e in range(len(w)):
-        for j in range(b):
-            g = groups[e, j]
-            level = (w[e, j] / scale[e, g]).round().clamp(low[e, g], high[e, g])
-            error = (w[e, j] - level * scale[e, g]) / upper[e, j, j]
-            w[e, j + 1 :] -= upper[e, j, j + 1 :, None] * error
-            assert torch.equal(levels[e, j], level)
-            torch.testing.assert_close(errors[e, j], error, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours, w, atol=1e-5, rtol=1e-5)
+@SIZES
+def test_descend_is_that_of_the_cpu(b, n):
+    whole, at, hessian, *grid = arguments(e=2, b=b, n=n, g=3)
+    gradient = torch.randn(whole[:, at].shape, generator=torch.Generator().manual_seed(1))
+    found, wanted, before = whole.clone(), whole.clone(), gradient.clone()
+    columns_op.descend(found[:, at], gradient, hessian, *grid)
+    native.descend(wanted[:, at], gradient, hessian, *grid)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    assert torch.equal(gradient, before)
+    assert not torch.equal(found, whole)
 
 
-@pytest.mark.parametrize(("b", "n"), [(8, 5), (13, 40), (32, 33)])
-def test_descend_is_the_loop(b, n):
-    w, h, scale, low, high, groups = problem(b, n)
-    value = torch.zeros_like(w)
-    gradient = h @ w
-    ours, slope = value.clone(), gradient.clone()
-    descend(ours, slope, h, scale, low, high, groups)
-    for e in range(len(w)):
-        for j in range(b):
-            s, g = scale[e, groups[e, j]], groups[e, j]
-            old = value[e, j].clone()
-            new = ((old + gradient[e, j] * (1 / h[e, j, j])) / s).round().clamp(low[e, g], high[e, g]) * s
-            gradient[e, j + 1 :] += h[e, j, j + 1 :, None] * (old - new)
-            value[e, j] = new
-    torch.testing.assert_close(ours, value, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(slope, gradient, atol=1e-5, rtol=1e-5)
+def test_what_does_not_fit_is_refused():
+    whole, _, matrix, *grid = arguments(room=0)
+    out = torch.zeros_like(whole)
+    with pytest.raises(ValueError, match="must have the strides of weight"):
+        columns_op.spread(whole, matrix, *grid, out.mT.contiguous().mT, out)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        columns_op.spread(whole, matrix, grid[0].mT.contiguous().mT, *grid[1:], out, out)
+    with pytest.raises(ValueError, match="at most 256 columns"):
+        columns_op.descend(torch.zeros(1, 257, 4), torch.zeros(1, 257, 4), matrix, *grid)
