@@ -203,6 +203,11 @@ class ExpertsStage:
                     routed.add(expert, self._given(expert, routed, tokens, torch.device("cpu")))
             routed.forget()
 
+    def close(self) -> None:
+        """Forget everything: the block is done, and its module, which is there until the end, holds on to nothing."""
+        self.experts.__dict__["answer"] = None
+        self._routed.clear()
+
     def open(self, expert: int, device: torch.device) -> OneExpert:
         """One expert with its weights in their stored dtype."""
         linears = {}

@@ -159,6 +159,8 @@ def _open(
         _hold(module, plans)
 
     def free() -> None:
+        for stage in stages:
+            stage.close()
         skeleton.free_block(model, index, plan.blocks_prefix)
 
     with timed("calibrate"):

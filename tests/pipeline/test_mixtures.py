@@ -387,6 +387,24 @@ def test_experts_worked_on_at_once_become_what_each_becomes_alone(saved, tmp_pat
         assert (out / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_finished_block_keeps_nothing_of_its_experts(saved, tmp_path, monkeypatch):
+    """Their modules are there until the run ends: what they have recorded and given is freed with the block."""
+    stages, left = [], []
+
+    def watched(*given):
+        left.append(sum(len(stage.all_recorded()) for stage in stages))
+        found = expert_stages(*given)
+        stages.extend(found)
+        return found
+
+    monkeypatch.setattr("quantkit.calibration.walk.expert_stages", watched)
+    _model, source = saved("mixtral")
+    run(GPTQ, source, tmp_path / "out")
+    assert len(stages) == 2
+    assert not any(left)
+    assert all(stage.experts.__dict__["answer"] is None for stage in stages)
+
+
 def ending_at(block, expert, put_aside):
     """`put_aside` that ends the run before it takes the expert of that number of a block."""
     left = [expert]
