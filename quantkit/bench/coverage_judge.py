@@ -16,7 +16,7 @@ from torch import nn
 from quantkit.layers.quant_experts import QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
-from quantkit.models.experts import Experts, part_of
+from quantkit.models.experts import Experts, part_of, stack_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,8 +65,7 @@ def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
         weight = linear.get_parameter("weight").data
         return weight.T if type(linear).__name__ == "Conv1D" else weight
     role = next(role for role, leaf in experts.names.items() if leaf == rest)
-    holder = "down_proj" if role == "down" else "gate_up_proj" if experts.shape.gated else "up_proj"
-    stack = model.get_submodule(owner).get_parameter(holder).data
+    stack = model.get_submodule(owner).get_parameter(stack_of(role, "weight", experts.shape)).data
     return part_of(stack, int(number), role, "weight", experts.shape)
 
 

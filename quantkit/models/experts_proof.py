@@ -34,7 +34,7 @@ def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, 
     small, shape = _small(stacked)
     experts = unfused(small, names)
     generator = torch.Generator().manual_seed(0)
-    for parameter in small.parameters(recurse=False):
+    for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     for number in range(shape.experts):
         for role in names:
@@ -54,7 +54,8 @@ def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, 
         given = (hidden, index, weights)
     try:
         forward = getattr(type(stacked).forward, "__wrapped__", type(stacked).forward)
-        wanted, got = forward(small, *given), experts(*given)
+        got = experts(*given)
+        wanted = forward(small, *given).view(got.shape)  # some give [T, 1, H]
         return float((wanted - got).abs().max() / wanted.abs().max())
     except Exception as error:
         raise ModelError(
@@ -86,12 +87,12 @@ def _small(stacked: nn.Module) -> tuple[nn.Module, Shape]:
         )
     for name, module in stacked._modules.items():
         if module is not None and any(True for _ in module.parameters()):
-            small._modules[name] = _small_norm(module, sizes)
+            small._modules[name] = _small_part(module, {shape.experts * shape.width: few * width} | sizes)
     return small, shape_of(small)
 
 
-def _small_norm(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
-    """A copy of a norm with vectors of the small size."""
+def _small_part(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
+    """A copy of what a stacked module holds, such as a norm, with parameters of the small size."""
     made = copy.deepcopy(module)
     for each in made.modules():
         for name, parameter in each._parameters.items():

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from quantkit.models import skeleton
-from quantkit.models.experts import Experts, part_of
+from quantkit.models.experts import Experts, part_of, stack_of
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.models.stacks import taken_apart
@@ -57,6 +57,26 @@ def test_weights_of_a_stack(name, shape, experts, linears):
     assert all(each.parts == (stack,) for each in found.values())
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_gate_and_up_beside_down_say_how_they_lie(turned):
+    """Experts whose inputs are not as wide as the hidden states of the model."""
+    sizes = {"gate_up_proj": (2, 64, 16), "down_proj": (2, 16, 32)}
+    shapes = {f"x.experts.{n}": (s[0], s[2], s[1]) if turned else s for n, s in sizes.items()}
+    found = taken_apart({"hidden_size": HIDDEN}, {n: info(n, *shape) for n, shape in shapes.items()})
+    assert found["x.experts.0.gate_proj.weight"].shape == (32, 16)
+    assert found["x.experts.1.down_proj.weight"].shape == (16, 32)
+
+
+def test_stacks_with_the_rows_of_all_experts():
+    name, config = "h.0.ffn.experts.mlp.w2", {"d_model": HIDDEN, "ffn_config": {"moe_num_experts": 3}}
+    found = taken_apart(config, {name: info(name, 3 * WIDTH, HIDDEN)})
+    assert {n: each.shape for n, each in found.items()} == {
+        f"h.0.ffn.experts.{e}.down_proj.weight": (HIDDEN, WIDTH) for e in range(3)
+    }
+    odd = {name: info(name, 3 * WIDTH + 1, HIDDEN)}
+    assert taken_apart(config, odd) == odd
+
+
 def test_biases_of_a_stack_and_what_is_none():
     tensors = {
         n: info(n, *shape)
@@ -68,7 +88,7 @@ def test_biases_of_a_stack_and_what_is_none():
     assert "x.experts.gate_up_proj_bias" not in found
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "granitemoe", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "granitemoe", "dbrx", "mixtral"])
 def test_every_linear_is_read_as_the_model_has_it(name, tmp_path):
     model = tiny_mixtures.build(name)
     source = Source(read_checkpoint(tiny_models.save(model, tmp_path)))
@@ -79,8 +99,8 @@ def test_every_linear_is_read_as_the_model_has_it(name, tmp_path):
     assert found.keys() == stacked.keys()
     for where, experts in found.items():
         for role, leaf in experts.names.items():
-            holder = "down_proj" if role == "down" else "gate_up_proj"
-            wanted = part_of(stacked[where].get_parameter(holder), 2, role, "weight", experts.shape)
+            holder = stacked[where].get_parameter(stack_of(role, "weight", experts.shape))
+            wanted = part_of(holder, 2, role, "weight", experts.shape)
             (place,) = places.by_parameter[f"{where}.2.{leaf}.weight"]
             assert torch.equal(source.tensor(place.disk), wanted)
 
