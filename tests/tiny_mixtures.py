@@ -1,9 +1,9 @@
 """Tiny random mixtures of experts: hidden 64, 2 blocks, 4 experts of 96, two per token, 128 tokens of vocabulary.
 
-`build(name)` gives one of `MIXTURES` in fp32 with the eager experts, the same weights every time, norm weights away
-from 1, biases and the buffers that correct a router away from 0. `tiny_models.save` writes its checkpoint as
-transformers does: one tensor per expert, or stacked ones where the family has them on disk. `stacked` turns the first
-kind into the second. `experts(model)` finds the modules that hold fused experts.
+`build(name)` gives one of `MIXTURES` or `PARALLEL` in fp32 with the eager experts, the same weights every time, norm
+weights away from 1, biases and the buffers that correct a router away from 0. `tiny_models.save` writes its checkpoint
+as transformers does: one tensor per expert, or stacked ones where the family has them on disk. `stacked` turns the
+first kind into the second. `experts(model)` finds the modules that hold fused experts.
 """
 
 from __future__ import annotations
@@ -88,10 +88,15 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4_text", _COMMON | _LLAMA4 | {"num_experts_per_tok": 1}),
 }
 
+# Those without a module of experts: their linears lie side by side in modules of their own
+PARALLEL: dict[str, tuple[str, dict[str, Any]]] = {
+    "jetmoe": ("jetmoe", _NO_HEADS | _MIXTRAL | {"kv_channels": 16, "num_attention_heads": 4})
+}
+
 
 def build(name: str, **overrides: Any) -> nn.Module:
     """A tiny mixture; overrides: config keys. The random state is left alone."""
-    model_type, settings = MIXTURES[name]
+    model_type, settings = (MIXTURES | PARALLEL)[name]
     config = AutoConfig.for_model(model_type, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from quantkit.layers.quant_experts import QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
 from quantkit.models.experts import Experts, part_of, stack_of
+from quantkit.models.parallel import ParallelLinears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,8 @@ def noisy(original: PreTrainedModel, loaded: nn.Module, seed: int = 0) -> PreTra
 def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
     """The weight [N, K] in a dense model, whose experts may be stacked, of the linear called `name` in another one."""
     owner, _, rest = name.rpartition(".")
+    if isinstance(loaded.get_submodule(owner), ParallelLinears):
+        return model.get_submodule(owner).get_parameter("weight").data[int(rest)]
     owner, _, number = owner.rpartition(".")
     experts = loaded.get_submodule(owner) if number.isdecimal() else None
     if not isinstance(experts, Experts | QuantExperts):

@@ -10,6 +10,7 @@ from torch import nn
 
 from quantkit.errors import ModelError
 from quantkit.models.experts import Experts, Shape, SlottedExperts, part_of, shape_of, stack_of
+from quantkit.models.parallel import ParallelLinears
 
 _TOLERANCE = 1e-6  # relative; the proof runs in float64, but some families add up in fp32
 
@@ -27,6 +28,23 @@ def prove(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) 
             f"{type(stacked).__name__}: its experts, taken apart, give another output (relative difference {off:.2g}); "
             "this kind of experts is not supported"
         )
+
+
+@torch.no_grad()
+def prove_parallel(stacked: nn.Module) -> None:
+    """The same of linears of several experts, called with the tokens of each in turn (`ParallelLinears`)."""
+    generator, sizes = torch.Generator().manual_seed(0), [2, 0, 3]
+    small = copy.copy(stacked)
+    count = stacked.get_parameter("weight").shape[0]
+    small.__dict__.update({n: 3 for n, v in vars(stacked).items() if type(v) is int and v == count})
+    weight = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64, device="cpu")
+    small.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    inputs = torch.randn(sum(sizes), 4, generator=generator, dtype=torch.float64, device="cpu")
+    with torch.device("cpu"):
+        wanted = type(stacked).forward(small, inputs, sizes)
+        got = ParallelLinears(small).with_weights(small)(inputs, sizes)
+    if wanted.shape != got.shape or not torch.allclose(wanted, got, rtol=_TOLERANCE):
+        raise ModelError(f"{type(stacked).__name__}: its experts, taken apart, give another output")
 
 
 def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) -> float:
@@ -54,8 +72,8 @@ def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, 
         given = (hidden, index, weights)
     try:
         forward = getattr(type(stacked).forward, "__wrapped__", type(stacked).forward)
-        got = experts(*given)
-        wanted = forward(small, *given).view(got.shape)  # some give [T, 1, H]
+        wanted, got = forward(small, *given), experts(*given)
+        wanted = wanted.view(got.shape)  # some give [T, 1, H]
         return float((wanted - got).abs().max() / wanted.abs().max())
     except Exception as error:
         raise ModelError(

@@ -23,6 +23,7 @@ from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import MODEL_FREE
 from quantkit.models.experts import Experts
+from quantkit.models.parallel import ParallelLinears
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
 from quantkit.models.tensors import TensorInfo, named, torch_dtype
@@ -75,6 +76,9 @@ def _lay_stacks(
     """
     for name, linear in stacks.items():
         place, which = found.by_disk[name], linear.expert
+        if place.whole and _is_parallel(model, place.parameter or ""):
+            source.lay_stack(name, transposed=False, interleaved=False)
+            continue
         experts = _experts_of(model, place.parameter or "")
         if experts is None or which is None:
             raise ModelError(
@@ -86,6 +90,11 @@ def _lay_stacks(
             raise ModelError(f"{source.path}: {name} is made into experts in a way that is not supported")
         transposed = turned != place.transposed and linear.name.endswith(".weight")
         source.lay_stack(name, transposed, experts.shape.interleaved != alternate)
+
+
+def _is_parallel(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether linears of several experts stand where a parameter was."""
+    return bool(parameter) and isinstance(model.get_submodule(parameter.rpartition(".")[0]), ParallelLinears)
 
 
 def _experts_of(model: PreTrainedModel, parameter: str) -> Experts | None:

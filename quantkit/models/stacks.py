@@ -16,6 +16,7 @@ from typing import Any
 from quantkit.models.blocks import text_config
 from quantkit.models.tensors import OfExpert, TensorInfo
 
+_ALONE = ("",)  # linears that are called by the number of their expert
 _BOTH, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
@@ -49,6 +50,7 @@ STACKS = (
         Stack(re.compile(rf"^(.*\.moe)\.{name}\.weight$"), (name,), behind=".experts")
         for name in (*_BOTH, *_DOWN)
     ),
+    Stack(re.compile(r"^(.*\.(?:mlp|experts)\.(?:in|out)put_linear)\.weight$"), _ALONE),
     *(
         Stack(re.compile(_EXPERTS + rf"mlp\.{leaf}$"), (name,), count=_DBRX)
         for leaf, name in (("w1", "gate_proj"), ("v1", "up_proj"), ("w2", "down_proj"))
@@ -112,7 +114,7 @@ def _apart(
     for expert in range(count):
         for linear in stack.linears:
             which = OfExpert(expert, linear.removesuffix("_proj"), len(stack.linears) == 2, count)
-            name = f"{experts}.{expert}.{linear}.{stack.leaf}"
+            name = ".".join(filter(None, (experts, str(expert), linear, stack.leaf)))
             yield TensorInfo(name, info.dtype, each, info.file, 0, share, (info,), which)
 
 
@@ -120,6 +122,8 @@ def _turned(linears: tuple[str, ...], sizes: Sizes, hidden: object) -> bool:
     """Whether matrices lie [in, out], as gate and up beside down say, or the side of the hidden size where only one has
     it.
     """
+    if linears == _ALONE:
+        return False
     both, down = sizes.get(_BOTH), sizes.get(_DOWN)
     if both and down:
         straight, turned = both == (2 * down[1], down[0]), both == (down[1], 2 * down[0])

@@ -6,10 +6,13 @@ import pytest
 import tiny_mixtures
 import tiny_models
 import torch
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from quantkit.models import skeleton
 from quantkit.models.experts import Experts, part_of, stack_of
 from quantkit.models.headers import read_checkpoint
+from quantkit.models.places import _Group, _parts
 from quantkit.models.source import Source
 from quantkit.models.stacks import taken_apart
 from quantkit.models.tensors import TensorInfo
@@ -75,6 +78,33 @@ def test_stacks_with_the_rows_of_all_experts():
     }
     odd = {name: info(name, 3 * WIDTH + 1, HIDDEN)}
     assert taken_apart(config, odd) == odd
+
+
+def test_a_list_of_experts_that_two_modules_share():
+    """The first half of Ernie 4.5 VL's are for text, the others, of another width, for pictures."""
+    rules = get_checkpoint_conversion_mapping("ernie4_5_vl_moe")
+    rule = next(each for each in rules if list(each.source_patterns)[1:] == ["experts.*.up_proj.weight"])
+    model = nn.ModuleDict(
+        {f"{sense}_moe": nn.ModuleDict({"experts": nn.Module()}) for sense in ("text", "vision")}
+    )
+    sizes = {
+        f"experts.{e}.{leaf}.weight": (6 if e < 2 else 4, 8)
+        for e in range(4)
+        for leaf in ("gate_proj", "up_proj")
+    }
+    disk = {
+        pattern: [name for name in sizes if name.endswith(pattern.partition("*")[2])]
+        for pattern in rule.source_patterns
+    }
+    group = _Group(rule.target_patterns[0], rule, disk, tuple(rule.target_patterns))
+    found = {place.disk: place for place in _parts(model, group, sizes, {})}
+    assert found.keys() == sizes.keys()
+    for name, wanted in {
+        "experts.1.up_proj.weight": ("text_moe.experts.gate_up_proj", 1, (6, 12)),
+        "experts.2.gate_proj.weight": ("vision_moe.experts.gate_up_proj", 0, (0, 4)),
+        "experts.3.up_proj.weight": ("vision_moe.experts.gate_up_proj", 1, (4, 8)),
+    }.items():
+        assert (found[name].parameter, found[name].index, found[name].rows) == wanted
 
 
 def test_biases_of_a_stack_and_what_is_none():

@@ -115,6 +115,34 @@ def test_gptq_of_every_kind_of_experts(name, saved, tmp_path):
         assert sum(report["tokens"]) == top * CALIBRATION["samples"] * CALIBRATION["sequence_length"]
 
 
+@torch.no_grad()
+def test_linears_of_experts_that_lie_side_by_side(saved, tmp_path):
+    """JetMoE's: those of its MLP and of its attention."""
+    _, source = saved("jetmoe")
+    manifest = run(GPTQ, source, tmp_path)
+    found = {layer.name for layer in manifest.layers if layer.algorithm == "gptq"}
+    for part in ("mlp", "self_attention.experts"):
+        for leaf in ("input_linear", "output_linear"):
+            names = {f"model.layers.1.{part}.{leaf}.{e}" for e in range(tiny_mixtures.EXPERTS)}
+            assert names <= found
+    ids, model = tiny_models.ids(24, batch=2), tiny_mixtures.build("jetmoe")
+    logits = quantkit.load(tmp_path, device="cpu")(input_ids=ids, use_cache=False).logits
+    own = quantkit.load(tmp_path, device="cpu").dequantize().state_dict()
+    for name, place in model.state_dict().items():
+        owner = name.removesuffix(".weight")
+        parts = [own[f"{owner}.{e}.weight"] for e in range(tiny_mixtures.EXPERTS) if name not in own]
+        place.copy_(torch.stack(parts) if parts else own[name])
+    assert relative(logits, model(input_ids=ids, use_cache=False).logits) < 1e-4
+
+
+def test_a_linear_that_the_router_sends_nothing_to_is_rounded_to_nearest(saved, tmp_path):
+    few = {"calibration": {"samples": 1, "sequence_length": 2}}
+    manifest = run(GPTQ | few, saved("jetmoe")[1], tmp_path)
+    unseen = [layer for layer in manifest.layers if layer.algorithm == "rtn"]
+    assert any("mlp.input_linear" in layer.name for layer in unseen)
+    assert all("it never ran on the calibration text" in layer.fallbacks[0] for layer in unseen)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_routers_are_named_in_ignore(name, saved, tmp_path):
     _, source = saved(name)
