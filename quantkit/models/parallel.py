@@ -46,6 +46,6 @@ class ParallelLinears(nn.Module):
 def is_parallel(module: nn.Module) -> bool:
     """Whether a module of transformers is one parameter [E, N, K], called with the tokens of each expert in turn."""
     weight = module._parameters.get("weight")
-    alone = list(module._parameters) == ["weight"] and not module._modules
-    named = list(inspect.signature(type(module).forward).parameters)[1:]
-    return weight is not None and weight.dim() == 3 and alone and named == ["inputs", "expert_size"]
+    if weight is None or weight.dim() != 3 or len(module._parameters) > 1 or module._modules:
+        return False
+    return list(inspect.signature(type(module).forward).parameters)[1:] == ["inputs", "expert_size"]
