@@ -9,7 +9,7 @@ from torch import nn
 
 from quantkit.algorithms.rtn import rtn
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.models.experts import ROLES, Experts, SlottedExperts, is_stacked, part_of
+from quantkit.models.experts import ROLES, Experts, SlottedExperts, is_stacked, part_of, stack_of
 from quantkit.scheme import Grid
 
 KEPT = ("lm_head", "shared_expert_gate")
@@ -27,10 +27,11 @@ def apart(model: nn.Module) -> nn.Module:
 def _filled(experts: Experts, stacked: nn.Module) -> Experts:
     for number in range(experts.shape.experts):
         for role in experts.names:
-            linear, holder = experts.linear(number, role), "down_proj" if role == "down" else "gate_up_proj"
-            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+            linear = experts.linear(number, role)
+            for leaf in ("weight", "bias"):
                 if getattr(linear, leaf) is not None:
-                    part = part_of(stacked.get_parameter(holder + suffix), number, role, leaf, experts.shape)
+                    holder = stacked.get_parameter(stack_of(role, leaf, experts.shape))
+                    part = part_of(holder, number, role, leaf, experts.shape)
                     setattr(linear, leaf, nn.Parameter(part.clone(), requires_grad=False))
     return experts
 

@@ -1,9 +1,9 @@
 """Tiny random mixtures of experts: hidden 64, 2 blocks, 4 experts of 96, two per token, 128 tokens of vocabulary.
 
-`build(name)` gives one of `MIXTURES` in fp32 with the eager experts, the same weights every time, norm weights away
-from 1, biases and the buffers that correct a router away from 0. `tiny_models.save` writes its checkpoint as
-transformers does: one tensor per expert, or stacked ones where the family has them on disk. `stacked` turns the first
-kind into the second. `experts(model)` finds the modules that hold fused experts.
+`build(name)` gives one of `MIXTURES` or `PARALLEL` in fp32 with the eager experts, the same weights every time, norm
+weights away from 1, biases and the buffers that correct a router away from 0. `tiny_models.save` writes its checkpoint
+as transformers does: one tensor per expert, or stacked ones where the family has them on disk. `stacked` turns the
+first kind into the second. `experts(model)` finds the modules that hold fused experts.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ _GPT_OSS = _MIXTRAL | {"layer_types": ["sliding_attention", "full_attention"], "
 _GPT_OSS |= {"rope_parameters": _YARN}
 _LLAMA4 = _MIXTRAL | {"intermediate_size_mlp": 128, "moe_layers": [1], "no_rope_layers": [1, 1]}
 _GLM4 = _DEEPSEEK | {"partial_rotary_factor": 0.5, "num_key_value_heads": 2}
+_DBRX_FFN = {"hidden_size": 64, "ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": TOP}
+_DBRX = {
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 128,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+    "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0},
+    "ffn_config": _DBRX_FFN,
+    "num_experts_per_tok": TOP,
+}
 _NO_HEADS = {key: value for key, value in _COMMON.items() if key != "head_dim"}
 
 # name -> (model_type, the whole of its config)
@@ -72,13 +84,19 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", _COMMON | _GLM4),
     "granitemoe": ("granitemoe", _NO_HEADS | _MIXTRAL),
     "gpt_oss": ("gpt_oss", _COMMON | _GPT_OSS),
+    "dbrx": ("dbrx", _DBRX),
     "llama4": ("llama4_text", _COMMON | _LLAMA4 | {"num_experts_per_tok": 1}),
+}
+
+# Those without a module of experts: their linears lie side by side in modules of their own
+PARALLEL: dict[str, tuple[str, dict[str, Any]]] = {
+    "jetmoe": ("jetmoe", _NO_HEADS | _MIXTRAL | {"kv_channels": 16, "num_attention_heads": 4})
 }
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
     """A tiny mixture; overrides: config keys. The random state is left alone."""
-    model_type, settings = MIXTURES[name]
+    model_type, settings = (MIXTURES | PARALLEL)[name]
     config = AutoConfig.for_model(model_type, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,11 +117,13 @@ def eager(model: nn.Module) -> None:
 
 
 def experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> every module whose `down_proj` is a parameter over all experts."""
+    """Name -> every module whose `down_proj` (or `mlp.w2`) is a parameter over all experts."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(down := getattr(module, "down_proj", None), nn.Parameter) and down.dim() == 3
+        for down in (getattr(module, "down_proj", None), getattr(getattr(module, "mlp", None), "w2", None))
+        if isinstance(down, nn.Parameter)
+        and (down.dim() == 3 or down is not getattr(module, "down_proj", None))
     }
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from quantkit.layers.quant_experts import QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import families
-from quantkit.models.experts import Experts, part_of
+from quantkit.models.experts import Experts, part_of, stack_of
+from quantkit.models.parallel import ParallelLinears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,8 @@ def noisy(original: PreTrainedModel, loaded: nn.Module, seed: int = 0) -> PreTra
 def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
     """The weight [N, K] in a dense model, whose experts may be stacked, of the linear called `name` in another one."""
     owner, _, rest = name.rpartition(".")
+    if isinstance(loaded.get_submodule(owner), ParallelLinears):
+        return model.get_submodule(owner).get_parameter("weight").data[int(rest)]
     owner, _, number = owner.rpartition(".")
     experts = loaded.get_submodule(owner) if number.isdecimal() else None
     if not isinstance(experts, Experts | QuantExperts):
@@ -65,8 +68,7 @@ def _weight(model: nn.Module, loaded: nn.Module, name: str) -> torch.Tensor:
         weight = linear.get_parameter("weight").data
         return weight.T if type(linear).__name__ == "Conv1D" else weight
     role = next(role for role, leaf in experts.names.items() if leaf == rest)
-    holder = "down_proj" if role == "down" else "gate_up_proj" if experts.shape.gated else "up_proj"
-    stack = model.get_submodule(owner).get_parameter(holder).data
+    stack = model.get_submodule(owner).get_parameter(stack_of(role, "weight", experts.shape)).data
     return part_of(stack, int(number), role, "weight", experts.shape)
 
 

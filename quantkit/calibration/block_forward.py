@@ -154,9 +154,9 @@ class BlockForward:
                     at, tokens = (full, chunk.start), self.streams.of(full)[chunk].shape[:-1].numel()
                     scores = None if top is None else Scores(tokens, experts)
                     stage.record(at, partial(self._run, chunk, full), scores)
-                    if scores is not None and top is not None:
+                    if scores is not None and top is not None and stage.recorded(at).count:
                         found[at] = rankings(scores.seen, stage.recorded(at).index, top)
-        if top is not None:
+        if top is not None and any(self.ranks.gather(bool(found))):
             place = agreed(found.values(), self.ranks, f"{self.name}.{stage.name}", top)
             for at, each in found.items():
                 stage.recorded(at).rank(each[place], experts)

@@ -59,12 +59,17 @@ class BlockRun(BlockForward):
                     self._forward_to(sets, chunk, full, seen[full], stop=not (full and final))
             for siblings in sets:
                 x = seen[False][siblings] if False in seen else seen[True][siblings]
-                x_full = seen.get(True, {}).get(siblings)
+                x_full = None if self._unpaired(siblings) else seen.get(True, {}).get(siblings)
                 gatherers.update(siblings, needs[siblings], self.rounded(siblings, x), x_full)
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
         return gatherers.finish(self.ranks)
+
+    def _unpaired(self, siblings: tuple[str, ...]) -> bool:
+        """Whether the two streams' inputs of some siblings are of other tokens, as a router chooses them."""
+        owner = self.module.get_submodule(siblings[0].rpartition(".")[0])
+        return bool(getattr(owner, "chooses_rows", False))
 
     def _may_advance(self, siblings: tuple[str, ...]) -> bool:
         """Whether the full stream may go on to the block's output once these siblings have been seen."""

@@ -223,7 +223,8 @@ class Gatherers(Generic[Key]):
         """Take in x [..., K] of the input `key`, whose `fields` of `Statistics` are wanted; full as in `Gatherer`."""
         if key not in self._of:
             self._of[key] = Gatherer(fields, x.shape[-1], self._device)
-        self._of[key].update(x, full)
+        if x.numel():  # of an expert that no token has reached there is none
+            self._of[key].update(x, full)
 
     def finish(self, ranks: Ranks = ALONE) -> dict[Key, Statistics]:
         """The statistics of every input that a process has seen."""
@@ -247,6 +248,8 @@ def extremes(
     high = -low
     for x in inputs:
         flat = x.flatten(0, -2)
+        if not len(flat):
+            continue
         low, high = torch.minimum(low, flat.amin(0)), torch.maximum(high, flat.amax(0))
     ranks.min(low)
     ranks.max(high)

@@ -183,7 +183,10 @@ class ExpertsStage:
         return list(self._routed.items())
 
     def record(self, at: At, run: Callable[[], object], scores: Scores | None = None) -> None:
-        """Record what reaches the experts in one chunk. run: runs the block on it. scores: watches it meanwhile."""
+        """Record what reaches the experts in one chunk. run: runs the block on it. scores: watches it meanwhile.
+
+        Nothing reaches experts that the block does not call for a text, such as those of pictures.
+        """
         self._mode = "record"
         self.at = at
         try:
@@ -191,6 +194,10 @@ class ExpertsStage:
                 run()
         except Stop:
             pass
+        else:
+            none = torch.empty(0, 1, dtype=torch.int64)
+            width = self.experts.shape.hidden
+            self._routed[at] = Routed(torch.empty(0, width), none, none.float(), self.experts.total)
         finally:
             self._mode, self.at = "run", None
 

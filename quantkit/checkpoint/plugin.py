@@ -8,6 +8,8 @@ back.
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto as registry
 from transformers.quantizers.base import HfQuantizer
@@ -62,6 +64,7 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
     requires_calibration = True  # reads what is quantized, quantizes nothing
     stacks: list[str]  # parameters in whose place experts have linears of their own
+    experts: dict[str, str]  # expert -> its name on disk
     cut: list[str]  # packed linears that are one on disk with others
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **__: Any) -> None:
@@ -70,6 +73,11 @@ class PackedQuantizer(HfQuantizer):
         names, tensors = by_module(model, packing, self.quantization_config.tensors)
         apart = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
         self.stacks = [f"{name}.{stack}" for name, module in apart.items() for stack in module.stacks]
+        self.experts = {
+            f"{name}.{number}": names[f"{name}.{number}"]
+            for name, module in apart.items()
+            for number in range(module.shape.experts)
+        }
         swap(model, packing, either(packing.parse(stored), names), tensors)
         if packing.kv_scheme(stored) is not None:
             kv.place_scales(model, tensors)
@@ -86,11 +94,12 @@ class PackedQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, conversions: list[Any], *_: Any) -> list[Any]:
         """transformers' conversions, without those that would stack experts which stay linears of their own."""
-        return [
+        kept = [
             each
             for each in cutting(conversions, self.cut)
             if not (isinstance(each, WeightConverter) and any(map(self._unstacked, each.target_patterns)))
         ]
+        return kept + _namings(kept, self.experts)
 
     def _unstacked(self, target: str) -> bool:
         """Whether a conversion makes a stack that the model does not have any more. target: the end of its name."""
@@ -160,6 +169,31 @@ def register() -> None:
 def packed_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     """The packed linears of a model by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def _namings(conversions: list[Any], experts: Mapping[str, str]) -> list[WeightRenaming]:
+    """Renamings that bring experts to their place where transformers' conversions name stacks of them only.
+
+    experts: expert in the model -> its name on disk.
+    """
+    renamings = copy.deepcopy([each for each in conversions if isinstance(each, WeightRenaming)])
+    found = {}
+    for own, disk in experts.items():
+        name = f"{disk}."
+        for each in renamings:
+            name, _ = each.rename_source_key(name)
+        name, own = _inside_block(name.rstrip(".")), _inside_block(own)
+        if name != own:
+            found[re.escape(f".{name}.")] = f".{own}."
+    return [WeightRenaming(name, own) for name, own in found.items()]
+
+
+def _inside_block(expert: str) -> str:
+    """The name of an expert inside its decoder block."""
+    holder, _, number = expert.rpartition(".")
+    parts = holder.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join([*parts[numbers[-1] + 1 if numbers else 0 :], number])
 
 
 def _once(model: nn.Module) -> dict[str, torch.Tensor]:

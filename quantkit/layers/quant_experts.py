@@ -47,6 +47,8 @@ class QuantExperts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         unfused = self.__dict__["unfused"]
+        if hidden.dim() > 2:
+            return self.forward(hidden.flatten(0, -2), index, weights).view(hidden.shape)
         wants_gradient = hidden.requires_grad and torch.is_grad_enabled()
         if wants_gradient or hidden.is_meta or is_compiling() or not index.numel():
             return self._one_by_one(hidden, index, weights)

@@ -13,10 +13,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,20 +29,51 @@ ROLES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a stacked module has its experts.
+
+    stacks: role -> parameter that holds its weights [E, ...]; gate and up may share one. With two axes the first is
+    that of all experts, and the module counts them in `num_experts`. activation: what is applied to the gate. turned:
+    roles whose weights lie [in, out], where the module does not say it of all.
+    """
+
+    stacks: Mapping[str, str]
+    activation: str = "act_fn"
+    turned: frozenset[str] = frozenset()
+
+
+LAYOUTS = (
+    Layout({"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}),
+    Layout({"up": "up_proj", "down": "down_proj"}),
+    Layout({"gate": "mlp.w1", "up": "mlp.v1", "down": "mlp.w2"}, "mlp.activation_fn", frozenset({"down"})),
+)
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a stacked module says of itself.
 
-    experts: how many it has weights of; hidden, width: features of its inputs and of what lies between. transposed: its
-    weights lie [in, out]. interleaved: rows of gate and up alternate. gated: whether it has a gate.
+    experts: how many it has weights of; hidden, width: features of its inputs and of what lies between. transposed:
+    roles whose weights lie [in, out]. interleaved: rows of gate and up alternate. stacks: see `Layout`.
     """
 
     experts: int
     hidden: int
     width: int
-    transposed: bool
+    transposed: frozenset[str]
     interleaved: bool
-    gated: bool
     bias: bool
+    stacks: Mapping[str, str]
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return "gate" in self.stacks
+
+    @property
+    def halved(self) -> bool:
+        """Whether gate and up share a stack."""
+        return self.stacks.get("gate") == self.stacks["up"]
 
 
 class Experts(nn.Module):
@@ -55,6 +89,7 @@ class Experts(nn.Module):
     def __init__(self, stacked: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
         self.shape, self.names = shape_of(stacked), dict(names)
+        self._activation = attrgetter(layout_of(stacked).activation)
         self.__dict__["stacked"] = stacked  # past nn.Module's bookkeeping: it has no weights to load
         self.__dict__["answer"] = None  # who computes the output instead
         shape = self.shape
@@ -63,7 +98,7 @@ class Experts(nn.Module):
             "up": (shape.hidden, shape.width),
             "down": (shape.width, shape.hidden),
         }
-        dtype = stacked.get_parameter("down_proj").dtype
+        dtype = stacked.get_parameter(shape.stacks["down"]).dtype
         with torch.device("meta"):
             for number in range(shape.experts):
                 expert = nn.Module()
@@ -71,8 +106,9 @@ class Experts(nn.Module):
                     expert.add_module(name, nn.Linear(*sizes[role], bias=shape.bias, dtype=dtype))
                 self.add_module(str(number), expert.requires_grad_(False))
         for name, module in stacked.named_children():
-            if any(True for _ in module.parameters()):  # a norm behind each expert
-                self.add_module(name, module)
+            holds = any(stack.startswith(f"{name}.") for stack in shape.stacks.values())
+            if not holds and any(True for _ in module.parameters()):  # a norm behind each expert
+                self._modules[name] = module  # `add_module` refuses names that `stacked` answers to
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
         """A copy with the same stacked module, which is never changed."""
@@ -94,7 +130,7 @@ class Experts(nn.Module):
     def stacks(self) -> list[str]:
         """The parameters of the stacked module."""
         stacked: nn.Module = self.__dict__["stacked"]
-        return list(stacked._parameters)
+        return list(dict.fromkeys((*stacked._parameters, *self.shape.stacks.values())))
 
     @property
     def _answered(self) -> Callable[..., torch.Tensor] | None:
@@ -114,7 +150,7 @@ class Experts(nn.Module):
                     setattr(linear, leaf, nn.Parameter(own, requires_grad=False))
         for name, module in stacked.named_children():
             if name in made._modules:
-                made.add_module(name, module)
+                made._modules[name] = module
         return made.eval()
 
     def linear(self, expert: int, role: str) -> nn.Module:
@@ -130,10 +166,10 @@ class Experts(nn.Module):
         stacked: Any = self.__dict__["stacked"]
         out: torch.Tensor
         if not self.shape.gated:
-            out = stacked.act_fn(both)
+            out = self._activation(stacked)(both)
         elif not hasattr(stacked, "_apply_gate"):
             gate, up = both.chunk(2, -1)
-            out = stacked.act_fn(gate) * up
+            out = self._activation(stacked)(gate) * up
         else:
             if self.shape.interleaved:
                 both = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -157,19 +193,20 @@ class Experts(nn.Module):
         return self.through(self.get_submodule(str(expert)), x)
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the chosen experts, added up in the order of their numbers."""
+        """The weighted sum of the chosen experts, added up in the order of their numbers. hidden: also [..., T, H]."""
+        whole, hidden = hidden, hidden.flatten(0, -2)
         out = torch.zeros_like(hidden)
         if self._answered is not None:
-            return self._answered(hidden, index, weights)
+            return self._answered(hidden, index, weights).view(whole.shape)
         if hidden.is_meta:
-            return out
+            return out.view(whole.shape)
         for expert, token, slot in chosen(index, self.total):
             if expert < self.shape.experts:
                 y = self.run(expert, hidden[token])
             else:  # an expert without weights hands on what it is given
                 y = hidden[token]
             out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
-        return out
+        return out.view(whole.shape)
 
     @property
     def total(self) -> int:
@@ -209,11 +246,31 @@ def chosen(index: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tenso
         first += count
 
 
+def layout_of(module: nn.Module) -> Layout:
+    """The layout of a stacked module; ModelError if it has none that is known."""
+    for layout in LAYOUTS:
+        held = [_held(module, stack) for stack in layout.stacks.values()]
+        if all(each is not None for each in held) and "gate_proj" not in module._parameters:
+            return layout
+    raise ModelError(f"{type(module).__name__} has no stacked experts in a layout that is known")
+
+
+def _held(module: nn.Module, path: str) -> nn.Parameter | None:
+    """A parameter of a module or of what it holds, None where there is none."""
+    owner, _, leaf = path.rpartition(".")
+    holder = module._modules.get(owner) if owner else module
+    return None if holder is None else holder._parameters.get(leaf)
+
+
 def is_stacked(module: nn.Module) -> bool:
     """Whether a module of transformers holds the experts of a layer as stacked parameters."""
-    down = module._parameters.get("down_proj")
-    known = "gate_up_proj" in module._parameters or not {"gate_proj", "up_proj"} <= module._parameters.keys()
-    return down is not None and down.dim() == 3 and known and not isinstance(module, Experts)
+    if isinstance(module, Experts):
+        return False
+    try:
+        down = module.get_parameter(layout_of(module).stacks["down"])
+    except ModelError:
+        return False
+    return down.dim() == 3 or (down.dim() == 2 and hasattr(module, "num_experts"))
 
 
 def run_eagerly(model: PreTrainedModel) -> None:
@@ -227,30 +284,32 @@ def run_eagerly(model: PreTrainedModel) -> None:
 
 def shape_of(stacked: nn.Module) -> Shape:
     """What a stacked module says of itself; see `Shape`."""
-    down = stacked.get_parameter("down_proj")
-    up_name = "gate_up_proj" if "gate_up_proj" in stacked._parameters else "up_proj"
-    up = stacked.get_parameter(up_name)
-    gated = up_name == "gate_up_proj"
-    by_shape = gated and up.shape[2] == 2 * down.shape[1] and up.shape[1] == down.shape[2]
-    transposed = bool(getattr(stacked, "is_transposed", by_shape))
-    hidden, width = (down.shape[2], down.shape[1]) if transposed else (down.shape[1], down.shape[2])
+    layout = layout_of(stacked)
+    down, up = (stacked.get_parameter(layout.stacks[role]) for role in ("down", "up"))
+    count: Any = down.shape[0] if down.dim() == 3 else stacked.num_experts
+    (first, second), own = ((each.numel() // each.shape[-1] // count, each.shape[-1]) for each in (down, up))
+    halved = layout.stacks.get("gate") == layout.stacks["up"]
+    by_shape = halved and own == (second, 2 * first)
+    turned = frozenset(layout.stacks) if getattr(stacked, "is_transposed", by_shape) else layout.turned
+    hidden, width = (second, first) if "down" in turned else (first, second)
     return Shape(
-        experts=down.shape[0],
+        experts=count,
         hidden=hidden,
         width=width,
-        transposed=transposed,
+        transposed=turned,
         interleaved=not getattr(stacked, "is_concatenated", True),
-        gated=gated,
-        bias="down_proj_bias" in stacked._parameters,
+        bias=f"{layout.stacks['down']}_bias" in stacked._parameters,
+        stacks=layout.stacks,
     )
 
 
 def part_of(stacked: torch.Tensor, expert: int, role: str, leaf: str, shape: Shape) -> torch.Tensor:
     """The weight [N, K] or bias [N] of one linear, a view of a stacked parameter [E, ...]."""
-    own = stacked[expert]
-    if leaf == "weight" and shape.transposed:
+    flat = leaf == "weight" and stacked.dim() == 2
+    own = (stacked.unflatten(0, (shape.experts, -1)) if flat else stacked)[expert]
+    if leaf == "weight" and role in shape.transposed:
         own = own.T
-    if role == "down" or not shape.gated:
+    if role == "down" or not shape.halved:
         return own
     first = 0 if role == "gate" else 1
     return own[first::2] if shape.interleaved else own.chunk(2)[first]
@@ -258,5 +317,5 @@ def part_of(stacked: torch.Tensor, expert: int, role: str, leaf: str, shape: Sha
 
 def stack_of(role: str, leaf: str, shape: Shape) -> str:
     """The stacked parameter that holds a linear's weight or bias."""
-    name = "down_proj" if role == "down" else "gate_up_proj" if shape.gated else "up_proj"
+    name = shape.stacks[role]
     return name if leaf == "weight" else f"{name}_bias"

@@ -10,6 +10,7 @@ from torch import nn
 
 from quantkit.errors import ModelError
 from quantkit.models.experts import Experts, Shape, SlottedExperts, part_of, shape_of, stack_of
+from quantkit.models.parallel import ParallelLinears
 
 _TOLERANCE = 1e-6  # relative; the proof runs in float64, but some families add up in fp32
 
@@ -29,12 +30,29 @@ def prove(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) 
         )
 
 
+@torch.no_grad()
+def prove_parallel(stacked: nn.Module) -> None:
+    """The same of linears of several experts, called with the tokens of each in turn (`ParallelLinears`)."""
+    generator, sizes = torch.Generator().manual_seed(0), [2, 0, 3]
+    small = copy.copy(stacked)
+    count = stacked.get_parameter("weight").shape[0]
+    small.__dict__.update({n: 3 for n, v in vars(stacked).items() if type(v) is int and v == count})
+    weight = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64, device="cpu")
+    small.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+    inputs = torch.randn(sum(sizes), 4, generator=generator, dtype=torch.float64, device="cpu")
+    with torch.device("cpu"):
+        wanted = type(stacked).forward(small, inputs, sizes)
+        got = ParallelLinears(small).with_weights(small)(inputs, sizes)
+    if wanted.shape != got.shape or not torch.allclose(wanted, got, rtol=_TOLERANCE):
+        raise ModelError(f"{type(stacked).__name__}: its experts, taken apart, give another output")
+
+
 def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, str]) -> float:
     """The largest relative difference of `prove`."""
     small, shape = _small(stacked)
     experts = unfused(small, names)
     generator = torch.Generator().manual_seed(0)
-    for parameter in small.parameters(recurse=False):
+    for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     for number in range(shape.experts):
         for role in names:
@@ -55,6 +73,7 @@ def _difference(stacked: nn.Module, unfused: type[Experts], names: Mapping[str, 
     try:
         forward = getattr(type(stacked).forward, "__wrapped__", type(stacked).forward)
         wanted, got = forward(small, *given), experts(*given)
+        wanted = wanted.view(got.shape)  # some give [T, 1, H]
         return float((wanted - got).abs().max() / wanted.abs().max())
     except Exception as error:
         raise ModelError(
@@ -86,12 +105,12 @@ def _small(stacked: nn.Module) -> tuple[nn.Module, Shape]:
         )
     for name, module in stacked._modules.items():
         if module is not None and any(True for _ in module.parameters()):
-            small._modules[name] = _small_norm(module, sizes)
+            small._modules[name] = _small_part(module, {shape.experts * shape.width: few * width} | sizes)
     return small, shape_of(small)
 
 
-def _small_norm(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
-    """A copy of a norm with vectors of the small size."""
+def _small_part(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
+    """A copy of what a stacked module holds, such as a norm, with parameters of the small size."""
     made = copy.deepcopy(module)
     for each in made.modules():
         for name, parameter in each._parameters.items():

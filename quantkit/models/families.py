@@ -105,7 +105,7 @@ OTHERS: dict[str, Family] = {
 }
 
 # How the experts of a mixture are called.
-EXPERT_TENSOR = re.compile(r"(^|\.)experts\.")
+EXPERT_TENSOR = re.compile(r"(^|\.)(experts|(in|out)put_linear\.\d+)(\.|$)")
 
 # Linears of decoder blocks that are left as they are unless a rule names them: (pattern of the module name, reason).
 # They are a fraction of the weights, and what they decide (which expert, how fast a state decays) is not averaged out.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# transformers' operation that stacks experts of text and of pictures, which share a list on disk
+_SHARED_OUT = "ErnieFuseAndSplitTextVisionExperts"
 Kind = Literal["linear", "expert", "router", "embedding", "norm", "other", "extra"]
 Read = Callable[[str], "torch.Tensor"]  # a tensor by its name on disk
 
@@ -102,6 +104,17 @@ class Places:
         operations = [] if group is None else list(group.converter.operations)
         kinds = [type(each).__name__ for each in operations]
         return kinds == ["Interleave"] and operations[0].dim == 1 and not operations[0].inverse
+
+    def beside(self, disk: str) -> str:
+        """The role of a stack of experts [E, I, H] whose parameter has those of gate and up one behind the other."""
+        group = self._groups.get(self.by_disk[disk].parameter or "")
+        operations = [] if group is None else list(group.converter.operations)
+        if group is None or [type(each).__name__ for each in operations] != ["Concatenate"]:
+            return ""
+        patterns = group.converter.source_patterns
+        if operations[0].dim != 1 or len(patterns) != 2:
+            return ""
+        return "gate" if disk in group.disk.get(patterns[0], ()) else "up"
 
     def of(self, names: Iterable[str]) -> Places:
         """The places of these names on disk; those that are not known are extra tensors."""
@@ -261,6 +274,9 @@ def _parts(
             turned = not operations[0].check_dims or tensors[disk] != tuple(state[group.first].shape)
             yield _place(model, disk, group.first, transposed=turned)
             return
+    if kinds == [_SHARED_OUT] and (operations[0].stack_dim, operations[0].concat_dim) == (0, 1):
+        yield from _shared_out(model, group, tensors)
+        return
     if len(group.targets) > 1 or not (joined or kinds == ["MergeModulelist"]):
         split = _split(model, group, state)
         for names in group.disk.values():
@@ -277,6 +293,23 @@ def _parts(
             first = first if stacked else last
         if stacked and names:
             first += tensors[names[0]][0]
+
+
+def _shared_out(
+    model: PreTrainedModel, group: _Group, tensors: Mapping[str, tuple[int, ...]]
+) -> Iterable[Place]:
+    """The places of experts of which the first share makes one parameter, the next share another one."""
+    first = dict.fromkeys(group.targets, 0)
+    joined = len(group.converter.source_patterns) > 1
+    for pattern in group.converter.source_patterns:
+        names = group.disk.get(pattern, [])
+        each = -(-len(names) // len(group.targets))
+        for index, disk in enumerate(names):
+            target = group.targets[index // each]
+            rows = first[target], first[target] + tensors[disk][0]
+            yield _place(model, disk, target, index=index % each, rows=rows if joined else None)
+        for number, target in enumerate(group.targets):
+            first[target] += sum(tensors[disk][0] for disk in names[number * each :][:1])
 
 
 def _split(

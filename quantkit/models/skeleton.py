@@ -23,6 +23,7 @@ from quantkit.models.borders import foreign_errors, quiet
 from quantkit.models.classes import model_class
 from quantkit.models.config import MODEL_FREE
 from quantkit.models.experts import Experts
+from quantkit.models.parallel import ParallelLinears
 from quantkit.models.places import Place, Places, find_places
 from quantkit.models.source import Source
 from quantkit.models.tensors import TensorInfo, named, torch_dtype
@@ -55,8 +56,8 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     with quiet(), foreign_errors(f"{source.path}: the names of its tensors"):
         prefix, blocks = find_blocks(model)
         tensors = source.headers.tensors
-        stacks = {each.parts[0].name: each.parts[0] for each in tensors.values() if each.expert}
-        shapes = {name: stack.shape for name, stack in stacks.items()}
+        stacks = {each.parts[0].name: each for each in tensors.values() if each.expert}
+        shapes = {name: each.parts[0].shape for name, each in stacks.items()}
         shapes |= {name: tensors[name].shape for name in source.names() if not tensors[name].expert}
         found = find_places(model, shapes, prefix, len(blocks))
         model.__dict__["_places"] = unfuse(model, found.of(source.names()))  # past nn.Module's bookkeeping
@@ -69,20 +70,42 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 def _lay_stacks(
     model: PreTrainedModel, source: Source, stacks: Mapping[str, TensorInfo], found: Places
 ) -> None:
-    """Tell the source how the stacks of experts on disk lie. found: their places while the model stacks them too."""
-    for name, stack in stacks.items():
-        place = found.by_disk[name]
-        module, _, _ = (place.parameter or "").rpartition(".")
-        experts = model.get_submodule(module) if module else None
-        if not isinstance(experts, Experts):
+    """Tell the source how the stacks of experts on disk lie.
+
+    stacks: name -> one of the linears in it. found: places while the model stacks them too.
+    """
+    for name, linear in stacks.items():
+        place, which = found.by_disk[name], linear.expert
+        if place.whole and _is_parallel(model, place.parameter or ""):
+            source.lay_stack(name, transposed=False, interleaved=False)
+            continue
+        experts = _experts_of(model, place.parameter or "")
+        if experts is None or which is None:
             raise ModelError(
                 f"{source.path}: {name} looks like the experts of a layer, and the model has no such place"
             )
-        alternate = found.deinterleaved(name)
-        if not (place.whole or place.transposed or alternate):
+        alternate, turned = found.deinterleaved(name), which.role in experts.shape.transposed
+        beside = not (which.halved or turned) and found.beside(name) == which.role
+        if not (place.whole or place.transposed or alternate or beside):
             raise ModelError(f"{source.path}: {name} is made into experts in a way that is not supported")
-        transposed = experts.shape.transposed != place.transposed and len(stack.shape) == 3
+        transposed = turned != place.transposed and linear.name.endswith(".weight")
         source.lay_stack(name, transposed, experts.shape.interleaved != alternate)
+
+
+def _is_parallel(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether linears of several experts stand where a parameter was."""
+    return bool(parameter) and isinstance(model.get_submodule(parameter.rpartition(".")[0]), ParallelLinears)
+
+
+def _experts_of(model: PreTrainedModel, parameter: str) -> Experts | None:
+    """The experts that stand where a parameter was."""
+    name = parameter.rpartition(".")[0]
+    while name:
+        module = model.get_submodule(name)
+        if isinstance(module, Experts):
+            return module
+        name = name.rpartition(".")[0]
+    return None
 
 
 def places(model: PreTrainedModel) -> Places:

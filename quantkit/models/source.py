@@ -131,7 +131,8 @@ class Source:
         """A weight or bias of one expert, read from its stack; see `lay_stack`."""
         (stack,) = info.parts
         transposed, interleaved = self._stacks[stack.name]
-        raw = self.values(_one(stack, which.expert))[0]
+        each = replace(stack, shape=(which.of, stack.shape[0] // which.of, *stack.shape[1:]))
+        raw = self.values(_one(stack if stack.shape[0] == which.of else each, which.expert))[0]
         part = raw.T if transposed and raw.dim() == 2 else raw
         if which.halved:
             first = 0 if which.role == "gate" else 1

@@ -45,12 +45,14 @@ _DAMAGED = "the file is corrupt, fetch it again"
 class OfExpert:
     """Which linear of a stack of experts: the number of the expert, and "gate", "up" or "down".
 
-    halved: whether the stack holds gate and up together.
+    halved: whether the stack holds gate and up together. of: how many experts the stack has; its first axis may be
+    that of all their rows.
     """
 
     expert: int
     role: str
     halved: bool
+    of: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,15 @@ from torch import nn
 
 from quantkit.errors import ModelError
 from quantkit.models.experts import ROLES, Experts, SlottedExperts, is_stacked, shape_of
-from quantkit.models.experts_proof import prove
+from quantkit.models.experts_proof import prove, prove_parallel
+from quantkit.models.parallel import ParallelLinears, is_parallel
 from quantkit.models.places import Place, Places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _UNFUSED = re.compile(r"^(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)$")
+_NUMBERED = re.compile(r"^(.*)\.(\d+)\.weight$")
 _STACKED = re.compile(r"^(gate_up_proj|up_proj|down_proj)(_bias)?$")
 
 
@@ -31,6 +33,9 @@ def unfuse(model: PreTrainedModel, places: Places, only: frozenset[str] | None =
     """
     by_disk, proved = dict(places.by_disk), set()
     for name, stacked in list(model.named_modules()):
+        if is_parallel(stacked):
+            by_disk |= _parallel(model, name, stacked, places, only)
+            continue
         if not is_stacked(stacked) or (only is None and not places.in_text(name)):
             continue
         found, names = _tensors(name, stacked, places)
@@ -57,6 +62,23 @@ def unfuse(model: PreTrainedModel, places: Places, only: frozenset[str] | None =
         name: parts for name, parts in places.by_parameter.items() if any(by_disk[p.disk] == p for p in parts)
     }
     return replace(places, by_disk=by_disk, by_parameter=kept | by_parameter)
+
+
+def _parallel(
+    model: PreTrainedModel, name: str, stacked: nn.Module, places: Places, only: frozenset[str] | None
+) -> dict[str, Place]:
+    """Put `ParallelLinears` in place of the module `name`, if the disk has a tensor for each; the places of those."""
+    pairs = ((disk, _NUMBERED.match(disk)) for disk in places.extra())
+    found = {
+        disk: f"{name}.{match[2]}.weight"
+        for disk, match in pairs
+        if match and places.in_model(match[1]) == name
+    }
+    if not found or (only is not None and not any(disk.rpartition(".")[0] in only for disk in found)):
+        return {}
+    prove_parallel(stacked)
+    model.set_submodule(name, ParallelLinears(stacked))
+    return {disk: Place(disk, parameter, "linear", "Linear") for disk, parameter in found.items()}
 
 
 def _tensors(name: str, stacked: nn.Module, places: Places) -> tuple[dict[str, str], dict[str, str]]:

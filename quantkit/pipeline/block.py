@@ -190,6 +190,11 @@ def quantize_block(
             give_back()
         for siblings in together:
             given = statistics.pop(siblings, Statistics())
+            if fields[siblings] and not given.tokens:  # the router of experts has sent nothing there
+                with clock("quantize"):
+                    _round_unused(run, [name for name in siblings if name in plans], result)
+                    run.finished(siblings)
+                continue
             yield from _quantize_siblings(run, siblings, given, inputs, result, clock)
         cache.quantized(name for siblings in together for name in siblings)
     result.cache = cache.stored()

@@ -23,6 +23,7 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
 from quantkit.models.experts import Experts
+from quantkit.models.parallel import ParallelLinears
 from quantkit.numerics.inputs import InputScale
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.block import BlockResult
@@ -76,7 +77,9 @@ def _take_apart(run: Run, model: nn.Module) -> None:
     """Give every expert of a loaded mixture linears of its own, as the skeleton has them, where one is planned."""
     planned = {layer.module for layer in run.plan.layers}
     for name, experts in run.model.named_modules():
-        if isinstance(experts, Experts) and any(each.startswith(f"{name}.") for each in planned):
+        if isinstance(experts, Experts | ParallelLinears) and any(
+            each.startswith(f"{name}.") for each in planned
+        ):
             model.set_submodule(name, experts.with_weights(model.get_submodule(name)))
 
 

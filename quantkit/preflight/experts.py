@@ -14,7 +14,7 @@ from quantkit.preflight.subject import Finding, Linear, Subject, gathered
 from quantkit.preflight.tables import STACKED, UNROLLED
 from quantkit.scheme import Scheme
 
-_OWN = re.compile(r"^(.*\.experts)\.\d+\.")
+_OWN = re.compile(r"^(.*\.experts|.*\.(?:in|out)put_linear)\.\d+(?:\.|$)")
 _STACK = re.compile(r"\.experts\.gate_up_proj$")
 _RANDOM = "it has random experts then, without an error"
 _ERROR = "RuntimeError while it loads"
@@ -45,7 +45,8 @@ def _types(subject: Subject) -> set[str]:
 
 def _holder(name: str) -> str:
     """The module that holds experts, by the name of one of its tensors or linears."""
-    return f"{name.rpartition('.experts.')[0]}.experts"
+    match = _OWN.match(name)
+    return match[1] if match else f"{name.rpartition('.experts.')[0]}.experts"
 
 
 def _wrong(subject: Subject, own: Sequence[Linear], stacks: Set[str]) -> str | None:

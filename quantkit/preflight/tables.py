@@ -337,9 +337,9 @@ FUSIONS: tuple[Fusion, ...] = (
 # Types of models whose experts transformers holds in one tensor per layer and does not gather from linears of each
 # expert (its conversion_mapping.py), and those for which its quantizers make linears of them (quantizers/base.py).
 STACKED = frozenset(
-    {"aria", "aria_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "gpt_oss"}
+    {"aria", "aria_text", "dbrx", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "gpt_oss"}
     | {"granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v4", "inkling_mm_model"}
-    | {"inkling_text", "inkling2", "inkling2_text", "mistral4", "muse_spark", "muse_spark_text"}
+    | {"jetmoe", "inkling_text", "inkling2", "inkling2_text", "mistral4", "muse_spark", "muse_spark_text"}
     | {"qwen3_vl_moe", "qwen3_vl_moe_text", "step3p7", "zaya"}
 )
 UNROLLED = frozenset({"llama4", "llama4_text"})

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from quantkit.errors import NumericalError
 from quantkit.structure.trace import first_output, matrix
@@ -115,13 +116,39 @@ def check_invariance(
     return change
 
 
+class _Double(TorchFunctionMode):
+    """Tensors that are cast to a narrower float become float64: so is a router that computes in fp32.
+
+    New tensors have the type that is asked for, as experts may be read from a file meanwhile.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _CASTS:
+            func = torch.Tensor.double
+        named = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and func is not torch.Tensor.view:
+            args = tuple(torch.float64 if _narrow(each) else each for each in args)
+            named = {key: torch.float64 if _narrow(each) else each for key, each in named.items()}
+        return func(*args, **named)
+
+
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+
+
+def _narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+
+
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Inside, tensors that a block makes itself are float64 too (XGLM's least float64)."""
+    """Inside, tensors that a block makes or casts itself are float64 too (XGLM's least float64)."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with _Double():
+            yield
     finally:
         torch.set_default_dtype(before)
 

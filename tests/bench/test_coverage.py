@@ -29,6 +29,11 @@ SLOW = (
     "lfm2",
     "mamba",
     "mamba2",
+    "ernie4_5_vl_moe",
+    "step3p7",
+    "muse_spark",
+    "jetmoe",
+    "inkling2_text",
 )
 
 

@@ -46,3 +46,13 @@ def test_experts_without_weights_hand_on_what_they_are_given():
     stage.finish()
     stage.at = at
     torch.testing.assert_close(experts(hidden, index, weights), handed)
+
+
+def test_nothing_reaches_experts_that_the_block_does_not_call():
+    """Those of pictures, where the text has none."""
+    stacked = next(iter(tiny_mixtures.experts(tiny_mixtures.build("mixtral")).values()))
+    stage, _ = stage_of(stacked, total=tiny_mixtures.EXPERTS)
+    stage.record((True, 0), lambda: None)
+    routed = stage.recorded((True, 0))
+    assert routed.count == 0
+    assert routed.inputs(1, routed.tokens(1)).shape == (0, 64)

@@ -78,7 +78,7 @@ def test_every_router_shows_its_scores(name):
         overrides = {"n_routed_experts": EXPERTS, "n_group": 2, "topk_group": 1}
     model = tiny_mixtures.build(name, **overrides)
     where, experts = list(tiny_mixtures.experts(model).items())[-1]
-    count = len(experts.down_proj)
+    count = experts.num_experts
     seen = []
     experts.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
     ids = tiny_models.ids(TOKENS, batch=2)

@@ -25,7 +25,7 @@ def test_taken_apart_they_compute_the_same(name):
 def test_what_a_module_says_of_itself():
     found = shape_of(next(iter(tiny_mixtures.experts(tiny_mixtures.build("gpt_oss")).values())))
     assert (found.experts, found.hidden, found.width) == (4, 64, 96)
-    assert found.transposed
+    assert found.transposed == {"gate", "up", "down"}
     assert found.interleaved
     assert found.gated
     assert found.bias
@@ -40,6 +40,29 @@ def test_what_is_taken_apart_in_another_way_is_refused():
 
     with pytest.raises(ModelError, match=r"MixtralExperts: its experts, taken apart, give another output"):
         prove(stacked, Doubled, ROLES)
+
+
+def test_a_norm_behind_every_expert_comes_along():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.empty(3, 8, 6))
+            self.down_proj = nn.Parameter(torch.empty(3, 6, 4))
+            self.post_expert_norm = nn.RMSNorm(6)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, hidden, index, weights):
+            out = torch.zeros_like(hidden)
+            for token, (experts, shares) in enumerate(zip(index, weights, strict=True)):
+                for e, share in zip(experts, shares, strict=True):
+                    gate, up = (self.gate_up_proj[e] @ hidden[token]).chunk(2)
+                    out[token] += share * self.post_expert_norm(self.down_proj[e] @ (self.act_fn(gate) * up))
+            return out
+
+    stacked = Normed()
+    prove(stacked, Experts, ROLES)
+    assert Experts(stacked, ROLES).get_submodule("post_expert_norm") is stacked.post_expert_norm
+    assert Experts(stacked, ROLES).with_weights(stacked).post_expert_norm is stacked.post_expert_norm
 
 
 def test_a_module_that_does_not_run_is_refused_by_name():

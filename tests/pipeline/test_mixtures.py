@@ -17,7 +17,7 @@ from quantkit.calibration.walk import Wanted, walk
 from quantkit.checkpoint.manifest import read_manifest
 from quantkit.errors import ModelError, NumericalError, RecipeError
 from quantkit.models import skeleton
-from quantkit.models.experts import Experts, part_of
+from quantkit.models.experts import Experts, part_of, stack_of
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.experts import AT_ONCE, FEW, NONE, SHORT, quantize_experts
@@ -65,16 +65,18 @@ def assert_runs(folder, name):
     found = loaded(input_ids=ids, use_cache=False).logits
     dense = quantkit.load(folder, device="cpu").dequantize()
     apart = {n: m for n, m in dense.named_modules() if isinstance(m, Experts)}
-    own = dense.state_dict()
-    for where, place in model.state_dict().items():
-        module, _, name_of = where.rpartition(".")
-        leaf = "bias" if name_of.endswith("_bias") else "weight"
-        for role in ("down",) if name_of.startswith("down_proj") else ("gate", "up"):
-            for e in range(tiny_mixtures.EXPERTS) if module in apart else ():
-                part = part_of(place, e, role, leaf, apart[module].shape)
-                part.copy_(apart[module].linear(e, role).get_parameter(leaf))
-        if module not in apart:
-            place.copy_(own[where])
+    own, places = dense.state_dict(), model.state_dict()
+    for module, experts in apart.items():
+        for role in experts.names:
+            for leaf in ("weight", "bias") if experts.shape.bias else ("weight",):
+                name_of = f"{module}.{stack_of(role, leaf, experts.shape)}"
+                stack = model.get_parameter(name_of)
+                places.pop(name_of, None)
+                for e in range(tiny_mixtures.EXPERTS):
+                    part = part_of(stack, e, role, leaf, experts.shape)
+                    part.copy_(experts.linear(e, role).get_parameter(leaf))
+    for where, place in places.items():
+        place.copy_(own[where])
     wanted = model(input_ids=ids, use_cache=False).logits
     assert relative(found, wanted) < 1e-4
 
@@ -97,7 +99,7 @@ def relative(found, wanted):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_moe", "deepseek_v3", "glm4_moe")]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "granitemoe", *SLOW])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "granitemoe", "dbrx", *SLOW])
 def test_gptq_of_every_kind_of_experts(name, saved, tmp_path):
     model, source = saved(name)
     manifest = run(GPTQ, source, tmp_path)
@@ -111,6 +113,34 @@ def test_gptq_of_every_kind_of_experts(name, saved, tmp_path):
     top = model.config.num_experts_per_tok
     for report in manifest.experts:
         assert sum(report["tokens"]) == top * CALIBRATION["samples"] * CALIBRATION["sequence_length"]
+
+
+@torch.no_grad()
+def test_linears_of_experts_that_lie_side_by_side(saved, tmp_path):
+    """JetMoE's: those of its MLP and of its attention."""
+    _, source = saved("jetmoe")
+    manifest = run(GPTQ, source, tmp_path)
+    found = {layer.name for layer in manifest.layers if layer.algorithm == "gptq"}
+    for part in ("mlp", "self_attention.experts"):
+        for leaf in ("input_linear", "output_linear"):
+            names = {f"model.layers.1.{part}.{leaf}.{e}" for e in range(tiny_mixtures.EXPERTS)}
+            assert names <= found
+    ids, model = tiny_models.ids(24, batch=2), tiny_mixtures.build("jetmoe")
+    logits = quantkit.load(tmp_path, device="cpu")(input_ids=ids, use_cache=False).logits
+    own = quantkit.load(tmp_path, device="cpu").dequantize().state_dict()
+    for name, place in model.state_dict().items():
+        owner = name.removesuffix(".weight")
+        parts = [own[f"{owner}.{e}.weight"] for e in range(tiny_mixtures.EXPERTS) if name not in own]
+        place.copy_(torch.stack(parts) if parts else own[name])
+    assert relative(logits, model(input_ids=ids, use_cache=False).logits) < 1e-4
+
+
+def test_a_linear_that_the_router_sends_nothing_to_is_rounded_to_nearest(saved, tmp_path):
+    few = {"calibration": {"samples": 1, "sequence_length": 2}}
+    manifest = run(GPTQ | few, saved("jetmoe")[1], tmp_path)
+    unseen = [layer for layer in manifest.layers if layer.algorithm == "rtn"]
+    assert any("mlp.input_linear" in layer.name for layer in unseen)
+    assert all("it never ran on the calibration text" in layer.fallbacks[0] for layer in unseen)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe"])

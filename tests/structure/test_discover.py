@@ -332,3 +332,23 @@ def test_tiny_models_keep_random_state_and_weights_move_away_from_their_defaults
     text = "One, two.\n"
     tokenizer = tiny_models.tokenizer()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_module_that_computes_in_fp32_is_proved_in_float64():
+    """A gate that casts its input and not its weight, as routers do, where the rest of the block is float64."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.RMSNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.weight = nn.Parameter(torch.randn(1, 16))
+
+        def forward(self, hidden):
+            inner = self.up(self.norm(hidden))
+            gate = nn.functional.linear(hidden.repeat(1, 1, 2).float(), self.weight).softmax(
+                -1, dtype=torch.float32
+            )
+            return hidden + self.down(inner) * gate.to(hidden.dtype)
+
+    groups, _ = discover(Block().eval(), torch.zeros(1, 4, 8), (), {})
+    assert {(g.producer, *g.consumers) for g in groups} == {("norm", "up"), ("up", "down")}

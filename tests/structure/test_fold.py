@@ -7,7 +7,7 @@ from torch import nn
 
 from quantkit.errors import NumericalError
 from quantkit.structure.discover import discover
-from quantkit.structure.fold import ScalingGroup, check_invariance, fold
+from quantkit.structure.fold import ScalingGroup, check_invariance, fold, in_float64
 
 
 def gemma_post_attention_norm(block):
@@ -104,3 +104,13 @@ def test_dead_and_overflowing_channels_keep_their_weight():
     assert s.tolist() == [1.0, 1.0, 1.0, 2.0]
     assert block[0].weight.tolist() == [0.0, 1.0, 1.0, 0.5]
     assert torch.equal(block[1].weight, before * s)
+
+
+def test_casts_of_a_proof_are_to_float64_and_what_is_read_meanwhile_is_not():
+    x = torch.ones(2, dtype=torch.float64)
+    with in_float64():
+        made = [x.float(), x.to(torch.float32), x.type(torch.bfloat16), x.softmax(0, dtype=torch.float32)]
+        read = torch.empty(2, dtype=torch.float32)
+    assert {each.dtype for each in made} == {torch.float64}
+    assert read.dtype == torch.float32
+    assert x.float().dtype == torch.float32
