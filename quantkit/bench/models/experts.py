@@ -12,18 +12,21 @@ windows of 512 tokens, each in a process of its own whose RssAnon is polled ever
 - "time": CPU-seconds per expert, phases calibrate and quantize, of 1 block of 64 experts against a dense Llama whose
   MLPs are as large as one expert and see as many tokens as an expert does on average. Attention is left as it is in
   both. At most 1.2 times. Rounds alternate; the ratio is the median of the ratios within each round.
+
+`--runs` takes some of them. The file keeps the others, and each says with which commit it ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.bench.machine import machine
+from quantkit.bench.machine import commit, machine
 from quantkit.bench.models.memory import peak_anonymous
 from quantkit.bench.rounds import spread
 from quantkit.bench.synthetic import MIXTURES, Mixture, Shape, make, make_mixture
@@ -118,20 +121,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"schema": "quantkit-experts/1", "machine": machine()}
+    report: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        report = json.loads(arguments.json.read_text(encoding="utf-8"))
+    report |= {"schema": "quantkit-experts/1", "machine": machine()}
+    work, made = arguments.work, {"commit": commit()}
     if "share" in arguments.runs:
-        report["share"] = share(arguments.work, arguments.layers)
+        report["share"] = share(work, arguments.layers) | made
         print(
             f"peak {report['share']['share']:.1%} of the checkpoint (limit {LIMITS['share']:.0%})", flush=True
         )
     if "count" in arguments.runs:
-        report["count"] = count(arguments.work)
+        report["count"] = count(work) | made
         print(
             f"128 experts over 8: {report['count']['last_over_first']:.3f} (limit {LIMITS['count']})",
             flush=True,
         )
     if "time" in arguments.runs:
-        report["time"] = time_per_expert(arguments.work, arguments.rounds)
+        report["time"] = time_per_expert(work, arguments.rounds) | made
         over = report["time"]["expert_over_dense"]["median"]
         print(f"an expert over a dense MLP: {over:.2f} (limit {LIMITS['time']})", flush=True)
     if arguments.json:
