@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
-from quantkit.models.blocks import text_config
+from quantkit.models.blocks import hidden_size
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
@@ -57,7 +57,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
             copied += info.dense_bytes
             names += len(disk)
         else:
-            packed += packed_bytes(layer, _itemsize(info))
+            packed += packed_bytes(layer, stored_itemsize(info))
             names += len(disk)
     stored = packed + copied
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
@@ -102,7 +102,8 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _itemsize(info: TensorInfo) -> int:
+def stored_itemsize(info: TensorInfo) -> int:
+    """Bytes of one element of a tensor, decoded if it is stored quantized: also those of the scales of its codes."""
     return info.dense_bytes // max(1, math.prod(info.shape))
 
 
@@ -130,11 +131,9 @@ def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:
 
 def _hidden(plan: Plan, headers: Headers) -> int:
     """Width of the hidden states; where the config does not name it, the narrowest input of a block's linears."""
-    for config in (text_config(headers.config), headers.config):
-        for key in ("hidden_size", "n_embd", "d_model"):
-            value = config.get(key)
-            if type(value) is int and value > 0:
-                return value
+    found = hidden_size(headers.config)
+    if found is not None:
+        return found
     return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
 
 
@@ -191,7 +190,7 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         if number is not None:
             block_bytes[number] = block_bytes.get(number, 0) + info.dense_bytes
         elif not (families.is_head(disk.removesuffix(".weight")) or families.tower(disk)):
-            outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
+            outside += (FLOAT + stored_itemsize(info)) * math.prod(info.shape)
     working = max(
         (_block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()),
         default=0,
@@ -252,4 +251,4 @@ def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
     return stored + codes + matrices + copies + kept + chunk + 4 * FLOAT * observed * length * widest
 
 
-__all__ = ["Prediction", "packed_bytes", "predict"]
+__all__ = ["Prediction", "packed_bytes", "predict", "stored_itemsize"]
