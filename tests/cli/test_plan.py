@@ -54,9 +54,7 @@ def test_a_report_of_llama_3_8b_adds_up(tmp_path, capsys):
     )
     assert found["schema"] == "quantkit-plan/1"
     assert list(bits) == ["attention", "MLP", "head", "embedding", "carried"]
-    assert bits["attention"] == pytest.approx(
-        4.156, abs=0.01
-    )  # groups of 128: a scale of 16 and a zero of 4 bits
+    assert bits["attention"] == pytest.approx(4 + 16 / 128, abs=1e-3)
     assert bits["head"] == bits["embedding"] == bits["carried"] == 16
     assert found["kv_cache"] == {"scheme": None, "bytes": 3 * 1000 * 128 * 1024}
     (device,) = found["roofline"]
@@ -81,6 +79,7 @@ def test_llama_3_70b(tmp_path, capsys):
     assert large / small == pytest.approx(4800 / 768, rel=0.01)
 
 
+@pytest.mark.slow
 def test_qwen3_235b_reads_the_chosen_experts_only(tmp_path, capsys):
     found, bits = planned(tmp_path, capsys, published.QWEN3_235B, "--hardware", "h200")
     assert list(bits) == ["attention", "MLP", "experts", "head", "embedding", "carried"]
