@@ -7,12 +7,14 @@ the stored shapes; memory is an upper estimate, whose formula is in `_memory`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
-from quantkit.models.blocks import text_config
+from quantkit.models.blocks import hidden_size
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
@@ -27,6 +29,10 @@ LOGITS = 1 << 22  # elements of the logits that a search compares at once
 CHUNK = 1 << 20  # elements of the largest tensor in one forward of a chunk of windows
 EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
 PIECES = 128 << 20  # pieces of a weight while they are rounded, without a model class
+# Kinds of layers; the last holds norms, biases, towers and whatever else is no matrix of a decoder block.
+KINDS = ("attention", "MLP", "experts", "other linears", "head", "embedding", "carried")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"(^|[._])(mlp\d*|ffn|feed_?forward|moe|ff|fc\d*)([._]|$)")
 _SHAPE = 16  # int64 [2], the shape stored beside every packed weight
 
 
@@ -49,17 +55,8 @@ class Prediction:
 def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
     """What a run of `plan` on the checkpoint of `headers` will need."""
     tensors = {disk: info for disk, info in headers.tensors.items() if disk not in headers.dropped}
-    planned = {f"{layer.name}.weight": layer for layer in plan.layers}
-    packed = copied = names = 0
-    for disk, info in tensors.items():
-        layer = planned.get(disk)
-        if layer is None:
-            copied += info.dense_bytes
-            names += len(disk)
-        else:
-            packed += packed_bytes(layer, _itemsize(info))
-            names += len(disk)
-    stored = packed + copied
+    stored = sum(stored_bytes(plan, headers).values())
+    names = sum(map(len, tensors))
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
     streams = _stream_bytes(recipe, plan, headers)
     evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
@@ -71,6 +68,70 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
         memory=_memory(recipe, plan, headers),
         evaluation=int(evaluation),
     )
+
+
+def stored_bytes(plan: Plan, headers: Headers) -> dict[str, int]:
+    """Tensor on disk -> the bytes it takes in the output, for all that are not dropped."""
+    planned = {f"{layer.name}.weight": layer for layer in plan.layers}
+    found = {}
+    for disk, info in headers.tensors.items():
+        if disk not in headers.dropped:
+            layer = planned.get(disk)
+            found[disk] = info.dense_bytes if layer is None else packed_bytes(layer, stored_itemsize(info))
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one kind in the output. weights: their elements before quantization. n_bytes: as stored."""
+
+    kind: str
+    tensors: int
+    weights: int
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.weights if self.weights else 0.0
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "tensors": self.tensors,
+            "weights": self.weights,
+            "bytes": self.n_bytes,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+
+def parts_of(plan: Plan, headers: Headers) -> list[Part]:
+    """The output by kind of layer, in the order of `KINDS`; together the `tensors` of the prediction."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for disk, n_bytes in stored_bytes(plan, headers).items():
+        shape = headers.tensors[disk].shape
+        kind = _kind(disk, disk in plan.parts) if len(shape) == 2 else KINDS[-1]
+        found.setdefault(kind, []).append((math.prod(shape), n_bytes))
+    return [
+        Part(kind, len(each), sum(weights for weights, _ in each), sum(n_bytes for _, n_bytes in each))
+        for kind in KINDS
+        if (each := found.get(kind))
+    ]
+
+
+def _kind(disk: str, in_block: bool) -> str:
+    """The kind of layer that a matrix belongs to, by its name."""
+    name = disk.removesuffix(".weight")
+    if families.is_head(name):
+        return "head"
+    if families.TABLES[0][0].search(name):
+        return "embedding"
+    if not in_block:
+        return KINDS[-1]
+    if families.EXPERT_TENSOR.search(name):
+        return "experts"
+    if _ATTENTION.search(name):
+        return "attention"
+    return "MLP" if _MLP.search(name) else "other linears"
 
 
 def packed_bytes(layer: LayerPlan, scale_bytes: int) -> int:
@@ -102,7 +163,8 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _itemsize(info: TensorInfo) -> int:
+def stored_itemsize(info: TensorInfo) -> int:
+    """Bytes of one element of a tensor, decoded if it is stored quantized: also those of the scales of its codes."""
     return info.dense_bytes // max(1, math.prod(info.shape))
 
 
@@ -130,11 +192,9 @@ def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:
 
 def _hidden(plan: Plan, headers: Headers) -> int:
     """Width of the hidden states; where the config does not name it, the narrowest input of a block's linears."""
-    for config in (text_config(headers.config), headers.config):
-        for key in ("hidden_size", "n_embd", "d_model"):
-            value = config.get(key)
-            if type(value) is int and value > 0:
-                return value
+    found = hidden_size(headers.config)
+    if found is not None:
+        return found
     return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
 
 
@@ -191,7 +251,7 @@ def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
         if number is not None:
             block_bytes[number] = block_bytes.get(number, 0) + info.dense_bytes
         elif not (families.is_head(disk.removesuffix(".weight")) or families.tower(disk)):
-            outside += (FLOAT + _itemsize(info)) * math.prod(info.shape)
+            outside += (FLOAT + stored_itemsize(info)) * math.prod(info.shape)
     working = max(
         (_block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()),
         default=0,
@@ -252,4 +312,13 @@ def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
     return stored + codes + matrices + copies + kept + chunk + 4 * FLOAT * observed * length * widest
 
 
-__all__ = ["Prediction", "packed_bytes", "predict"]
+__all__ = [
+    "KINDS",
+    "Part",
+    "Prediction",
+    "packed_bytes",
+    "parts_of",
+    "predict",
+    "stored_bytes",
+    "stored_itemsize",
+]

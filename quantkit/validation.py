@@ -67,8 +67,13 @@ def _is_model_free(recipe: Recipe | None) -> bool:
     return recipe is not None and recipe.model_free
 
 
-def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[str] = ()) -> Validated:
-    """Check a recipe (a file or a shipped name) and, with a model, that it fits; UserError with every mistake."""
+def validate(
+    recipe: str | Path, model: str | None = None, overrides: Sequence[str] = (), engines: bool = True
+) -> Validated:
+    """Check a recipe (a file or a shipped name) and, with a model, that it fits; UserError with every mistake.
+
+    engines: also ask every engine where the recipe names no target, which takes long for thousands of experts.
+    """
     mistakes = _Mistakes()
     checked = mistakes.collect(load_recipe, recipe, overrides)
     if checked is not None:
@@ -92,7 +97,9 @@ def validate(recipe: str | Path, model: str | None = None, overrides: Sequence[s
         return Validated(checked)
     subject, prediction = subject_of(plan, headers), predict(checked, plan, headers)
     if checked.target is None:
-        return Validated(checked, plan, prediction, tuple(verdicts(subject)), headers=headers)
+        return Validated(
+            checked, plan, prediction, tuple(verdicts(subject)) if engines else (), headers=headers
+        )
     return Validated(
         checked, plan, prediction, outlook=outlook(subject, checked.target.asked), headers=headers
     )

@@ -26,6 +26,7 @@ DOORS: dict[str, set[str]] = {
     "recipe": {"algorithms", "assets", "formats", "preflight", "transforms"},
     "plan": {"algorithms", "models", "recipe"},
     "predict": {"formats", "models", "plan", "recipe"},
+    "cost": {"models", "plan", "predict"},
     "calibration": {"models", "numerics", "quantkit_eval", "structure"},
     "validation": {"calibration", "formats", "models", "plan", "predict", "preflight", "recipe"},
     "layers": {"formats", "numerics", "quantkit_kernels"},

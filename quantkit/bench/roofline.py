@@ -1,6 +1,7 @@
 """Measure the limits of the machine: bytes read per second and operations per second.
 
     python -m quantkit.bench.roofline [--threads 1 2]
+    python -m quantkit.bench.roofline --keep     # for `quantkit plan --hardware auto`
 
 An op that reads B bytes and does F operations takes at least max(B / read, F / peak). On a CPU the native library
 measures both (`cpu/probe.cpp`: volatile asm, several access patterns). Without it, and on a GPU, PyTorch measures a
@@ -11,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from quantkit.cost.hardware import Hardware, keep
+from quantkit.device import cpu_name
 
 KINDS = ("int8", "fp32", "bf16", "int16")  # in the order of the numbers that qk_peak takes
 CAN_USE = {
@@ -113,13 +118,32 @@ def describe(roofline: Roofline) -> str:
     return f"read {roofline.read / 1e9:.1f} GB/s; peak {peaks} Tops/s ({roofline.source})"
 
 
+def as_hardware(device: str, found: Roofline) -> Hardware:
+    """The measured limits as `quantkit plan` takes them: per kind of number, the fastest instructions for it."""
+    names = {"fp32": "fp32", "fp16": "bf16", "int8": "int8"}
+    peak = {name: max(found.peak.get(each, 0) for each in CAN_USE[kind]) for name, kind in names.items()}
+    if device == "cpu":
+        title, memory = cpu_name(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        title, memory = properties.name, properties.total_memory
+    return Hardware("auto", title, memory, found.read, peak, found.source)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--keep", action="store_true", help="measure with all threads and keep it for quantkit plan"
+    )
     arguments = parser.parse_args()
+    if arguments.keep:
+        found = measure(arguments.device)
+        print(f"{keep(as_hardware(arguments.device, found))}: {describe(found)}")
+        return
     for threads in sorted(set(arguments.threads)) if arguments.device == "cpu" else [0]:
         label = f"{threads} thread(s)" if threads else arguments.device
         print(f"{label}: {describe(measure(arguments.device, threads or None))}", flush=True)

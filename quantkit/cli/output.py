@@ -71,12 +71,12 @@ def write_report(path: str | None, report: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    from quantkit.checkpoint.shards import output_error, write_atomically
-
     text = json_text(report)
     if path == "-":
         click.echo(text, nl=False)
         return
+    from quantkit.checkpoint.shards import output_error, write_atomically
+
     target = _target(path)
     try:
         mode = target.stat().st_mode if target.exists() else None

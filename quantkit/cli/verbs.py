@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from quantkit import __version__
-from quantkit.cli import bench, generate, inspect, kernels, quantize, recipes, validate
+from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, validate
 from quantkit.cli import eval as eval_verb
 
 
@@ -33,6 +33,7 @@ for verb in (
     generate.command,
     inspect.command,
     validate.command,
+    plan.command,
     recipes.command,
     kernels.command,
     bench.command,

@@ -18,6 +18,7 @@ from quantkit.models import families
 from quantkit.models.tensors import TensorInfo
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
 NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d+)\..+$")  # (block list, number), the leftmost number counts
 
 
@@ -43,6 +44,12 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
     """How many decoder blocks config.json counts; None if it does not say."""
     text = text_config(config)
     return next((int(text[key]) for key in LAYER_COUNTS if type(text.get(key)) is int), None)
+
+
+def hidden_size(config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden states by config.json; None if it does not say."""
+    values = (part.get(key) for part in (text_config(config), config) for key in _HIDDEN)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def predicts_further(config: Mapping[str, Any], beyond: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from quantkit.preflight.kernels import needed, no_kernel
 from quantkit.preflight.names import siblings, spelled
 from quantkit.preflight.sharding import heads, shard_of, splits
 from quantkit.preflight.subject import HEAD, Finding, Linear, Subject, gathered, starred
-from quantkit.preflight.tables import source
+from quantkit.preflight.tables import Reading, source
 from quantkit.preflight.target import ENGINES, NAMES, Target
 
 _SERVERS = ("vllm", "sglang")
@@ -30,8 +30,9 @@ def preflight(subject: Subject, target: Target) -> list[Finding]:
     else:
         found += heads(subject, target)
         each: list[tuple[str, Finding]] = []
+        reading = reading_of(subject, target)
         for linear in subject.quantized:
-            each += [(linear.name, finding) for finding in _linear(linear, subject, target)]
+            each += [(linear.name, finding) for finding in _linear(linear, subject, target, reading)]
         each += siblings(subject, target)
         each += spelled(subject, target)
         found += gathered(each)
@@ -49,7 +50,7 @@ def outlook(subject: Subject, target: Target) -> str:
     )
 
 
-def _linear(linear: Linear, subject: Subject, target: Target) -> Iterator[Finding]:
+def _linear(linear: Linear, subject: Subject, target: Target, reading: Reading | None) -> Iterator[Finding]:
     """What is wrong with one quantized linear."""
     if linear.transposed:
         yield Finding(
@@ -62,7 +63,7 @@ def _linear(linear: Linear, subject: Subject, target: Target) -> Iterator[Findin
         return
     yield from splits(linear, subject, target)
     shard = shard_of(linear, subject, target.tensor_parallel)
-    finding = None if shard is None else no_kernel(linear, shard, target, reading_of(subject, target))
+    finding = None if shard is None else no_kernel(linear, shard, target, reading)
     if finding:
         yield finding
 

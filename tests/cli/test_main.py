@@ -51,6 +51,7 @@ def test_verbs_are_those_of_the_readme():
         "generate",
         "inspect",
         "validate",
+        "plan",
         "recipes",
         "kernels",
         "bench",

@@ -1,0 +1,143 @@
+"""`quantkit plan`: sizes, cache and roofline of a recipe on a model, from headers alone."""
+
+import json
+import math
+import subprocess
+import sys
+
+import published
+import pytest
+
+from quantkit import assets
+from quantkit.cli.main import run
+from quantkit.cost.hardware import Hardware, keep, known
+
+BOOKWORM = str(assets.default_model())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test sees what was measured of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def report(capsys, *arguments):
+    assert run(["plan", *arguments, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def planned(tmp_path, capsys, config, *arguments):
+    """(the report, the bits per weight by kind) of W4A16 RTN on a published model."""
+    weights = published.write(tmp_path / "m", config)
+    found = report(capsys, "w4a16-rtn", "--model", str(tmp_path / "m"), *arguments)
+    assert sum(part["weights"] for part in found["parts"]) == weights
+    assert sum(part["bytes"] for part in found["parts"]) == found["prediction"]["tensors"]
+    return found, {part["kind"]: part["bits_per_weight"] for part in found["parts"]}
+
+
+def test_the_text_names_sizes_cache_and_both_steps(capsys):
+    asked = ["w4a16-rtn", "--model", BOOKWORM, "--hardware", "L4", "--context", "512", "--batch", "2"]
+    assert run(["plan", *asked]) == 0
+    shown = capsys.readouterr().out
+    for word in ("attention", "MLP", "embedding", "carried", "free disk needed", "memory on the CPU"):
+        assert word in shown
+    assert "KV cache, 16 bits: 4.19 MB for 2 sequences of 512 tokens" in shown
+    assert shown.count("self_attn.q_proj") == 2
+    assert "prefill on NVIDIA L4" in shown
+    assert "decode, 2 sequences of 512 tokens: at most" in shown
+    assert "fit in its memory of 24.00 GB" in shown
+
+
+def test_a_report_of_llama_3_8b_adds_up(tmp_path, capsys):
+    found, bits = planned(
+        tmp_path, capsys, published.LLAMA_3_8B, "--hardware", "h100", "--context", "1000", "--batch", "3"
+    )
+    assert found["schema"] == "quantkit-plan/1"
+    assert list(bits) == ["attention", "MLP", "head", "embedding", "carried"]
+    assert bits["attention"] == pytest.approx(4 + 16 / 128, abs=1e-3)
+    assert bits["head"] == bits["embedding"] == bits["carried"] == 16
+    assert found["kv_cache"] == {"scheme": None, "bytes": 3 * 1000 * 128 * 1024}
+    (device,) = found["roofline"]
+    assert device["hardware"]["bandwidth"] == known()["h100"].bandwidth
+    for step, tokens in (("prefill", 3000), ("decode", 3)):
+        least = sum(one["seconds"] for one in device[step]["operators"])
+        assert device[step]["seconds"] == pytest.approx(least)
+        assert device[step]["tokens_per_s"] == pytest.approx(tokens / least)
+    bound = {one["name"].rpartition(".")[2]: one["bound"] for one in device["prefill"]["operators"]}
+    assert (bound["up_proj"], bound["add"]) == ("compute", "memory")
+    assert {one["bound"] for one in device["decode"]["operators"] if one["bytes"]} == {"memory"}
+
+
+def test_llama_3_70b(tmp_path, capsys):
+    found, bits = planned(
+        tmp_path, capsys, published.LLAMA_3_70B, "--hardware", "a6000", "--hardware", "h200"
+    )
+    assert found["prediction"]["tensors"] == pytest.approx(39.7e9, rel=0.02)
+    assert bits["MLP"] == pytest.approx(bits["attention"], abs=1e-4)
+    small, large = (device["decode"]["tokens_per_s"] for device in found["roofline"])
+    assert small == pytest.approx(768e9 / 38.9e9, rel=0.05)  # all but the embeddings, and the cache
+    assert large / small == pytest.approx(4800 / 768, rel=0.01)
+
+
+@pytest.mark.slow
+def test_qwen3_235b_reads_the_chosen_experts_only(tmp_path, capsys):
+    found, bits = planned(tmp_path, capsys, published.QWEN3_235B, "--hardware", "h200")
+    assert list(bits) == ["attention", "MLP", "experts", "head", "embedding", "carried"]
+    assert bits["MLP"] == 16  # routers
+    (experts,) = (part for part in found["parts"] if part["kind"] == "experts")
+    assert experts["weights"] == 94 * 128 * 3 * 1536 * 4096
+    decode = found["roofline"][0]["decode"]["operators"]
+    read = sum(one["count"] * one["bytes"] for one in decode if ".experts." in one["name"])
+    assert read == pytest.approx(experts["bytes"] * 8 / 128, rel=0.01)
+
+
+def test_a_quantized_cache_is_named_and_smaller(capsys):
+    exact, int8 = (report(capsys, name, "--model", BOOKWORM)["kv_cache"] for name in ("w4a16-rtn", "kv-int8"))
+    assert "int8" in int8["scheme"].lower()
+    assert int8["bytes"] == exact["bytes"] * (8 + 32 / 64) / 16
+
+
+def test_without_hardware_this_machine_is_taken_once_it_was_measured(capsys):
+    before = report(capsys, "w4a16-rtn", "--model", BOOKWORM)
+    assert before["roofline"] == []
+    assert "has not been measured" in before["notes"][0]
+    keep(Hardware("auto", "a CPU", None, 50e9, {"fp32": 1e11}, "made up"))
+    (device,) = report(capsys, "w4a16-rtn", "--model", BOOKWORM)["roofline"]
+    assert device["hardware"]["title"] == "a CPU"
+    assert math.isfinite(device["decode"]["tokens_per_s"])
+
+
+def test_the_model_may_stand_in_the_recipe(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {BOOKWORM}\nweights: {{preset: W4A16, algorithm: rtn}}\n")
+    assert report(capsys, str(recipe))["parts"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["w4a16-rtn", "--model", BOOKWORM, "--hardware", "h300"],
+            "no hardware 'h300'; known are auto, a100",
+        ),
+        (["w4a16-rtn", "--model", BOOKWORM, "--hardware", "auto"], "has not been measured"),
+        (["w4a16-rtn", "--model", BOOKWORM, "--context", "0"], "--context"),
+        (["w4a16-rtn"], "--model"),
+        (["no-such-recipe", "--model", BOOKWORM], "no-such-recipe"),
+        (["w4a16-rtn", "--model", "/nonexistent/model"], "/nonexistent/model"),
+    ],
+)
+def test_wrong_input_ends_with_code_2(capsys, arguments, said):
+    assert run(["plan", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_json_on_standard_output_needs_no_torch():
+    code = (
+        "import sys; from quantkit.cli.main import run; code = run(sys.argv[1:]); "
+        "sys.exit(code or 10 * bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    asked = ["plan", "w4a16-rtn", "--model", BOOKWORM, "--hardware", "a100", "--json", "-"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["roofline"]
