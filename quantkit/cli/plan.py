@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.table import Column, Table
 
+from quantkit import assets
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
 from quantkit.cli.validate import print_prediction
 from quantkit.cost.hardware import Hardware, find_hardware
@@ -25,7 +26,9 @@ SCHEMA = "quantkit-plan/1"
 
 @click.command("plan")
 @click.argument("recipe")
-@click.option("--model", metavar="PATH", help="Folder of the model; default: the recipe's.")
+@click.option(
+    "--model", metavar="PATH", help="Folder of the model; default: the recipe's, or the embedded one."
+)
 @click.option(
     "--hardware",
     "names",
@@ -53,10 +56,12 @@ def command(
     """
     devices, notes = _devices(names)
     found = validate(recipe, model, overrides, engines=False)
-    if found.plan is None and found.recipe.model is not None:
-        found = validate(recipe, found.recipe.model, overrides, engines=False)
-    if found.plan is None or found.headers is None or found.prediction is None:
-        raise click.UsageError("the recipe names no model; add --model PATH")
+    if found.plan is None:
+        named = found.recipe.model or str(assets.default_model())
+        found = validate(recipe, named, overrides, engines=False)
+    assert found.plan is not None
+    assert found.headers is not None
+    assert found.prediction is not None
     report = plan_report(found.plan, found.headers, devices, context, batch)
     report["prediction"] = asdict(found.prediction)
     report["notes"] += notes
