@@ -122,7 +122,6 @@ def test_the_model_may_stand_in_the_recipe(tmp_path, capsys):
         ),
         (["w4a16-rtn", "--model", BOOKWORM, "--hardware", "auto"], "has not been measured"),
         (["w4a16-rtn", "--model", BOOKWORM, "--context", "0"], "--context"),
-        (["w4a16-rtn"], "--model"),
         (["no-such-recipe", "--model", BOOKWORM], "no-such-recipe"),
         (["w4a16-rtn", "--model", "/nonexistent/model"], "/nonexistent/model"),
     ],
@@ -130,6 +129,13 @@ def test_the_model_may_stand_in_the_recipe(tmp_path, capsys):
 def test_wrong_input_ends_with_code_2(capsys, arguments, said):
     assert run(["plan", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_without_a_model_the_embedded_one_is_planned(capsys):
+    assert run(["plan", "w4a16-rtn", "--hardware", "h100"]) == 0
+    unnamed = capsys.readouterr().out
+    assert run(["plan", "w4a16-rtn", "--hardware", "h100", "--model", BOOKWORM]) == 0
+    assert capsys.readouterr().out == unnamed
 
 
 def test_json_on_standard_output_needs_no_torch():
