@@ -56,7 +56,8 @@ def watching(tick: Tick) -> Iterator[None]:
     """
     import quantkit_eval
 
-    from quantkit.checkpoint import journal, shards
+    from quantkit import files
+    from quantkit.checkpoint import journal
 
     fsync, replace, unlink = os.fsync, os.replace, os.unlink
     evaluate = quantkit_eval.evaluate
@@ -84,7 +85,7 @@ def watching(tick: Tick) -> Iterator[None]:
         unlink(path, **options)
 
     with (
-        patch.object(shards, "open", opened, create=True),
+        patch.object(files, "open", opened, create=True),
         patch.object(journal, "open", opened, create=True),
         patch("os.fsync", synced),
         patch("os.replace", renamed),

@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     from quantkit.bench.machine import machine, where
     from quantkit.bench.models.decode import models
-    from quantkit.checkpoint.shards import write_json
+    from quantkit.files import write_json
 
     measures: dict[str, Callable[[str], Measured]] = {}
     if options.computes:

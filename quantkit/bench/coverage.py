@@ -245,7 +245,7 @@ def _cell(reason: str) -> str:
 
 def write(file: Path, cases: dict[str, Any], recipes: list[str]) -> None:
     """The report: machine, versions, commit; counts; every type."""
-    from quantkit.checkpoint.shards import write_json
+    from quantkit.files import write_json
 
     ordered = dict(sorted(cases.items()))
     report = {"schema": SCHEMA, "machine": machine(), "recipes": recipes, "counts": counts(ordered.values())}

@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 import torch
 
 from quantkit.bench.machine import machine
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.pipeline.quantize import quantize
 
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq")

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from quantkit import assets
-from quantkit.checkpoint.shards import Entry, Streamed, shard_name, write_json, write_shard
+from quantkit.checkpoint.shards import Entry, Streamed, shard_name, write_shard
+from quantkit.files import write_json
 
 
 class Shape(NamedTuple):

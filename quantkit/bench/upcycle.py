@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.models.tokenizer import open_tokenizer
 
 EXPERTS, TOP, INTERMEDIATE = 8, 2, 128

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantkit.checkpoint.records import FileRecord
-from quantkit.checkpoint.shards import write_atomically
 from quantkit.errors import ModelError
+from quantkit.files import write_atomically
 from quantkit.models.companions import Companion, Companions
 
 _PIECE = 4 << 20  # bytes in memory at a time

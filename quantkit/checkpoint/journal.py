@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.manifest import MANIFEST, inside, read_sealed, recorded, write_sealed
-from quantkit.checkpoint.shards import check_numbers, output_error, sync_folder
 from quantkit.checkpoint.stream_files import FOLDER, StreamFiles
 from quantkit.errors import OutputError
+from quantkit.files import check_numbers, output_error, sync_folder
 from quantkit.models.json_reader import parse_json
 
 SEARCH = "search.json"

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantkit.checkpoint.records import Manifest, RunFacts, parse, plain
-from quantkit.checkpoint.shards import write_json
 from quantkit.errors import QuantkitError, VerificationError
+from quantkit.files import write_json
 from quantkit.models.json_reader import read_json
 
 MANIFEST = "quantkit.json"

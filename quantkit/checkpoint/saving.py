@@ -18,8 +18,8 @@ import torch
 from quantkit.checkpoint.check import crc32, digest_file
 from quantkit.checkpoint.manifest import read_manifest, write_manifest
 from quantkit.checkpoint.records import FileRecord
-from quantkit.checkpoint.shards import write_json
 from quantkit.errors import BackendError, VerificationError
+from quantkit.files import write_json
 from quantkit.models.tensors import INDEX, read_tensors
 
 if TYPE_CHECKING:

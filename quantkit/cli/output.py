@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from quantkit.cli.terminal import json_on_stdout, visible
+from quantkit.files import output_error, write_atomically
 
 _HEADLESS_WIDTH = 200  # piped output is wide, so that no name is cut
 
@@ -75,8 +76,6 @@ def write_report(path: str | None, report: dict[str, Any]) -> None:
     if path == "-":
         click.echo(text, nl=False)
         return
-    from quantkit.checkpoint.shards import output_error, write_atomically
-
     target = _target(path)
     try:
         mode = target.stat().st_mode if target.exists() else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import UserError
+from quantkit.files import write_json
 
 MEASURE = "python -m quantkit.bench.roofline --keep"
 _DATA = Path(__file__).with_name("hardware.json")
@@ -98,7 +99,7 @@ def keep(found: Hardware) -> Path:
     """Keep the figures of this machine for `measured`; the file they are in."""
     file = measured_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found.report(), indent=2) + "\n", encoding="utf-8")
+    write_json(file, found.report())
     return file
 
 

@@ -72,9 +72,10 @@ class Operator:
 
     def on(self, hardware: Hardware) -> Bound:
         """Its limits on a device."""
-        compute, memory = self.operations / hardware.fastest(self.kind), self.n_bytes / hardware.bandwidth
-        attainable = hardware.attainable(self.operations, self.n_bytes, self.kind)
-        return Bound(self, "memory" if memory > compute else "compute", attainable, max(compute, memory))
+        given = self.operations, self.n_bytes, self.kind
+        least = hardware.seconds(*given)
+        by = "memory" if least > self.operations / hardware.fastest(self.kind) else "compute"
+        return Bound(self, by, hardware.attainable(*given), least)
 
 
 @dataclass(frozen=True)

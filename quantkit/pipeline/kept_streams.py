@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from quantkit.calibration.streams import Streams
 from quantkit.checkpoint.check import digest_file
-from quantkit.checkpoint.shards import output_error, write_shard
+from quantkit.checkpoint.shards import write_shard
 from quantkit.checkpoint.stream_files import StreamFiles
+from quantkit.files import output_error
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.run import Run
 

@@ -33,10 +33,11 @@ from quantkit.checkpoint.records import (
     Size,
     TensorRecord,
 )
-from quantkit.checkpoint.shards import shard_name, write_json
+from quantkit.checkpoint.shards import shard_name
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name
 from quantkit.errors import VerificationError
+from quantkit.files import write_json
 from quantkit.formats.registry import codec
 from quantkit.models import families
 from quantkit.models.companions import Companions, find_companions

@@ -10,16 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit.checkpoint import shards
-from quantkit.checkpoint.shards import (
-    Streamed,
-    check_numbers,
-    shard_name,
-    write_atomically,
-    write_json,
-    write_shard,
-)
+from quantkit import files
+from quantkit.checkpoint.shards import Streamed, shard_name, write_shard
 from quantkit.errors import ModelError, NumericalError, OutputError
+from quantkit.files import check_numbers, write_atomically, write_json
 from quantkit.models.tensors import SINGLE, read_tensors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool]
@@ -105,7 +99,7 @@ def test_what_the_writing_thread_meets_comes_out(tmp_path, monkeypatch):
     def full(self, file):
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(shards._Writeback, "__call__", full)
+    monkeypatch.setattr(files._Writeback, "__call__", full)
     with pytest.raises(OutputError, match="the disk is full"):
         write_shard(tmp_path / "s.safetensors", {"a": torch.ones(4)})
     assert not list(tmp_path.iterdir())
@@ -113,7 +107,7 @@ def test_what_the_writing_thread_meets_comes_out(tmp_path, monkeypatch):
 
 def test_few_bytes_wait_to_be_written(tmp_path, monkeypatch):
     """Pieces are made while others are written, but never so many that memory grows with the file."""
-    monkeypatch.setattr(shards, "_AHEAD", 3000)
+    monkeypatch.setattr(files, "_AHEAD", 3000)
     crc32, written, ahead = zlib.crc32, [0], []
 
     def counted(piece, crc):
@@ -125,7 +119,7 @@ def test_few_bytes_wait_to_be_written(tmp_path, monkeypatch):
             ahead.append(made * 1000 - written[0])
             yield torch.full((1000,), made, dtype=torch.uint8)
 
-    monkeypatch.setattr(shards.zlib, "crc32", counted)
+    monkeypatch.setattr(files.zlib, "crc32", counted)
     write_shard(tmp_path / "s.safetensors", {"a": Streamed("U8", (40_000,), pieces)})
     assert max(ahead) <= 3000
     wanted = bytes(n for n in range(40) for _ in range(1000))
@@ -134,8 +128,8 @@ def test_few_bytes_wait_to_be_written(tmp_path, monkeypatch):
 
 def test_the_disk_begins_before_the_end(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setattr(shards, "_PIECE", 4000)
-    monkeypatch.setattr(shards, "_sync_file_range", lambda: lambda fd, *range: begun.append(range))
+    monkeypatch.setattr(files, "_BEGUN", 4000)
+    monkeypatch.setattr(files, "_sync_file_range", lambda: lambda fd, *range: begun.append(range))
     write_atomically(tmp_path / "f", (b"x" * 1500 for _ in range(7)))
     assert begun == [(0, 4500, 2), (4500, 4500, 2)]
 

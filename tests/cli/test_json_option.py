@@ -90,7 +90,7 @@ def test_a_report_that_cannot_be_written_is_still_printed(tmp_path, monkeypatch,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("quantkit.checkpoint.shards.write_atomically", full)
+    monkeypatch.setattr("quantkit.cli.output.write_atomically", full)
     assert run([*INSPECT, str(tmp_path / "x.json")]) == 2
     captured = capsys.readouterr()
     assert "weights in memory" in captured.out

@@ -138,12 +138,15 @@ def test_without_a_model_the_embedded_one_is_planned(capsys):
     assert capsys.readouterr().out == unnamed
 
 
-def test_json_on_standard_output_needs_no_torch():
+@pytest.mark.parametrize("to_file", [False, True])
+def test_json_needs_no_torch(tmp_path, to_file):
     code = (
         "import sys; from quantkit.cli.main import run; code = run(sys.argv[1:]); "
         "sys.exit(code or 10 * bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
     )
-    asked = ["plan", "w4a16-rtn", "--model", BOOKWORM, "--hardware", "a100", "--json", "-"]
+    file = tmp_path / "report.json"
+    asked = ["plan", "w4a16-rtn", "--model", BOOKWORM, "--hardware", "a100"]
+    asked += ["--json", str(file) if to_file else "-"]
     done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["roofline"]
+    assert json.loads(file.read_text() if to_file else done.stdout)["roofline"]

@@ -24,7 +24,7 @@ from quantkit.algorithms.gptq import quantize, quantize_all
 from quantkit.bench.machine import machine
 from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.rounds import Measured, interleave, ratios
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.numerics.statistics import Statistics
 from quantkit.scheme import integer
 

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quantkit.bench.machine import machine
 from quantkit.bench.roofline import read_bandwidth
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 
 HEADS, KV_HEADS, CHANNELS = 32, 8, 128
 SIZES = ["1x1024", "1x4096", "1x16384", "8x4096", "32x4096", "128x8192"]

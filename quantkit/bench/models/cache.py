@@ -30,7 +30,7 @@ from quantkit.bench.machine import machine, where
 from quantkit.bench.models import decode, llamacpp
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import SHAPES
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.layers import kv_attention
 from quantkit.layers.kv_cache import QuantizedCache, attach
 from quantkit.numerics.kv import KVScales

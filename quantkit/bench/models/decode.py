@@ -31,7 +31,7 @@ from quantkit_eval.sampler import Sampling
 from quantkit.bench.machine import machine, where
 from quantkit.bench.rounds import Measured, interleave, ratios
 from quantkit.bench.synthetic import MIXTURES, SHAPES, Mixture, Shape, make, make_mixture
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.pipeline.quantize import quantize
 
 if TYPE_CHECKING:

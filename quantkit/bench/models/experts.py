@@ -31,7 +31,7 @@ from quantkit.bench.models.memory import peak_anonymous
 from quantkit.bench.rounds import spread
 from quantkit.bench.synthetic import MIXTURES, Mixture, Shape, make, make_mixture
 from quantkit.checkpoint.manifest import read_facts
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 
 FULL_DEPTH, COUNTED_DEPTH, DENSE_DEPTH = 8, 2, 8
 COUNTS = (8, 32, 128)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from quantkit.bench.machine import machine
 from quantkit.bench.roofline import read_bandwidth
 from quantkit.bench.synthetic import Shape
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.runtime import choose_runner

@@ -35,7 +35,7 @@ from quantkit.bench.kernels.lane import BURST, Lane
 from quantkit.bench.machine import machine, where
 from quantkit.bench.models import decode, gguf_file
 from quantkit.bench.rounds import Measured, interleave, ratios
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.models.config import read_config
 
 PACKAGE = "llama-cpp-python"

@@ -23,8 +23,8 @@ from typing import Any
 
 from quantkit.bench.machine import machine
 from quantkit.bench.synthetic import make
-from quantkit.checkpoint.shards import write_json
 from quantkit.checkpoint.stream_files import FOLDER
+from quantkit.files import write_json
 
 FULL_DEPTH = 24
 CALIBRATION = ["calibration.samples=16", "calibration.sequence_length=512"]

@@ -24,7 +24,7 @@ from typing import Any
 from quantkit.bench.machine import machine
 from quantkit.bench.models.memory import peak_anonymous
 from quantkit.bench.synthetic import make
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.models.tensors import read_tensors
 
 PIECE = 16 << 20

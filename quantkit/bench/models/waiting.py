@@ -152,7 +152,7 @@ def main() -> None:
         answer(options.measure, options.prompt, options.new)
         return
     from quantkit.bench.models.decode import models
-    from quantkit.checkpoint.shards import write_json
+    from quantkit.files import write_json
 
     checkpoint = models(options.work)["packed"]
     policies = POLICIES | {f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in options.spin}

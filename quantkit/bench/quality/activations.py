@@ -21,7 +21,7 @@ from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.bench.quality.methods import Measured, finished, keep, plus_minus
 from quantkit.bench.quality.outliers import inject
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.recipe import load_recipe, parse_recipe
 from quantkit.scheme import Scheme
 

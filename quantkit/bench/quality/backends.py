@@ -18,8 +18,8 @@ import quantkit_eval
 from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_json
 from quantkit.errors import BackendError
+from quantkit.files import write_json
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize
 

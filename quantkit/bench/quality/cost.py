@@ -30,7 +30,7 @@ from quantkit.bench.quality import oneshot
 from quantkit.bench.rounds import ratio, spread
 from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.manifest import read_facts, read_manifest
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.recipe import load_recipe
 

@@ -33,7 +33,7 @@ from quantkit.bench.machine import commit, machine
 from quantkit.bench.quality import vllm_greedy
 from quantkit.checkpoint.inspect import inspect_checkpoint
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.layers.kv_cache import cache_of
 from quantkit.models.config import open_config
 from quantkit.models.tokenizer import open_tokenizer

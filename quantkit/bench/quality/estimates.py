@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.bench.machine import machine
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import quantize

@@ -22,7 +22,7 @@ import torch
 from quantkit import assets
 from quantkit.bench.machine import commit, machine
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.layers.kv_cache import cache_of
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize

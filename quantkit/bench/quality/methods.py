@@ -23,7 +23,7 @@ from quantkit_eval.cache import Cache
 from quantkit import assets
 from quantkit.bench.machine import commit, machine
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 from quantkit.layers.kv_cache import cache_of
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source

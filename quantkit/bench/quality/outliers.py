@@ -23,8 +23,9 @@ from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.walk import Wanted, walk
 from quantkit.checkpoint.companions import copy_companions
 from quantkit.checkpoint.load import load
-from quantkit.checkpoint.shards import Written, shard_name, write_json, write_shard
+from quantkit.checkpoint.shards import Written, shard_name, write_shard
 from quantkit.errors import NumericalError, OutputError
+from quantkit.files import write_json
 from quantkit.models import skeleton
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import read_checkpoint

@@ -25,7 +25,7 @@ from quantkit import assets
 from quantkit.bench.machine import machine
 from quantkit.bench.rounds import ratio, spread
 from quantkit.checkpoint.manifest import read_facts
-from quantkit.checkpoint.shards import write_json
+from quantkit.files import write_json
 
 PHASES = ("calibrate", "transform", "quantize")
 ONE, SEVERAL = "one process", "several processes"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from quantkit.bench.quality import activations, methods, mixtures
-from quantkit.checkpoint.shards import write_atomically
+from quantkit.files import write_atomically
 
 # The parts of the page in order: file in docs/benchmarks -> the function that makes its text.
 PARTS = {

@@ -39,7 +39,7 @@ from quantkit.calibration.divergence import token_kl
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.manifest import read_facts
 from quantkit.checkpoint.records import plain
-from quantkit.checkpoint.shards import write_atomically, write_json
+from quantkit.files import write_atomically, write_json
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize
 
