@@ -1,6 +1,6 @@
 """Collectors: small objects that see the input of one linear chunk by chunk and fill one field of `Statistics`.
 
-All accumulate in fp32. `x` is [tokens, K] of the stream the layer will see; `full` the same tokens of the
+Each chunk is computed in fp32 and sums over chunks are kept in fp64. `x` is [tokens, K] of the stream the layer will see; `full` the same tokens of the
 full-precision stream, or None. Masked (padding) tokens are removed before a collector sees them.
 """
 
@@ -30,30 +30,72 @@ class Collector(Protocol):
     def finish(self, statistics: Statistics) -> None: ...
 
 
+class Sums:
+    """Sums over chunks of matrix products, in fp64: what the order of the chunks adds or takes away lies below the last
+    bit of fp32, so any number of processes finds the same.
+
+    Rows `edges[i]:edges[i + 1]` are kept as one panel [rows, columns]; firsts: the first column of each panel.
+    """
+
+    def __init__(self, edges: list[int], firsts: list[int], device: torch.device) -> None:
+        self.edges, self.firsts, self.features = edges, firsts, edges[-1]
+        self.panels = [
+            torch.zeros(b - a, self.features - first, dtype=torch.float64, device=device)
+            for a, b, first in zip(edges, edges[1:], firsts, strict=False)
+        ]
+        widest = max(panel.numel() for panel in self.panels)
+        self._product = torch.empty(widest, device=device)
+        self._wide = torch.empty(widest, dtype=torch.float64, device=device)
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add left^T right of two [tokens, K], fp32."""
+        for a, first, panel in zip(self.edges, self.firsts, self.panels, strict=False):
+            product = self._product[: panel.numel()].view_as(panel)
+            torch.mm(left[:, a : a + len(panel)].T, right[:, first:], out=product)
+            panel.add_(self._wide[: panel.numel()].view_as(panel).copy_(product))
+
+    def join(self, ranks: Ranks) -> None:
+        for panel in self.panels:
+            ranks.sum(panel)
+
+    def finish(self, factor: float) -> torch.Tensor:
+        """The sums times `factor`, fp32 [K, K], 0 where no panel reaches; each panel is freed when it is copied."""
+        del self._product, self._wide
+        whole = torch.zeros(self.features, self.features, device=self.panels[0].device)
+        for a, first in zip(self.edges, self.firsts, strict=False):
+            panel = self.panels.pop(0)
+            whole[a : a + len(panel), first:] = panel.mul_(factor)
+        return whole
+
+
+def _edges(features: int) -> list[int]:
+    return [*range(0, features, max(_TILE, -(-features // 8))), features]
+
+
 class Hessian:
     """H = 2/tokens * X^T X, its tiles on and above the diagonal computed, then mirrored; and which inputs fired."""
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(features, features, device=device)
+        edges = _edges(features)
+        self.sums = Sums(edges, edges[:-1], device)
         self.fired = torch.zeros(features, dtype=torch.bool, device=device)
-        self.edges = [*range(0, features, max(_TILE, -(-features // 8))), features]
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
-        for a, b in zip(self.edges, self.edges[1:], strict=False):
-            self.sum[a:b, a:].addmm_(x[:, a:b].T, x[:, a:])
+        self.sums.add(x, x)
         self.fired |= (x != 0).any(0)
 
     def join(self, ranks: Ranks) -> None:
-        ranks.sum(self.sum)
+        self.sums.join(ranks)
         fired = self.fired.to(torch.uint8)
         ranks.max(fired)
         self.fired = fired.bool()
 
     def finish(self, statistics: Statistics) -> None:
-        for a, b in zip(self.edges, self.edges[1:], strict=False):
-            self.sum[b:, a:b] = self.sum[a:b, b:].T
-        statistics.hessian = self.sum.mul_(2 / max(1, statistics.tokens))
-        statistics.fired = self.fired
+        edges = self.sums.edges
+        hessian = self.sums.finish(2 / max(1, statistics.tokens))
+        for a, b in zip(edges, edges[1:], strict=False):
+            hessian[b:, a:b] = hessian[a:b, b:].T
+        statistics.hessian, statistics.fired = hessian, self.fired
 
 
 class Drift:
@@ -63,20 +105,21 @@ class Drift:
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(features, features, device=device)
+        edges = _edges(features)
+        self.sums = Sums(edges, [0] * (len(edges) - 1), device)
         self.tokens = 0
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         if full is not None:
-            self.sum.addmm_((full - x).T, x)
+            self.sums.add(full - x, x)
             self.tokens += x.shape[0]
 
     def join(self, ranks: Ranks) -> None:
-        ranks.sum(self.sum)
+        self.sums.join(ranks)
         self.tokens = int(ranks.totals(self.tokens)[0])
 
     def finish(self, statistics: Statistics) -> None:
-        statistics.drift = self.sum.mul_(2 / max(1, self.tokens))
+        statistics.drift = self.sums.finish(2 / max(1, self.tokens))
 
 
 class AbsMax:
@@ -99,7 +142,7 @@ class MeanAbs:
     """mean |x| per channel (AWQ's statistic)."""
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(features, device=device)
+        self.sum = torch.zeros(features, dtype=torch.float64, device=device)
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         self.sum += x.abs().sum(0)
@@ -108,14 +151,14 @@ class MeanAbs:
         ranks.sum(self.sum)
 
     def finish(self, statistics: Statistics) -> None:
-        statistics.mean_abs = self.sum / max(1, statistics.tokens)
+        statistics.mean_abs = (self.sum / max(1, statistics.tokens)).float()
 
 
 class MeanSquare:
     """E[x^2] per channel, the weight of a column's rounding error."""
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(features, device=device)
+        self.sum = torch.zeros(features, dtype=torch.float64, device=device)
 
     def update(self, x: torch.Tensor, full: torch.Tensor | None) -> None:
         self.sum += x.square().sum(0)
@@ -124,7 +167,7 @@ class MeanSquare:
         ranks.sum(self.sum)
 
     def finish(self, statistics: Statistics) -> None:
-        statistics.mean_square = self.sum / max(1, statistics.tokens)
+        statistics.mean_square = (self.sum / max(1, statistics.tokens)).float()
 
 
 class Range:

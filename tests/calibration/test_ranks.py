@@ -87,6 +87,25 @@ def inputs():
 
 
 @pytest.mark.parametrize("size", [2, 3])
+def test_sums_are_the_same_to_the_bit_whichever_process_has_which_chunk(size):
+    """Also of chunks that are ten orders of magnitude apart, seen in another order, in more than one panel."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 40, 300, generator=generator) * torch.logspace(-5, 5, 9)[:, None, None]
+    full, fields = x + torch.randn(9, 40, 300, generator=generator), ("hessian", "drift", "mean_abs", "mean_square")
+
+    def statistics(ranks, chunks):
+        gatherers = Gatherers(CPU)
+        for number in chunks:
+            gatherers.update("a", frozenset(fields), x[number], full[number])
+        return gatherers.finish(ranks)["a"]
+
+    alone = statistics(ALONE, range(9))
+    for shared in together(size, lambda ranks: statistics(ranks, range(8 - ranks.rank, -1, -size))):
+        for field in fields:
+            assert torch.equal(getattr(shared, field), getattr(alone, field)), field
+
+
+@pytest.mark.parametrize("size", [2, 3])
 def test_statistics_are_those_of_one_process(inputs, size):
     """Every field; the full stream reaches the first half of the windows only, and one process may have none of it."""
     x, full = inputs
