@@ -148,12 +148,13 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
         if problem:
             problems.append(f"rules.{number}: {problem}")
     layers: list[LayerPlan] = []
+    choices: dict[int | None, _Choice] = {}
     skipped = list(refused.items())
     for linear in linears:
-        last = None
-        for rule, ordinary in zip(recipe.rules, only_ordinary, strict=True):
+        last, number = None, None
+        for each, (rule, ordinary) in enumerate(zip(recipe.rules, only_ordinary, strict=True)):
             if rule.fits(linear.name) and (linear.aside is None or not ordinary):
-                last = rule
+                last, number = rule, each
         if last is not None and last.skip:
             skipped.append((linear.name, f"rule {last.match!r}"))
         elif last is None and linear.aside is not None:
@@ -161,7 +162,9 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
         elif recipe.weights is None:
             skipped.append((linear.name, "weights: none"))
         else:
-            layers.append(_layer(linear, recipe, recipe.weights, last))
+            if number not in choices:
+                choices[number] = _choice(recipe, recipe.weights, last)
+            layers.append(_layer(linear, choices[number]))
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, [each for each in skipped if each[0] not in refused])
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
@@ -187,13 +190,21 @@ def _blocks(headers: Headers, places: Places | None) -> Blocks:
     return Blocks(places.blocks, places.n_blocks, of)
 
 
-def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None) -> LayerPlan:
+_Choice = tuple[Scheme, AlgorithmConfig, InputRange]  # what all linears of one rule get: the same objects
+
+
+def _choice(recipe: Recipe, weights: Weights, rule: Rule | None) -> _Choice:
     inputs, algorithm = recipe.inputs, weights.algorithm
     if rule:
         scheme, algorithm = rule.apply(weights, inputs)
         inputs = rule.inputs_instead_of(inputs)
     else:
         scheme = Scheme(weights.scheme.weights, None if inputs is None else inputs.grid)
+    return scheme, algorithm, "minmax" if inputs is None else inputs.range
+
+
+def _layer(linear: _Linear, choice: _Choice) -> LayerPlan:
+    scheme, algorithm, input_range = choice
     return LayerPlan(
         name=linear.name,
         shape=linear.shape,
@@ -201,7 +212,7 @@ def _layer(linear: _Linear, recipe: Recipe, weights: Weights, rule: Rule | None)
         block=linear.block,
         scheme=scheme,
         algorithm=algorithm,
-        input_range="minmax" if inputs is None else inputs.range,
+        input_range=input_range,
         renamed=linear.renamed,
         split=linear.split,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.cost.attention import Attention, find_attention
 from quantkit.models import families
@@ -71,7 +72,8 @@ def find_model(plan: Plan, headers: Headers) -> Model:
     """The planned model: what its tensors' names and shapes and its config say."""
     planned = {layer.name: layer for layer in plan.layers}
     experts = _experts(plan)
-    found: dict[tuple[str, tuple[int, int], Scheme | None, float], list[str]] = {}
+    found: dict[tuple[str, tuple[int, int], int, float], tuple[Linears, list[str]]] = {}
+    known: dict[tuple[Any, ...], Linears] = {}  # a mixture has thousands alike
     norms: dict[int, int] = {}
     for disk in plan.parts:
         info, name = headers.tensors[disk], disk.removesuffix(".weight")
@@ -80,15 +82,19 @@ def find_model(plan: Plan, headers: Headers) -> Model:
         if len(info.shape) == 1 and _NORM.search(name):
             norms[info.shape[0]] = norms.get(info.shape[0], 0) + 1
         if len(info.shape) == 2 and not any(table.search(name) for table, _ in families.TABLES):
-            one = _one(headers, name, planned.get(name))
+            layer = planned.get(name)
+            alike = (info.shape, info.dtype, layer and id(layer.scheme))
+            if layer is None or alike not in known:
+                known[alike] = _one(headers, name, layer)
+            one = known[alike]
             inside = name.removeprefix(f"{plan.blocks_prefix}.")
-            key = (starred(inside).removeprefix("*."), one.shape, one.scheme, one.n_bytes)
-            found.setdefault(key, []).append(name)
+            key = (starred(inside).removeprefix("*."), one.shape, id(one.scheme), one.n_bytes)
+            found.setdefault(key, (one, []))[1].append(name)
     linears = []
-    for (name, shape, scheme, n_bytes), names in found.items():
+    for (name, shape, _, n_bytes), (one, names) in found.items():
         layers = len({plan.parts[f"{each}.weight"] for each in names})
         of = experts.get(expert[1], 0) if (expert := _EXPERT.match(names[0])) else 0
-        linears.append(Linears(name, shape, len(names), n_bytes, scheme, layers, of))
+        linears.append(Linears(name, shape, len(names), n_bytes, one.scheme, layers, of))
     hidden = hidden_size(headers.config) or max(norms, key=norms.__getitem__, default=0)
     attention = find_attention(headers.config, plan.n_blocks)
     text = text_config(headers.config)

@@ -59,6 +59,7 @@ DROPPED = (
     (r"(^|\.)rotary_emb\.(cos|sin)_cached$", "rotary table, computed from config.json"),
     (r"(^|\.)position_ids$", "running numbers, computed"),
 )
+_ANY_DROPPED = re.compile("|".join(pattern for pattern, _ in DROPPED))
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ SET_ASIDE = (
     ),
 )
 
+_ANY_ASIDE = re.compile("|".join(pattern.pattern for pattern, _ in SET_ASIDE))
+
 # What names alone say where no model class can be asked (`names.py`): 2-D tensors that are no linears, whatever a rule
 # says, (pattern of the name without `.weight`, reason),
 TABLES = (
@@ -167,6 +170,8 @@ def is_conv1d(model_type: str, module: str) -> bool:
 
 def set_aside(module: str) -> str | None:
     """Why a linear of this name is left as it is unless a rule names it, or None."""
+    if not _ANY_ASIDE.search(module):
+        return None
     return next((reason for pattern, reason in SET_ASIDE if pattern.search(module)), None)
 
 
@@ -177,7 +182,8 @@ def is_router(module: str) -> bool:
 
 def dropped(model_type: str, name: str) -> str | None:
     """Why transformers leaves out the tensor called `name` on disk, or None."""
-    for pattern, reason in DROPPED + family(model_type).dropped:
+    own = family(model_type).dropped
+    for pattern, reason in DROPPED + own if own or _ANY_DROPPED.search(name) else ():
         if re.search(pattern, name):
             return reason
     return None

@@ -73,7 +73,7 @@ class Headers:
     def model_type(self) -> str:
         return str(self.config["model_type"])
 
-    @property
+    @cached_property
     def text_type(self) -> str:
         """The model type of the language model: of a multimodal model, that of the part inside."""
         return str(text_config(self.config).get("model_type") or self.model_type)
@@ -100,7 +100,7 @@ class Headers:
         """How many tokens the model takes at once, by config.json; None if the file does not say."""
         return longest_window(self.config)
 
-    @property
+    @cached_property
     def tied(self) -> bool:
         """Whether the output head is the input embedding."""
         parts = (self.config, text_config(self.config))

@@ -85,6 +85,8 @@ def _stack(
     name: str, info: TensorInfo, config: Mapping[str, Any]
 ) -> tuple[Stack, str, tuple[int, ...]] | None:
     """(kind, name of the experts, shape [E, ...]) of a tensor that is a stack. config: of the language model."""
+    if len(info.shape) == 2 and name.endswith(".weight"):
+        return None  # as nearly every tensor: matrices with this ending are no stacks
     pairs = ((stack, stack.pattern.match(name)) for stack in STACKS)
     stack, match = next(((each, m) for each, m in pairs if m), (None, None))
     if stack is None or match is None:

@@ -179,7 +179,7 @@ def weight_map(path: Path) -> dict[str, str]:
     ]
     if bad:
         raise ModelError(f"{path / INDEX} points outside its folder: {named(set(map(str, bad)))}; refused")
-    missing = {v for v in entries.values() if not (path / v).is_file()}
+    missing = {v for v in set(entries.values()) if not (path / v).is_file()}
     if missing:
         raise ModelError(f"{path / INDEX} names files that are missing: {named(missing)}; fetch them again")
     return entries
@@ -188,7 +188,7 @@ def weight_map(path: Path) -> dict[str, str]:
 def _check_index(path: Path, files: list[Path], tensors: dict[str, TensorInfo]) -> None:
     if files == [path / SINGLE]:
         return
-    entries = weight_map(path)
+    entries = read_json(path / INDEX, limit=MAX_HEADER)["weight_map"]  # checked before
     absent = [n for n, file in entries.items() if n not in tensors or tensors[n].file.name != file]
     if absent:
         raise ModelError(
