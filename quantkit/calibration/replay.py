@@ -24,15 +24,19 @@ class Replay:
     """Inputs and outputs kept for one block, by stream and chunk.
 
     widest: in_features of the block's widest planned linear. enabled: False for a block that also hands on something
-    from inside (shared keys and values), which a replayed part would not compute.
+    from inside (shared keys and values), which a replayed part would not compute. most: bytes that are kept; None: as
+    many as usual.
     """
 
-    def __init__(self, block: nn.Module, trace: Trace, widest: int, enabled: bool = True) -> None:
+    def __init__(
+        self, block: nn.Module, trace: Trace, widest: int, enabled: bool = True, most: int | None = None
+    ) -> None:
         self.block, self.enabled = block, enabled
-        self.budget = max(KEPT_BYTES, SPARE_BYTES - 3 * 4 * widest**2)
+        self.budget = max(KEPT_BYTES, SPARE_BYTES - 3 * 4 * widest**2) if most is None else most
         self._inputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._outputs: dict[tuple[bool, str], dict[int, torch.Tensor]] = {}
         self._last = {linear: name for name, linear in trace.output_of.items()}  # last linear -> its module
+        self._order = trace.siblings
         self._returned: dict[str, Returned] = {}  # (tuple or list, its length), or a tensor alone
         self._done: set[str] = set()
         for name in trace.output_of:
@@ -55,6 +59,9 @@ class Replay:
         linear = siblings[0]
         if not self.enabled or len(siblings) != 1 or linear not in self._last:
             return
+        before = self._order[: self._order.index(siblings)]
+        if not full and not all(name in self._done for each in before for name in each):
+            return  # collected together with what it reads, which will have other weights
         stores = (*self._inputs.values(), *self._outputs.values())
         used = sum(t.nbytes for store in stores for t in store.values())
         if used + x.nbytes <= self.budget:
