@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,3 +105,14 @@ def cpu_name() -> str:
     if "model name" not in facts:  # not Linux, or ARM
         return platform.processor() or platform.machine()
     return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory that this process has had at most: its own, where the system says, not its parent's."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)

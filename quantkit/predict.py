@@ -1,7 +1,7 @@
 """How large a quantized checkpoint will be, and what disk and memory the run needs, before anything is computed.
 
 Everything comes from the plan and the checkpoint's headers: no weight is read and torch is not imported. Sizes follow
-the stored shapes; memory is an upper estimate, whose formula is in `_memory`.
+the stored shapes; memory is an upper estimate, see `predict_memory.py`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from typing import Any
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
-from quantkit.models.blocks import hidden_size
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
+from quantkit.predict_block import FLOAT
+from quantkit.predict_memory import (
+    MODEL,
+    PROCESS,
+    USUAL,
+    Ways,
+    memory_of,
+    spilled_bytes,
+    stored_itemsize,
+    stream_bytes,
+)
 from quantkit.recipe import Recipe
 
-FLOAT = 4  # bytes; weights, statistics and hidden states are computed in fp32
-PROCESS = 450_000_000  # Python with torch and transformers, before a model is read (427 MB measured)
-MODEL = 100_000_000  # the model's code and empty modules, and what the allocator keeps (45 MB measured)
-KEPT, SPARE = 128 << 20, 480 << 20  # inputs that calibration keeps for replay: the bounds of calibration/
-LOGITS = 1 << 22  # elements of the logits that a search compares at once
-CHUNK = 1 << 20  # elements of the largest tensor in one forward of a chunk of windows
 EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
-PIECES = 128 << 20  # pieces of a weight while they are rounded, without a model class
 # Kinds of layers; the last holds norms, biases, towers and whatever else is no matrix of a decoder block.
 KINDS = ("attention", "MLP", "experts", "other linears", "head", "embedding", "carried")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -42,7 +45,8 @@ class Prediction:
 
     tensors: all stored tensors of the output, exact. output: the finished folder, within 2 %. disk: what must be free
     while it is made: the folder, and the hidden states that a resumed run needs. memory: peak resident memory of
-    quantizing on the CPU, an upper estimate. evaluation: the same for the evaluation at the end of a run.
+    quantizing on the CPU, an upper estimate; moment: what runs at the peak. evaluation: memory of the evaluation at the
+    end of a run. vram: of the GPU, if it quantizes on one (not measured).
     """
 
     tensors: int
@@ -50,34 +54,47 @@ class Prediction:
     disk: int
     memory: int
     evaluation: int
+    vram: int = 0
+    moment: str = ""
 
 
-def predict(recipe: Recipe, plan: Plan, headers: Headers) -> Prediction:
-    """What a run of `plan` on the checkpoint of `headers` will need."""
+def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) -> Prediction:
+    """What a run of `plan` on the checkpoint of `headers` will need. ways: how it saves memory."""
     tensors = {disk: info for disk, info in headers.tensors.items() if disk not in headers.dropped}
     stored = sum(stored_bytes(plan, headers).values())
     names = sum(map(len, tensors))
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
-    streams = _stream_bytes(recipe, plan, headers)
+    streams = stream_bytes(recipe, plan, headers) if plan.needs_text(recipe) else 0
+    memory = memory_of(recipe, plan, headers, ways)
     evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
     return Prediction(
         tensors=stored,
         output=output,
         disk=output
-        + 2 * streams,  # the new hidden states are complete on disk before the old ones are removed
-        memory=_memory(recipe, plan, headers),
+        + 2 * streams  # the new hidden states are complete on disk before the old ones are removed
+        + (spilled_bytes(recipe, plan, headers) if ways.spilled else 0),
+        memory=memory.peak,
         evaluation=int(evaluation),
+        vram=memory_of(recipe, plan, headers, ways, cuda=True).peak,
+        moment=memory.moment,
     )
 
 
 def stored_bytes(plan: Plan, headers: Headers) -> dict[str, int]:
     """Tensor on disk -> the bytes it takes in the output, for all that are not dropped."""
     planned = {f"{layer.name}.weight": layer for layer in plan.layers}
-    found = {}
+    found: dict[str, int] = {}
+    known: dict[tuple[tuple[int, int], int, str], int] = {}  # a mixture has thousands alike
     for disk, info in headers.tensors.items():
         if disk not in headers.dropped:
             layer = planned.get(disk)
-            found[disk] = info.dense_bytes if layer is None else packed_bytes(layer, stored_itemsize(info))
+            if layer is None:
+                found[disk] = info.dense_bytes
+                continue
+            alike = (layer.shape, id(layer.scheme), info.dtype)
+            if alike not in known:
+                known[alike] = packed_bytes(layer, stored_itemsize(info))
+            found[disk] = known[alike]
     return found
 
 
@@ -163,11 +180,6 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def stored_itemsize(info: TensorInfo) -> int:
-    """Bytes of one element of a tensor, decoded if it is stored quantized: also those of the scales of its codes."""
-    return info.dense_bytes // max(1, math.prod(info.shape))
-
-
 def _parameters(tensors: Iterable[TensorInfo]) -> int:
     return sum(math.prod(info.shape) for info in tensors)
 
@@ -188,128 +200,6 @@ def _lists(tensors: int, names: int, layers: tuple[LayerPlan, ...]) -> int:
     per_layer = 3 * (110 + 75) + 330
     long_names = sum(len(layer.name) for layer in layers)
     return tensors * 250 + 3 * names + len(layers) * per_layer + 10 * long_names
-
-
-def _hidden(plan: Plan, headers: Headers) -> int:
-    """Width of the hidden states; where the config does not name it, the narrowest input of a block's linears."""
-    found = hidden_size(headers.config)
-    if found is not None:
-        return found
-    return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
-
-
-def _needs(layers: Iterable[LayerPlan]) -> frozenset[str]:
-    """Statistics that the algorithms of these layers collect."""
-    return frozenset().union(*(layer.algorithm.needs for layer in layers))
-
-
-def _stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
-    """Bytes of the hidden states of all windows: of the quantized model, and as far as needed of the original."""
-    needs = _needs(plan.layers)
-    every = recipe.calibration.samples
-    looked = (getattr(transform, "windows", 0) for transform in recipe.transforms)
-    full = max((every if windows is None else windows for windows in looked), default=0)
-    if "drift" in needs:
-        full = max(full, -(-every // 2))
-    quantized = every if plan.follows_quantized else 0
-    if needs and not quantized:
-        full = every
-    if full:  # whole chunks of windows, of which one may be half empty
-        full += max(0, CHUNK // (recipe.calibration.sequence_length * _hidden(plan, headers)))
-    return (
-        (min(every, full) + quantized) * recipe.calibration.sequence_length * _hidden(plan, headers) * FLOAT
-    )
-
-
-def _memory(recipe: Recipe, plan: Plan, headers: Headers) -> int:
-    """Peak resident memory of quantizing on the CPU, an upper estimate.
-
-    With text, the largest of three moments, each beside the process and the hidden states (`_stream_bytes`):
-      embedding: everything outside the blocks in fp32, once more as stored while it is read;
-      a block: its weights as stored, their codes (a byte each), three matrices [K, K] in fp32 (the Hessian, its
-        factor, the drift) and one for reordering, the inputs kept for replay, four copies in fp32 of the largest set of
-        linears with one input, and three times the inputs and outputs of one chunk in fp32;
-      the head, if it is quantized: the same with the head as the block;
-      a block whose cache is calibrated: its weights in fp32 and a chunk;
-    or what a search before them takes (`_search_memory`).
-    Without text five copies of the largest linear in fp32 and two of a block's codes remain; of a run without a model
-    class, what was written of the largest linear and its layout for kernels, and pieces. Against measurements: see
-    tests/test_predict.py (the embedded model, and docs/benchmarks/memory-*.json).
-    """
-    if recipe.model_free:
-        largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
-        return PROCESS + MODEL + FLOAT * largest + PIECES
-    by_block: dict[int | None, list[LayerPlan]] = {}
-    for layer in plan.layers:
-        by_block.setdefault(layer.block, []).append(layer)
-    block_bytes: dict[int | None, int] = {}
-    outside = 0
-    for disk, info in headers.tensors.items():
-        if disk in headers.dropped:
-            continue
-        number = plan.parts.get(disk)
-        if number is not None:
-            block_bytes[number] = block_bytes.get(number, 0) + info.dense_bytes
-        elif not (families.is_head(disk.removesuffix(".weight")) or families.tower(disk)):
-            outside += (FLOAT + stored_itemsize(info)) * math.prod(info.shape)
-    working = max(
-        (_block_working(recipe, layers, block_bytes.get(block, 0)) for block, layers in by_block.items()),
-        default=0,
-    )
-    if plan.calibrates_cache:  # blocks without quantized linears are loaded in fp32, from 16 bits at most
-        chunk = 4 * FLOAT * max(CHUNK, recipe.calibration.sequence_length * plan.widest)
-        working = max(working, 2 * max(block_bytes.values()) + chunk)
-    if not plan.needs_text(recipe):
-        return PROCESS + MODEL + working
-    streams = _stream_bytes(recipe, plan, headers)
-    needed = PROCESS + MODEL + streams + max(outside, working)
-    return max(needed, PROCESS + MODEL + _search_memory(recipe, plan, headers, block_bytes, outside))
-
-
-def _search_memory(
-    recipe: Recipe, plan: Plan, headers: Headers, block_bytes: dict[int | None, int], outside: int
-) -> int:
-    """Bytes beside the process that a search before the first block takes; 0 without one.
-
-    Hidden states of all windows of the original model and of the windows of each trial; beside them a block as stored
-    and its linears in fp32, one of them three times while it is rounded, and a chunk; or, with what lies outside the
-    blocks, the logits.
-    """
-    trials = max((getattr(transform, "searched", 0) for transform in recipe.transforms), default=0)
-    if not trials:
-        return 0
-    length = recipe.calibration.sequence_length
-    streams = (recipe.calibration.samples + trials) * length * _hidden(plan, headers) * FLOAT
-    sizes: dict[int | None, int] = {}
-    for layer in plan.layers:
-        sizes[layer.block] = sizes.get(layer.block, 0) + math.prod(layer.shape)
-    largest = max(math.prod(layer.shape) for layer in plan.layers)
-    widest = max(max(layer.shape) for layer in plan.layers)
-    chunk = 6 * FLOAT * max(CHUNK, length * widest)
-    block = max(block_bytes.values(), default=0) + FLOAT * (max(sizes.values()) + 3 * largest)
-    return streams + max(block + chunk, outside + 6 * FLOAT * LOGITS)
-
-
-def _block_working(recipe: Recipe, layers: list[LayerPlan], stored: int) -> int:
-    """Bytes that quantizing the linears of one block takes, see `_memory`. stored: bytes of its tensors."""
-    needs = _needs(layers)
-    codes = sum(math.prod(layer.shape) for layer in layers)
-    siblings: dict[
-        tuple[str, int], int
-    ] = {}  # rows of the linears that may share an input: solved as one matrix
-    for layer in layers:
-        key = (layer.name.rpartition(".")[0], layer.shape[1])
-        siblings[key] = siblings.get(key, 0) + layer.shape[0]
-    if not (needs or recipe.transforms or any(layer.calibrates_inputs for layer in layers)):
-        return 5 * FLOAT * max(math.prod(layer.shape) for layer in layers) + 2 * codes
-    copies = 4 * FLOAT * max(n * k for (_, k), n in siblings.items())
-    widest = max(k for _, k in siblings)
-    matrices = 4 * FLOAT * widest**2 if needs & {"hessian", "drift"} else 0
-    kept = max(KEPT, SPARE - 3 * FLOAT * widest**2)
-    length = recipe.calibration.sequence_length
-    chunk = 3 * FLOAT * max(CHUNK, length * widest) * len(siblings)
-    observed = max((getattr(transform, "observed", 0) for transform in recipe.transforms), default=0)
-    return stored + codes + matrices + copies + kept + chunk + 4 * FLOAT * observed * length * widest
 
 
 __all__ = [

@@ -18,6 +18,7 @@ from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
 from quantkit.formats import registry
 from quantkit.paths import user_path
+from quantkit.recipe_budget import BudgetPart
 from quantkit.recipe_errors import problems
 from quantkit.recipe_schemes import (
     ALGORITHMS,
@@ -123,7 +124,8 @@ class Recipe(Part):
 
     weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
     keeps it exact. model_free: from tensors to tensors by their names, without a model class and without text. experts:
-    how those of a mixture are calibrated. target: what must be able to run the result.
+    how those of a mixture are calibrated. target: what must be able to run the result. budget: the most that the run
+    may use of the machine.
     """
 
     model: Text | None = None
@@ -136,6 +138,7 @@ class Recipe(Part):
     calibration: Calibration = Calibration()
     experts: ExpertsPart | None = None
     target: TargetPart | None = None
+    budget: BudgetPart | None = None
     output: Output = Output()
 
     @model_validator(mode="before")
@@ -235,9 +238,10 @@ class Recipe(Part):
         unusual: tuple[tuple[Any, Iterable[str]], ...] = (
             (data["weights"], (*UNUSUAL, "calibration")),
             (data["kv_cache"], KVCache.model_fields),
-            (data, ("inputs", "kv_cache", "experts", "target")),
+            (data, ("inputs", "kv_cache", "experts", "target", "budget")),
             (data["experts"], ("min_tokens",)),
             (data["target"], ("gpu",)),
+            (data["budget"], BudgetPart.model_fields),
         )
         for part, keys in unusual:
             for key in keys if isinstance(part, dict) else ():
@@ -246,9 +250,10 @@ class Recipe(Part):
         return data
 
     def published(self) -> dict[str, Any]:
-        """`resolved()` for a file that others read: names instead of paths on this machine."""
+        """`resolved()` for a file that others read: names instead of paths, and nothing of this machine."""
         data = self.resolved()
         data["model"] = _without_folders(self.model)
+        data.pop("budget", None)
         for source in data["calibration"]["data"]:
             source["source"] = _without_folders(source["source"])
         return data
@@ -261,6 +266,7 @@ class Recipe(Part):
         data = self.resolved()
         del data["calibration"]["data"]
         data.pop("target", None)
+        data.pop("budget", None)
         return data | {"model": None}
 
 

@@ -6,7 +6,7 @@ Only the recipe, `config.json`, the headers of the weights and the names of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,9 @@ from quantkit.formats.registry import MEMORY
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
-from quantkit.predict import Prediction, predict
+from quantkit.predict import Prediction
+from quantkit.predict_budget import settled
+from quantkit.predict_memory import USUAL, Ways
 from quantkit.preflight.check import outlook, preflight, verdicts
 from quantkit.preflight.subject import Linear, Subject
 from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
@@ -30,7 +32,7 @@ class Validated:
     """A recipe without mistakes; with a model also what happens to each linear, and what the run will need.
 
     engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target; outlook:
-    what to say of the target, if it names one.
+    what to say of the target, if it names one. ways: how the run saves memory.
     """
 
     recipe: Recipe
@@ -39,6 +41,7 @@ class Validated:
     engines: tuple[tuple[bool, str], ...] = ()
     outlook: str = ""
     headers: Headers | None = None
+    ways: Ways = USUAL
 
 
 class _Mistakes:
@@ -80,7 +83,7 @@ def validate(
         mistakes.collect(refuse_in_memory, checked)
         for source in checked.calibration.data:
             mistakes.collect(check_source, source)
-    headers = plan = None
+    headers = plan = needed = None
     if model is not None:
         headers = mistakes.collect(
             lambda: read_checkpoint(resolve_model(model, Path(model)), _is_model_free(checked))
@@ -91,18 +94,17 @@ def validate(
         plan = mistakes.collect(build_plan, checked, headers)
     if checked is not None and headers is not None and plan is not None:
         mistakes.collect(check_target, checked, plan, headers)
+        needed = mistakes.collect(settled, checked, plan, headers)
     mistakes.raise_all()
     assert checked is not None
-    if plan is None or headers is None:
+    if plan is None or headers is None or needed is None:
         return Validated(checked)
-    subject, prediction = subject_of(plan, headers), predict(checked, plan, headers)
+    ways, prediction = needed
+    found = Validated(checked, plan, prediction, headers=headers, ways=ways)
     if checked.target is None:
-        return Validated(
-            checked, plan, prediction, tuple(verdicts(subject)) if engines else (), headers=headers
-        )
-    return Validated(
-        checked, plan, prediction, outlook=outlook(subject, checked.target.asked), headers=headers
-    )
+        told = tuple(verdicts(subject_of(plan, headers))) if engines else ()
+        return replace(found, engines=told)
+    return replace(found, outlook=outlook(subject_of(plan, headers), checked.target.asked))
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:

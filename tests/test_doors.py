@@ -45,8 +45,11 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """A package's files belong to the package; those of the recipe stand beside each other."""
-    return "recipe" if parts[0].startswith("recipe_") else {"__main__": "cli"}.get(parts[0], parts[0])
+    """A package's files belong to the package; those of the recipe stand beside each other, and of the prediction."""
+    for room in ("recipe", "predict"):
+        if parts[0].startswith(f"{room}_"):
+            return room
+    return {"__main__": "cli"}.get(parts[0], parts[0])
 
 
 def imports(file: Path, package: str) -> list[tuple[int, tuple[str, ...]]]:

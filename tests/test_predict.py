@@ -142,13 +142,16 @@ def test_prediction_needs_no_torch():
 
 def test_the_bounds_are_those_of_the_code_they_stand_for():
     """The prediction does without torch, so it cannot import them."""
-    module = sys.modules[predict.__module__]
-    from quantkit.calibration import replay, walk
+    from quantkit import predict, predict_block, predict_memory
+    from quantkit.algorithms import gptq
+    from quantkit.calibration import divergence, replay, walk
     from quantkit.pipeline import evaluation
 
-    assert (module.KEPT, module.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
-    assert module.CHUNK == walk.CHUNK_ELEMENTS
-    assert module.EVALUATION == evaluation._WORKING_SPACE
+    assert (predict_memory.KEPT, predict_memory.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
+    assert predict_block.CHUNK == walk.CHUNK_ELEMENTS
+    assert predict_memory.LOGITS == divergence.LOGITS
+    assert predict_memory.ROWS == gptq.CHUNK_ELEMENTS
+    assert predict.EVALUATION == evaluation._WORKING_SPACE
 
 
 def test_the_search_of_a_strength_needs_no_more_memory_than_gptq():

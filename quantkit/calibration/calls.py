@@ -9,7 +9,7 @@ each call as a copy; `Streams.shared` carries their contents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -150,13 +150,14 @@ def record(
     ids: torch.Tensor,
     batch: int,
     device: torch.device,
-    hidden: bool,
+    keep: Callable[[int, torch.Tensor], None] | None,
     cached: bool = False,
-) -> tuple[list[BlockCalls], torch.Tensor | None]:
-    """(the calls of every block, hidden states before block 0) for token ids [windows, length] in chunks of `batch`.
+) -> list[BlockCalls]:
+    """The calls of every block for token ids [windows, length] in chunks of `batch`.
 
-    What lies before the blocks is loaded. hidden: whether the hidden states are wanted. cached: whether the blocks will
-    be called with a key-value cache; ModelError if the model hands them none.
+    What lies before the blocks is loaded. keep: called with the first window of every chunk and the hidden states
+    before block 0 [windows, ..., hidden]; None: they are not wanted. cached: whether the blocks will be called with a
+    key-value cache; ModelError if the model hands them none.
     """
     per_size = {}
     form = block_form(model, blocks, ids[:1].to(device))
@@ -181,15 +182,15 @@ def record(
         )
         for i, places in enumerate(varying)
     ]
-    states = []
-    if hidden or any(varying):
+    if keep is not None or any(varying):
         for number, chunk in enumerate(ids.split(batch)):
             state, own = embed(model, blocks, chunk.to(device), form=form)
-            states.append(state.cpu())
+            if keep is not None:
+                keep(number * batch, state)
             for block, call in zip(calls, own, strict=True):
                 found = dict(leaves(_tree(call))) if block.varying else {}
                 block.values[number * batch] = [found[at].cpu() for at in block.varying]
-    return calls, torch.cat(states) if hidden else None
+    return calls
 
 
 def _cache_places(

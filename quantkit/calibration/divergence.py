@@ -13,6 +13,7 @@ import torch
 
 from quantkit.calibration.forward import finish
 from quantkit.calibration.returned import Form
+from quantkit.calibration.streams import Rows
 from quantkit.models import skeleton
 from quantkit.models.source import Source
 
@@ -42,8 +43,8 @@ def window_kl(
     source: Source,
     blocks_prefix: str,
     ids: torch.Tensor,
-    original: torch.Tensor,
-    others: Sequence[torch.Tensor],
+    original: Rows,
+    others: Sequence[Rows],
     form: Form,
     device: torch.device,
 ) -> torch.Tensor:
@@ -59,7 +60,7 @@ def window_kl(
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     step = max(1, min(length, LOGITS // vocabulary)) if original.dim() == 3 else length
 
-    def logits(hidden: torch.Tensor, window: int, tokens: slice) -> torch.Tensor:
+    def logits(hidden: Rows, window: int, tokens: slice) -> torch.Tensor:
         states = hidden[window : window + 1, tokens].to(device)
         given = ids[window : window + 1, tokens].to(device)
         return finish(model, blocks, states, given, form)[0].float()  # (tokens, vocabulary)

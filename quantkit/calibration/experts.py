@@ -21,6 +21,8 @@ from torch import nn
 from quantkit.calibration.forward import Stop
 from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.ranking import Scores
+from quantkit.calibration.spill import Spill, Spilled
+from quantkit.calibration.streams import Rows
 from quantkit.models.experts import Experts, chosen
 
 if TYPE_CHECKING:
@@ -54,15 +56,24 @@ class Routed:
     """What reached the experts of a layer in one chunk of one stream, and the sum of what they have given so far.
 
     Arguments as the experts are called with, on the CPU: hidden [T, H], and which of K experts each token goes to.
+    spill: where hidden states and outputs lie instead of in memory.
     """
 
     def __init__(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int
+        self,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        experts: int,
+        spill: Spill | None = None,
     ) -> None:
-        self.hidden, self.index, self._weights = hidden, index, weights
+        self.index, self._weights = index, weights
+        self.hidden: Rows = hidden if spill is None else spill.copy(hidden)
         self._of = {e: (token, slot) for e, token, slot in chosen(index, experts)}
         self._ranked: dict[int, torch.Tensor] | None = None
-        self._out = torch.zeros_like(hidden)
+        self._out: Rows = (
+            torch.zeros_like(hidden) if spill is None else spill.zeros(*hidden.shape, dtype=hidden.dtype)
+        )
 
     @property
     def count(self) -> int:
@@ -90,8 +101,12 @@ class Routed:
     def add(self, expert: int, given: torch.Tensor) -> None:
         """Take in what an expert gave for its `tokens`."""
         token, slot = self._of[expert]
-        weighted = given * self._weights[token, slot, None]
-        self._out.index_add_(0, token, weighted.to(self._out.dtype))
+        weighted = (given * self._weights[token, slot, None]).to(self._out.dtype)
+        if isinstance(self._out, Spilled):
+            rows, places = token.unique(return_inverse=True)
+            self._out[rows] = self._out[rows].index_add_(0, places, weighted)
+        else:
+            self._out.index_add_(0, token, weighted)
 
     def forget(self) -> None:
         """Keep the output alone."""
@@ -101,7 +116,7 @@ class Routed:
 
     def output(self) -> torch.Tensor:
         """What the experts return, once each has given its part."""
-        return self._out
+        return self._out[:]
 
 
 class SlottedRouted(Routed):
@@ -144,9 +159,11 @@ class SlottedRouted(Routed):
         return out
 
 
-def _routed(hidden: torch.Tensor, choice: Sequence[torch.Tensor], experts: int) -> Routed:
+def _routed(
+    hidden: torch.Tensor, choice: Sequence[torch.Tensor], experts: int, spill: Spill | None = None
+) -> Routed:
     """What reached the experts. choice: their numbers and weights for every token, or nothing."""
-    return Routed(hidden, choice[0], choice[1], experts) if choice else SlottedRouted(hidden, experts)
+    return Routed(hidden, choice[0], choice[1], experts, spill) if choice else SlottedRouted(hidden, experts)
 
 
 @dataclass
@@ -154,7 +171,7 @@ class ExpertsStage:
     """The experts of one module of a loaded block.
 
     name: of the module, inside the block. plans: by expert, its planned linears by their names inside it. stored: by
-    expert, the dtype on disk of its parameters. read: see `expert_stages`.
+    expert, the dtype on disk of its parameters. read, spill: see `expert_stages`.
     """
 
     name: str
@@ -162,6 +179,7 @@ class ExpertsStage:
     plans: Mapping[int, Mapping[str, LayerPlan]]
     stored: Mapping[int, Mapping[str, torch.dtype]]
     read: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+    spill: Spill | None = None
     at: At | None = None  # what the block is running, while it does
     done: bool = False
     _routed: dict[At, Routed] = field(default_factory=dict)
@@ -234,7 +252,7 @@ class ExpertsStage:
             assert self.at is not None
             total = self.experts.total
             kept = [each.detach().cpu().clone() for each in choice]
-            self._routed[self.at] = _routed(hidden.detach().cpu().clone(), kept, total)
+            self._routed[self.at] = _routed(hidden.detach().cpu().clone(), kept, total, self.spill)
             raise Stop
         if self.done and self.at in self._routed:
             return self._routed[self.at].output().to(hidden)
@@ -263,14 +281,15 @@ def expert_stages(
     plans: Mapping[str, LayerPlan],
     stored: Mapping[str, torch.dtype],
     read: Callable[[str], tuple[torch.Tensor, torch.Tensor | None]],
+    spill: Spill | None = None,
 ) -> list[ExpertsStage]:
     """The experts modules of a loaded block, which are answered for from now on.
 
     plans: planned linears; stored: dtype on disk of parameters; both by name inside the block. read: gives (weight,
-    bias or None) of a linear by its name inside the block.
+    bias or None) of a linear by its name inside the block. spill: where what is recorded lies instead of in memory.
     """
     return [
-        ExpertsStage(name, module, _below(f"{name}.", plans), _below(f"{name}.", stored), read)
+        ExpertsStage(name, module, _below(f"{name}.", plans), _below(f"{name}.", stored), read, spill)
         for name, module in block.named_modules()
         if isinstance(module, Experts)
     ]

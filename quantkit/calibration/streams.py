@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
+from quantkit.calibration.spill import Spilled
 from quantkit.errors import ModelError
 
 # What blocks hand on beside the hidden states: {where it stands in the call: {key: tensor or tuple of tensors}}
 Shared = dict[str, dict[Any, Any]]
+Rows = torch.Tensor | Spilled  # in memory, or in a file
 
 
 @dataclass
 class Streams:
-    """Hidden states [windows, length, hidden], fp32, on the CPU; None where nothing needs that stream.
+    """Hidden states [windows, length, hidden], fp32, on the CPU or in a file; None where nothing needs that stream.
 
     full: the original model's, perhaps of the first windows only: what is measured on it (AWQ's search, the drift)
     needs fewer than a Hessian. quantized: those behind the blocks that are quantized already. shared: for each
@@ -25,19 +27,19 @@ class Streams:
     model passes from block to block (keys and values that later blocks of Gemma 4 reuse); empty for most models.
     """
 
-    full: torch.Tensor | None
-    quantized: torch.Tensor | None
+    full: Rows | None
+    quantized: Rows | None
     shared: dict[tuple[bool, int], Shared] = field(default_factory=dict)
 
     @property
-    def leading(self) -> torch.Tensor:
+    def leading(self) -> Rows:
         """The stream that layers will see: the quantized one where there is one."""
         chosen = self.quantized if self.quantized is not None else self.full
         if chosen is None:
             raise ValueError("a walk needs at least one stream of hidden states")
         return chosen
 
-    def of(self, full: bool) -> torch.Tensor:
+    def of(self, full: bool) -> Rows:
         """One of the two; ValueError if it is not carried."""
         stream = self.full if full else self.quantized
         if stream is None:
@@ -49,9 +51,10 @@ class Streams:
         stream = self.full if full else self.quantized
         return stream is not None and chunk.start < stream.shape[0]
 
-    def to_tensors(self) -> dict[str, torch.Tensor]:
+    def to_tensors(self) -> dict[str, Rows]:
         """Everything under one name each, as a safetensors file wants it; `from_tensors` is the inverse."""
-        named = {k: t for k, t in (("full", self.full), ("quantized", self.quantized)) if t is not None}
+        streams = (("full", self.full), ("quantized", self.quantized))
+        named: dict[str, Rows] = {k: t for k, t in streams if t is not None}
         for (full, start), mappings in self.shared.items():
             for place, mapping in mappings.items():
                 for key, value in mapping.items():
@@ -60,7 +63,7 @@ class Streams:
         return named
 
     @classmethod
-    def from_tensors(cls, named: Mapping[str, torch.Tensor]) -> Streams:
+    def from_tensors(cls, named: Mapping[str, Rows]) -> Streams:
         """The streams written by `to_tensors`."""
         found = cls(named.get("full"), named.get("quantized"))
         parts: dict[tuple[Any, ...], dict[int, torch.Tensor]] = {}

@@ -29,6 +29,7 @@ from quantkit.calibration.held import HeldLinear
 from quantkit.calibration.memory import give_back
 from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.returned import Form, returned
+from quantkit.calibration.spill import GENEROUS, Thrift
 from quantkit.calibration.streams import Streams
 from quantkit.errors import ModelError
 from quantkit.models import skeleton
@@ -71,6 +72,7 @@ def walk(
     timed: Timed = nullcontext,
     now: Callable[[], float] = time.perf_counter,
     ranks: Ranks = ALONE,
+    thrift: Thrift = GENEROUS,
 ) -> Iterator[BlockRun]:
     """Yield every decoder block from `start` on, ready to be worked on, and carry the hidden states through it.
 
@@ -78,7 +80,7 @@ def walk(
     [windows, length]. start, streams: go on at a block with the hidden states at its input, as an earlier walk left
     them. timed: called with "load" or "calibrate" for a context around that work. now: the clock of
     `BlockRun.seconds_once`, which for the first block includes the embedding of all windows. ranks: the processes that
-    walk together, each with its own of the windows, which the streams are of.
+    walk together, each with its own of the windows, which the streams are of. thrift: how memory is saved.
 
     What is quantized in a block (`HeldLinear.quantized`) changes the quantized stream behind it. A block is advanced
     and freed when the walk goes on, or when `BlockRun.leave` is called.
@@ -94,23 +96,17 @@ def walk(
         skeleton.load_outside(
             model, source, prefix, skeleton.head_tensors(model), device=device
         )  # an untied head gives nothing that is needed here
-        calls, hidden = record(
-            model, blocks, windows, batch, device, hidden=streams is None, cached=plan.kv is not None
-        )
-        if streams is None:
-            assert hidden is not None
-            beside = (
-                hidden[:full].clone() if wanted.full else None
-            )  # empty in a process that has none of them
-            streams = Streams(beside, hidden if wanted.quantized else None)
-            del hidden
+        begun = _Begun(len(windows), full if wanted.full else None, wanted.quantized, thrift)
+        keep = begun.keep if streams is None else None
+        calls = record(model, blocks, windows, batch, device, keep, cached=plan.kv is not None)
+        streams = streams or begun.streams
         skeleton.free_outside(model, prefix)
         give_back()
     once = now() - begin
     known: dict[tuple[Any, ...], Groups] = {}
     for index in range(start, plan.n_blocks):
         run = _open(
-            model, source, plan, index, streams, calls[index], batch, device, known, timed, now, ranks
+            model, source, plan, index, streams, calls[index], batch, device, known, timed, now, ranks, thrift
         )
         run.seconds_once, once = once, 0.0
         run.last = index + 1 == plan.n_blocks and not wanted.behind_last
@@ -118,6 +114,29 @@ def walk(
         with timed("calibrate"):
             run.leave()
         del run
+
+
+class _Begun:
+    """The hidden states before block 0, chunk by chunk as they are computed.
+
+    full: windows of the original model's; None: that stream is not carried; 0 in a process that has none of them.
+    """
+
+    def __init__(self, windows: int, full: int | None, quantized: bool, thrift: Thrift) -> None:
+        self._rows = {"quantized": windows if quantized else None, "full": full}
+        self._empty = torch.empty if thrift.spill is None else thrift.spill.empty
+        self.streams = Streams(None, None)
+
+    def keep(self, first: int, hidden: torch.Tensor) -> None:
+        """Take in the windows from `first` on."""
+        for name, windows in self._rows.items():
+            if windows is None:
+                continue
+            if first == 0:
+                setattr(self.streams, name, self._empty(windows, *hidden.shape[1:], dtype=hidden.dtype))
+            stop = min(windows, first + len(hidden))
+            if stop > first:
+                getattr(self.streams, name)[first:stop] = hidden[: stop - first].cpu()
 
 
 def chunk_windows(plan: Plan, windows: torch.Tensor) -> int:
@@ -139,6 +158,7 @@ def _open(
     timed: Timed,
     now: Callable[[], float],
     ranks: Ranks,
+    thrift: Thrift,
 ) -> BlockRun:
     """Load one block with its planned linears held in their stored dtype."""
     name = f"{plan.blocks_prefix}.{index}"
@@ -154,7 +174,7 @@ def _open(
         module = skeleton.load_block(
             model, source, index, device=device, stored=as_stored, blocks_prefix=plan.blocks_prefix
         )
-        stages = expert_stages(module, plans, stored, partial(_read, model, source, name))
+        stages = expert_stages(module, plans, stored, partial(_read, model, source, name), thrift.spill)
         plans = {n: p for n, p in plans.items() if not any(n.startswith(f"{s.name}.") for s in stages)}
         _hold(module, plans)
 
@@ -165,7 +185,21 @@ def _open(
 
     with timed("calibrate"):
         run = BlockRun(
-            index, name, module, plans, stored, streams, calls, batch, device, known, free, now, stages, ranks
+            index,
+            name,
+            module,
+            plans,
+            stored,
+            streams,
+            calls,
+            batch,
+            device,
+            known,
+            free,
+            now,
+            stages,
+            ranks,
+            thrift.kept,
         )
     run.model_type = source.headers.text_type
     return run

@@ -250,7 +250,12 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run only happened to have (`quantkit.run.json`). files: the sha256 of each file of the checkpoint."""
+    """What a run only happened to have (`quantkit.run.json`). files: the sha256 of each file of the checkpoint.
+
+    peak_bytes: the largest resident memory until the checkpoint was finished ("quantize"), and until it was evaluated
+    ("evaluate"). predicted_bytes: what was expected of the same, and of "disk"; predicted_seconds: of each phase.
+    budget: the recipe's, in bytes.
+    """
 
     schema: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -262,6 +267,10 @@ class RunFacts:
     versions: dict[str, str] | None = None
     date: str | None = None
     files: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    predicted_bytes: dict[str, int] = field(default_factory=dict)
+    predicted_seconds: dict[str, float] = field(default_factory=dict)
+    budget: dict[str, int] | None = None
 
 
 def plain(value: Any) -> Any:

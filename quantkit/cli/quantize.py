@@ -116,4 +116,9 @@ def _cost(report: RunReport) -> str:
     steps = ", ".join(f"{text} {seconds[key]:.1f} s" for key, text in names.items() if key in seconds)
     resumed = f"; {report.resumed_blocks} blocks were already done" if report.resumed_blocks else ""
     memory = "" if report.peak_rss_bytes is None else f"; peak memory: {size(report.peak_rss_bytes)}"
+    phase = "evaluate" if "evaluate" in report.peak_bytes else "quantize"
+    if memory and (predicted := report.predicted_bytes.get(phase)):
+        memory += f" (predicted: at most {size(predicted)})"
+    if memory and report.budget and "ram" in report.budget:
+        memory += f" of a budget of {size(report.budget['ram'])}"
     return f"time: {seconds['total']:.1f} s ({steps}){resumed}{memory}"

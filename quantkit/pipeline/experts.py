@@ -16,6 +16,7 @@ from quantkit.calibration.memory import give_back
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.solve import Steps, run_steps
+from quantkit.predict_memory import HELD
 from quantkit.recipe_schemes import ExpertsPart
 
 Work = Callable[[BlockRun], Steps[BlockResult]]  # transforms and quantizes a block
@@ -25,16 +26,24 @@ FEW = "calibrated on tokens of other experts too, as fewer than min_tokens came 
 SHORT = "calibrated on fewer than min_tokens tokens, as no others could be added"
 NONE = "rounded to nearest instead of {}, as no token of the calibration text came to it"
 
-# Experts that are worked on at once, by type of device (1 elsewhere), and the bytes they may take there. One small
-# matrix leaves most of a GPU idle; a CPU is busy with it, and a large one keeps a GPU busy too.
+# Experts that are worked on at once, by type of device (1 elsewhere). One small matrix leaves most of a GPU idle; a CPU
+# is busy with it, and a large one keeps a GPU busy too.
 AT_ONCE = {"cuda": 32}
-HELD = 4 << 30
 
 
 def quantize_experts(
-    run: BlockRun, stage: ExpertsStage, options: ExpertsPart, work: Work, put_aside: PutAside, clock: Clock
+    run: BlockRun,
+    stage: ExpertsStage,
+    options: ExpertsPart,
+    work: Work,
+    put_aside: PutAside,
+    clock: Clock,
+    held: int = HELD,
 ) -> BlockResult:
-    """Quantize every expert of one module on the tokens that come to it; their outputs are there for the block then."""
+    """Quantize every expert of one module on the tokens that come to it; their outputs are there for the block then.
+
+    held: bytes that the experts which are worked on at once may take.
+    """
     options = options.of(stage.experts.total)
     together = BlockResult()
     if not stage.plans and run.last:
@@ -43,7 +52,7 @@ def quantize_experts(
         run.route(stage, options.top)
         give_back()
     came: list[int] = []
-    for batch in _batches(run, stage, options, clock):
+    for batch in _batches(run, stage, options, clock, held):
         planned = [one for one in batch if one.plans]
         results = run_steps(run.ranks, [_steps(one, work, options) for one in planned], clock)
         for result in results:
@@ -64,16 +73,16 @@ def quantize_experts(
 
 
 def _batches(
-    run: BlockRun, stage: ExpertsStage, options: ExpertsPart, clock: Clock
+    run: BlockRun, stage: ExpertsStage, options: ExpertsPart, clock: Clock, held: int
 ) -> Iterator[list[ExpertRun]]:
     """All experts, in order, as many at a time as are worked on at once; who takes a batch empties it.
 
-    At least one for each process, which then solves one alone; more where `AT_ONCE` and `HELD` allow it.
+    At least one for each process, which then solves one alone; more where `AT_ONCE` and `held` allow it.
     """
     batch: list[ExpertRun] = []
     processes, most = run.ranks.size, AT_ONCE.get(run.device.type, 1)
     for expert in range(stage.experts.shape.experts):
-        if len(batch) >= processes and (len(batch) >= most or _held(batch) > HELD):
+        if len(batch) >= processes and (len(batch) >= most or _held(batch) > held):
             yield batch
             batch = []
         with clock("load"):

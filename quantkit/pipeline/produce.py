@@ -104,6 +104,7 @@ def _calibrated(
         timed=run.clock,
         now=run.clock.now,
         ranks=run.ranks,
+        thrift=run.thrift,
     )
     for block in blocks:
         tracker.opened(block)
@@ -139,7 +140,7 @@ def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], wri
     def experts(stage: ExpertsStage) -> BlockResult:
         options = run.recipe.experts or ExpertsPart()
         keep = partial(writer.put_aside, block.index)
-        return quantize_experts(block, stage, options, work, keep, run.clock)
+        return quantize_experts(block, stage, options, work, keep, run.clock, run.ways.held)
 
     (result,) = run_steps(run.ranks, [work(block)], run.clock)
     return result

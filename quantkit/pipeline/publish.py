@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import math
 import platform
-import resource
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import transformers
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import copy_companions
 from quantkit.checkpoint.loaders import loaders, of_mixture
-from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, write_facts, write_manifest
+from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, read_facts, write_facts, write_manifest
 from quantkit.checkpoint.records import (
     Calibration,
     Code,
@@ -35,7 +34,7 @@ from quantkit.checkpoint.records import (
 )
 from quantkit.checkpoint.shards import shard_name
 from quantkit.checkpoint.verify import verify_checkpoint
-from quantkit.device import cpu_name
+from quantkit.device import cpu_name, peak_memory
 from quantkit.errors import VerificationError
 from quantkit.files import write_json
 from quantkit.formats.registry import codec
@@ -230,22 +229,41 @@ def source_notes(headers: Headers) -> list[str]:
     return notes
 
 
-def write_run_facts(run: Run, manifest: Manifest, resumed: int) -> None:
+def _predicted(run: Run) -> dict[str, int]:
+    """What the run was expected to take, in bytes."""
+    needed = run.needed
+    if needed is None:
+        return {}
+    found = {
+        "quantize": needed.memory,
+        "evaluate": max(needed.memory, needed.evaluation),
+        "disk": needed.disk,
+    }
+    return found | ({"vram": needed.vram} if run.device.type == "cuda" else {})
+
+
+def write_run_facts(run: Run, manifest: Manifest, resumed: int, evaluated: bool = False) -> None:
     """Write `quantkit.run.json`, the only file that may differ between two runs of the same inputs.
 
-    It also names the files of the checkpoint, should its manifest be damaged.
+    evaluated: called once more, after the evaluation. The file also names those of the checkpoint, should its manifest
+    be damaged.
     """
+    before = read_facts(run.output).peak_bytes if evaluated and (run.output / RUN).exists() else {}
+    peaks = before | {"evaluate" if evaluated else "quantize": peak_memory()}
     facts = RunFacts(
         schema=RUN_SCHEMA,
         seconds=run.clock.wall | {"total": run.clock.total},
         cpu_seconds=run.clock.cpu,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=max(peaks.values()),
         resumed_blocks=resumed,
         threads=torch.get_num_threads(),
         host={"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
         versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={name: entry.sha256 for name, entry in manifest.files.items()},
+        peak_bytes=peaks,
+        predicted_bytes=_predicted(run),
+        budget=None if run.recipe.budget is None else run.recipe.budget.model_dump(exclude_none=True),
     )
     write_facts(run.output, facts)
 

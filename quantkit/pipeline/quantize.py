@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from quantkit_eval.protocols import Tokenizer
 
 from quantkit import assets
 from quantkit.calibration.distributed import joined
 from quantkit.calibration.memory import large_blocks_apart
 from quantkit.calibration.ranking import refuse_weighted
 from quantkit.calibration.ranks import ALONE, Ranks
-from quantkit.calibration.text import token_windows
+from quantkit.calibration.text import Windows, token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
 from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from quantkit.checkpoint.records import Manifest
@@ -44,7 +45,7 @@ from quantkit.pipeline.run import Run
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
-from quantkit.predict import predict
+from quantkit.predict_budget import settled
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_target
 
@@ -184,6 +185,8 @@ def _evaluate(
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay. ranks: they share the windows if
     all of them see the checkpoint; otherwise the first one measures alone.
     """
+    if reason := _beyond(run):
+        return manifest, [reason]
     if not all(ranks.gather((run.output / MANIFEST).exists())):
         if ranks.rank:
             return manifest, []
@@ -217,10 +220,21 @@ def _evaluate(
     tracker.phase(EVALUATE, 1.0, run.clock.now() - begin)
     if evaluation is not None and not ranks.rank:
         if resumed is not None:
-            write_run_facts(run, manifest, resumed)
+            write_run_facts(run, manifest, resumed, evaluated=True)
         manifest = replace(manifest, evaluation=evaluation)
         write_manifest(run.output, manifest)
     return manifest, refused
+
+
+def _beyond(run: Run) -> str | None:
+    """Why the budget leaves no room for the closing evaluation; None if it does."""
+    budget, needed = run.recipe.budget, run.needed
+    if budget is None or budget.ram is None or needed is None or needed.evaluation <= budget.ram:
+        return None
+    return (
+        f"not evaluated: with the original and the quantized model in memory it takes about "
+        f"{needed.evaluation / 2**30:.2f} GiB, more than budget.ram allows; run `quantkit eval` where it fits"
+    )
 
 
 def prepared(
@@ -260,14 +274,10 @@ def prepared(
         tokenizer = None if built is None else open_tokenizer(path)
         windows = None
         if built is not None and tokenizer is not None and plan.needs_text(checked):
-            windows = token_windows(
-                checked.calibration,
-                tokenizer,
-                assets.calibration_text(),
-                vocabulary=built.get_input_embeddings().get_parameter("weight").shape[0],
-            )
+            windows = _windows(checked, built, tokenizer)
+        ways, needed = settled(checked, plan, headers, where.type)
         if not in_memory and not ranks.rank and not (folder / MANIFEST).exists():
-            check_disk(folder, predict(checked, plan, headers).disk)
+            check_disk(folder, needed.disk)
         reads = not in_memory and (
             ranks.size == 1 or not launch().local
         )  # files of a machine: by one process
@@ -292,7 +302,15 @@ def prepared(
         clock=clock,
         progress=progress,
         ranks=ranks if windows is not None else ALONE,
+        ways=ways,
+        needed=needed,
     )
+
+
+def _windows(recipe: Recipe, model: PreTrainedModel, tokenizer: Tokenizer) -> Windows:
+    """The calibration text."""
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    return token_windows(recipe.calibration, tokenizer, assets.calibration_text(), vocabulary=vocabulary)
 
 
 def _skeleton(recipe: Recipe, source: Source) -> PreTrainedModel | None:
@@ -309,6 +327,8 @@ def _refuse_misplaced(recipe: Recipe, in_memory: bool) -> None:
     """RecipeError for a recipe of files that is used in memory, or the other way round."""
     if not in_memory:
         refuse_in_memory(recipe)
+    elif recipe.budget is not None:
+        raise RecipeError("budget bounds a run that writes files; leave it out to quantize in memory")
     elif recipe.model_free:
         raise RecipeError("model_free: true has no model to quantize in memory; use quantkit.quantize")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class RunReport:
     evaluation: None if none was asked for, or it failed. seconds, cpu_seconds: by phase, of the run that made the
     checkpoint; calibrating, transforming and quantizing are one, `calibrate_quantize`. Both are empty, and
     peak_rss_bytes None, where the folder has lost `quantkit.run.json`. searches: settings that were searched for the
-    whole model.
+    whole model. peak_bytes, predicted_bytes, budget: see `RunFacts`.
     """
 
     output: Path
@@ -33,6 +33,9 @@ class RunReport:
     notes: list[str]
     resumed_blocks: int
     searches: list[SearchRecord]
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    predicted_bytes: dict[str, int] = field(default_factory=dict)
+    budget: dict[str, int] | None = None
 
     @classmethod
     def of(cls, output: Path, manifest: Manifest) -> RunReport:
@@ -48,6 +51,9 @@ class RunReport:
             notes=manifest.notes,
             resumed_blocks=facts.resumed_blocks,
             searches=manifest.searches or [],
+            peak_bytes=facts.peak_bytes,
+            predicted_bytes=facts.predicted_bytes,
+            budget=facts.budget,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -12,14 +12,18 @@ from quantkit_eval.protocols import Tokenizer
 
 from quantkit.algorithms.catalog import algorithm
 from quantkit.calibration.ranks import ALONE, Ranks
+from quantkit.calibration.spill import Spill, Thrift
 from quantkit.calibration.text import Windows
 from quantkit.calibration.walk import Wanted
+from quantkit.checkpoint.stream_files import FOLDER
 from quantkit.models.source import Source
 from quantkit.models.tensors import TensorInfo
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.evaluation import EvaluationRequest
 from quantkit.pipeline.progress import Progress
 from quantkit.plan import LayerPlan, Plan
+from quantkit.predict import Prediction
+from quantkit.predict_memory import USUAL, Ways
 from quantkit.recipe import Recipe
 from quantkit.transforms.catalog import transform
 
@@ -34,7 +38,8 @@ class Run:
     skeleton: the model on meta, checked against the checkpoint. It and the tokenizer are None where a checkpoint is
     quantized by names alone. windows: None if no layer needs text. identity: what decides the result; two runs with
     equal ones write equal files. request: the closing evaluation, if any. clock, progress: where time goes, and who is
-    told. ranks: the processes that share the run, each with a `Run` of its own.
+    told. ranks: the processes that share the run, each with a `Run` of its own. ways: how it saves memory.
+    needed: what it was predicted to need, that way.
     """
 
     recipe: Recipe
@@ -50,12 +55,20 @@ class Run:
     clock: Clock
     progress: Progress
     ranks: Ranks = ALONE
+    ways: Ways = USUAL
+    needed: Prediction | None = None
 
     @property
     def model(self) -> PreTrainedModel:
         """The skeleton, of a run that has one."""
         assert self.skeleton is not None
         return self.skeleton
+
+    @cached_property
+    def thrift(self) -> Thrift:
+        """How calibration saves memory; what it spills lies beside the journal."""
+        spill = Spill(self.output / FOLDER) if self.ways.spilled else None
+        return Thrift(spill, self.ways.kept)
 
     @cached_property
     def parts(self) -> list[dict[str, TensorInfo]]:

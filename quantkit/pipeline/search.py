@@ -139,10 +139,11 @@ class _Searching:
             device=run.device,
             now=run.clock.now,
             ranks=run.ranks,
+            thrift=run.thrift,
         ):
             original, batch = block.streams.of(full=True), block.batch
             own = run.ranks.numbers(self.windows, batch)
-            streams = streams or [Streams(original[: len(own)].clone(), None) for _ in strengths]
+            streams = streams or [Streams(run.thrift.first(original, len(own)), None) for _ in strengths]
             if block.index == len(self.input_max):
                 planned = [s for s in block.trace.siblings if any(n in block.plans for n in s)]
                 self.input_max.append(block.largest_inputs(planned))

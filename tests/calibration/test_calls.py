@@ -70,7 +70,10 @@ def test_a_chunk_gets_its_own_values_and_its_own_dictionary():
 def test_arguments_that_depend_on_the_tokens_are_found(name, varies):
     model = tiny_models.build(name)
     windows = tiny_models.ids(24, batch=5, vocabulary=100)
-    calls, hidden = record(model, tiny_models.blocks(model), windows, 2, torch.device("cpu"), hidden=True)
+    chunks = {}
+    calls = record(model, tiny_models.blocks(model), windows, 2, torch.device("cpu"), chunks.__setitem__)
+    hidden = torch.cat(list(chunks.values()))
+    assert list(chunks) == [0, 2, 4]
     assert hidden.shape == (5, 24, 64)
     for number, block in enumerate(calls):
         assert [spelled(place) for place in block.varying] == varies

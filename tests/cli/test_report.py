@@ -77,7 +77,7 @@ def test_the_report_as_json_keeps_its_keys_in_order():
     told = REPORT.to_json()
     assert list(told) == [
         "schema", "output", "size", "evaluation", "seconds", "cpu_seconds", "peak_rss_bytes", "notes", "resumed_blocks",
-        "searches",
+        "searches", "peak_bytes", "predicted_bytes", "budget",
     ]  # fmt: skip
     assert (told["schema"], told["output"]) == ("quantkit-run/1", "out/m-r")
     assert told["evaluation"]["quantized"]["perplexity"] == 31.0
