@@ -37,7 +37,7 @@ from quantkit.recipe_schemes import (
     none_is_none,
     scheme_of,
 )
-from quantkit.recipe_target import TargetPart
+from quantkit.recipe_target import GatePart, TargetPart
 from quantkit.recipe_words import did_you_mean, meant_value
 from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, read
 from quantkit.scheme import PRESETS
@@ -124,8 +124,8 @@ class Recipe(Part):
 
     weights: None leaves them as they are. inputs: of the quantized linears, None: as the model has them. kv_cache: None
     keeps it exact. model_free: from tensors to tensors by their names, without a model class and without text. experts:
-    how those of a mixture are calibrated. target: what must be able to run the result. budget: the most that the run
-    may use of the machine.
+    how those of a mixture are calibrated. target: what must be able to run the result, and how large it may be. budget:
+    the most that the run may use of the machine. gate: what its evaluation must show.
     """
 
     model: Text | None = None
@@ -139,6 +139,7 @@ class Recipe(Part):
     experts: ExpertsPart | None = None
     target: TargetPart | None = None
     budget: BudgetPart | None = None
+    gate: GatePart | None = None
     output: Output = Output()
 
     @model_validator(mode="before")
@@ -194,6 +195,8 @@ class Recipe(Part):
                 found["rules", number, "algorithm"] = _described(rule.algorithm)
             if rule.inputs is not None and not rule.inputs.dynamic:
                 found["rules", number, "inputs"] = "a calibrated scale of inputs"
+        for key in self.searched:
+            found[tuple(key.split("."))] = "a search of bits"
         if self.kv_cache is not None and not self.kv_cache.scheme.dynamic:
             found["kv_cache",] = "a calibrated scale of the cache"
         return found
@@ -205,6 +208,21 @@ class Recipe(Part):
             return "model_free: true"
         none = self.weights is not None and self.weights.calibration is not None
         return "weights.calibration: none" if none else None
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The keys that ask for a search of bits, as written; none: the recipe says all itself."""
+        goal = None if self.target is None else self.target.goal
+        return (*(() if goal is None else (f"target.{goal}",)), *(() if self.gate is None else ("gate",)))
+
+    @model_validator(mode="after")
+    def _search_has_weights(self) -> Self:
+        if self.searched and (self.weights is None or self.model_free):
+            why = "weights: none has none" if self.weights is None else "model_free: true measures nothing"
+            raise ValueError(
+                f"{' and '.join(self.searched)} chooses bits of weights, and {why}; remove one of the two"
+            )
+        return self
 
     @field_validator("transforms")
     @classmethod
@@ -235,13 +253,16 @@ class Recipe(Part):
             data["weights"] = "none"
         if not self.model_free:
             del data["model_free"]
+        choices = (data["target"] or {}).get("choices") or ()
         unusual: tuple[tuple[Any, Iterable[str]], ...] = (
+            *((choice, UNUSUAL) for choice in choices),
             (data["weights"], (*UNUSUAL, "calibration")),
             (data["kv_cache"], KVCache.model_fields),
-            (data, ("inputs", "kv_cache", "experts", "target", "budget")),
+            (data, ("inputs", "kv_cache", "experts", "target", "budget", "gate")),
             (data["experts"], ("min_tokens",)),
-            (data["target"], ("gpu",)),
+            (data["target"], TargetPart.model_fields),
             (data["budget"], BudgetPart.model_fields),
+            (data["gate"], GatePart.model_fields),
         )
         for part, keys in unusual:
             for key in keys if isinstance(part, dict) else ():
@@ -267,6 +288,7 @@ class Recipe(Part):
         del data["calibration"]["data"]
         data.pop("target", None)
         data.pop("budget", None)
+        data.pop("gate", None)
         return data | {"model": None}
 
 

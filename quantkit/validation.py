@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantkit.allocation.explicit import explicit_recipe
+from quantkit.allocation.groups import Allocatable, find_groups
+from quantkit.allocation.targets import allocate, rooms
 from quantkit.calibration.documents import check_source
 from quantkit.errors import RecipeError, UserError
 from quantkit.formats.compressed_tensors_config import written_config
@@ -23,6 +26,7 @@ from quantkit.predict_memory import USUAL, Ways
 from quantkit.preflight.check import outlook, preflight, verdicts
 from quantkit.preflight.subject import Linear, Subject
 from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
+from quantkit.scheme import Grid, Scheme
 
 T = TypeVar("T")
 
@@ -32,7 +36,8 @@ class Validated:
     """A recipe without mistakes; with a model also what happens to each linear, and what the run will need.
 
     engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target; outlook:
-    what to say of the target, if it names one. ways: how the run saves memory.
+    what to say of the target, if it names one. ways: how the run saves memory. search: what is said of a search of
+    bits; plan and prediction are then those of an allocation of the asked size, as if all layers were equally sensitive.
     """
 
     recipe: Recipe
@@ -42,6 +47,7 @@ class Validated:
     outlook: str = ""
     headers: Headers | None = None
     ways: Ways = USUAL
+    search: str = ""
 
 
 class _Mistakes:
@@ -94,24 +100,32 @@ def validate(
         plan = mistakes.collect(build_plan, checked, headers)
     if checked is not None and headers is not None and plan is not None:
         mistakes.collect(check_target, checked, plan, headers)
-        needed = mistakes.collect(settled, checked, plan, headers)
+    explicit, shown, said = checked, plan, ""
+    if checked is not None and headers is not None and plan is not None and checked.searched:
+        expected = mistakes.collect(expected_search, checked, plan, headers)
+        if expected is not None:
+            explicit, said = expected
+            shown = build_plan(explicit, headers)
+    if explicit is not None and headers is not None and shown is not None:
+        needed = mistakes.collect(settled, explicit, shown, headers)
     mistakes.raise_all()
     assert checked is not None
-    if plan is None or headers is None or needed is None:
+    if shown is None or headers is None or needed is None:
         return Validated(checked)
     ways, prediction = needed
-    found = Validated(checked, plan, prediction, headers=headers, ways=ways)
-    if checked.target is None:
-        told = tuple(verdicts(subject_of(plan, headers))) if engines else ()
-        return replace(found, engines=told)
-    return replace(found, outlook=outlook(subject_of(plan, headers), checked.target.asked))
+    found = Validated(checked, shown, prediction, headers=headers, ways=ways, search=said)
+    subject = subject_of(shown, headers)
+    asked = None if checked.target is None else checked.target.asked
+    if asked is None:
+        return replace(found, engines=tuple(verdicts(subject)) if engines else ())
+    return replace(found, outlook=outlook(subject, asked))
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:
     """RecipeError with all that the recipe's target would refuse; nothing without a target, or without files."""
-    if recipe.target is None or recipe.output.format == MEMORY:
+    asked = None if recipe.target is None else recipe.target.asked
+    if asked is None or recipe.output.format == MEMORY:
         return
-    asked = recipe.target.asked
     found = preflight(subject_of(plan, headers), asked)
     if found:
         raise RecipeError("\n".join(f"target: {asked}: {each}" for each in found))
@@ -134,3 +148,56 @@ def subject_of(plan: Plan, headers: Headers, written: Mapping[str, Any] | None =
     if written is None:
         written = written_config(schemes, sorted(left), kv) if schemes or kv else {}
     return Subject(linears, headers.config, written, plan.kv, list(headers.tensors))
+
+
+def search_space(recipe: Recipe, plan: Plan, headers: Headers) -> Allocatable:
+    """What a search can give bits to, with schemes that the target's engine runs; RecipeError if there is none."""
+    found = find_groups(recipe, plan, headers)
+    asked = None if recipe.target is None else recipe.target.asked
+    if asked is None:
+        return found
+    first = [group for group in found.groups if group.block == found.groups[0].block]
+    grids = list(dict.fromkeys(scheme.weights for group in found.groups for scheme in group.schemes))
+
+    def refuses(given: Sequence[Grid]) -> bool:
+        """Whether the engine refuses the groups of the first block, with these grids in turn."""
+        chosen = [given[number % len(given)] for number in range(len(first))]
+        layers = tuple(
+            replace(layer, scheme=Scheme(grid, layer.scheme.inputs))
+            for group, grid in zip(first, chosen, strict=True)
+            for layer in group.layers
+            if grid.divides(layer.shape[1])
+        )
+        return bool(layers) and bool(preflight(subject_of(replace(plan, layers=layers), headers), asked))
+
+    refused = [grid for grid in grids if refuses([grid])]
+    left = [grid for grid in grids if grid not in refused]
+    if len(left) > 1 and refuses(
+        left
+    ):  # transformers decodes mixed schemes by the first, unless all are symmetric
+        refused += [grid for grid in left if not grid.symmetric]
+    return find_groups(recipe, plan, headers, refused) if refused else found
+
+
+def expected_search(recipe: Recipe, plan: Plan, headers: Headers) -> tuple[Recipe, str]:
+    """(a recipe without search, of the size that is asked for, what can be said of the search); RecipeError if the size
+    cannot be met.
+
+    As if a weight of b bits did damage in proportion to 4^-b in every layer.
+    """
+    found = search_space(recipe, plan, headers)
+    small, large = (found.bits_per_weight(found.extreme(largest)) for largest in (False, True))
+    schemes = {str(scheme) for group in found.groups for scheme in group.schemes}
+    said = f"{len(found.groups)} groups of linears, {len(schemes)} schemes, {small:.3f} to {large:.3f} bits per weight"
+    if recipe.target is None or recipe.target.goal is None:
+        return explicit_recipe(
+            recipe, plan, found, found.now
+        ), f"gate: begins with the recipe as it is; {said}"
+    room = rooms(recipe, plan, headers, found)[0]
+    damages = [
+        [group.weights * 4.0 ** (-8 * size / group.weights) for size in group.sizes] for group in found.groups
+    ]
+    chosen = allocate(found, damages, room.capacity)
+    also = f"; {room.beside}" if room.beside else ""
+    said = f"target.{recipe.target.goal}: {said}{also}; which layer gets which is measured by the run"
+    return explicit_recipe(recipe, plan, found, chosen, room.cache), said

@@ -10,7 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_NUM_THREADS", "1")
 
-BUILDS = ("emulated", "widest")  # fixtures that compile for half a minute: the tests of each run in one process
+BUILDS = (
+    "emulated",
+    "widest",
+)  # fixtures that compile for half a minute: the tests of each run in one process
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -29,11 +29,13 @@ def summary(
     mean, mean_se = ratio(torch.stack([window.double().sum() for window in kl]), counts)
     agreement, agreement_se = ratio(agreed, counts)
     ordered = torch.cat(kl).sort().values
+    p99 = _rank(ordered, 0.99)
     return {
         "kl_mean": mean,
         "kl_mean_se": mean_se,
         "kl_median": _rank(ordered, 0.5),
-        "kl_p99": _rank(ordered, 0.99),
+        "kl_p99": p99,
+        "kl_p99_se": _rank_se(kl, ordered, 0.99, p99, counts),
         "kl_max": float(ordered[-1]),
         "kl_windows": len(kl),
         "top1_agreement": agreement,
@@ -42,4 +44,15 @@ def summary(
 
 
 def _rank(ordered: torch.Tensor, share: float) -> float:
-    return float(ordered[math.ceil(share * len(ordered)) - 1])
+    return float(ordered[min(max(math.ceil(share * len(ordered)), 1), len(ordered)) - 1])
+
+
+def _rank_se(
+    kl: list[torch.Tensor], ordered: torch.Tensor, share: float, value: float, counts: torch.Tensor
+) -> float | None:
+    """The standard error of a quantile over windows (Woodruff 1952): that of the share of tokens up to `value`, carried
+    over to the values that have this share more, or less, below them. None with a single window.
+    """
+    below = torch.stack([(window <= value).double().sum() for window in kl])
+    se = ratio(below, counts)[1]
+    return None if se is None else (_rank(ordered, share + se) - _rank(ordered, share - se)) / 2

@@ -45,6 +45,7 @@ class Report:
     kl_mean_se: float | None = None
     kl_median: float | None = None
     kl_p99: float | None = None
+    kl_p99_se: float | None = None
     kl_max: float | None = None
     kl_windows: int | None = None
     top1_agreement: float | None = None

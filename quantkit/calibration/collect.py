@@ -1,12 +1,14 @@
 """Collectors: small objects that see the input of one linear chunk by chunk and fill one field of `Statistics`.
 
-Each chunk is computed in fp32 and sums over chunks are kept in fp64. `x` is [tokens, K] of the stream the layer will see; `full` the same tokens of the
-full-precision stream, or None. Masked (padding) tokens are removed before a collector sees them.
+Each chunk is computed in fp32 and sums over chunks are kept in fp64. `x` is [tokens, K] of the stream the layer will
+see; `full` the same tokens of the full-precision stream, or None. Masked (padding) tokens are removed before a
+collector sees them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -41,7 +43,7 @@ class Sums:
         self.edges, self.firsts, self.features = edges, firsts, edges[-1]
         self.panels = [
             torch.zeros(b - a, self.features - first, dtype=torch.float64, device=device)
-            for a, b, first in zip(edges, edges[1:], firsts, strict=False)
+            for (a, b), first in zip(pairwise(edges), firsts, strict=True)
         ]
         widest = max(panel.numel() for panel in self.panels)
         self._product = torch.empty(widest, device=device)
@@ -93,7 +95,7 @@ class Hessian:
     def finish(self, statistics: Statistics) -> None:
         edges = self.sums.edges
         hessian = self.sums.finish(2 / max(1, statistics.tokens))
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             hessian[b:, a:b] = hessian[a:b, b:].T
         statistics.hessian, statistics.fired = hessian, self.fired
 

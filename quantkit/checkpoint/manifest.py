@@ -19,6 +19,8 @@ from quantkit.models.json_reader import read_json
 
 MANIFEST = "quantkit.json"
 RUN = "quantkit.run.json"
+RECIPE = "quantkit.recipe.yaml"  # of a search: the recipe that makes the same files without it
+ALLOCATION = "quantkit.allocation.json"  # what the search has found
 SCHEMA = "quantkit/2"
 OLDER = "quantkit/1"  # without a checksum
 AGAIN = "quantize again with --no-resume"
@@ -99,7 +101,7 @@ def recorded(output: Path) -> set[str]:
     """The files in a finished folder that its manifest, or else its record of the run, says quantkit wrote."""
     if not (output / MANIFEST).exists():
         return set()
-    ours = {MANIFEST, RUN}
+    ours = {MANIFEST, RUN, RECIPE, ALLOCATION}
     with contextlib.suppress(VerificationError):
         return {*ours, *read_manifest(output).files}
     with contextlib.suppress(VerificationError):

@@ -64,7 +64,7 @@ def command(
     assert found.prediction is not None
     report = plan_report(found.plan, found.headers, devices, context, batch)
     report["prediction"] = asdict(found.prediction)
-    report["notes"] += notes
+    report["notes"] += [*notes, *([found.search] if found.search else [])]
     prediction = found.prediction
     deliver(json_file, report, lambda: print_report(report, prediction, make_console()))
 

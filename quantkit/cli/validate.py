@@ -34,7 +34,9 @@ def command(recipe: str, model: str | None, overrides: tuple[str, ...]) -> None:
             print_plan(found.plan, console)
         print_prediction(found.prediction, console)
         print_engines(found.engines, console)
-        if found.recipe.target is not None:
+        if found.search:
+            console.print(found.search)
+        if found.outlook:
             console.print(found.outlook)
     say(f"{recipe}: valid")
 

@@ -21,7 +21,9 @@ WEIGHTS = frozenset(
      ".tflite", ".npz", ".npy", ".mlmodel", ".pdparams", ".pkl", ".pickle")
 )  # fmt: skip
 CODE = frozenset((".py", ".pyc", ".pyi", ".ipynb", ".so", ".sh", ".dll", ".exe", ".bat", ".ps1"))
-WRITTEN = frozenset(("config.json", "quantkit.json", "quantkit.run.json"))
+WRITTEN = frozenset(
+    ("config.json", "quantkit.json", "quantkit.run.json", "quantkit.recipe.yaml", "quantkit.allocation.json")
+)
 # How another tool quantized these weights: beside weights in another scheme they would mislead an engine.
 STALE = frozenset(
     (

@@ -202,8 +202,8 @@ def _notes(run: Run, layers: list[LayerRecord], scaling: list[dict[str, Any]]) -
 def engine_notes(run: Run) -> list[str]:
     """What the recipe's target would refuse of the files as they were written; without one, each engine in a line."""
     subject = _subject(run)
-    if run.recipe.target is not None:
-        asked = run.recipe.target.asked
+    asked = None if run.recipe.target is None else run.recipe.target.asked
+    if asked is not None:
         return [f"refused by {asked}: {finding}" for finding in preflight(subject, asked)]
     return [f"refused by {said}" for runs, said in verdicts(subject) if not runs]
 

@@ -18,7 +18,7 @@ from quantkit.calibration.ranking import refuse_weighted
 from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.text import Windows, token_windows
 from quantkit.checkpoint.journal import Journal, discard, refuse_other
-from quantkit.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from quantkit.checkpoint.manifest import MANIFEST, RECIPE, read_manifest, write_manifest
 from quantkit.checkpoint.records import Manifest
 from quantkit.checkpoint.stream_files import StreamFiles
 from quantkit.checkpoint.verify import verify_checkpoint
@@ -101,6 +101,14 @@ def quantize(
     and reports, and all return the same. ProcessLost in the others if one of them fails.
     """
     asked = (eval_tokens, eval_text) if evaluate else None
+    if _recipe(recipe, overrides)[1].searched:
+        from quantkit.pipeline.searched import (
+            Call,
+            quantize_searched,
+        )  # here: it quantizes with this very function
+
+        call = Call(model, device, evaluate, progress, eval_tokens, eval_text)
+        return quantize_searched(recipe, call, output, overrides, resume)
     with joined(device, INTERRUPTED) as ranks:
         shown = progress if progress is not None and not ranks.rank else Silent()
         run = prepared(recipe, model, output, overrides, device, asked, shown, ranks=ranks)
@@ -273,7 +281,7 @@ def prepared(
         where = find_device(device)
         tokenizer = None if built is None else open_tokenizer(path)
         windows = None
-        if built is not None and tokenizer is not None and plan.needs_text(checked):
+        if built is not None and tokenizer is not None and (plan.needs_text(checked) or checked.searched):
             windows = _windows(checked, built, tokenizer)
         ways, needed = settled(checked, plan, headers, where.type)
         if not in_memory and not ranks.rank and not (folder / MANIFEST).exists():
@@ -329,6 +337,11 @@ def _refuse_misplaced(recipe: Recipe, in_memory: bool) -> None:
         refuse_in_memory(recipe)
     elif recipe.budget is not None:
         raise RecipeError("budget bounds a run that writes files; leave it out to quantize in memory")
+    elif recipe.searched:
+        raise RecipeError(
+            f"{' and '.join(recipe.searched)} is searched for by quantkit.quantize, which writes the recipe that was "
+            f"found into {RECIPE}; give that one"
+        )
     elif recipe.model_free:
         raise RecipeError("model_free: true has no model to quantize in memory; use quantkit.quantize")
 

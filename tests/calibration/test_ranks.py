@@ -91,7 +91,10 @@ def test_sums_are_the_same_to_the_bit_whichever_process_has_which_chunk(size):
     """Also of chunks that are ten orders of magnitude apart, seen in another order, in more than one panel."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, 40, 300, generator=generator) * torch.logspace(-5, 5, 9)[:, None, None]
-    full, fields = x + torch.randn(9, 40, 300, generator=generator), ("hessian", "drift", "mean_abs", "mean_square")
+    full, fields = (
+        x + torch.randn(9, 40, 300, generator=generator),
+        ("hessian", "drift", "mean_abs", "mean_square"),
+    )
 
     def statistics(ranks, chunks):
         gatherers = Gatherers(CPU)

@@ -52,6 +52,19 @@ def test_summary_by_hand():
     assert found["top1_agreement_se"] == pytest.approx(0.25)  # window shares 1 and 0.5
 
 
+def test_the_error_of_p99_is_that_of_the_share_of_tokens_below_it():
+    torch.manual_seed(0)
+    windows, tokens, found = 64, 500, []
+    for _ in range(40):
+        kl = list(torch.distributions.Exponential(1.0).sample((windows, tokens)))
+        counts = torch.full((windows,), float(tokens), dtype=F64)
+        found.append(summary(kl, torch.zeros(windows, dtype=F64), counts))
+    spread = torch.tensor([each["kl_p99"] for each in found]).std()
+    said = torch.tensor([each["kl_p99_se"] for each in found]).mean()
+    assert 0.7 < spread / said < 1.4
+    assert summary([torch.ones(9)], torch.zeros(1, dtype=F64), torch.tensor([9.0]))["kl_p99_se"] is None
+
+
 def test_p99_leaves_the_last_hundredth_above():
     kl = [torch.arange(1.0, 201.0)]
     found = summary(kl, torch.tensor([0.0], dtype=F64), torch.tensor([200.0], dtype=F64))
