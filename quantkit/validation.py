@@ -37,7 +37,7 @@ class Validated:
 
     engines: (whether it runs, one line) of those that could serve the result, if the recipe names no target; outlook:
     what to say of the target, if it names one. ways: how the run saves memory. search: what is said of a search of
-    bits; plan and prediction are then those of an allocation of the asked size, as if all layers were equally sensitive.
+    bits; plan and prediction are then those of an allocation of the asked size, all layers equally sensitive.
     """
 
     recipe: Recipe

@@ -43,6 +43,7 @@ DOORS: dict[str, set[str]] = {
     "layers": {"formats", "numerics", "quantkit_kernels"},
     "checkpoint": {"formats", "layers", "models", "numerics", "preflight", "quantkit_eval"},
     "runtime": {"layers", "quantkit_eval", "quantkit_kernels"},
+    "report": {"checkpoint", "models", "quantkit_eval"},
 }
 for top in ("pipeline", "bench", "cli"):
     DOORS[top] = {*DOORS, "quantkit_kernels", "quantkit_eval"}

@@ -20,6 +20,7 @@ from quantkit_eval.cache import Cache
 from quantkit_eval.decoding import CacheFactory, Decoding
 from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
+from quantkit_eval.explain import Seen
 from quantkit_eval.model import check_vocabulary, inference, run
 from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.protocols import CausalLM, Group, Tokenizer
@@ -70,6 +71,7 @@ def evaluate(
     cache: CacheFactory | None = None,
     cache_step: int | None = None,
     group: Group | None = None,
+    seen: Seen | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -83,16 +85,13 @@ def evaluate(
     results are the same bit for bit with and without it. cache: makes the key-value caches that the model, not the
     baseline, runs with: each token sees the earlier ones as the cache holds them. cache_step: tokens per forward then;
     default what the cache says is exact (`decoding`). group: processes that all make this call and share the windows;
-    the report is the same in all of them, and that of one process.
+    the report is the same in all of them, and that of one process. seen: takes the windows and the KL of their
+    tokens, for `explain`.
 
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, a model that ignores the
     cache, and logits that are not finite.
     """
-    for name, value in (("kl_windows", kl_windows), ("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise EvalError(f"{name} must be at least 1, got {value}")
-    if kl_error is not None and not kl_error > 0:
-        raise EvalError(f"kl_error must be above 0, got {kl_error}")
+    _refuse_wrong(kl_error, kl_windows=kl_windows, batch_size=batch_size, max_tokens=max_tokens)
     read = Text(text)
     models = [model] if baseline is None else [model, baseline]
     context = context_of(models, context)
@@ -108,6 +107,8 @@ def evaluate(
     with inference(*models):
         sums = _score(runs, windows, compared, size, progress, kl_error, group)
     planned, windows = len(windows), windows[: len(sums.model)]
+    if seen is not None:
+        seen.take(windows, sums.kl)
     report = Report(
         tokens=sum(window.scored for window in windows),
         windows=len(windows),
@@ -123,6 +124,15 @@ def evaluate(
     )
     _check_finite(report.to_json())
     return report
+
+
+def _refuse_wrong(kl_error: float | None, **counts: int | None) -> None:
+    """EvalError for an argument that makes no sense."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise EvalError(f"{name} must be at least 1, got {value}")
+    if kl_error is not None and not kl_error > 0:
+        raise EvalError(f"kl_error must be above 0, got {kl_error}")
 
 
 def _runs(models: list[CausalLM], decoding: Decoding | None, kept: Cache | None) -> list[Run]:

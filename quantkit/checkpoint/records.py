@@ -249,12 +249,26 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """What a block took, from the end of the one before. rss_bytes: memory in use behind it, None if unknown.
+
+    peak_rss_bytes: the most that was in use until then.
+    """
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What a run only happened to have (`quantkit.run.json`). files: the sha256 of each file of the checkpoint.
 
     peak_bytes: the largest resident memory until the checkpoint was finished ("quantize"), and until it was evaluated
     ("evaluate"). predicted_bytes: what was expected of the same, and of "disk"; predicted_seconds: of each phase.
-    budget: the recipe's, in bytes.
+    budget: the recipe's, in bytes. blocks: those that this run has made, in order.
     """
 
     schema: str | None = None
@@ -271,6 +285,7 @@ class RunFacts:
     predicted_bytes: dict[str, int] = field(default_factory=dict)
     predicted_seconds: dict[str, float] = field(default_factory=dict)
     budget: dict[str, int] | None = None
+    blocks: list[BlockFacts] | None = None
 
 
 def plain(value: Any) -> Any:

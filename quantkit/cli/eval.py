@@ -10,12 +10,14 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
+from quantkit.cli.explaining import Explaining, print_explanation
 from quantkit.cli.opening import kv_cache_option, open_model, opening_options, resolve
 from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.device import launch
 from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
+    from quantkit_eval.explanation import Explanation
     from quantkit_eval.long_texts import LongGeneration
 
 
@@ -45,6 +47,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of each text of --long-generation.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="With --baseline: show the worst tokens, and restore one layer after the other to see what each costs.",
+)
 @opening_options
 @json_option
 def command(
@@ -57,6 +64,7 @@ def command(
     kv_cache: str | None,
     long_generation: bool,
     new_tokens: int,
+    explain: bool,
     backend: str,
     compute: str,
     verify: bool,
@@ -74,6 +82,7 @@ def command(
     from quantkit.calibration.distributed import joined
     from quantkit.layers.kv_cache import cache_of
 
+    why = Explaining(model, baseline) if explain else None
     if long_generation and launch().size > 1:
         raise click.UsageError("--long-generation runs in one process; start it without torchrun")
     with joined(device, "start the evaluation again") as ranks:
@@ -97,10 +106,14 @@ def command(
             baseline_cache=_cache(baseline) if baseline else None,
             cache=cache_of(candidate),
             group=ranks if ranks.size > 1 else None,
+            seen=why and why.seen,
         )
+    found = why and why.explained(candidate, reference, tokenizer)
     if launch().rank:
         return  # the first process reports
-    deliver(json_file, report.to_json(), lambda: print_evaluation(report, make_console()))
+    told = report.to_json() | {"model": model, "baseline": baseline}
+    told |= {"explanation": found.to_json()} if found else {}
+    deliver(json_file, told, lambda: print_evaluation(report, make_console(), found))
 
 
 def _long_generation(
@@ -149,8 +162,8 @@ def _cache(baseline: str) -> Any:
         return None
 
 
-def print_evaluation(report: Report, console: Screen) -> None:
-    """The table of an evaluation; without a baseline it has one column of numbers."""
+def print_evaluation(report: Report, console: Screen, explanation: Explanation | None = None) -> None:
+    """The table of an evaluation; without a baseline it has one column of numbers. Then what explains it."""
     names = ("baseline", "model")
     shown = names if report.original else names[1:]
     table = Table("", *shown)
@@ -160,3 +173,5 @@ def print_evaluation(report: Report, console: Screen) -> None:
         table.add_row(what, *values[-len(shown) :])
     console.print(table)
     console.print(evaluation_footer(report))
+    if explanation is not None:
+        print_explanation(explanation, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from quantkit import __version__
-from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, validate
+from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, report, validate
 from quantkit.cli import eval as eval_verb
 
 
@@ -34,6 +34,7 @@ for verb in (
     inspect.command,
     validate.command,
     plan.command,
+    report.command,
     recipes.command,
     kernels.command,
     bench.command,

@@ -63,6 +63,7 @@ def produce(run: Run, writer: Writer) -> tuple[int, Tracker, list[SearchRecord]]
         tracker.told(min(done, total) - 1)
     with _full_precision():
         found = searched(run, writer.journal, tracker)
+        run.clock.block("", begin=True)
         if done <= total:
             if run.skeleton is None:
                 assert isinstance(writer, ShardWriter)

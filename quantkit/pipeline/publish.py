@@ -264,6 +264,7 @@ def write_run_facts(run: Run, manifest: Manifest, resumed: int, evaluated: bool 
         peak_bytes=peaks,
         predicted_bytes=_predicted(run),
         budget=None if run.recipe.budget is None else run.recipe.budget.model_dump(exclude_none=True),
+        blocks=run.clock.blocks or None,
     )
     write_facts(run.output, facts)
 

@@ -86,13 +86,16 @@ class Tracker:
         now = self.now()
         self.estimate.block(part, now - self._began, self._once)
         self._began, self._once = now, 0.0
+        self.run.clock.block(self._name(part))
         self.told(part)
 
     def told(self, part: int) -> None:
         """Report a part as finished."""
+        self.run.progress.block(part, self._name(part), left=self.estimate.left)
+
+    def _name(self, part: int) -> str:
         last = part == self.run.plan.n_blocks
-        name = "outside the blocks" if last else f"{self.run.plan.blocks_prefix}.{part}"
-        self.run.progress.block(part, name, left=self.estimate.left)
+        return "outside the blocks" if last else f"{self.run.plan.blocks_prefix}.{part}"
 
     def phase(self, name: str, share: float, seconds: float) -> None:
         """A phase beside the blocks has come to `share` in `seconds`."""

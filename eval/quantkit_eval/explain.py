@@ -1,0 +1,218 @@
+"""Why a model differs from its baseline: the tokens with the largest KL, and what removes it when it is restored.
+
+`explain` takes the KL of every token that an evaluation has measured. It shows the worst tokens in their context, with
+what both models expected there. Given `units`, parts of the model that can be put back to the baseline's for a while,
+it runs the worst windows once more per unit. What the KL there falls by is the exact effect of that unit, no estimate
+from gradients. Effects need not add up to the whole KL, since layers act on each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from quantkit_eval.decoding import CacheFactory, Decoding
+from quantkit_eval.divergence import token_kl
+from quantkit_eval.explanation import Explanation, Guess, Restored, WorstToken
+from quantkit_eval.model import inference, run
+from quantkit_eval.protocols import CausalLM, Tokenizer
+from quantkit_eval.windows import Window
+
+Restore = Callable[[], AbstractContextManager[None]]
+"""Gives a context in which a part of the model is the baseline's."""
+
+TOKENS = 12  # worst tokens that are shown
+WINDOWS = 4  # windows that are run again for every unit
+GUESSES = 3  # likeliest next tokens shown of each model
+CACHE = "key-value cache"  # the unit that is the model's cache
+_BEFORE, _AFTER = 40, 12  # tokens of context shown
+_LOW, _HIGH, _BINS = -7, 1.5, 34  # powers of ten that the histogram covers, and its bins
+_CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation has measured: its windows, and the KL of the scored tokens of each, fp32 [scored]."""
+
+    windows: list[Window] = field(default_factory=list)
+    kl: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self, windows: Sequence[Window], kl: Sequence[torch.Tensor]) -> None:
+        """Keep the windows that were compared."""
+        self.windows.extend(windows[: len(kl)])
+        self.kl.extend(kl)
+
+
+def explain(
+    model: CausalLM,
+    baseline: CausalLM,
+    tokenizer: Tokenizer,
+    seen: Seen,
+    units: Mapping[str, Restore] | None = None,
+    by: str | None = None,
+    cache: CacheFactory | None = None,
+    cache_step: int | None = None,
+    tokens: int = TOKENS,
+    windows: int = WINDOWS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Explanation:
+    """Explain what an evaluation has `seen` (`evaluate(..., seen=...)`) of a model and its baseline.
+
+    units: name -> what restores that part. by: what they are, in words. cache, cache_step: as `evaluate` was given
+    them; a cache is one more unit. tokens, windows: how many of the worst to look at.
+    progress(done, total): after each unit.
+    """
+    flat = torch.cat(seen.kl)
+    places = [(w, i) for w, each in enumerate(seen.kl) for i in range(len(each))]
+    order = [places[int(i)] for i in flat.argsort(descending=True)[:tokens]]
+    chosen = list(dict.fromkeys(w for w, _ in order))[:windows]
+    with inference(model, baseline):
+        runs = (_runner(model, cache, cache_step), partial(run, baseline))
+        worst = [_described(runs, tokenizer, seen, w, i) for w, i in order]
+        explained = Explanation(len(flat), *_histogram(flat), _quantiles(flat), worst)
+        if not units and cache is None:
+            return explained
+        found = _restore(model, baseline, seen, chosen, units or {}, cache, cache_step, progress)
+    return replace(explained, by=by, windows=chosen, **_effects(found, seen, chosen, worst))
+
+
+def _runner(model: CausalLM, cache: CacheFactory | None, step: int | None) -> Callable[..., torch.Tensor]:
+    return partial(run, model) if cache is None else Decoding(model, cache, step).logits
+
+
+def _histogram(kl: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Edges, evenly spaced by logarithm, and tokens between them."""
+    step = (_HIGH - _LOW) / _BINS
+    powers = kl.double().clamp_min(10.0**_LOW).log10()
+    bins = ((powers - _LOW) / step).floor().clamp(0, _BINS - 1).long()
+    edges = [10 ** (_LOW + step * i) for i in range(_BINS + 1)]
+    return edges, torch.bincount(bins, minlength=_BINS).tolist()
+
+
+def _quantiles(kl: torch.Tensor) -> dict[str, float]:
+    """Nearest-rank: values that occurred."""
+    ordered = kl.sort().values
+    return {str(q): float(ordered[math.ceil(q * len(ordered)) - 1]) for q in (0.5, 0.9, 0.99, 0.999, 1.0)}
+
+
+def _described(
+    runs: Sequence[Callable[..., torch.Tensor]], tokenizer: Tokenizer, seen: Seen, w: int, i: int
+) -> WorstToken:
+    """The scored token number i of window w."""
+    window = seen.windows[w]
+    place = len(window.ids) - window.scored + i  # of the token that was predicted
+    target = int(window.ids[place])
+    ids: list[int] = window.ids.tolist()
+    context = ids[max(0, place - _BEFORE) : place]
+    log_p = [each(window.ids[None])[0, place - 1].float().log_softmax(-1).cpu() for each in runs]
+    guesses = [
+        [Guess(_added(tokenizer, context, [int(t)]), float(one[t].exp())) for t in one.topk(GUESSES).indices]
+        for one in log_p
+    ]
+    return WorstToken(
+        window=w,
+        position=place,
+        kl=float(seen.kl[w][i]),
+        before=str(tokenizer.decode(context)),
+        text=_added(tokenizer, context, [target]),
+        after=_added(tokenizer, [*context, target], ids[place + 1 : place + 1 + _AFTER]),
+        model=guesses[0],
+        baseline=guesses[1],
+        loss=-float(log_p[0][target]),
+        baseline_loss=-float(log_p[1][target]),
+    )
+
+
+def _added(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
+    """The text that `ids` add behind `before`; alone they may lose the space in front."""
+    start, whole = str(tokenizer.decode(before)), str(tokenizer.decode([*before, *ids]))
+    return whole[len(start) :] if whole.startswith(start) else str(tokenizer.decode(ids))
+
+
+def _restore(
+    model: CausalLM,
+    baseline: CausalLM,
+    seen: Seen,
+    chosen: Sequence[int],
+    units: Mapping[str, Restore],
+    cache: CacheFactory | None,
+    step: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str | None, list[torch.Tensor]]:
+    """unit -> KL of the tokens of each chosen window while it is restored; None: with all of them restored.
+
+    One window's distributions of the baseline are in memory at a time.
+    """
+    found: dict[str | None, list[torch.Tensor]] = {}
+    names: list[str | None] = [*units, *([] if cache is None else [CACHE]), None]
+    done, total = 0, len(names) * len(chosen)
+    for w in chosen:
+        window = seen.windows[w]
+        base = run(baseline, window.ids[None])[0]
+        for name in names:
+            held = [units[name]] if name in units else list(units.values()) if name is None else []
+            own = None if name in (CACHE, None) else cache
+            found.setdefault(name, []).append(_kl(model, window, base, held, own, step))
+            done += 1
+            if progress:
+                progress(done, total)
+    return found
+
+
+def _kl(
+    model: CausalLM,
+    window: Window,
+    base: torch.Tensor,
+    held: Sequence[Restore],
+    cache: CacheFactory | None,
+    step: int | None,
+) -> torch.Tensor:
+    """KL of each scored token, fp32 [scored], with some parts restored. base: the baseline's logits [context, V]."""
+    with ExitStack() as stack:
+        for restore in held:
+            stack.enter_context(restore())
+        logits = _runner(model, cache, step)(window.ids[None])[0]
+    last = len(window.ids) - 1
+    rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
+    parts = []
+    for start in range(last - window.scored, last, rows):
+        part = slice(start, min(start + rows, last))
+        ours, theirs = (one[part].float().log_softmax(-1) for one in (logits, base))
+        parts.append(token_kl(theirs, ours.to(theirs.device)).cpu())
+    return torch.cat(parts)
+
+
+def _effects(
+    found: Mapping[str | None, list[torch.Tensor]],
+    seen: Seen,
+    chosen: Sequence[int],
+    worst: Sequence[WorstToken],
+) -> dict[str, Any]:
+    """The fields of an `Explanation` that the restored runs give."""
+    before = float(torch.cat([seen.kl[w] for w in chosen]).double().mean())
+    means = {name: float(torch.cat(each).double().mean()) for name, each in found.items()}
+    named = {name: each for name, each in found.items() if name is not None}
+    restored = [Restored(name, means[name], before - means[name]) for name in named]
+    tokens = []
+    for each in worst:
+        if each.window in chosen and named:
+            turn, window = chosen.index(each.window), seen.windows[each.window]
+            i = each.position - (len(window.ids) - window.scored)
+            best = min(named, key=lambda name: float(named[name][turn][i]))
+            each = replace(each, unit=best, kl_restored=float(named[best][turn][i]))
+        tokens.append(each)
+    return {
+        "kl_mean": before,
+        "kl_all_restored": means[None],
+        "restored": sorted(restored, key=lambda one: -one.removed),
+        "worst": tokens,
+    }
+
+
+__all__ = ["CACHE", "Restore", "Seen", "explain"]
