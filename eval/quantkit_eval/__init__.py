@@ -11,9 +11,9 @@ from typing import Any
 
 _LAZY = {
     "evaluate": "quantkit_eval.measure",
-    "explain": "quantkit_eval.explain",
+    "explain": "quantkit_eval.attribution",
     "Explanation": "quantkit_eval.explanation",
-    "Seen": "quantkit_eval.explain",
+    "Seen": "quantkit_eval.attribution",
     "long_generation": "quantkit_eval.long_texts",
     "LongGeneration": "quantkit_eval.long_texts",
     "Report": "quantkit_eval.report",

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from quantkit_eval.attribution import Seen
 from quantkit_eval.baseline import KeptBaseline
 from quantkit_eval.cache import Cache
 from quantkit_eval.decoding import CacheFactory, Decoding
 from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
-from quantkit_eval.explain import Seen
 from quantkit_eval.model import check_vocabulary, inference, run
 from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.protocols import CausalLM, Group, Tokenizer

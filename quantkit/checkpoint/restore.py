@@ -22,7 +22,7 @@ from quantkit.errors import ModelError
 from quantkit.models.skeleton import find_blocks
 
 if TYPE_CHECKING:
-    from quantkit_eval.explain import Restore
+    from quantkit_eval.attribution import Restore
     from transformers import PreTrainedModel
 
 MOST = 300  # units; beyond that, whole blocks are restored

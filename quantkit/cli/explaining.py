@@ -14,7 +14,7 @@ from quantkit.cli.progress import make_progress
 from quantkit.device import launch
 
 if TYPE_CHECKING:
-    from quantkit_eval.explain import Seen
+    from quantkit_eval.attribution import Seen
     from quantkit_eval.explanation import Explanation
 
 _UNITS = 10  # that the terminal shows; the JSON report has all
@@ -33,13 +33,13 @@ class Explaining:
     @cached_property
     def seen(self) -> Seen:
         """What the evaluation has to fill."""
-        from quantkit_eval.explain import Seen
+        from quantkit_eval.attribution import Seen
 
         return Seen()
 
     def explained(self, model: Any, original: Any, tokenizer: Any) -> Explanation:
         """The explanation of what was seen."""
-        from quantkit_eval.explain import explain
+        from quantkit_eval.attribution import explain
 
         from quantkit.checkpoint.plugin import packed_linears
         from quantkit.checkpoint.restore import restorations
