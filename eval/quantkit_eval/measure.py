@@ -22,6 +22,7 @@ from quantkit_eval.decoding import CacheFactory, Decoding
 from quantkit_eval.divergence import summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, inference, run
+from quantkit_eval.paired import WindowScores
 from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.protocols import CausalLM, Group, Tokenizer
 from quantkit_eval.report import Report
@@ -53,6 +54,16 @@ class _Sums:
         self.agreed += others.agreed
         self.kl += others.kl
 
+    def scores(self, windows: list[Window]) -> WindowScores:
+        """The same by window."""
+        return WindowScores(
+            tokens=tuple(window.scored for window in windows),
+            nll=tuple(self.model),
+            original_nll=tuple(self.baseline),
+            kl=tuple(float(each.double().sum()) for each in self.kl),
+            agreed=tuple(self.agreed),
+        )
+
 
 def evaluate(
     model: CausalLM,
@@ -72,6 +83,7 @@ def evaluate(
     cache_step: int | None = None,
     group: Group | None = None,
     seen: Seen | None = None,
+    per_window: Callable[[WindowScores], None] | None = None,
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
@@ -86,7 +98,8 @@ def evaluate(
     baseline, runs with: each token sees the earlier ones as the cache holds them. cache_step: tokens per forward then;
     default what the cache says is exact (`decoding`). group: processes that all make this call and share the windows;
     the report is the same in all of them, and that of one process. seen: takes the windows and the KL of their
-    tokens, for `explain`.
+    tokens, for `explain`. per_window: called once with what each window gave, for paired comparisons with other models
+    (`paired`).
 
     Raises EvalError for text that is too short, tokenizers or vocabularies that differ, a model that ignores the
     cache, and logits that are not finite.
@@ -123,6 +136,8 @@ def evaluate(
         **_figures(sums, windows),
     )
     _check_finite(report.to_json())
+    if per_window is not None:
+        per_window(sums.scores(windows))
     return report
 
 
