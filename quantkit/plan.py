@@ -74,8 +74,8 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Plan:
     """blocks_prefix: module name of the block list, as on disk while the model is not built. skipped: (name, reason) of
-    weights left as they are. kv: how the KV cache is quantized; None: it is exact. widest: rows or columns of the
-    largest weight in a block. parts: tensor on disk -> number of its decoder block, for all tensors in one.
+    weights left as they are. kv: how the KV cache is quantized; None: it is exact. kv_followed: whether what comes
+    behind a block is calibrated with its cache rounded. widest: rows or columns of the largest weight in a block. parts: tensor on disk -> number of its decoder block, for all tensors in one.
     """
 
     blocks_prefix: str
@@ -83,6 +83,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     skipped: tuple[tuple[str, str], ...]
     kv: KVScheme | None = None
+    kv_followed: bool = True
     widest: int = 1
     parts: Mapping[str, int] = field(default_factory=dict)
 
@@ -98,10 +99,21 @@ class Plan:
         GPTQ compensates for what was quantized before; the scales of a cache and of inputs are those of the model that
         will run; and whatever is measured of rounded inputs is measured behind rounded inputs.
         """
+        return self.calibrates_cache or self.weights_follow
+
+    @property
+    def weights_follow(self) -> bool:
+        """Whether the quantized weights themselves depend on those states."""
         needs = frozenset().union(*(layer.algorithm.needs for layer in self.layers))
         rounded = any(layer.scheme.inputs for layer in self.layers)
         static = any(layer.calibrates_inputs for layer in self.layers)
-        return "hessian" in needs or self.calibrates_cache or static or bool(needs and rounded)
+        behind = "hessian" in needs and not self.on_original
+        return behind or static or bool(needs and rounded)
+
+    @property
+    def on_original(self) -> bool:
+        """Whether GPTQ's Hessians are those of the original model's inputs."""
+        return any(getattr(layer.algorithm, "stream", None) == "original" for layer in self.layers)
 
     def needs_text(self, recipe: Recipe) -> bool:
         """Whether calibration text is run through the model: for a transform, for statistics of an algorithm, or for
@@ -169,7 +181,8 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
         problems += _split_fusions(layers, [each for each in skipped if each[0] not in refused])
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme
     widest = max((max(linear.shape) for linear in linears if linear.block is not None), default=1)
-    plan = Plan(blocks.prefix, blocks.count, tuple(layers), tuple(skipped), kv, widest, blocks.of)
+    followed = recipe.kv_cache is None or recipe.kv_cache.followed is not False
+    plan = Plan(blocks.prefix, blocks.count, tuple(layers), tuple(skipped), kv, followed, widest, blocks.of)
     problems += _window_problems(recipe, plan, headers)
     if not layers and recipe.weights is not None and not problems:
         problems.append("the rules skip every linear; nothing is left to quantize")

@@ -174,6 +174,7 @@ class Recipe(Part):
                 raise ValueError("weights: none leaves only the KV cache to quantize; give a kv_cache")
         else:
             _refuse_unstorable(self, self.weights)
+            _refuse_mixed_streams(self, self.weights)
         if self.kv_cache is not None:
             why = registry.unstorable_cache(self.output.format, self.kv_cache.scheme)
             if why:
@@ -319,6 +320,16 @@ def _refuse_unstorable(recipe: Recipe, weights: Weights) -> None:
             why = f"groups: dynamic takes a scale for each row, {scheme} shares them between rows; use groups: static"
         if why:
             raise ValueError(why)
+
+
+def _refuse_mixed_streams(recipe: Recipe, weights: Weights) -> None:
+    """ValueError if GPTQ is to see the original model in some layers and the quantized one in others."""
+    every = [weights.algorithm, *(rule.algorithm for rule in recipe.rules if rule.algorithm is not None)]
+    streams = {each.stream for each in every if each.name == "gptq"}
+    if len(streams) > 1:
+        raise ValueError(
+            "stream is quantized in one place and original in another; give every gptq the same one"
+        )
 
 
 def _without_folders(written: str | None) -> str | None:

@@ -292,7 +292,8 @@ class KVCache(Part):
     """How keys and values of the cache are stored: a preset, or number and granularity of both.
 
     granularity: token (one scale per token and head, of the entries themselves), head or tensor (calibrated). sinks:
-    first tokens that stay exact; residual: last ones. rotate: keys are rotated before they are rounded.
+    first tokens that stay exact; residual: last ones. rotate: keys are rotated before they are rounded. followed:
+    whether later layers are calibrated behind the rounded cache; if not, weights are those of the recipe without it.
     """
 
     preset: CacheName | None = None
@@ -301,6 +302,7 @@ class KVCache(Part):
     sinks: Annotated[int, Field(ge=0, le=1024)] | None = None
     residual: Annotated[int, Field(ge=0, le=65536)] | None = None
     rotate: bool | None = None
+    followed: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

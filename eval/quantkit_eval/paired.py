@@ -4,8 +4,8 @@ Two perplexities with their errors overlap long before two models are alike: mos
 harder than others, for both. So the difference is taken window by window. With d_w the difference of the sums of window
 w and t_w its tokens, the mean difference per token is sum d_w / sum t_w, with the ratio estimator's error of
 `perplexity.ratio`; difference / error is compared with Student's t of n - 1 degrees of freedom, two-sided. Of many
-comparisons some look significant by chance, so `holm` corrects the p-values of a whole table (Holm, A simple sequentially
-rejective multiple test procedure, 1979): the chance that any of its answers is wrong stays below alpha.
+comparisons some look significant by chance, so `holm` corrects the p-values of a whole table (Holm, A simple
+sequentially rejective multiple test procedure, 1979): the chance that any of its answers is wrong stays below alpha.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,7 +35,9 @@ class GptqConfig(BaseModel):
     weight (static) or from the updated one when its group is reached (dynamic; `order: none` only). damping:
     share of the Hessian's mean diagonal added to it. block: columns per lazy update. refine: sweeps of
     coordinate descent afterwards. retarget: 0..1, how far the target moves to the full-precision inputs.
-    true_sequential: within a block, later linears are calibrated behind the earlier ones quantized.
+    true_sequential: within a block, later linears are calibrated behind the earlier ones quantized. stream: whose
+    inputs the Hessian is of: those behind the quantized layers, or those in the original model, which do not depend on
+    the scheme, so that many schemes can share them; then `retarget` is 0 and `true_sequential` false.
     """
 
     model_config = STRICT
@@ -48,6 +50,23 @@ class GptqConfig(BaseModel):
     refine: int = Field(4, ge=0, le=100)
     retarget: float = Field(1.0, ge=0, le=1)
     true_sequential: bool = True
+    stream: Literal["quantized", "original"] = "quantized"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _original_follows_nothing(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("stream") == "original":
+            return {"retarget": 0.0, "true_sequential": False} | value
+        return value
+
+    @model_validator(mode="after")
+    def _original_stays_original(self) -> Self:
+        if self.stream == "original" and (self.retarget or self.true_sequential):
+            raise ValueError(
+                "stream: original never sees quantized layers, so it needs retarget: 0 and true_sequential: false; "
+                "leave both keys out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _dynamic_groups_need_natural_order(self) -> Self:

@@ -58,13 +58,19 @@ class BlockRun(BlockForward):
                     seen[full] = {}
                     self._forward_to(sets, chunk, full, seen[full], stop=not (full and final))
             for siblings in sets:
-                x = seen[False][siblings] if False in seen else seen[True][siblings]
+                original = False not in seen or self._on_original(siblings)
+                x = seen[original][siblings]
                 x_full = None if self._unpaired(siblings) else seen.get(True, {}).get(siblings)
                 gatherers.update(siblings, needs[siblings], self.rounded(siblings, x), x_full)
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
         return gatherers.finish(self.ranks)
+
+    def _on_original(self, siblings: tuple[str, ...]) -> bool:
+        """Whether the statistics of siblings are those of the original model's inputs."""
+        planned = [self.plans[name] for name in siblings if name in self.plans]
+        return any(getattr(plan.algorithm, "stream", None) == "original" for plan in planned)
 
     def _unpaired(self, siblings: tuple[str, ...]) -> bool:
         """Whether the two streams' inputs of some siblings are of other tokens, as a router chooses them."""

@@ -36,10 +36,13 @@ class PassingCache(DynamicCache):
 
 @dataclass
 class BlockKV:
-    """How one block's cache is quantized. scales: of a scheme with stored scales, once they are calibrated."""
+    """How one block's cache is quantized. scales: of a scheme with stored scales, once they are calibrated. followed:
+    whether the quantized stream is to see it.
+    """
 
     scheme: KVScheme
     scales: KVScales | None = None
+    followed: bool = True
 
     @property
     def ready(self) -> bool:
@@ -47,7 +50,7 @@ class BlockKV:
 
         Not with a residual window: which entries are rounded depends on who reads them.
         """
-        return not self.scheme.residual and (self.scheme.dynamic or self.scales is not None)
+        return self.followed and not self.scheme.residual and (self.scheme.dynamic or self.scales is not None)
 
     def cache(self) -> PassingCache:
         """A cache that gives every entry rounded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from quantkit import __version__
-from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, report, validate
+from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, report, sweep, validate
 from quantkit.cli import eval as eval_verb
 
 
@@ -35,6 +35,7 @@ for verb in (
     validate.command,
     plan.command,
     report.command,
+    sweep.command,
     recipes.command,
     kernels.command,
     bench.command,

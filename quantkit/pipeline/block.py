@@ -164,21 +164,22 @@ def quantize_block(
     clock: Clock,
     kv: KVScheme | None = None,
     experts: Callable[[ExpertsStage], BlockResult] | None = None,
+    kv_followed: bool = True,
 ) -> Steps[BlockResult]:
     """Quantize the planned linears of one block, one set of siblings (linears that share an input) after the other.
 
     A generator of what is to be solved, see `run_steps`; it returns what the block became.
 
     The block keeps the quantized weights, so the statistics of each set see the sets before it already quantized
-    ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized. experts:
-    quantizes the experts of the block, when their turn comes.
+    ("true sequential"), unless every algorithm declines that. kv: how the block's KV cache is quantized; kv_followed:
+    see `CacheCalibration`. experts: quantizes the experts of the block, when their turn comes.
     """
     result, plans = BlockResult(), run.plans
     sets = [s for s in run.trace.siblings if any(n in plans for n in s)]
     _round_unused(run, sorted(plans.keys() - {n for s in sets for n in s}), result)
     run.finished({n for s in run.trace.siblings for n in s} - plans.keys())
     fields = {s: frozenset().union(*(needs(plans[n]) for n in s if n in plans)) for s in sets}
-    cache = CacheCalibration(run, kv, clock)
+    cache = CacheCalibration(run, kv, clock, kv_followed)
     for together in _passes(run, sets):
         if isinstance(together, ExpertsStage):
             assert experts is not None

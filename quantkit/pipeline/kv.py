@@ -18,12 +18,13 @@ class CacheCalibration:
 
     From then on the quantized stream reads rounded keys and values, and so do the statistics of the linears behind. A
     scheme that takes its scales from the entries themselves rounds them from the beginning. scheme: None, nothing is
-    done. waiting: planned linears that are not quantized yet and run before the cache.
+    done. followed: False, calibration goes on with exact entries. waiting: planned linears that are not quantized yet
+    and run before the cache.
     """
 
-    def __init__(self, run: BlockRun, scheme: KVScheme | None, clock: Clock) -> None:
+    def __init__(self, run: BlockRun, scheme: KVScheme | None, clock: Clock, followed: bool = True) -> None:
         self._run, self._clock = run, clock
-        self._kv = None if scheme is None else BlockKV(scheme)
+        self._kv = None if scheme is None else BlockKV(scheme, followed=followed)
         run.kv = self._kv
         self._waiting: set[str] | None = None
         if scheme is not None and not scheme.dynamic:

@@ -133,7 +133,7 @@ def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], wri
                 report = transform(config.name).apply(one, config)
                 scaling += [{"transform": config.name} | entry for entry in report]
         kv = run.plan.kv if one is block else None
-        result = yield from quantize_block(one, run.clock, kv, experts)
+        result = yield from quantize_block(one, run.clock, kv, experts, run.plan.kv_followed)
         result.changed |= {f"{one.name}.{n}": t for n, t in one.changed.items()}
         result.scaling = scaling + result.scaling
         return result

@@ -102,7 +102,7 @@ class Run:
         full = max((transform(t.name).windows(t) for t in self.recipe.transforms), default=0)
         if "drift" in fields:
             full = max(full, -(-every // 2))
-        if fields and not quantized:
+        if fields and (not quantized or self.plan.on_original):
             full = every
         return Wanted(full, quantized, behind_last=bool(self.plans(self.plan.n_blocks)))
 
