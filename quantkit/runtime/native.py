@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from quantkit_kernels import INPUTS
 from quantkit_kernels.cpu import library
 from quantkit_kernels.cpu.decoder import CACHES, MOST_SINKS, Cache, Decoder, Tables
+from quantkit_kernels.cpu.together import step_together, timed
 from torch import nn
 
 from quantkit.errors import BackendError
@@ -45,6 +47,20 @@ class Sequence:
             kept = min(max(last - (length - keep), 0), len(part))
             logits.append(self._decoder.step(part, cos, sin, kept))
         return logits[-1] if keep <= len(logits[-1]) else torch.cat(logits)
+
+    @staticmethod
+    def step(sequences: Collection[Sequence], tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens int64 [B], one to each of B sequences of one model; fp32 logits [B, vocabulary].
+
+        The weights are read once. Every sequence gets what it would get alone (see `step_together`).
+        """
+        angles = [each._rotary.rows(len(each), len(each) + 1, len(each) + 1) for each in sequences]
+        cos, sin = (torch.cat(part) for part in zip(*angles, strict=True))
+        return step_together([each._decoder for each in sequences], tokens, cos, sin)
+
+    def timed(self) -> AbstractContextManager[dict[str, float]]:
+        """Seconds by part of a step, of the steps that this sequence takes or is the first of."""
+        return timed(self._decoder)
 
     def __len__(self) -> int:
         return self._decoder.length

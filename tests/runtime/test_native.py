@@ -18,6 +18,7 @@ from torch import nn
 from quantkit.algorithms.rtn import rtn
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.runtime import NativeDecoder, native
+from quantkit.runtime.native import Sequence
 from quantkit.scheme import INT8_TOKEN, Grid, integer
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="needs the native library (a C++ compiler)")
@@ -167,6 +168,16 @@ def test_avx512_sized_vectors_give_the_same_logits(widest, name, dtype, monkeypa
         parameter.data = parameter.data.to(dtype)
     got = decoder(model).start().append(ids, keep=60)
     assert_close(got, eager(model.float(), ids))
+
+
+def test_avx512_sized_vectors_give_the_same_bits_together(widest, monkeypatch):
+    monkeypatch.setattr(library, "required", lambda: widest)
+    run = decoder(tiny_models.FAMILIES["qwen2"](hidden_size=72, head_dim=20, vocab_size=101).bfloat16())
+    alone, together = ([run.start() for _ in range(4)] for _ in range(2))
+    tokens = torch.tensor([5, 6, 7, 8])
+    for _ in range(3):
+        wanted = torch.cat([each.append(tokens[i : i + 1]) for i, each in enumerate(alone)])
+        assert torch.equal(Sequence.step(together, tokens), wanted)
 
 
 def test_a_half_precision_model_keeps_more_than_eager_does():

@@ -1,7 +1,9 @@
 // The decoder: a sequence's cache and buffers, and the step over all layers in one parallel region.
 #include "decode.h"
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #ifdef _OPENMP
@@ -79,6 +81,7 @@ struct qk_decoder {
     Buffer x, normed, branch, qkv, mixed, gate_up, gated, scratch, own;
     size_t own_bytes = 0;  // of one thread in `own`
     Mixture mixture;       // working memory of the experts of a block
+    double *seconds = nullptr;  // [PART_COUNT], where the time of steps is added; or null
 
     explicit qk_decoder(const qk_model &tables)
         : model(tables), layers(tables.layers, tables.layers + tables.layer_count) {
@@ -101,15 +104,16 @@ struct qk_decoder {
     int qkv_size() const { return query_size() + 2 * kv_size(); }
 
     void reserve(int64_t m, int64_t keep, int threads);
-    void run(const int64_t *tokens, int64_t m, const float *cos, const float *sin, int64_t keep, float *logits,
-             Share share);
-    void attention(const Math &math, const qk_layer &layer, size_t offset, int64_t m, const float *cos,
-                   const float *sin, Share share);
-    void mlp(const Math &math, const qk_layer &layer, int64_t m, Share share);
+    void reserve_pages(int64_t m);
+    bool shares_tables_with(const qk_decoder &other) const;
+    void run(const Step &step, Share share);
+    Attention over(const Span &span, const qk_layer &layer, size_t offset);
+    void attention(const Math &math, const qk_layer &layer, size_t offset, const Step &step, Share share, Watch &watch);
+    void mlp(const Math &math, const qk_layer &layer, int64_t m, Share share, Watch &watch);
     void norm(const Math &math, const qk_norm &norm, const float *add, int64_t first, int64_t m, Share share);
 };
 
-// Everything the step will need, before its parallel region, where nothing may throw.
+// Working memory of a step of m rows, before its parallel region, where nothing may throw.
 void qk_decoder::reserve(int64_t m, int64_t keep, int threads) {
     x.reserve(4 * m * model.hidden);
     normed.reserve(4 * m * model.hidden);
@@ -131,7 +135,10 @@ void qk_decoder::reserve(int64_t m, int64_t keep, int threads) {
             if (bytes > most) most = bytes;
     }
     scratch.reserve(most);
+}
 
+// The pages of m more tokens.
+void qk_decoder::reserve_pages(int64_t m) {
     const size_t bytes = layer_bytes * layers.size();
     while (int64_t(pages.size()) * PAGE < length + m) {
         pages.reserve(pages.size() + 1);
@@ -151,21 +158,27 @@ void qk_decoder::norm(const Math &math, const qk_norm &norm, const float *add, i
     barrier();
 }
 
-void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offset, int64_t m, const float *cos,
-                           const float *sin, Share share) {
+// Attention of a span's rows over its own cache.
+Attention qk_decoder::over(const Span &span, const qk_layer &layer, size_t offset) {
+    Attention a{};
+    a.q = qkv.floats() + span.first * qkv_size(), a.ldq = qkv_size();
+    a.out = mixed.floats() + span.first * query_size(), a.ldo = query_size();
+    a.pages = span.of->pages.data(), a.offset = offset, a.type = model.cache_type;
+    a.exact = span.of->exact.floats() + offset / layer_bytes * exact_layer(), a.sinks = model.sinks;
+    a.k_scales = layer.k_scales, a.v_scales = layer.v_scales;
+    a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = model.head_dim;
+    a.stride = stride();
+    a.position = span.of->length, a.m = span.count, a.window = layer.window, a.scale = layer.scale;
+    return a;
+}
+
+void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offset, const Step &step, Share share,
+                           Watch &watch) {
     const int d = model.head_dim;
-    const int64_t ld = qkv_size();
+    const int64_t ld = qkv_size(), m = step.m;
     Siblings<3>{{&layer.q, &layer.k, &layer.v}}.run(math, normed.floats(), m, model.compute, scratch.bytes(),
                                                     qkv.floats(), ld, share);
-    Attention a{};
-    a.q = qkv.floats(), a.ldq = ld;
-    a.out = mixed.floats(), a.ldo = query_size();
-    a.pages = pages.data(), a.offset = offset, a.type = model.cache_type;
-    a.exact = exact.floats() + offset / layer_bytes * exact_layer(), a.sinks = model.sinks;
-    a.k_scales = layer.k_scales, a.v_scales = layer.v_scales;
-    a.kv_heads = model.kv_heads, a.group = model.heads / model.kv_heads, a.head_dim = d, a.stride = stride();
-    a.position = length, a.m = m, a.window = layer.window, a.scale = layer.scale;
-
+    watch.lap(PART_LINEARS);
     if (layer.whole_norms) {
         for (int64_t t = share.first(m); t < share.last(m); t++) {
             float *q = qkv.floats() + t * ld, *k = q + query_size();
@@ -176,27 +189,36 @@ void qk_decoder::attention(const Math &math, const qk_layer &layer, size_t offse
     }
     // Queries in place; keys in place and, with the values, into the cache. One head is one thread's.
     const int heads = model.heads + model.kv_heads;
-    for (int h = int(share.first(heads)); h < share.last(heads); h++) {
-        const qk_norm &norm = h < model.heads ? layer.q_norm : layer.k_norm;
-        for (int64_t t = 0; t < m; t++) {
-            float *head = qkv.floats() + t * ld + int64_t(h) * d;
-            if (norm.weight && !layer.whole_norms) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
-            math.rotate(head, cos + t * model.rotary_dim, sin + t * model.rotary_dim, model.rotary_dim);
-            if (model.rotate) math.hadamard(head, d);
-            if (h >= model.heads) math.append(a, h - model.heads, length + t, head, head + kv_size());
+    for (const Span *s = step.spans; s < step.spans + step.span_count; s++) {
+        const Attention a = over(*s, layer, offset);
+        for (int h = int(share.first(heads)); h < share.last(heads); h++) {
+            const qk_norm &norm = h < model.heads ? layer.q_norm : layer.k_norm;
+            for (int64_t i = 0; i < s->count; i++) {
+                const int64_t t = s->first + i, angle = t * model.rotary_dim;
+                float *head = qkv.floats() + t * ld + int64_t(h) * d;
+                if (norm.weight && !layer.whole_norms) math.add_norm(head, nullptr, norm.weight, norm.eps, head, d);
+                math.rotate(head, step.cos + angle, step.sin + angle, model.rotary_dim);
+                if (model.rotate) math.hadamard(head, d);
+                if (h >= model.heads) math.append(a, h - model.heads, a.position + i, head, head + kv_size());
+            }
         }
     }
     barrier();
-    math.attend(a, reinterpret_cast<float *>(own.bytes() + own_bytes * share.part), share.part, share.parts);
+    float *of_thread = reinterpret_cast<float *>(own.bytes() + own_bytes * share.part);
+    for (int i = 0; i < step.span_count; i++)  // another thread is first at each, so that all have as much to do
+        math.attend(over(step.spans[i], layer, offset), of_thread, (share.part + i) % share.parts, share.parts);
     barrier();
+    watch.lap(PART_ATTENTION);
     Siblings<1>{{&layer.o}}.run(math, mixed.floats(), m, model.compute, scratch.bytes(), branch.floats(),
                                 model.hidden, share);
+    watch.lap(PART_LINEARS);
 }
 
-void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share share) {
+void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share share, Watch &watch) {
     const int64_t n = model.intermediate, ld = 2 * n;
     Siblings<2>{{&layer.gate, &layer.up}}.run(math, normed.floats(), m, model.compute, scratch.bytes(),
                                               gate_up.floats(), ld, share);
+    watch.lap(PART_LINEARS);
     const int64_t first = share.first(n / PAD) * PAD;
     const int64_t last = share.part + 1 == share.parts ? n : share.last(n / PAD) * PAD;
     for (int64_t t = 0; t < m; t++) {
@@ -204,33 +226,49 @@ void qk_decoder::mlp(const Math &math, const qk_layer &layer, int64_t m, Share s
         math.swiglu(gate + first, gate + n + first, gated.floats() + t * n + first, last - first);
     }
     barrier();
+    watch.lap(PART_REST);
     Siblings<1>{{&layer.down}}.run(math, gated.floats(), m, model.compute, scratch.bytes(), branch.floats(),
                                    model.hidden, share);
+    watch.lap(PART_LINEARS);
 }
 
-void qk_decoder::run(const int64_t *tokens, int64_t m, const float *cos, const float *sin, int64_t keep,
-                     float *logits, Share share) {
-    const Math &math = math_of(qk_isa());
-    const int64_t n = model.hidden;
+void qk_decoder::run(const Step &step, Share share) {
+    Math math = math_of(qk_isa());
+    if (step.each) math.dense = math.dense_each;
+    Watch watch(share.part == 0 ? seconds : nullptr);
+    const int64_t n = model.hidden, m = step.m;
     const size_t value = model.embedding.dense == F32 ? 4 : 2;
     for (int64_t t = share.first(m); t < share.last(m); t++)
-        math.widen(model.embedding.weight.units + value * n * tokens[t], model.embedding.dense,
+        math.widen(model.embedding.weight.units + value * n * step.tokens[t], model.embedding.dense,
                    x.floats() + t * n, n);
     const float *add = nullptr;  // what the last branch adds to x; the row's owner stays the same
     for (size_t i = 0; i < layers.size(); i++) {
         norm(math, layers[i].input, add, 0, m, share);
-        attention(math, layers[i], i * layer_bytes, m, cos, sin, share);
+        watch.lap(PART_REST);
+        attention(math, layers[i], i * layer_bytes, step, share, watch);
         add = branch.floats();
         norm(math, layers[i].post, add, 0, m, share);
-        if (layers[i].mixture)
+        watch.lap(PART_REST);
+        if (layers[i].mixture) {
             mixture.run(math, *layers[i].mixture, normed.floats(), model.hidden, m, model.compute, branch.floats(), share);
-        else
-            mlp(math, layers[i], m, share);
+            watch.lap(PART_EXPERTS);
+        } else {
+            mlp(math, layers[i], m, share, watch);
+        }
     }
-    if (keep == 0) return;
-    norm(math, model.final, add, m - keep, keep, share);
-    Siblings<1>{{&model.head}}.run(math, normed.floats(), keep, model.compute, scratch.bytes(), logits,
+    if (step.keep == 0) return;
+    norm(math, model.final, add, m - step.keep, step.keep, share);
+    watch.lap(PART_REST);
+    Siblings<1>{{&model.head}}.run(math, normed.floats(), step.keep, model.compute, scratch.bytes(), step.logits,
                                    model.head.weight.n, share);
+    watch.lap(PART_HEAD);
+}
+
+// Whether one step may go over rows of both.
+bool qk_decoder::shares_tables_with(const qk_decoder &other) const {
+    const qk_model &a = model, &b = other.model;
+    return a.layers == b.layers && a.layer_count == b.layer_count && a.compute == b.compute &&
+           a.cache_type == b.cache_type && a.rotate == b.rotate && a.sinks == b.sinks;
 }
 
 namespace {
@@ -269,6 +307,27 @@ bool sensible(const qk_model &m) {
     return m.embedding.dense >= 0 && is(m.embedding, vocabulary, m.hidden) && is(m.head, vocabulary, m.hidden);
 }
 
+// Run a step in the working memory of `decoder` and lengthen its sequences; 0, 1 or 2 as qk_decoder_step says.
+int take(qk_decoder *decoder, const Step &step, int threads) {
+    if (threads < 1 || qk_isa() < 0) return 1;
+    for (int64_t t = 0; t < step.m; t++)
+        if (step.tokens[t] < 0 || step.tokens[t] >= decoder->model.embedding.weight.n) return 1;
+    try {
+        decoder->reserve(step.m, step.keep, threads);
+        for (int i = 0; i < step.span_count; i++) step.spans[i].of->reserve_pages(step.spans[i].count);
+    } catch (const std::bad_alloc &) {
+        return 2;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    decoder->run(step, {omp_get_thread_num(), omp_get_num_threads()});
+#else
+    decoder->run(step, {0, 1});
+#endif
+    for (int i = 0; i < step.span_count; i++) step.spans[i].of->length += step.spans[i].count;
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -285,23 +344,30 @@ void qk_decoder_free(qk_decoder *decoder) { delete decoder; }
 
 int qk_decoder_step(qk_decoder *decoder, const int64_t *tokens, int64_t m, const float *cos, const float *sin,
                     int64_t keep, float *logits, int threads) {
-    if (m < 1 || keep < 0 || keep > m || threads < 1 || qk_isa() < 0) return 1;
-    for (int64_t t = 0; t < m; t++)
-        if (tokens[t] < 0 || tokens[t] >= decoder->model.embedding.weight.n) return 1;
+    if (m < 1 || keep < 0 || keep > m) return 1;
+    const Span span = {decoder, 0, m};
+    return take(decoder, {&span, 1, m, keep, tokens, cos, sin, logits, false}, threads);
+}
+
+int qk_decoder_step_together(qk_decoder *const *decoders, int64_t count, const int64_t *tokens, const float *cos,
+                             const float *sin, float *logits, int threads) {
+    if (count < 1 || count > MOST_TOGETHER) return 1;
     try {
-        decoder->reserve(m, keep, threads);
+        std::vector<qk_decoder *> sorted(decoders, decoders + count);
+        std::sort(sorted.begin(), sorted.end(), std::less<qk_decoder *>());
+        if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) return 1;
+        std::vector<Span> spans;
+        for (int64_t i = 0; i < count; i++) {
+            if (!decoders[i]->shares_tables_with(*decoders[0])) return 1;
+            spans.push_back({decoders[i], i, 1});
+        }
+        return take(decoders[0], {spans.data(), int(count), count, count, tokens, cos, sin, logits, true}, threads);
     } catch (const std::bad_alloc &) {
         return 2;
     }
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    decoder->run(tokens, m, cos, sin, keep, logits, {omp_get_thread_num(), omp_get_num_threads()});
-#else
-    decoder->run(tokens, m, cos, sin, keep, logits, {0, 1});
-#endif
-    decoder->length += m;
-    return 0;
 }
+
+void qk_decoder_time(qk_decoder *decoder, double *seconds) { decoder->seconds = seconds; }
 
 int64_t qk_decoder_length(const qk_decoder *decoder) { return decoder->length; }
 

@@ -81,6 +81,18 @@ void qk_decoder_free(qk_decoder *decoder);
 int qk_decoder_step(qk_decoder *decoder, const int64_t *tokens, int64_t m, const float *cos, const float *sin,
                     int64_t keep, float *logits, int threads);
 
+// Append one token to each of `count` different sequences over the same tables, of one compute and cache, as if each
+// were alone: the weights are read once for all, and every sequence attends to its own cache. tokens: [count]; cos, sin:
+// [count, rotary_dim]; logits: [count, vocabulary]. Results are those of `count` single steps, bit for bit, but for
+// weights stored by NF4 and FP8 tables, whose sums go in another order. Returns as above.
+int qk_decoder_step_together(qk_decoder *const *decoders, int64_t count, const int64_t *tokens, const float *cos,
+                             const float *sin, float *logits, int threads);
+
+// From now on add the seconds of each part of a step that runs in this decoder's memory (its own, and steps together
+// whose first it is) to seconds [5]: linears, experts, head, attention with rotary embedding and the cache, the rest.
+// Null: no longer.
+void qk_decoder_time(qk_decoder *decoder, double *seconds);
+
 int64_t qk_decoder_length(const qk_decoder *decoder);                // tokens in the cache
 int qk_decoder_truncate(qk_decoder *decoder, int64_t length);        // forget those after `length`; 0 = ok
 size_t qk_decoder_cache_bytes(const qk_decoder *decoder);            // memory of the cache

@@ -77,3 +77,53 @@ void dense(const void *w, int type, const float *bias, int64_t k, const float *x
     else
         dense_of((const float *)w, bias, k, x, ldx, m, y, ldy, first, last);
 }
+
+// One row times TOKENS tokens, each with the four sums of `dot`.
+template <class T, int TOKENS>
+void dots(const T *w, float bias, int64_t k, const float *x, int64_t ldx, float *y, int64_t ldy) {
+    vf acc[TOKENS][4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= k; i += 4 * LANES)
+        for (int s = 0; s < 4; s++) {
+            const vf row = load(w + i + s * LANES);
+            for (int t = 0; t < TOKENS; t++) acc[t][s] = fused(row, load(x + t * ldx + i + s * LANES), acc[t][s]);
+        }
+    for (; i + LANES <= k; i += LANES)
+        for (int t = 0; t < TOKENS; t++) acc[t][0] = fused(load(w + i), load(x + t * ldx + i), acc[t][0]);
+    for (int t = 0; t < TOKENS; t++) {
+        float total = sum((acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+        for (int64_t j = i; j < k; j++) total += one(w + j) * x[t * ldx + j];
+        y[t * ldy] = total + bias;
+    }
+}
+
+template <class T>
+void dense_each_of(const T *w, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m, float *y,
+                   int64_t ldy, int64_t first, int64_t last) {
+    constexpr int64_t PANEL = 1 << 18;  // bytes, as above
+    int64_t rows = PANEL / (k * (int64_t)sizeof(T));
+    if (rows < 1) rows = 1;
+    for (int64_t begin = first; begin < last; begin += rows) {
+        const int64_t end = begin + rows < last ? begin + rows : last;
+        for (int64_t t = 0; t < m; t += 3)
+            for (int64_t n = begin; n < end; n++) {
+                const float b = bias ? bias[n] : 0.0f, *from = x + t * ldx;
+                if (m - t > 2)
+                    dots<T, 3>(w + n * k, b, k, from, ldx, y + t * ldy + n, ldy);
+                else if (m - t == 2)
+                    dots<T, 2>(w + n * k, b, k, from, ldx, y + t * ldy + n, ldy);
+                else
+                    dots<T, 1>(w + n * k, b, k, from, ldx, y + t * ldy + n, ldy);
+            }
+    }
+}
+
+void dense_each(const void *w, int type, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m,
+                float *y, int64_t ldy, int64_t first, int64_t last) {
+    if (type == BF16)
+        dense_each_of((const bf16 *)w, bias, k, x, ldx, m, y, ldy, first, last);
+    else if (type == F16)
+        dense_each_of((const f16 *)w, bias, k, x, ldx, m, y, ldy, first, last);
+    else
+        dense_each_of((const float *)w, bias, k, x, ldx, m, y, ldy, first, last);
+}

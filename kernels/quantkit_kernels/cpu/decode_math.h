@@ -64,6 +64,9 @@ struct Math {
     // rows [first, last) of y = x W^T + bias; W [n, k] of `type`
     void (*dense)(const void *w, int type, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m,
                   float *y, int64_t ldy, int64_t first, int64_t last);
+    // the same, every token summed in the order of one alone
+    void (*dense_each)(const void *w, int type, const float *bias, int64_t k, const float *x, int64_t ldx, int64_t m,
+                       float *y, int64_t ldy, int64_t first, int64_t last);
     // part's share of the attention; scratch: attention_floats() of its own
     void (*attend)(const Attention &, float *scratch, int part, int parts);
     // part's share of attention over pages; scratch: kv_pages_floats() of its own

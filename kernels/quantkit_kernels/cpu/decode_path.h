@@ -13,5 +13,5 @@ namespace {
 //
 #include "kv_pages_wide.h"
 }  // namespace
-extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, attend, kv_pages};
+extern const Math QK_PATH = {widen, add_norm, swiglu, rotate, hadamard, append, dense, dense_each, attend, kv_pages};
 }  // namespace qk

@@ -333,19 +333,19 @@ class Decoder:
             )
         if cache.kind == "fp8_e4m3" and any(layer.kv_scales is None for layer in tables.layers):
             raise ValueError("an FP8 cache needs the scales of every layer")
-        self._library = _load()
-        self._tables = tables  # whose tensors the native side points at
-        self._handle = self._library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache)))
-        if not self._handle:
+        self.library = _load()
+        self.tables = tables  # whose tensors the native side points at
+        self.handle = self.library.qk_decoder_new(ctypes.byref(tables._structure(compute, cache)))
+        if not self.handle:
             raise ValueError("the decoder takes no model of these sizes, or memory is out")
-        weakref.finalize(self, self._library.qk_decoder_free, self._handle)
+        weakref.finalize(self, self.library.qk_decoder_free, self.handle)
 
     def step(self, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keep: int = 1) -> torch.Tensor:
         """Append tokens int64 [M]; cos, sin: fp32 [M, rotary_dim] of their positions.
 
         Returns fp32 logits [keep, vocabulary] of the last `keep` tokens. Threads: torch.get_num_threads().
         """
-        m, size = tokens.numel(), self._tables.rotary_dim
+        m, size = tokens.numel(), self.tables.rotary_dim
         fits = tokens.dtype == torch.int64 and tokens.dim() == 1 and m > 0 and 0 <= keep <= m
         angles = all(t.shape == (m, size) and t.is_cpu and t.is_floating_point() for t in (cos, sin))
         if not (fits and angles and tokens.is_cpu):
@@ -354,9 +354,9 @@ class Decoder:
                 f"{_said(tokens)}, {_said(cos)}, {_said(sin)}, keep {keep}"
             )
         tokens, cos, sin = tokens.contiguous(), cos.float().contiguous(), sin.float().contiguous()
-        logits = torch.empty(keep, self._tables.head.n)
-        failed = self._library.qk_decoder_step(
-            self._handle,
+        logits = torch.empty(keep, self.tables.head.n)
+        failed = self.library.qk_decoder_step(
+            self.handle,
             tokens.data_ptr(),
             m,
             cos.data_ptr(),
@@ -374,18 +374,18 @@ class Decoder:
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        length: int = self._library.qk_decoder_length(self._handle)
+        length: int = self.library.qk_decoder_length(self.handle)
         return length
 
     @property
     def cache_bytes(self) -> int:
         """Memory of the cache, in bytes."""
-        size: int = self._library.qk_decoder_cache_bytes(self._handle)
+        size: int = self.library.qk_decoder_cache_bytes(self.handle)
         return size
 
     def truncate(self, length: int) -> None:
         """Drop the tokens after the first `length`; the memory stays allocated."""
-        if not 0 <= length <= self.length or self._library.qk_decoder_truncate(self._handle, length):
+        if not 0 <= length <= self.length or self.library.qk_decoder_truncate(self.handle, length):
             raise ValueError(f"cannot keep {length} of {self.length} tokens")
 
 
