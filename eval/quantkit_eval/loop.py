@@ -79,6 +79,12 @@ def generate_tokens(
     EvalError, at the call and not at the first token, for an empty prompt, tokens that the model does not have, and
     more tokens than it was made for.
     """
+    check_prompt(model, prompt, max_new_tokens)
+    return decode(model_step(model), torch.tensor(prompt), max_new_tokens, sampling.chooser(), ends)
+
+
+def check_prompt(model: CausalLM, prompt: list[int], max_new_tokens: int) -> None:
+    """EvalError for what `generate_tokens` refuses."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise EvalError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not prompt:
@@ -90,7 +96,6 @@ def generate_tokens(
             f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's {most}; shorten "
             "the prompt or lower max_new_tokens"
         )
-    return decode(model_step(model), torch.tensor(prompt), max_new_tokens, sampling.chooser(), ends)
 
 
 def end_tokens(model: CausalLM, tokenizer: Tokenizer | None = None) -> set[int]:

@@ -1,7 +1,7 @@
 """Running a model token by token: native on the CPU, in a CUDA graph on a GPU, else as transformers does."""
 
 from quantkit.runtime.dispatch import Runner, choose_runner
-from quantkit.runtime.generate import generate, stream
+from quantkit.runtime.generate import generate, stream, stream_together
 from quantkit.runtime.graphs import GraphDecoder, graphed
 from quantkit.runtime.native import NativeDecoder, native
 
@@ -14,4 +14,5 @@ __all__ = [
     "graphed",
     "native",
     "stream",
+    "stream_together",
 ]
