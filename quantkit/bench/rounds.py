@@ -52,8 +52,11 @@ def _summed(reads: list[float], seen: Mapping[str, list[Measured]]) -> dict[str,
 
 
 def spread(values: list[float]) -> dict[str, Any]:
+    """Median and noise; mad: the median absolute deviation from the median."""
+    middle = statistics.median(values)
     return {
-        "median": statistics.median(values),
+        "median": middle,
+        "mad": statistics.median(abs(value - middle) for value in values),
         "min": min(values),
         "max": max(values),
         "rounds": values,

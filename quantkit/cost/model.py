@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def find_model(plan: Plan, headers: Headers) -> Model:
     hidden = hidden_size(headers.config) or max(norms, key=norms.__getitem__, default=0)
     attention = find_attention(headers.config, plan.n_blocks)
     text = text_config(headers.config)
-    chosen = next((int(text[key]) for key in _CHOSEN if type(text.get(key)) is int), 0)
+    chosen = chosen_experts(text)
     return Model(
         hidden=hidden,
         blocks=plan.n_blocks,
@@ -110,6 +111,11 @@ def find_model(plan: Plan, headers: Headers) -> Model:
         kv=plan.kv,
         notes=_notes(attention, bool(experts) and not chosen),
     )
+
+
+def chosen_experts(text: Mapping[str, Any]) -> int:
+    """Experts that a token uses by the config of the language model; 0 if it does not say."""
+    return next((int(text[key]) for key in _CHOSEN if type(text.get(key)) is int), 0)
 
 
 def _one(headers: Headers, name: str, layer: LayerPlan | None) -> Linears:
@@ -159,4 +165,4 @@ def _notes(attention: tuple[Attention | None, ...], unknown_router: bool) -> tup
     return tuple(notes)
 
 
-__all__ = ["Linears", "Model", "find_model"]
+__all__ = ["Linears", "Model", "chosen_experts", "find_model"]
