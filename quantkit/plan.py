@@ -75,8 +75,8 @@ class LayerPlan:
 class Plan:
     """blocks_prefix: module name of the block list, as on disk while the model is not built. skipped: (name, reason) of
     weights left as they are. kv: how the KV cache is quantized; None: it is exact. kv_followed: whether what comes
-    behind a block is calibrated with its cache rounded. widest: rows or columns of the largest weight in a block. parts:
-    tensor on disk -> number of its decoder block, for all tensors in one.
+    behind a block is calibrated with its cache rounded. widest: rows or columns of the largest weight in a block.
+    parts: tensor on disk -> number of its decoder block, for all tensors in one.
     """
 
     blocks_prefix: str

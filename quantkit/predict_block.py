@@ -173,7 +173,7 @@ def streams_of(recipe: Recipe, plan: Plan) -> tuple[int, int]:
     if "drift" in wanted:
         full = max(full, -(-every // 2))
     quantized = every if plan.follows_quantized else 0
-    if wanted and not quantized:
+    if wanted and (not quantized or plan.on_original):
         full = every
     batch = chunk_windows(recipe, plan)
     return min(every, -(-full // batch) * batch), quantized

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 Tick = Callable[[str, str], None]
 SOURCE_DIGEST = (
-    "quantkit.pipeline.publish._source_digest"  # left out: the package may be edited during a test run
+    "quantkit.pipeline.publish.source_digest"  # left out: the package may be edited during a test run
 )
 
 

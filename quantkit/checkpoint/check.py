@@ -181,7 +181,7 @@ def _finite_and_positive(info: TensorInfo) -> tuple[bool, bool]:
     """Whether all values of a tensor are finite, and whether all are above 0; it is read once, in pieces."""
     dtype = _SHORT.get(info.dtype) or torch_dtype(info.dtype)
     finite = positive = True
-    for piece in _pieces(info):
+    for piece in pieces(info):
         values = torch.frombuffer(piece, dtype=dtype)
         values = values.float() if values.element_size() == 1 else values
         finite &= bool(values.isfinite().all())
@@ -192,12 +192,13 @@ def _finite_and_positive(info: TensorInfo) -> tuple[bool, bool]:
 def crc32(info: TensorInfo) -> str:
     """The CRC-32 (hex) of a stored tensor."""
     crc = 0
-    for piece in _pieces(info):
+    for piece in pieces(info):
         crc = zlib.crc32(piece, crc)
     return f"{crc:08x}"
 
 
-def _pieces(info: TensorInfo) -> Iterable[bytearray]:
+def pieces(info: TensorInfo) -> Iterable[bytearray]:
+    """The bytes of a stored tensor, a few MB at a time."""
     with open(info.file, "rb", buffering=0) as file:
         left, at = info.nbytes, info.offset
         while left:

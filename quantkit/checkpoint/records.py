@@ -248,6 +248,14 @@ class Manifest:
         return parse(cls, {**value, "layers": layers, "evaluation": evaluation})
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Where a run read its inputs. model: the source's folder. data: the calibration texts in the recipe's order."""
+
+    model: str
+    data: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockFacts:
     """What a block took, from the end of the one before. rss_bytes: memory in use behind it, None if unknown.
@@ -268,7 +276,8 @@ class RunFacts:
 
     peak_bytes: the largest resident memory until the checkpoint was finished ("quantize"), and until it was evaluated
     ("evaluate"). predicted_bytes: what was expected of the same, and of "disk"; predicted_seconds: of each phase.
-    budget: the recipe's, in bytes. blocks: those that this run has made, in order.
+    budget: the recipe's, in bytes. blocks: those that this run has made, in order. inputs:
+    where its inputs lay on that machine.
     """
 
     schema: str | None = None
@@ -286,6 +295,7 @@ class RunFacts:
     predicted_seconds: dict[str, float] = field(default_factory=dict)
     budget: dict[str, int] | None = None
     blocks: list[BlockFacts] | None = None
+    inputs: Inputs | None = None
 
 
 def plain(value: Any) -> Any:

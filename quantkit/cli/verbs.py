@@ -5,7 +5,19 @@ from __future__ import annotations
 import click
 
 from quantkit import __version__
-from quantkit.cli import bench, generate, inspect, kernels, plan, quantize, recipes, report, sweep, validate
+from quantkit.cli import (
+    bench,
+    generate,
+    inspect,
+    kernels,
+    plan,
+    quantize,
+    recipes,
+    report,
+    sweep,
+    validate,
+    verify,
+)
 from quantkit.cli import eval as eval_verb
 
 
@@ -39,5 +51,6 @@ for verb in (
     recipes.command,
     kernels.command,
     bench.command,
+    verify.command,
 ):
     cli.add_command(verb)

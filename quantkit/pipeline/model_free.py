@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 def stream_parts(run: Run, writer: ShardWriter, tracker: Tracker, done: int) -> None:
     """Write all shards from the `done`-th on; each is verified and journalled before the next is begun."""
     for part in range(done, run.plan.n_blocks + 1):
-        _stream_part(run, writer, part)
+        stream_part(run, writer, part)
         tracker.finished(part)
 
 
-def _stream_part(run: Run, writer: ShardWriter, part: int) -> None:
+def stream_part(run: Run, writer: ShardWriter, part: int) -> None:
+    """Write, verify and journal one shard."""
     linears: dict[str, PiecewiseLinear] = {}
     for plans in sharing(run, part):
         alike = Alike(plans, run.source, writer.codec)

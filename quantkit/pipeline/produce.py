@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -18,6 +18,7 @@ from quantkit.models.tensors import torch_dtype
 from quantkit.numerics.inputs import round_inputs
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.block import BlockResult, quantize_block
+from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.experts import quantize_experts
 from quantkit.pipeline.inputs import CalibratedInputs, calibrated, statistic
 from quantkit.pipeline.model_free import stream_parts
@@ -29,8 +30,13 @@ from quantkit.pipeline.solve import Problem, Steps, run_steps, solve
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
 from quantkit.recipe_schemes import ExpertsPart
+from quantkit.scheme import KVScheme
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.config import TransformConfig
+
+Quantized = Callable[
+    [BlockRun, Clock, KVScheme | None, Callable[[ExpertsStage], BlockResult], bool], Steps[BlockResult]
+]
 
 
 class Writer(Protocol):
@@ -61,7 +67,7 @@ def produce(run: Run, writer: Writer) -> tuple[int, Tracker, list[SearchRecord]]
     run.progress.start(total, f"{run.source.headers.name} -> {run.output}")
     if done:
         tracker.told(min(done, total) - 1)
-    with _full_precision():
+    with full_precision():
         found = searched(run, writer.journal, tracker)
         run.clock.block("", begin=True)
         if done <= total:
@@ -78,12 +84,18 @@ def produce(run: Run, writer: Writer) -> tuple[int, Tracker, list[SearchRecord]]
 def _data_free(run: Run, writer: Writer, tracker: Tracker, done: int) -> None:
     """Without calibration: one linear after the other, or those that share a scale; never a whole block."""
     for part in range(done, run.plan.n_blocks + 1):
-        result = BlockResult()
-        for plans in sharing(run, part):
-            _quantize_alone(run, part, plans, Statistics(), result)
+        result = without_text(run, part)
         tracker.computed(result.weights)
         writer.commit(part, result)
         tracker.finished(part)
+
+
+def without_text(run: Run, part: int) -> BlockResult:
+    """What one part becomes where nothing is calibrated."""
+    result = BlockResult()
+    for plans in sharing(run, part):
+        _quantize_alone(run, part, plans, Statistics(), result)
+    return result
 
 
 def _calibrated(
@@ -109,7 +121,7 @@ def _calibrated(
     )
     for block in blocks:
         tracker.opened(block)
-        result = _worked_on(run, block, transforms, writer)
+        result = worked_on(run, block, transforms, writer.put_aside)
         tracker.computed(result.weights, block)
         with run.clock("calibrate"):
             block.leave()  # now, as packing needs the memory
@@ -118,12 +130,21 @@ def _calibrated(
         tracker.finished(block.index)
     if done <= total:
         assert streams is not None
-        writer.commit(total, _outside(run, streams))
+        writer.commit(total, outside(run, streams))
         tracker.finished(total)
 
 
-def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], writer: Writer) -> BlockResult:
-    """Transform and quantize one block, and its experts some at a time."""
+def worked_on(
+    run: Run,
+    block: BlockRun,
+    transforms: list[TransformConfig],
+    put_aside: Callable[[int, BlockResult], None],
+    quantized: Quantized = quantize_block,
+) -> BlockResult:
+    """Transform and quantize one block, and its experts some at a time.
+
+    put_aside: see `Writer`. quantized: what is done with a transformed block or expert.
+    """
 
     def work(one: BlockRun) -> Steps[BlockResult]:
         scaling = []
@@ -133,21 +154,21 @@ def _worked_on(run: Run, block: BlockRun, transforms: list[TransformConfig], wri
                 report = transform(config.name).apply(one, config)
                 scaling += [{"transform": config.name} | entry for entry in report]
         kv = run.plan.kv if one is block else None
-        result = yield from quantize_block(one, run.clock, kv, experts, run.plan.kv_followed)
+        result = yield from quantized(one, run.clock, kv, experts, run.plan.kv_followed)
         result.changed |= {f"{one.name}.{n}": t for n, t in one.changed.items()}
         result.scaling = scaling + result.scaling
         return result
 
     def experts(stage: ExpertsStage) -> BlockResult:
         options = run.recipe.experts or ExpertsPart()
-        keep = partial(writer.put_aside, block.index)
+        keep = partial(put_aside, block.index)
         return quantize_experts(block, stage, options, work, keep, run.clock, run.ways.held)
 
     (result,) = run_steps(run.ranks, [work(block)], run.clock)
     return result
 
 
-def _outside(run: Run, streams: Streams) -> BlockResult:
+def outside(run: Run, streams: Streams) -> BlockResult:
     """Linears outside the blocks that a rule names (an untied head)."""
     result, part = BlockResult(), run.plan.n_blocks
     for plan in run.plans(part):
@@ -222,7 +243,7 @@ def _quantize_alone(
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32 and no autograd while statistics are accumulated; the user's settings come back."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

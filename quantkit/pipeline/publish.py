@@ -9,11 +9,13 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from quantkit_kernels.cpu import library
 
 from quantkit.checkpoint.check import digest_file
 from quantkit.checkpoint.companions import copy_companions
@@ -23,6 +25,7 @@ from quantkit.checkpoint.records import (
     Calibration,
     Code,
     FileRecord,
+    Inputs,
     KVRecord,
     LayerRecord,
     Manifest,
@@ -35,7 +38,7 @@ from quantkit.checkpoint.records import (
 from quantkit.checkpoint.shards import shard_name
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import cpu_name, peak_memory
-from quantkit.errors import VerificationError
+from quantkit.errors import DataError, VerificationError
 from quantkit.files import write_json
 from quantkit.formats.registry import codec
 from quantkit.models import families
@@ -44,6 +47,7 @@ from quantkit.models.config import read_config
 from quantkit.models.headers import Headers
 from quantkit.models.names import ignore_patterns
 from quantkit.models.tensors import INDEX
+from quantkit.paths import user_path
 from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.model_free import notes
 from quantkit.pipeline.report import RUN_SCHEMA
@@ -91,7 +95,7 @@ def publish(
         identity=run.identity,
         recipe=run.recipe.published(),
         model=Origin(run.source.headers.name, run.source.headers.model_type),
-        code=Code(run.identity["code"], _source_digest()),
+        code=Code(run.identity["code"], source_digest()),
         size=_size(run, account, shards),
         layers=layers,
         scaling=scaling,
@@ -257,19 +261,46 @@ def write_run_facts(run: Run, manifest: Manifest, resumed: int, evaluated: bool 
         peak_rss_bytes=max(peaks.values()),
         resumed_blocks=resumed,
         threads=torch.get_num_threads(),
-        host={"cpu": cpu_name(), "system": platform.platform(), "python": platform.python_version()},
-        versions={"torch": str(torch.__version__), "transformers": transformers.__version__},
+        host=host(),
+        versions=versions(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         files={name: entry.sha256 for name, entry in manifest.files.items()},
         peak_bytes=peaks,
         predicted_bytes=_predicted(run),
         budget=None if run.recipe.budget is None else run.recipe.budget.model_dump(exclude_none=True),
         blocks=run.clock.blocks or None,
+        inputs=Inputs(
+            str(run.source.path.resolve()), [_place(x.source) for x in run.recipe.calibration.data]
+        ),
     )
     write_facts(run.output, facts)
 
 
-def _source_digest() -> str:
+def host() -> dict[str, str]:
+    """The machine, as far as it may change the last bits of a result."""
+    kernels = "none"
+    with suppress(RuntimeError):  # QUANTKIT_ISA names what this machine has not
+        kernels = library.isa() if library.available() else "none"
+    return {
+        "cpu": cpu_name(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "kernels": kernels,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute."""
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def _place(source: str) -> str:
+    """A calibration text by its whole path; one of the hub by its name."""
+    path = user_path(source, DataError)
+    return str(path.resolve()) if path.exists() else source
+
+
+def source_digest() -> str:
     """sha256 over the Python sources of the package."""
     root = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
