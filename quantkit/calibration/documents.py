@@ -14,8 +14,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,7 +72,8 @@ class Document:
     """The text of one source.
 
     name: of its file or folder, without the folders above, or the dataset's id. cut: whether the source has more than
-    was read. empty: records left out because they hold no text, of `records`.
+    was read. empty: records left out because they hold no text, of `records`. chats: records that the chat template has
+    rendered. ends: where in the text each of its documents ends; one for a text file.
     """
 
     name: str
@@ -79,6 +81,12 @@ class Document:
     cut: bool = False
     empty: int = 0
     records: int = 0
+    chats: int = 0
+    ends: list[int] = field(default_factory=list)
+
+    def documents(self) -> list[str]:
+        """The text, document by document."""
+        return [self.text[a:b] for a, b in pairwise([0, *(self.ends or [len(self.text)])])]
 
     @property
     def digest(self) -> str:
@@ -287,13 +295,15 @@ def _joined(
     document = Document(source.source, "")
     parts, size = [], 0
     for where, record in records:
-        text = _text(where, record, source.field, tokenizer)
+        text, chat = _text(where, record, source.field, tokenizer)
         document.records += 1
         if not text.strip():
             document.empty += 1
             continue
+        document.chats += chat
         parts.append(text)
         size += len(text)
+        document.ends.append(min(size, limit))
         if size >= limit:
             document.cut = True
             break
@@ -303,8 +313,8 @@ def _joined(
 
 def _text(
     where: str, record: Mapping[str, Any], wanted: str | None, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The text of one record: a field that is text, or the messages of a chat."""
+) -> tuple[str, bool]:
+    """(the text of one record: a field that is text, or the messages of a chat; whether it is a chat)."""
     present = [key for key in (FIELDS if wanted is None else (wanted,)) if key in record]
     if not present:
         raise DataError(
@@ -314,7 +324,7 @@ def _text(
     name = next((key for key in present if record[key] is not None), present[0])
     value = record[name]
     if value is None:
-        return ""
+        return "", False
     if isinstance(value, str):
         text = value.strip("\n") + "\n\n" if value.strip() else ""
     elif isinstance(value, list):
@@ -326,7 +336,7 @@ def _text(
             f"{where}: field {name} holds a NUL character or half of a surrogate pair (\\ud800 to \\udfff, a cut "
             "emoji); remove it"
         )
-    return text
+    return text, isinstance(value, list)
 
 
 def _chat(where: str, name: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -63,13 +63,32 @@ class _Embedded:
     samples: None = None
 
 
+@dataclass(frozen=True)
+class Read:
+    """One source as windows are cut from it. tokens: int64 [n], of all its text. windows: how many it gave."""
+
+    document: Document
+    tokens: torch.Tensor
+    windows: int
+
+
 def token_windows(
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
     default_source: Path,
     vocabulary: int | None = None,
 ) -> Windows:
-    """The windows a recipe asks for; `default_source` (a text file) stands in when it names no data.
+    """The windows a recipe asks for, see `read_windows`."""
+    return read_windows(calibration, tokenizer, default_source, vocabulary)[0]
+
+
+def read_windows(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    default_source: Path,
+    vocabulary: int | None = None,
+) -> tuple[Windows, list[Read]]:
+    """(the windows a recipe asks for, the sources); `default_source` (a text file) stands in when it names no data.
 
     Windows begin with BOS where the tokenizer adds one by itself. vocabulary: rows of the model's embedding;
     ids beyond it are refused. DataError for anything wrong with a source.
@@ -77,9 +96,9 @@ def token_windows(
     sources = calibration.data or (_Embedded(str(default_source)),)
     counts = _counts(sources, calibration.samples)
     generator = torch.Generator().manual_seed(calibration.seed)
-    bos = _bos(tokenizer)
+    bos = leading_token(tokenizer)
     length = calibration.sequence_length
-    parts, notes, read = [], [], []
+    parts, notes, sums, read = [], [], [], []
     for source, count in zip(sources, counts, strict=True):
         limit = max(LEAST_READ, CHARACTERS_PER_TOKEN * count * length)
         document = read_source(source, limit, tokenizer)
@@ -87,14 +106,15 @@ def token_windows(
             tokens = _tokens(document.text, tokenizer)
         parts.append(_cut(tokens, count, length, bos, generator, source.source))
         notes += _notes(document, tokens, count, length, tokenizer)
-        read.append({"name": document.name, "samples": count, "sha256": document.digest})
+        sums.append({"name": document.name, "samples": count, "sha256": document.digest})
+        read.append(Read(document, tokens, count))
     ids = torch.cat(parts)
     ids = ids[torch.randperm(len(ids), generator=generator)]  # the first windows are a sample of all of them
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise DataError(
             f"the tokenizer gives token {int(ids.max())}, the model has {vocabulary}; they do not match"
         )
-    return Windows(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(), notes, read)
+    return Windows(ids, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(), notes, sums), read
 
 
 def _counts(sources: Iterable[DataSource], samples: int) -> list[int]:
@@ -106,7 +126,7 @@ def _counts(sources: Iterable[DataSource], samples: int) -> list[int]:
     return [next(shares) if count is None else count for count in given]
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS token if the tokenizer puts it before every text."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None

@@ -7,6 +7,7 @@ import click
 from quantkit import __version__
 from quantkit.cli import (
     bench,
+    calibration,
     generate,
     inspect,
     kernels,
@@ -48,6 +49,7 @@ for verb in (
     plan.command,
     report.command,
     sweep.command,
+    calibration.command,
     recipes.command,
     kernels.command,
     bench.command,

@@ -79,7 +79,8 @@ def sweep(
     weights once for all cells that have the same. isolated: a process for each cell; without, peak memory is that of
     the whole sweep. told: is given a line for each cell.
 
-    RecipeError for all mistakes of the sweep and of what does not fit the model; OutputError for a folder in use. RunError if a cell could not be made.
+    RecipeError for all mistakes of the sweep and of what does not fit the model; OutputError for a folder in use.
+    RunError if a cell could not be made.
     """
     begin = time.perf_counter()
     found = asked if isinstance(asked, Sweep) else _read(asked)
