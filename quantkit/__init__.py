@@ -17,6 +17,7 @@ _LAZY = {
     "load": ("quantkit.checkpoint.load", "load"),
     "evaluate": ("quantkit_eval", "evaluate"),
     "inspect": ("quantkit.checkpoint.inspect", "inspect_checkpoint"),
+    "diff": ("quantkit.pipeline.diff", "diff_checkpoints"),
     "examine_calibration": ("quantkit.pipeline.doctor", "examine_calibration"),
     "reproduce": ("quantkit.pipeline.reproduce", "reproduce"),
     "validate": ("quantkit.validation", "validate"),

@@ -8,6 +8,7 @@ from quantkit import __version__
 from quantkit.cli import (
     bench,
     calibration,
+    diff,
     generate,
     inspect,
     kernels,
@@ -53,6 +54,7 @@ for verb in (
     recipes.command,
     kernels.command,
     bench.command,
+    diff.command,
     verify.command,
 ):
     cli.add_command(verb)

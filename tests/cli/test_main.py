@@ -55,6 +55,9 @@ def test_verbs_are_those_of_the_readme():
         "recipes",
         "kernels",
         "bench",
+        "calibration",
+        "diff",
+        "verify",
     }
 
 
