@@ -34,11 +34,11 @@ def test_a_copy_is_identical(made, tmp_path):
 
 def test_recipes_schemes_sizes_and_errors_are_paired(made):
     found = quantkit.diff(*made)
-    assert [(key.key, key.one, key.other) for key in found.recipe] == [
-        ("rules.0.match", None, "*.down_proj"),
-        ("rules.0.bits", None, 8),
-        ("rules.0.group_size", None, 64),
-    ]
+    assert {key.key: (key.one, key.other) for key in found.recipe} == {
+        "rules.0.match": (None, "*.down_proj"),
+        "rules.0.bits": (None, 8),
+        "rules.0.group_size": (None, 64),
+    }
     apart = [kind for kind in found.kinds if kind.schemes[0] != kind.schemes[1]]
     (kind,) = apart
     assert (kind.name, kind.count) == ("model.layers.*.mlp.down_proj", 4)
