@@ -145,9 +145,9 @@ def _scripts(found: CalibrationReport) -> Table:
         table.add_row(each.name, f"{each.tokens:,}", share, f"{each.seen:,}", seen)
     rest = found.scripts[SCRIPTS:]
     if rest:
-        tokens, seen = sum(each.tokens for each in rest), sum(each.seen for each in rest)
-        share = f"{tokens / total:.1%}", f"{seen:,}", f"{seen / tokens:.1%}"
-        table.add_row(f"{len(rest)} other scripts", f"{tokens:,}", *share)
+        tokens, touched = sum(each.tokens for each in rest), sum(each.seen for each in rest)
+        shares = f"{tokens / total:.1%}", f"{touched:,}", f"{touched / tokens:.1%}"
+        table.add_row(f"{len(rest)} other scripts", f"{tokens:,}", *shares)
     return table
 
 

@@ -82,7 +82,7 @@ def _evaluated(
 
     baseline, its_tokenizer = open_model(one, device, dtype, kv_cache="exact")
     candidate, tokenizer = open_model(other, device, dtype)
-    return evaluate(
+    report: Report = evaluate(
         candidate,
         tokenizer,
         text=texts or [str(assets.evaluation_text())],
@@ -92,6 +92,7 @@ def _evaluated(
         kl_error=None if max_tokens else KL_ERROR,
         cache=cache_of(candidate),
     )
+    return report
 
 
 def print_diff(found: Diff, console: Screen) -> None:

@@ -113,7 +113,7 @@ class Diff:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema "quantkit-diff/1" (docs/reproducing.md)."""
-        values = plain(vars(self) | {"kinds": self.kinds})
+        values: dict[str, Any] = plain(vars(self) | {"kinds": self.kinds})
         return {"schema": SCHEMA, "identical": self.identical} | values
 
 
@@ -143,7 +143,7 @@ def diff_checkpoints(one: str | Path, other: str | Path) -> Diff:
         recipe=_recipe(*manifests),
         layers=_layers(reports, manifests),
         tensors=len(tensors[0].keys() | tensors[1].keys()),
-        differences=list(differences(*tensors, codecs[0] if alike else None, scheme_of)),
+        differences=list(differences(tensors[0], tensors[1], codecs[0] if alike else None, scheme_of)),
         files=_files(*paths),
     )
 

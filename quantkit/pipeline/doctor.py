@@ -194,7 +194,7 @@ def examine_calibration(
         digest=windows.digest,
         sources=[_source(each, tokenizer, windows.ids.shape[1]) for each in read],
         tokenizer=_tokenizer(tokenizer, windows.ids),
-        window=tokenizer.convert_ids_to_tokens(windows.ids[0].tolist()),
+        window=list(tokenizer.convert_ids_to_tokens(windows.ids[0].tolist())),
         covered=sum(each.seen for each in vocabulary) / max(1, sum(each.tokens for each in vocabulary)),
         scripts=vocabulary,
         evaluation=[source_name(each) for each in evaluation],

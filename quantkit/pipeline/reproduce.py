@@ -98,7 +98,8 @@ class Reproduction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, schema "quantkit-verify/1" (docs/reproducing.md)."""
-        return {"schema": SCHEMA, "identical": self.identical} | plain(vars(self))
+        values: dict[str, Any] = plain(vars(self))
+        return {"schema": SCHEMA, "identical": self.identical} | values
 
 
 @memory_named()
