@@ -78,3 +78,20 @@ class CausalLM(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
     def eval(self) -> Any: ...
+
+
+class Sequence(Protocol):
+    """The tokens that a decoder has seen, and what it keeps of them."""
+
+    def append(self, tokens: torch.Tensor, keep: int = 1) -> torch.Tensor:
+        """Run tokens [M]; fp32 logits [keep, vocabulary] of the last `keep`."""
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+
+
+class Sequences(CausalLM, Protocol):
+    """A causal language model that runs one sequence at a time and can forget its end."""
+
+    def start(self) -> Sequence:
+        """A sequence without tokens."""
