@@ -9,16 +9,17 @@ from quantkit_eval.report import Report
 from rich.table import Table
 
 from quantkit import assets
+from quantkit.cli.eval_long import compare_long
+from quantkit.cli.eval_tasks import ask_tasks, task_options
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.explaining import Explaining, print_explanation
-from quantkit.cli.opening import kv_cache_option, open_model, opening_options, resolve
+from quantkit.cli.opening import Opening, kv_cache_option, opening_options, resolve
 from quantkit.cli.output import Screen, deliver, json_option, make_console
 from quantkit.device import launch
 from quantkit.errors import ModelError
 
 if TYPE_CHECKING:
     from quantkit_eval.explanation import Explanation
-    from quantkit_eval.long_texts import LongGeneration
 
 
 @click.command("eval")
@@ -36,16 +37,18 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(2), help="Stop after so many tokens.")
 @kv_cache_option
 @click.option(
-    "--long-generation",
-    is_flag=True,
-    help="Instead, let the model write four texts with its KV cache, and compare it with an exact one by position.",
-)
-@click.option(
-    "--new-tokens",
+    "--long",
     type=click.IntRange(1),
-    default=2000,
+    metavar="N",
+    help="Instead, let both models write texts of N tokens, and compare them by position.",
+)
+@task_options
+@click.option(
+    "--run-in",
+    type=click.Choice(["auto", "native", "transformers"]),
+    default="auto",
     show_default=True,
-    help="Of each text of --long-generation.",
+    help="What runs --tasks and --long.",
 )
 @click.option(
     "--explain",
@@ -62,8 +65,14 @@ def command(
     stride: int | None,
     max_tokens: int | None,
     kv_cache: str | None,
-    long_generation: bool,
-    new_tokens: int,
+    long: int | None,
+    tasks: tuple[str, ...],
+    include_path: tuple[str, ...],
+    limit: int | None,
+    fewshot: int | None,
+    chat: bool,
+    batch_size: int,
+    run_in: str,
     explain: bool,
     backend: str,
     compute: str,
@@ -75,25 +84,58 @@ def command(
     """Measure MODEL (a folder or hub id): perplexity, and with a baseline KL and agreement.
 
     A model with a quantized KV cache is measured as it decodes: every token sees the earlier ones as the cache holds
-    them. The baseline always has an exact cache.
+    them. The baseline always has an exact cache. With --tasks, both answer tasks of lm-eval instead, and are compared
+    item by item; the baseline may then be a report that --json wrote. With --long they write long texts.
     """
+    opening = Opening(device, dtype, backend, compute, verify, kv_cache)
+    sources = list(texts) or [str(assets.evaluation_text())]
+    windows = {"--context": context, "--stride": stride, "--max-tokens": max_tokens, "--explain": explain}
+    chosen = {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot, "--chat": chat}
+    if (tasks or long) and launch().size > 1:
+        raise click.UsageError("--tasks and --long run in one process; start them without torchrun")
+    if tasks:
+        _only("--tasks", windows | {"--text": texts, "--long": long})
+        asked = {"tasks": tasks, "include_path": include_path, "limit": limit, "fewshot": fewshot}
+        asked |= {"chat_template": chat, "batch_size": batch_size}
+        ask_tasks(model, baseline, asked, opening, run_in, json_file)
+        return
+    if long:
+        _only("--long", windows | chosen)
+        compare_long(model, baseline, sources, long, opening, run_in, json_file)
+        return
+    _only("an evaluation on text", chosen)
+    _on_text(model, baseline, sources, (context, stride, max_tokens), explain, opening, json_file)
+
+
+def _only(kind: str, others: dict[str, Any]) -> None:
+    """UsageError for options that were given and belong to another kind of evaluation."""
+    given = [
+        name for name, value in others.items() if value is not None and value is not False and value != ()
+    ]
+    if given:
+        raise click.UsageError(f"{' and '.join(given)} cannot be combined with {kind}; leave it out")
+
+
+def _on_text(
+    model: str,
+    baseline: str | None,
+    text: list[str],
+    windows: tuple[int | None, int | None, int | None],
+    explain: bool,
+    opening: Opening,
+    json_file: str | None,
+) -> None:
+    """Measure on the windows of a text; windows: context, stride, max_tokens."""
     from quantkit_eval import evaluate
 
     from quantkit.calibration.distributed import joined
     from quantkit.layers.kv_cache import cache_of
 
+    context, stride, max_tokens = windows
     why = Explaining(model, baseline) if explain else None
-    if long_generation and launch().size > 1:
-        raise click.UsageError("--long-generation runs in one process; start it without torchrun")
-    with joined(device, "start the evaluation again") as ranks:
-        candidate, tokenizer = open_model(model, device, dtype, backend, compute, verify, kv_cache)
-        text = list(texts) or [str(assets.evaluation_text())]
-        if long_generation:
-            _long_generation(candidate, tokenizer, text, new_tokens, json_file)
-            return
-        reference, its_tokenizer = (
-            open_model(baseline, device, dtype, verify=verify, kv_cache="exact") if baseline else (None, None)
-        )
+    with joined(opening.device, "start the evaluation again") as ranks:
+        candidate, tokenizer = opening.open(model)
+        reference, its_tokenizer = opening.exact(same=False).open(baseline) if baseline else (None, None)
         report = evaluate(
             candidate,
             tokenizer,
@@ -106,48 +148,14 @@ def command(
             baseline_cache=_cache(baseline) if baseline else None,
             cache=cache_of(candidate),
             group=ranks if ranks.size > 1 else None,
-            seen=why and why.seen,
+            seen=why.seen if why else None,
         )
-    found = why and why.explained(candidate, reference, tokenizer)
+    found = why.explained(candidate, reference, tokenizer) if why else None
     if launch().rank:
         return  # the first process reports
     told = report.to_json() | {"model": model, "baseline": baseline}
     told |= {"explanation": found.to_json()} if found else {}
     deliver(json_file, told, lambda: print_evaluation(report, make_console(), found))
-
-
-def _long_generation(
-    model: Any, tokenizer: Any, text: list[str], new_tokens: int, json_file: str | None
-) -> None:
-    """Measure long texts, and print or write the report."""
-    from quantkit_eval import long_generation
-
-    from quantkit.layers.kv_cache import cache_of
-
-    cache = cache_of(model)
-    if cache is None:
-        raise click.UsageError(
-            "--long-generation compares a quantized KV cache with an exact one; add --kv-cache"
-        )
-    report = long_generation(model, tokenizer, text, cache, new_tokens=new_tokens)
-    deliver(json_file, report.to_json(), lambda: print_long_generation(report, make_console()))
-
-
-def print_long_generation(report: LongGeneration, console: Screen) -> None:
-    """The curve of the divergence, then what the texts repeat."""
-    table = Table("new tokens", "KL(exact || cache)", "top-1 agreement", title=report.cache)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for bucket in report.curve:
-        error = "" if bucket.kl_mean_se is None else f" ± {bucket.kl_mean_se:.5f}"
-        table.add_row(
-            f"{bucket.first} - {bucket.last}", f"{bucket.kl_mean:.5f}{error}", f"{bucket.top1_agreement:.2%}"
-        )
-    console.print(table)
-    console.print(
-        f"{report.sequences} texts of {report.new_tokens} tokens; repeated 4-grams: {report.repetition:.2%}, with an "
-        f"exact cache {report.repetition_exact:.2%}; ± is one standard error, over texts"
-    )
 
 
 def _cache(baseline: str) -> Any:

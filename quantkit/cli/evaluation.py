@@ -21,12 +21,12 @@ def evaluation_rows(evaluation: Report, names: tuple[str, str] = ("original", "q
         (
             "NLL per token, paired difference",
             "",
-            _plus_minus(evaluation.delta_nll, evaluation.delta_nll_se, 4),
+            plus_minus(evaluation.delta_nll, evaluation.delta_nll_se, 4),
         ),
         (
             f"KL({names[0]} || {names[1]}), mean",
             "",
-            _plus_minus(evaluation.kl_mean, evaluation.kl_mean_se, 5),
+            plus_minus(evaluation.kl_mean, evaluation.kl_mean_se, 5),
         ),
         (
             "KL median / p99 / max",
@@ -48,9 +48,10 @@ def evaluation_footer(evaluation: Report) -> str:
 
 
 def _perplexity(result: Fit | None) -> str:
-    return _plus_minus(result.perplexity, result.perplexity_se, 4) if result else ""
+    return plus_minus(result.perplexity, result.perplexity_se, 4) if result else ""
 
 
-def _plus_minus(value: float | None, error: float | None, digits: int) -> str:
+def plus_minus(value: float | None, error: float | None, digits: int) -> str:
+    """A value with its standard error, as far as they are known."""
     told = "" if value is None else f"{value:.{digits}f}"
     return told if error is None else f"{told} ± {error:.{digits}f}"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli.terminal import say
 from quantkit.models.headers import resolve_model
+
+if TYPE_CHECKING:
+    from quantkit.runtime import Runner
 
 device_option = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
 dtype_option = click.option(
@@ -106,3 +110,37 @@ def open_model(
     held = f", {cache().description}" if cache else ""
     say(f"{path_or_id}: {str(model.dtype).removeprefix('torch.')} on {model.device}{held}", err=True)
     return model, open_tokenizer(path)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: the values of `opening_options` and of `kv_cache_option`."""
+
+    device: str
+    dtype: str
+    backend: str = "auto"
+    compute: str = "float"
+    verify: bool = False
+    kv_cache: str | None = None
+
+    def open(self, path_or_id: str) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        return open_model(
+            path_or_id, self.device, self.dtype, self.backend, self.compute, self.verify, self.kv_cache
+        )
+
+    def run(self, path_or_id: str, new_tokens: int, run_in: str) -> tuple[Any, Any, Runner]:
+        """(model, tokenizer, what runs it token by token); run_in: auto, native or transformers."""
+        from quantkit.runtime import choose_runner
+
+        model, tokenizer = self.open(path_or_id)
+        runner = choose_runner(model, new_tokens, "eager" if run_in == "transformers" else run_in)
+        if runner.reason:
+            say(f"{path_or_id}: in transformers: {runner.reason}", err=True)
+        return model, tokenizer, runner
+
+    def exact(self, same: bool) -> Opening:
+        """That of the model to compare with: an exact cache; other than for the same weights, its own kernels."""
+        if same:
+            return Opening(self.device, self.dtype, self.backend, self.compute, self.verify, "exact")
+        return Opening(self.device, self.dtype, verify=self.verify, kv_cache="exact")

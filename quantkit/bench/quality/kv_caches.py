@@ -6,7 +6,7 @@
 Every row runs the same weights in fp32, with a quantized cache and with an exact one on the same windows of 512 tokens
 of the embedded evaluation text. FP8 rows are checkpoints that `quantkit quantize` made with `weights: none`. Bytes are
 those of a cache that was filled, against 2 bytes a number in bf16. --long instead lets the model write texts of 2,000
-tokens with some of the caches, as `quantkit eval --long-generation` does.
+tokens with some of the caches and with an exact one, as `quantkit eval --long 2000` does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from quantkit.files import write_json
 from quantkit.layers.kv_cache import cache_of
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.quantize import quantize
+from quantkit.runtime import choose_runner
 from quantkit.scheme import KV_PRESETS, KVScheme
 
 CONTEXT = 512
@@ -58,13 +59,23 @@ def measure(path: Path, work: Path, tokens: int) -> list[dict[str, Any]]:
 
 def measure_long(path: Path, work: Path) -> list[dict[str, Any]]:
     """One row per cache of LONG: what it costs in long texts of the model in `path`, by position."""
-    rows = []
+    rows, tokenizer = [], open_tokenizer(path)
+    exact = _as_it_decodes(load(path, device="cpu"))
     for name in LONG:
-        model, make = _with_cache(path, work, name, CACHES[name])
-        report = quantkit_eval.long_generation(model, open_tokenizer(path), assets.evaluation_text(), make)
+        side = _as_it_decodes(_with_cache(path, work, name, CACHES[name])[0])
+        report = quantkit_eval.long_generation(side, tokenizer, assets.evaluation_text(), exact)
         rows.append({"cache": name, "commit": commit(), "report": report.to_json()})
-        print(f"{name}: KL {1e3 * report.kl_mean:.2f}e-3, repetition {report.repetition:.2%}", flush=True)
+        for written in report.written:
+            print(f"{name}, {written.way}: KL {1e3 * written.kl_mean:.2f}e-3", flush=True)
     return rows
+
+
+def _as_it_decodes(model: Any) -> quantkit_eval.Side:
+    """A model as `eval --long` runs it: natively if its family and its cache can be."""
+    runner, make = choose_runner(model, 1), cache_of(model)
+    if runner.way == "native":
+        return quantkit_eval.Side(runner.model, description=make().description if make else None)
+    return quantkit_eval.Side(model, make)
 
 
 def _with_cache(path: Path, work: Path, name: str, scheme: KVScheme) -> tuple[Any, Callable[[], Any]]:
