@@ -40,6 +40,7 @@ from quantkit.models.config import read_config
 
 PACKAGE = "llama-cpp-python"
 FORMATS = {"Q4_0": ["--pure"], "Q8_0": []}
+TARGETS = ("llama-bench", "llama-batched-bench", "llama-quantize")
 BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}  # of 32 weights
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -57,9 +58,10 @@ GUARD = '    asm volatile("" :: "r"(&tc) : "memory");\n'
 
 
 class Built(NamedTuple):
-    """A built llama.cpp. bench, quantize, ops: programs; python: of its environment; version: of the source package."""
+    """A built llama.cpp. bench, batched, quantize, ops: programs; python: of its environment."""
 
     bench: Path
+    batched: Path
     quantize: Path
     ops: Path
     python: Path
@@ -71,7 +73,7 @@ def build(work: Path, jobs: int = 1) -> Built:
     """llama.cpp in `work`; built if it is not there yet."""
     environment, tree = work / "environment", work / "build"
     python = environment / "bin" / "python"
-    bench, quantize = (tree / "bin" / name for name in ("llama-bench", "llama-quantize"))
+    programs = [tree / "bin" / name for name in TARGETS]
     if not python.exists():
         _run(sys.executable, "-m", "venv", environment)
         _run(python, "-m", "pip", "install", "-q", "gguf")
@@ -84,14 +86,14 @@ def build(work: Path, jobs: int = 1) -> Built:
             opened.extractall(work, filter="data")
     source = folder / "vendor" / "llama.cpp"
     patched = guard_tiles(source) if has_amx() else False
-    if not (bench.exists() and quantize.exists()):
+    if not all(program.exists() for program in programs):
         cmake = _cmake(environment, python)
         options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
         _run(cmake, "-S", source, "-B", tree, *options)
-        _run(cmake, "--build", tree, "-j", jobs, "--target", "llama-bench", "llama-quantize")
+        _run(cmake, "--build", tree, "-j", jobs, "--target", *TARGETS)
     ops = _build_ops(work / "ggml_ops", source / "ggml" / "include", tree / "ggml" / "src")
     version = folder.name.removeprefix("llama_cpp_python-")
-    return Built(bench, quantize, ops, python, f"{PACKAGE} {version}", patched)
+    return Built(*programs, ops, python, f"{PACKAGE} {version}", patched)
 
 
 def _build_ops(program: Path, include: Path, libraries: Path) -> Path:

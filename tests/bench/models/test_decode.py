@@ -91,7 +91,13 @@ def test_rounds_are_interleaved_and_the_first_does_not_count(capsys):
     engines = {"a": engine("a", 99, 10, 30, 20), "b": engine("b", 99, 5, 10, 20)}
     report = rounds.interleave(engines, 3, window=lambda: 1.0)
     assert "".join(order) == "baabbaab"  # turned in every round
-    assert report["engines"]["a"]["decode"] == {"median": 20, "min": 10, "max": 30, "rounds": [10, 30, 20]}
+    assert report["engines"]["a"]["decode"] == {
+        "median": 20,
+        "mad": 10,
+        "min": 10,
+        "max": 30,
+        "rounds": [10, 30, 20],
+    }
     assert report["read_bytes_per_s"] == [1.0] * 3
     assert rounds.ratio(report, "decode", "a", "b") == 2  # of 2, 3 and 1, not 20 / 10
     assert rounds.ratios(report, "a", ["a", "b", "c"]) == {"b": {"decode": 2, "prefill": 1}}
