@@ -27,7 +27,9 @@ _LAZY = {
     "compare_all": "quantkit_eval.paired",
     "load_text": "quantkit_eval.text",
     "generate_stream": "quantkit_eval.generation",
+    "generate_batch": "quantkit_eval.generation",
     "Generation": "quantkit_eval.generation",
+    "BatchGeneration": "quantkit_eval.generation",
     "EvalError": "quantkit_eval.errors",
 }
 __all__ = list(_LAZY)

@@ -45,6 +45,13 @@ class Sampling:
         return lambda logits: pick(logits, self.temperature, self.top_k, self.top_p, generator)
 
 
+def seeds(first: int | None, count: int) -> list[int | None]:
+    """Of several sequences: first, first + 1, ...; behind the largest one they start at 0 again. None stays None."""
+    if not isinstance(first, int):
+        return [first] * count
+    return [first + i if i == 0 or first + i < 2**64 else first + i - 2**64 for i in range(count)]
+
+
 def _is_seed(seed: int | None) -> bool:
     """Whether a generator of torch takes it."""
     return seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**64)

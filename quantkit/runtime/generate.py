@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from quantkit_eval.errors import EvalError
 from quantkit_eval.loop import end_tokens, generate_tokens
-from quantkit_eval.sampler import Sampling
+from quantkit_eval.sampler import Sampling, seeds
 from quantkit_eval.together import Round, check_prompts, decode_together
 
 from quantkit.errors import memory_named
@@ -79,20 +79,13 @@ def stream_together(
     native path bit for bit (but for weights in FP8 and NF4), in transformers within the rounding of the model's dtype.
     Options and errors as in `stream`.
     """
-    samplings = [Sampling(temperature, top_k, top_p, _seed(seed, i)) for i in range(len(prompts))]
+    samplings = [Sampling(temperature, top_k, top_p, one) for one in seeds(seed, len(prompts))]
     check_prompts(model, prompts, max_new_tokens)
     batch, runner = choose_batch(model)
     if runner.reason:
         warnings.warn(f"runs eager: {runner.reason}", stacklevel=3)
     ends = end_tokens(runner.model) if stop is None else set(stop)
     return decode_together(batch, prompts, max_new_tokens, [each.chooser() for each in samplings], ends)
-
-
-def _seed(seed: int | None, number: int) -> int | None:
-    """The seed of a sequence; behind the largest one they start at 0 again."""
-    if not isinstance(seed, int) or not number:
-        return seed  # `Sampling` judges it
-    return seed + number if seed + number < 2**64 else seed + number - 2**64
 
 
 def stream(
