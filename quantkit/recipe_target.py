@@ -33,7 +33,7 @@ else:
     EngineName = Literal[ENGINES]
     DeviceName = Literal[tuple(DEVICES)]
     NumberName = Literal[tuple(NUMBERS)]
-    CacheName = Literal[("none", *KV_PRESETS)]
+    CacheName = Literal[("none", *(name for name, kv in KV_PRESETS.items() if not kv.residual))]
     SensitivityName = Literal["kl", "scaled", "error", "relative"]
 
 GOALS = ("bits_per_weight", "size", "memory")  # a target that one of these is given for is searched

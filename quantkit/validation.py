@@ -179,6 +179,13 @@ def search_space(recipe: Recipe, plan: Plan, headers: Headers) -> Allocatable:
     return find_groups(recipe, plan, headers, refused) if refused else found
 
 
+def check_search(recipe: Recipe, plan: Plan, headers: Headers) -> None:
+    """RecipeError if the size that a recipe asks for cannot be met."""
+    found = search_space(recipe, plan, headers)
+    if recipe.target is not None and recipe.target.goal is not None:
+        rooms(recipe, plan, headers, found)
+
+
 def expected_search(recipe: Recipe, plan: Plan, headers: Headers) -> tuple[Recipe, str]:
     """(a recipe without search, of the size that is asked for, what can be said of the search); RecipeError if the size
     cannot be met.

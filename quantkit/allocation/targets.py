@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from quantkit.allocation.groups import Allocatable
 from quantkit.allocation.knapsack import Item, best_choices
+from quantkit.cost.attention import find_attention
 from quantkit.cost.model import find_model
 from quantkit.errors import RecipeError
 from quantkit.formats.registry import unstorable_cache
@@ -77,7 +78,11 @@ def _beside_cache(recipe: Recipe, plan: Plan, headers: Headers, found: Allocatab
     batch = target.batch or 1
     working = activation_bytes(plan, headers, target.context, batch)
     given = []
-    for name in cache_names(recipe):
+    ordinary = all(each and not each.latent for each in find_attention(headers.config, plan.n_blocks))
+    names = cache_names(recipe)
+    if target.kv_caches is None and not ordinary:
+        names = [name for name in names if name in (None, "none")]
+    for name in names:
         kv = plan.kv if name is None else cache_scheme(name)
         cache = int(find_model(replace(plan, kv=kv), headers).cache_bytes(target.context, batch))
         rest = target.memory - found.fixed - cache - working

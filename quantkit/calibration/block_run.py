@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from quantkit.calibration.block_forward import BlockForward, Groups
 from quantkit.calibration.collect import Gatherers, extremes, sample
 from quantkit.calibration.forward import Stop, refusing
+from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.streams import Streams
 from quantkit.errors import NumericalError
 from quantkit.models.families import ATTENTION_LOGIT_NAMES
@@ -248,14 +249,18 @@ class BlockRun(BlockForward):
             self.changed = changed
 
     @torch.no_grad()
-    def carry(self, streams: Streams) -> None:
-        """Bring another full-precision stream to this block's output, with the weights that the block has now."""
+    def carry(self, streams: Streams, kv: BlockKV | None = None) -> None:
+        """Bring another stream to this block's output, with the weights that the block has now.
+
+        A full-precision one; with a KV cache that rounds, the quantized one of `streams`.
+        """
         own, self.streams = self.streams, streams
+        cache, self.kv = self.kv, kv
         try:
             for chunk in self.chunks():
-                self._step(chunk, full=True)
+                self._step(chunk, full=kv is None)
         finally:
-            self.streams = own
+            self.streams, self.kv = own, cache
 
     @torch.no_grad()
     def fold_on_trial(self, group: ScalingGroup, scale: torch.Tensor) -> None:

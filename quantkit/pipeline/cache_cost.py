@@ -1,39 +1,65 @@
-"""What a quantized KV cache costs by itself: the KL of the original model with it, read from text token by token."""
+"""What quantized KV caches cost by themselves: the original model with each, block by block, beside the exact one."""
 
 from __future__ import annotations
 
-import quantkit_eval
+from collections.abc import Sequence
+from dataclasses import replace
 
-from quantkit import assets
+import torch
+
 from quantkit.allocation.targets import cache_scheme
+from quantkit.calibration.block_run import BlockRun
+from quantkit.calibration.divergence import window_kl
+from quantkit.calibration.kv import BlockKV
+from quantkit.calibration.kv_range import cache_range, find_writer
+from quantkit.calibration.returned import FIRST
+from quantkit.calibration.streams import Streams
+from quantkit.calibration.walk import Wanted, chunk_windows, walk
 from quantkit.pipeline.run import Run
-from quantkit.scheme import Grid, KVScheme
+from quantkit.scheme import KVScheme
 
 
-def cache_damage(run: Run, name: str, windows: int) -> float:
-    """Mean KL in nats, on the embedded calibration text. The whole model is loaded, as for an evaluation.
+def cache_damages(run: Run, names: Sequence[str], windows: int) -> dict[str, float]:
+    """Mean KL in nats of the model with each cache and its own weights, by the name of the cache, "none" left out.
 
-    A calibrated cache is looked at with scales of its own entries: its floating-point numbers lose as much with any
-    scale that does not cut them off.
+    In one walk over the first `windows` calibration windows. Every entry is rounded once, as in decoding.
     """
-    from quantkit.checkpoint.load import load  # here: these import models, which most of a run does not need
-    from quantkit.layers.kv_cache import cache_of
+    schemes = {name: scheme for name in names if (scheme := cache_scheme(name)) is not None}
+    if not schemes:
+        return {}
+    assert run.windows is not None
+    plan = replace(run.plan, kv=next(iter(schemes.values())))  # so that blocks are called with a cache
+    batch = chunk_windows(plan, run.windows.ids)
+    ids = run.windows.ids[: -(-windows // batch) * batch]
+    streams: dict[str, Streams] = {}
+    original, form = None, FIRST
+    for block in walk(
+        run.model,
+        run.source,
+        plan,
+        ids,
+        Wanted(full=len(ids), quantized=False, behind_last=True),
+        device=run.device,
+        timed=run.clock,
+        now=run.clock.now,
+    ):
+        original = block.streams.of(full=True)
+        for name, scheme in schemes.items():
+            own = streams.setdefault(
+                name, Streams(None, original.clone()) if block.index == 0 else Streams(None, None)
+            )
+            block.carry(own, _calibrated(block, scheme))
+        form = block.form
+    assert original is not None
+    others = [streams[name].of(full=False) for name in schemes]
+    found = window_kl(run.model, run.source, plan.blocks_prefix, ids, original, others, form, run.device)
+    return {name: float(each.mean()) for name, each in zip(schemes, found, strict=True)}
 
-    scheme = cache_scheme(name)
-    assert scheme is not None
-    if not scheme.dynamic:
-        own = Grid(scheme.keys.number, "token", dynamic=True)
-        scheme = KVScheme(own, own)
-    path, length = run.source.headers.path, run.recipe.calibration.sequence_length
-    quantized = load(path, device=run.device, kv_cache=scheme)
-    report = quantkit_eval.evaluate(
-        quantized,
-        run.tokenizer,
-        text=[str(assets.calibration_text())],
-        baseline=load(path, device=run.device, kv_cache="exact"),
-        max_tokens=windows * length,
-        context=length,
-        cache=cache_of(quantized),
-    )
-    assert report.kl_mean is not None
-    return report.kl_mean
+
+def _calibrated(block: BlockRun, scheme: KVScheme) -> BlockKV:
+    """The cache of one block, with scales of the original model's entries if its scheme stores them."""
+    if scheme.dynamic:
+        return BlockKV(scheme)
+    writer = find_writer(block)
+    name = f"{block.name}.{writer.name}"
+    return BlockKV(scheme, cache_range(block, scheme).scales(name, torch.float32))

@@ -47,7 +47,7 @@ from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import build_plan
 from quantkit.predict_budget import settled
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
-from quantkit.validation import check_target
+from quantkit.validation import check_search, check_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -276,6 +276,8 @@ def prepared(
         built = _skeleton(checked, source)
         plan = build_plan(checked, headers, None if built is None else skeleton.places(built))
         check_target(checked, plan, headers)
+        if checked.searched:
+            check_search(checked, plan, headers)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)

@@ -14,7 +14,7 @@ from quantkit.allocation.gate import Check
 from quantkit.allocation.groups import Allocatable, Group
 from quantkit.allocation.targets import Room, allocate, rooms
 from quantkit.checkpoint.journal import Journal
-from quantkit.pipeline.cache_cost import cache_damage
+from quantkit.pipeline.cache_cost import cache_damages
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.sensitivity import WINDOWS, Asked, measure
 from quantkit.recipe import Recipe
@@ -68,8 +68,7 @@ class State:
         for value in entry.get("measured", ()):
             record = damage.from_json(value)
             self._records[record.name] = record
-        if "cache" in entry:
-            self._caches[entry["cache"]] = entry["kl"]
+        self._caches |= entry.get("caches", {})
         if "attempt" in entry:
             given = dict(entry["attempt"])
             given["checks"] = [Check(**check) for check in given["checks"]]
@@ -153,10 +152,12 @@ class State:
         if cache is None or len(self.rooms) == 1:
             return 0.0
         if cache not in self._caches:
-            self.run.progress.message(f"measuring the KV cache {cache}")
+            missing = [name for name in self.rooms if name is not None and name not in self._caches]
+            self.run.progress.message(f"measuring the KV caches {', '.join(missing)}")
             with self.run.clock("search"):
-                self._caches[cache] = cache_damage(self.run, cache, self.windows)
-            self.journal.append({"cache": cache, "kl": self._caches[cache]})
+                found = cache_damages(self.run, missing, self.windows)
+            self.journal.append({"caches": found})
+            self._caches |= found
         return self._caches[cache]
 
     def predicted(self, chosen: Sequence[int]) -> float | None:

@@ -3,7 +3,7 @@
     python -m quantkit.bench.quality.mixed --work DIR --json docs/benchmarks/mixed.json
     python -m quantkit.bench.quality.mixed --model PATH --work DIR --json FILE
 
-The budget of a size is the bytes of one uniform scheme: W3 in groups of 64, 3.25 bits per weight with its scales, and W2
+The budget of a size is the bytes of one uniform scheme: W3 in groups of 64, 3.25 bits per weight with its scales, or W2
 in groups of 32, 2.5 bits. The mixed model must not take more. Beside that uniform scheme, others that fit into the same
 bytes are measured too, as one of them may be better. All run the same algorithm (GPTQ, 128 windows of 512
 tokens), are written, loaded again, and compared packed with the original on windows of 512 tokens of the embedded
