@@ -180,7 +180,9 @@ def search_space(recipe: Recipe, plan: Plan, headers: Headers) -> Allocatable:
 
 
 def check_search(recipe: Recipe, plan: Plan, headers: Headers) -> None:
-    """RecipeError if the size that a recipe asks for cannot be met."""
+    """RecipeError if the size that a recipe asks for cannot be met; nothing for a recipe without a search."""
+    if not recipe.searched:
+        return
     found = search_space(recipe, plan, headers)
     if recipe.target is not None and recipe.target.goal is not None:
         rooms(recipe, plan, headers, found)

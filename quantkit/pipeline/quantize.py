@@ -27,7 +27,7 @@ from quantkit.errors import OutputError, RecipeError, memory_named, why
 from quantkit.formats.registry import MEMORY
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
-from quantkit.models.headers import read_checkpoint, resolve_model
+from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.paths import weights_path
@@ -44,7 +44,7 @@ from quantkit.pipeline.report import RunReport
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
-from quantkit.plan import build_plan
+from quantkit.plan import Plan, build_plan
 from quantkit.predict_budget import settled
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_search, check_target
@@ -274,10 +274,7 @@ def prepared(
         headers = read_checkpoint(path, checked.model_free)
         source = Source(headers)
         built = _skeleton(checked, source)
-        plan = build_plan(checked, headers, None if built is None else skeleton.places(built))
-        check_target(checked, plan, headers)
-        if checked.searched:
-            check_search(checked, plan, headers)
+        plan = _planned(checked, headers, built)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
@@ -321,6 +318,14 @@ def _windows(recipe: Recipe, model: PreTrainedModel, tokenizer: Tokenizer) -> Wi
     """The calibration text."""
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     return token_windows(recipe.calibration, tokenizer, assets.calibration_text(), vocabulary=vocabulary)
+
+
+def _planned(recipe: Recipe, headers: Headers, built: PreTrainedModel | None) -> Plan:
+    """The plan of a run, which the recipe's target would take."""
+    plan = build_plan(recipe, headers, None if built is None else skeleton.places(built))
+    check_target(recipe, plan, headers)
+    check_search(recipe, plan, headers)
+    return plan
 
 
 def _skeleton(recipe: Recipe, source: Source) -> PreTrainedModel | None:
