@@ -306,6 +306,7 @@ class _Again:
             device=run.device,
             timed=run.clock,
             now=run.clock.now,
+            thrift=run.thrift,
         ):
             wanted = block.index in parts
             if wanted:

@@ -24,7 +24,11 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate")
         ["recipes"],
         ["validate", "w4a16-gptq"],
         ["validate", "w4a16-gptq", "--model", str(assets.default_model())],
-        *([verb, "--help"] for verb in ("quantize", "eval", "generate", "inspect", "validate")),
+        *(
+            [verb, "--help"]
+            for verb in ("quantize", "eval", "generate", "inspect", "validate", "diff", "verify")
+        ),
+        ["calibration", "--help"],
     ],
     ids=" ".join,
 )

@@ -56,8 +56,11 @@ def altered(folder):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rtn", "gptq with head", "awq", "smoothquant_plus"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", "smoothquant", "static")),
+        *("gptq with head", "awq"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("rtn", "gptq", "smoothquant", "smoothquant_plus", "static")
+        ),
     ],
 )
 def test_every_part_made_alone_and_behind_stored_ones_is_the_same(made, name):
