@@ -81,7 +81,7 @@ def _between(known: Sequence[tuple[float, float]], error: float) -> float:
     if kl_low <= 0 or kl_high <= 0:
         return kl_low + (kl_high - kl_low) * (error - low) / (high - low)
     share = math.log(error / low) / math.log(high / low)
-    return kl_low ** (1 - share) * kl_high**share
+    return math.exp((1 - share) * math.log(kl_low) + share * math.log(kl_high))
 
 
 def anchors(sizes: Sequence[int], weights: int, bits: float | None, estimator: str) -> list[int]:

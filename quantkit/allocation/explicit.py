@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from quantkit.allocation.groups import Allocatable, Group
 from quantkit.plan import Plan
 from quantkit.recipe import Recipe, parse_recipe
-from quantkit.recipe_schemes import UNUSUAL, Rule
+from quantkit.recipe_schemes import UNUSUAL
 from quantkit.scheme import Grid
 
 HEAD = "# {command}\n# Written by a search for {searched}; it makes the same files without searching.\n"
@@ -45,7 +46,7 @@ def _rules(recipe: Recipe, plan: Plan, group: Group, grid: Grid) -> Iterator[dic
     pattern = f"{group.name}.*"
     names = {layer.name for layer in group.layers}
     alike = all(each == kept[0] for each in kept)
-    fitting = {layer.name for layer in plan.layers if Rule(match=pattern).fits(layer.name)}
+    fitting = {layer.name for layer in plan.layers if fnmatchcase(layer.name, pattern)}
     if group.experts and alike and fitting == names:
         yield {"match": pattern} | kept[0] | _keys(grid)
         return

@@ -99,4 +99,4 @@ def quantile(confidence: float, freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / max(1, freedom) ** power for power, term in enumerate(terms))
+    return float(sum(term / max(1, freedom) ** power for power, term in enumerate(terms)))

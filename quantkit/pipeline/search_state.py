@@ -101,7 +101,7 @@ class State:
         """
         if not self.rooms:
             return self.found.now, None
-        tried = []
+        tried: list[tuple[float, int, list[int], str | None]] = []
         for cache, room in self.rooms.items():
             chosen = allocate(self.found, self.damages(), room.capacity)
             total = sum(d[n] for d, n in zip(self.damages(), chosen, strict=True))

@@ -18,8 +18,8 @@ from quantkit.pipeline.run import needs
 from quantkit.plan import LayerPlan
 from quantkit.scheme import Grid
 
-NEAREST = RtnConfig(name="rtn")
-FAST = RtnConfig(name="rtn", range="minmax")
+NEAREST = RtnConfig(name="rtn", refit=0)
+FAST = RtnConfig(name="rtn", range="minmax", refit=0)
 KEPT = (
     1 << 30
 )  # weights of experts whose codes are kept while a branch runs; more are rounded whenever they are read

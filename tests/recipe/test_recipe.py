@@ -364,6 +364,19 @@ def test_overrides_alone_make_a_recipe(tmp_path):
         ("{weights: {algorithm: rtn}, target: {engine: vlm}}", "target.engine"),
         ("{weights: {algorithm: rtn}, target: {engine: vllm, tp: 4}}", "did you mean `tensor_parallel`?"),
         ("{weights: {algorithm: rtn}, target: {engine: vllm, gpu: h100}}", "'sm90'"),
+        ("{weights: {algorithm: rtn}, target: {}}", "give an engine"),
+        ("{weights: {algorithm: rtn}, target: {size: 6 gig}}", "such as 6GiB or 500MB, got '6 gig'"),
+        ("{weights: {algorithm: rtn}, target: {size: 1GB, bits_per_weight: 3}}", "keep one of them"),
+        ("{weights: {algorithm: rtn}, target: {memory: 1GB}}", "memory needs the context"),
+        ("{weights: {algorithm: rtn}, target: {size: 1GB, batch: 2}}", "for a target of memory"),
+        ("{weights: {algorithm: rtn}, target: {engine: vllm, windows: 2}}", "for a target of size"),
+        ("{weights: {algorithm: rtn}, target: {size: 1GB, choices: [W8A8]}}", "rounds inputs too"),
+        ("{weights: {algorithm: rtn}, target: {size: 1GB, gpu: sm90}}", "are those of an engine"),
+        ("{weights: none, kv_cache: INT8, target: {size: 1GB}}", "chooses bits of weights"),
+        ("{weights: {algorithm: rtn, calibration: none}, gate: {kl_mean: 1}}", "a search of bits needs"),
+        ("{weights: {algorithm: rtn}, gate: {}}", "give at least one of kl_mean"),
+        ("{weights: {algorithm: rtn}, gate: {perplexity: 1%}}", "such as '+1%'"),
+        ("{weights: {algorithm: rtn}, gate: {kl_men: 1}}", "did you mean `kl_mean`?"),
         ("{weights: {algorithm: rtn}, output: {format: compressed_tensors}}", "`compressed-tensors`"),
     ],
 )
@@ -421,6 +434,23 @@ def test_the_place_of_model_and_text_is_no_part_of_a_runs_identity():
     assert recipes[0].identity() == recipes[1].identity()
     other = parse_recipe(LEAST | {"calibration": {"seed": 1}})
     assert other.identity() != recipes[0].identity()
+
+
+def test_a_search_is_written_back_with_sizes_in_bytes():
+    target = {
+        "memory": "1.5GiB",
+        "context": 4096,
+        "choices": ["W4A16", {"bits": 3}],
+        "kv_caches": ["none", "FP8"],
+    }
+    recipe = parse_recipe({"weights": {"algorithm": "rtn"}, "target": target, "gate": {"perplexity": "+1%"}})
+    written = recipe.resolved()
+    assert written["target"]["memory"] == 3 << 29
+    assert [choice["bits"] for choice in written["target"]["choices"]] == [4, 3]
+    assert written["gate"] == {"perplexity": "+1%", "confidence": 0.95, "max_bits_per_weight": 8.5}
+    assert parse_recipe(written) == recipe
+    assert recipe.searched == ("target.memory", "gate")
+    assert recipe.identity() == parse_recipe({"weights": {"algorithm": "rtn"}}).identity()
 
 
 def test_a_target_is_written_back_and_decides_nothing_of_the_result():

@@ -2,13 +2,12 @@
 
     python -m quantkit.bench.quality.sensitivity --work DIR --json docs/benchmarks/sensitivity.json
 
-Mixed models are drawn at random: the share of each scheme differs from one to the next, and so does which group gets
-it.
-Each is quantized whole, by the recipe's algorithm behind the quantized layers before, and its KL to the original is
-measured on windows of 512 tokens of the embedded evaluation text. Every estimator adds up the damages of the groups,
-which it knows from the calibration text alone. Said of each: the rank correlation and the correlation of logarithms
-with the measured KL, both with a standard error from leaving out one model at a time, and by what factor predictions
-scatter around their best common scale.
+Mixed models are drawn at random: the share of each scheme differs between them, and so does which group gets it. Each
+is quantized whole, by the recipe's algorithm behind the quantized layers before, and its KL to the original is measured
+on windows of 512 tokens of the embedded evaluation text. Every estimator adds up the damages of the groups, which it
+knows from the calibration text alone. Said of each: the rank correlation and the correlation of logarithms with the
+measured KL, both with a standard error from leaving out one model at a time, and by what factor predictions scatter
+around their best common scale.
 """
 
 from __future__ import annotations
