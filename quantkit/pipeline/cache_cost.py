@@ -42,13 +42,13 @@ def cache_damages(run: Run, names: Sequence[str], windows: int) -> dict[str, flo
         device=run.device,
         timed=run.clock,
         now=run.clock.now,
+        thrift=run.thrift,
     ):
         original = block.streams.of(full=True)
         for name, scheme in schemes.items():
-            own = streams.setdefault(
-                name, Streams(None, original.clone()) if block.index == 0 else Streams(None, None)
-            )
-            block.carry(own, _calibrated(block, scheme))
+            if block.index == 0:
+                streams[name] = Streams(None, run.thrift.first(original, len(ids)))
+            block.carry(streams[name], _calibrated(block, scheme))
         form = block.form
     assert original is not None
     others = [streams[name].of(full=False) for name in schemes]

@@ -20,7 +20,7 @@ from quantkit.allocation.groups import Group
 from quantkit.calibration.block_run import BlockRun
 from quantkit.calibration.divergence import window_kl
 from quantkit.calibration.returned import FIRST, Form
-from quantkit.calibration.streams import Shared, Streams
+from quantkit.calibration.streams import Rows, Shared, Streams
 from quantkit.calibration.walk import Wanted, chunk_windows, walk
 from quantkit.errors import NumericalError
 from quantkit.models import families
@@ -116,6 +116,7 @@ class _Measuring:
             device=run.device,
             timed=run.clock,
             now=run.clock.now,
+            thrift=run.thrift,
         ):
             self._block(block)
             original, form = block.streams.of(full=True), block.form
@@ -134,7 +135,7 @@ class _Measuring:
             anchor_errors={each.number: each.error for each in self.branches if each.place == place},
         )
 
-    def _losses(self, original: torch.Tensor, form: Form) -> dict[tuple[int, int], torch.Tensor]:
+    def _losses(self, original: Rows, form: Form) -> dict[tuple[int, int], torch.Tensor]:
         """(group, scheme) -> mean KL of each window."""
         run, ids = self.run, self.ids[: self.windows]
         others = [branch.streams.of(full=True) for branch in self.branches]
@@ -153,7 +154,7 @@ class _Measuring:
         """Measure the groups of a block, and bring the branches of earlier ones behind it."""
         here = [place for place, one in enumerate(self.asked) if one.group.block == block.index]
         base = block.streams
-        start = Streams(base.of(full=True)[: self.windows].clone(), None) if here else None
+        start = self.run.thrift.first(base.of(full=True), self.windows) if here else None
         shared = {at: dict(mappings) for at, mappings in base.shared.items()} if here else {}
         for branch in self.branches:
             block.carry(branch.streams)
@@ -174,7 +175,7 @@ class _Measuring:
         block: BlockRun,
         place: int,
         tries: Tries,
-        start: Streams,
+        start: Rows,
         shared: Mapping[tuple[bool, int], Shared],
     ) -> None:
         """Quantize a group with each of its schemes, and branch off with its anchors."""
@@ -184,9 +185,8 @@ class _Measuring:
             error = tries.error(scheme.weights)
             self.errors[place].append(error)
             if number in one.anchors:
-                copy = Streams(
-                    start.of(full=True).clone(), None, {at: dict(each) for at, each in shared.items()}
-                )
+                rows = self.run.thrift.first(start, self.windows)
+                copy = Streams(rows, None, {at: dict(each) for at, each in shared.items()})
                 with tries.running(scheme.weights):
                     block.carry(copy)
                 self.branches.append(_Branch(place, number, copy, error))

@@ -72,7 +72,8 @@ def run_all(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         estimates["fisher"] = fisher_damages(run, model, space.groups, arguments.measured)
         del model
     compared, rng = Compared(path, arguments.windows), random.Random(0)
-    measured, predicted = [], {name: list[float]() for name in estimates}
+    measured: list[dict[str, Any]] = []
+    predicted = {name: list[float]() for name in estimates}
     for _ in range(arguments.models):
         weights = [rng.random() ** 2 for _ in CHOICES]
         chosen = [rng.choices(every, weights)[0] for _ in space.groups]
@@ -182,7 +183,7 @@ def main() -> None:
         rows.append(run_all(path, arguments))
         print(markdown(rows[-1]), flush=True)
     keys = ("algorithm", "models", "measured", "windows", "samples")
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "machine": machine(),
         "settings": {key: getattr(arguments, key) for key in keys},
