@@ -84,8 +84,8 @@ def _between(known: Sequence[tuple[float, float]], error: float) -> float:
     return math.exp((1 - share) * math.log(kl_low) + share * math.log(kl_high))
 
 
-def anchors(sizes: Sequence[int], weights: int, bits: float | None, estimator: str) -> list[int]:
-    """The numbers of the schemes whose KL is measured. bits: the bits per weight aimed at; None: unknown.
+def anchors(sizes: Sequence[int], weights: int, bits: float, estimator: str) -> list[int]:
+    """The numbers of the schemes whose KL is measured. bits: the bits per weight aimed at.
 
     All for "kl"; for "scaled" the one whose bits per weight are closest to those aimed at, and none for the others.
     """
@@ -93,8 +93,7 @@ def anchors(sizes: Sequence[int], weights: int, bits: float | None, estimator: s
         return list(range(len(sizes)))
     if estimator != "scaled":
         return []
-    aim = 3.0 if bits is None else bits
-    return [min(range(len(sizes)), key=lambda number: abs(8 * sizes[number] / weights - aim))]
+    return [min(range(len(sizes)), key=lambda number: abs(8 * sizes[number] / weights - bits))]
 
 
 def from_json(value: Mapping[str, object]) -> GroupRecord:

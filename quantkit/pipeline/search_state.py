@@ -138,8 +138,10 @@ class State:
     def _anchors(self, group: Group) -> list[int]:
         target = self.run.recipe.target
         aim = None if target is None else target.bits_per_weight
-        if aim is None and self.rooms:
-            capacity = max(room.capacity for room in self.rooms.values())
+        if aim is None:
+            capacity = max(
+                (room.capacity for room in self.rooms.values()), default=self.found.bytes_of(self.found.now)
+            )
             aim = 8 * (self.found.pinned + capacity) / self.found.weights
         return damage.anchors(group.sizes, group.weights, aim, self.estimator)
 

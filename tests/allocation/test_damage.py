@@ -52,7 +52,7 @@ def test_a_record_outlives_json():
 
 def test_the_anchor_is_closest_to_the_bits_aimed_at():
     assert anchors([20, 30, 40, 80], 80, 3.2, "scaled") == [1]
-    assert anchors([20, 30, 40, 80], 80, None, "kl") == [0, 1, 2, 3]
+    assert anchors([20, 30, 40, 80], 80, 3.2, "kl") == [0, 1, 2, 3]
     assert anchors([20, 30, 40, 80], 80, 3.2, "error") == []
 
 
