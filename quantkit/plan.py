@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.algorithms.config import AlgorithmConfig
@@ -88,6 +89,11 @@ class Plan:
     widest: int = 1
     parts: Mapping[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def kinds(self) -> tuple[LayerPlan, ...]:
+        """One linear for each combination of shape, scheme and algorithm: a mixture has thousands alike."""
+        return tuple({(one.shape, id(one.scheme), id(one.algorithm)): one for one in self.layers}.values())
+
     @property
     def calibrates_cache(self) -> bool:
         """Whether the KV cache has stored scales, found on calibration text."""
@@ -105,16 +111,16 @@ class Plan:
     @property
     def weights_follow(self) -> bool:
         """Whether the quantized weights themselves depend on those states."""
-        needs = frozenset().union(*(layer.algorithm.needs for layer in self.layers))
-        rounded = any(layer.scheme.inputs for layer in self.layers)
-        static = any(layer.calibrates_inputs for layer in self.layers)
+        needs = frozenset().union(*(layer.algorithm.needs for layer in self.kinds))
+        rounded = any(layer.scheme.inputs for layer in self.kinds)
+        static = any(layer.calibrates_inputs for layer in self.kinds)
         behind = "hessian" in needs and not self.on_original
         return behind or static or bool(needs and rounded)
 
     @property
     def on_original(self) -> bool:
         """Whether GPTQ's Hessians are those of the original model's inputs."""
-        return any(getattr(layer.algorithm, "stream", None) == "original" for layer in self.layers)
+        return any(getattr(layer.algorithm, "stream", None) == "original" for layer in self.kinds)
 
     def needs_text(self, recipe: Recipe) -> bool:
         """Whether calibration text is run through the model: for a transform, for statistics of an algorithm, or for
@@ -122,7 +128,7 @@ class Plan:
         """
         if recipe.transforms or self.calibrates_cache:
             return True
-        return any(layer.algorithm.needs or layer.calibrates_inputs for layer in self.layers)
+        return any(layer.algorithm.needs or layer.calibrates_inputs for layer in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -164,10 +170,11 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
     choices: dict[int | None, _Choice] = {}
     skipped = list(refused.items())
     for linear in linears:
-        last, number = None, None
+        last: Rule | None = None
+        which: int | None = None
         for each, (rule, ordinary) in enumerate(zip(recipe.rules, only_ordinary, strict=True)):
             if rule.fits(linear.name) and (linear.aside is None or not ordinary):
-                last, number = rule, each
+                last, which = rule, each
         if last is not None and last.skip:
             skipped.append((linear.name, f"rule {last.match!r}"))
         elif last is None and linear.aside is not None:
@@ -175,9 +182,9 @@ def build_plan(recipe: Recipe, headers: Headers, places: Places | None = None) -
         elif recipe.weights is None:
             skipped.append((linear.name, "weights: none"))
         else:
-            if number not in choices:
-                choices[number] = _choice(recipe, recipe.weights, last)
-            layers.append(_layer(linear, choices[number]))
+            if which not in choices:
+                choices[which] = _choice(recipe, recipe.weights, last)
+            layers.append(_layer(linear, choices[which]))
     if not recipe.output.allow_split_fusion:
         problems += _split_fusions(layers, [each for each in skipped if each[0] not in refused])
     kv = None if recipe.kv_cache is None else recipe.kv_cache.scheme

@@ -18,7 +18,7 @@ from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
-from quantkit.predict_block import FLOAT
+from quantkit.predict_block import FLOAT, blocks_of
 from quantkit.predict_memory import (
     MODEL,
     PROCESS,
@@ -65,7 +65,8 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
     names = sum(map(len, tensors))
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
     streams = stream_bytes(recipe, plan, headers) if plan.needs_text(recipe) else 0
-    memory = memory_of(recipe, plan, headers, ways)
+    blocks = blocks_of(plan, headers) if plan.needs_text(recipe) else {}
+    memory = memory_of(recipe, plan, headers, ways, blocks=blocks)
     evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
     return Prediction(
         tensors=stored,
@@ -75,7 +76,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
         + (spilled_bytes(recipe, plan, headers) if ways.spilled else 0),
         memory=memory.peak,
         evaluation=int(evaluation),
-        vram=memory_of(recipe, plan, headers, ways, cuda=True).peak,
+        vram=memory_of(recipe, plan, headers, ways, cuda=True, blocks=blocks).peak,
         moment=memory.moment,
     )
 

@@ -112,11 +112,11 @@ def blocks_of(plan: Plan, headers: Headers) -> dict[int | None, BlockShape]:
             each = stored.setdefault(number, [0, 0])
             each[bool(families.EXPERT_TENSOR.search(disk))] += info.dense_bytes
     found: dict[int | None, BlockShape] = {}
-    for number in own.keys() | first.keys():
-        experts, outside = len(count.get(number, ())), stored.get(number, [0, 0])
-        found[number] = BlockShape(
-            _siblings(own.get(number, ())),
-            _siblings(first[number][1]) if number in first else (),
+    for block in own.keys() | first.keys():
+        experts, outside = len(count.get(block, ())), stored.get(block, [0, 0])
+        found[block] = BlockShape(
+            _siblings(own.get(block, ())),
+            _siblings(first[block][1]) if block in first else (),
             experts,
             outside[0] if experts else sum(outside),
             outside[1] // experts if experts else 0,
@@ -149,25 +149,24 @@ def hidden(plan: Plan, headers: Headers) -> int:
     found = hidden_size(headers.config)
     if found is not None:
         return found
-    return min((layer.shape[1] for layer in plan.layers), default=plan.widest)
+    return min((layer.shape[1] for layer in plan.kinds), default=plan.widest)
 
 
 def needs(layers: Iterable[LayerPlan]) -> frozenset[str]:
     """Statistics that the algorithms of these layers collect."""
-    kinds = {id(layer.algorithm): layer.algorithm for layer in layers}
-    return frozenset().union(*(each.needs for each in kinds.values()))
+    return frozenset().union(*(layer.algorithm.needs for layer in layers))
 
 
 def chunk_windows(recipe: Recipe, plan: Plan) -> int:
     """How many windows run at once, as calibration/walk.py decides it."""
-    widest = max((max(layer.shape) for layer in plan.layers), default=plan.widest)
+    widest = max((max(layer.shape) for layer in plan.kinds), default=plan.widest)
     calibration = recipe.calibration
     return max(1, min(calibration.samples, CHUNK // (calibration.sequence_length * widest)))
 
 
 def streams_of(recipe: Recipe, plan: Plan) -> tuple[int, int]:
     """Windows whose hidden states are carried: of the original model, behind the quantized layers."""
-    wanted, every = needs(plan.layers), recipe.calibration.samples
+    wanted, every = needs(plan.kinds), recipe.calibration.samples
     looked = (getattr(transform, "windows", 0) for transform in recipe.transforms)
     full = max((every if windows is None else windows for windows in looked), default=0)
     if "drift" in wanted:

@@ -105,18 +105,28 @@ def spilled_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
     return (3 if mixture else 1) * stream_bytes(recipe, plan, headers) + trials * each
 
 
-def memory_of(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL, cuda: bool = False) -> Memory:
-    """Peak memory of quantizing on the CPU, an upper estimate; with `cuda` that of the GPU which blocks run on."""
+def memory_of(
+    recipe: Recipe,
+    plan: Plan,
+    headers: Headers,
+    ways: Ways = USUAL,
+    cuda: bool = False,
+    blocks: Mapping[int | None, BlockShape] | None = None,
+) -> Memory:
+    """Peak memory of quantizing on the CPU, an upper estimate; with `cuda` that of the GPU which blocks run on.
+
+    blocks: from `blocks_of`, if they are known.
+    """
     process = CONTEXT if cuda else PROCESS + MODEL
     if recipe.model_free:
         largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
         return Memory(process, 0, {"rounding": FLOAT * largest + PIECES})
     if not plan.needs_text(recipe):
         return Memory(process, 0, {"rounding": _rounding(plan)})
-    blocks = blocks_of(plan, headers)
+    shapes = dict(blocks_of(plan, headers) if blocks is None else blocks)
     batch = chunk_windows(recipe, plan)
-    head = blocks.pop(None, None)
-    kinds = set(kinds_of(blocks).values())
+    head = shapes.pop(None, None)
+    kinds = set(kinds_of(shapes).values())
     outside, largest = _outside(plan, headers)
     moments = {"the embeddings": outside + largest}
     facts = _Facts(recipe, plan, headers, ways, batch, cuda)
@@ -147,7 +157,7 @@ class _Facts:
         self.windows = streams_of(recipe, plan)
         self.streams = stream_bytes(recipe, plan, headers)
         self.tokens = batch * self.length
-        self.widest = max((max(layer.shape) for layer in plan.layers), default=plan.widest)
+        self.widest = max((max(layer.shape) for layer in plan.kinds), default=plan.widest)
         self.hidden = hidden(plan, headers)
         self.text = headers.config.get("text_config") or headers.config
         self.observed = max((getattr(each, "observed", 0) for each in recipe.transforms), default=0)

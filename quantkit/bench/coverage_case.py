@@ -190,7 +190,7 @@ def walked(name: str, source: Path) -> float:
     assert streams is not None
     prefix, blocks = skeleton.find_blocks(run.model, run.plan.blocks_prefix)
     skeleton.load_outside(run.model, run.source, prefix)
-    found = finish(run.model, blocks, streams.of(True), ids, form)
+    found = finish(run.model, blocks, streams.of(True)[:], ids, form)
     from quantkit.checkpoint.load import load
 
     return relative(found, skeleton.reader(load(source, device="cpu"))(input_ids=ids, use_cache=False).logits)

@@ -66,7 +66,7 @@ class Streams:
     def from_tensors(cls, named: Mapping[str, Rows]) -> Streams:
         """The streams written by `to_tensors`."""
         found = cls(named.get("full"), named.get("quantized"))
-        parts: dict[tuple[Any, ...], dict[int, torch.Tensor]] = {}
+        parts: dict[tuple[Any, ...], dict[int, Rows]] = {}
         for name in named.keys() - {"full", "quantized"}:
             full, start, place, key, number = json.loads(name)
             parts.setdefault((full, start, place, key), {})[number] = named[name]

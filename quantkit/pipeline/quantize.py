@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from quantkit_eval.protocols import Tokenizer
 
 from quantkit import assets
 from quantkit.calibration.distributed import joined
@@ -50,7 +49,7 @@ from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_search, check_target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INTERRUPTED = "what is finished is kept, and the same command with as many processes goes on after it"
 
@@ -314,7 +313,7 @@ def prepared(
     )
 
 
-def _windows(recipe: Recipe, model: PreTrainedModel, tokenizer: Tokenizer) -> Windows:
+def _windows(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Windows:
     """The calibration text."""
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     return token_windows(recipe.calibration, tokenizer, assets.calibration_text(), vocabulary=vocabulary)
