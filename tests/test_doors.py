@@ -27,7 +27,7 @@ DOORS: dict[str, set[str]] = {
     "recipe": {"algorithms", "assets", "formats", "preflight", "transforms"},
     "plan": {"algorithms", "models", "recipe"},
     "predict": {"formats", "models", "plan", "recipe"},
-    "cost": {"models", "plan", "predict"},
+    "cost": {"algorithms", "models", "plan", "predict", "recipe", "transforms"},
     "allocation": {"cost", "formats", "models", "plan", "predict", "recipe"},
     "calibration": {"models", "numerics", "quantkit_eval", "structure"},
     "validation": {

@@ -14,10 +14,12 @@ class Estimate:
     """Seconds that remain; nothing here reads a clock.
 
     costs: of every block, in one unit. done: blocks that an earlier run has finished, which say nothing about the pace.
+    predicted: whether the costs are seconds, expected by what this machine was measured to do; the first blocks then
+    correct them.
     """
 
-    def __init__(self, costs: Sequence[float], done: int = 0) -> None:
-        self._costs = list(costs)
+    def __init__(self, costs: Sequence[float], done: int = 0, predicted: bool = False) -> None:
+        self._costs, self._predicted = list(costs), predicted
         self._open = set(range(done, len(self._costs)))
         self._seconds = self._spent = 0.0
         self._after: dict[str, float | None] = {}
@@ -43,7 +45,8 @@ class Estimate:
     def left(self) -> float | None:
         """Seconds that remain; None while nothing is known about the pace of the open blocks or about a phase."""
         after = [seconds for seconds in self._after.values() if seconds is not None]
-        if len(after) < len(self._after) or (self._open and not self._spent):
+        unknown = self._open and not self._spent and not self._predicted
+        if len(after) < len(self._after) or unknown:
             return None
-        pace = self._seconds / self._spent if self._spent else 0.0
+        pace = self._seconds / self._spent if self._spent else float(self._predicted)
         return pace * sum(self._costs[i] for i in self._open) + sum(after)

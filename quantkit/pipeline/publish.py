@@ -52,6 +52,7 @@ from quantkit.pipeline.ignored import ignore_list
 from quantkit.pipeline.model_free import notes
 from quantkit.pipeline.report import RUN_SCHEMA
 from quantkit.pipeline.run import Run
+from quantkit.pipeline.tracker import expected
 from quantkit.plan import starred
 from quantkit.preflight.cache import engine_flag
 from quantkit.preflight.check import preflight, verdicts
@@ -267,6 +268,7 @@ def write_run_facts(run: Run, manifest: Manifest, resumed: int, evaluated: bool 
         files={name: entry.sha256 for name, entry in manifest.files.items()},
         peak_bytes=peaks,
         predicted_bytes=_predicted(run),
+        predicted_seconds=dict(seconds.phases) if (seconds := expected(run)) else {},
         budget=None if run.recipe.budget is None else run.recipe.budget.model_dump(exclude_none=True),
         blocks=run.clock.blocks or None,
         inputs=Inputs(

@@ -14,6 +14,8 @@ from quantkit_eval.perplexity import token_nll
 from torch import nn
 
 from quantkit.calibration.block_run import BlockRun
+from quantkit.cost.rates import known_rates
+from quantkit.cost.time import Duration, duration
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.estimate import Estimate
@@ -37,7 +39,9 @@ class Tracker:
     def __init__(self, run: Run, done: int | None) -> None:
         self.run, self.now = run, run.clock.now
         parts = run.plan.n_blocks + 1
-        self.estimate = Estimate([_cost(run, part) for part in range(parts)], parts if done is None else done)
+        self.expected = expected(run)
+        costs = self.expected.parts if self.expected else [_cost(run, part) for part in range(parts)]
+        self.estimate = Estimate(costs, parts if done is None else done, predicted=self.expected is not None)
         self._began = self.now()
         self._once = 0.0  # seconds of the current part that the next parts will not need
         self._forward: float | None = None  # seconds per token of one unquantized block
@@ -46,12 +50,15 @@ class Tracker:
         if done is not None:
             written = predict(run.recipe, run.plan, run.source.headers).tensors
             self.estimate.expect(VERIFY, written * _hashing(self.now))
+        phases = self.expected.phases if self.expected else {}
+        if done == 0 and "search" in phases:
+            self.estimate.expect(SEARCH, phases["search"])
         if run.request is not None:
-            self.estimate.expect(EVALUATE, None)
+            self.estimate.expect(EVALUATE, phases.get("evaluate"))
 
     def searched(self, share: float, seconds: float) -> None:
         """The search before the first block has come to `share`, 0 to 1, in `seconds`."""
-        if not share:
+        if not share and self.expected is None:
             self.estimate.expect(SEARCH, None)
         self.phase(SEARCH, share, seconds)
         self._began = self.now()
@@ -167,6 +174,14 @@ def _compare(logits: torch.Tensor) -> None:
         token_nll(one, targets)
     token_kl(*both)
     token_agreement(*both)
+
+
+def expected(run: Run) -> Duration | None:
+    """What a run is expected to take; None if this machine was not measured, or is not what computes."""
+    rates = known_rates()
+    if rates is None or run.device.type != "cpu" or run.ranks.size > 1:
+        return None
+    return duration(run.recipe, run.plan, run.source.headers, rates, run.ways)
 
 
 def _cost(run: Run, part: int) -> float:

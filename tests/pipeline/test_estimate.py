@@ -2,13 +2,24 @@
 
 from types import SimpleNamespace
 
+import made_up_rates
 import pytest
 
+from quantkit import assets
+from quantkit.cost.rates import keep_rates
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.estimate import Estimate
 from quantkit.pipeline.evaluation import EvaluationRequest
 from quantkit.pipeline.progress import Silent
-from quantkit.pipeline.tracker import STOPS_AT, Tracker
+from quantkit.pipeline.quantize import prepared
+from quantkit.pipeline.tracker import STOPS_AT, Tracker, expected
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(tmp_path_factory, monkeypatch):
+    """No test sees what was measured of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
 
 CASES = {
     "equal blocks": ([1.0] * 8, [5.0] * 8),
@@ -29,6 +40,29 @@ def test_after_the_first_block_the_rest_is_known_within_a_quarter(name):
         wanted = sum(seconds[index + 1 :]) + 43
         assert estimate.left == pytest.approx(wanted, rel=0.25)
         assert estimate.left > 0
+
+
+def test_predicted_blocks_are_known_from_the_start_and_corrected():
+    estimate = Estimate([10.0, 20.0, 20.0], predicted=True)
+    assert estimate.left == 50
+    estimate.block(0, 15.0)
+    assert estimate.left == pytest.approx(60.0)
+    estimate.block(1, 24.0)
+    assert estimate.left == pytest.approx(26.0)
+
+
+def test_a_run_on_a_measured_machine_knows_its_time_before_the_first_block(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
+    asked = (None, None)
+    run = prepared(recipe, assets.default_model(), tmp_path / "out", (), "cpu", asked, Silent())
+    assert Tracker(run, 0).estimate.left is None
+    keep_rates(made_up_rates.rates())
+    found = expected(run)
+    tracker = Tracker(run, 0)
+    ahead = sum(found.parts) + found.phases["evaluate"]
+    assert ahead < tracker.estimate.left < ahead + 1  # to verify
+    assert Tracker(run, 6).estimate.left < tracker.estimate.left / 2 + found.phases["evaluate"]
 
 
 def test_what_is_done_once_is_not_expected_again():
