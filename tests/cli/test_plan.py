@@ -5,20 +5,23 @@ import math
 import subprocess
 import sys
 
+import made_up_rates
 import published
 import pytest
 
 from quantkit import assets
 from quantkit.cli.main import run
 from quantkit.cost.hardware import Hardware, keep, known
+from quantkit.cost.rates import keep_rates, rates_file
 
 BOOKWORM = str(assets.default_model())
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """No test sees what was measured of this machine."""
+    """No test sees what was measured of this machine, or measures it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep_rates(made_up_rates.rates())
 
 
 def report(capsys, *arguments):
@@ -42,7 +45,7 @@ def test_the_text_names_sizes_cache_and_both_steps(capsys):
     for word in ("attention", "MLP", "embedding", "carried", "free disk needed", "memory on the CPU"):
         assert word in shown
     assert "KV cache, 16 bits: 4.19 MB for 2 sequences of 512 tokens" in shown
-    assert shown.count("self_attn.q_proj") == 2
+    assert shown.count("self_attn.q_proj") == 3  # the kernels, and both steps
     assert "prefill on NVIDIA L4" in shown
     assert "decode, 2 sequences of 512 tokens: at most" in shown
     assert "fit in its memory of 24.00 GB" in shown
@@ -89,6 +92,48 @@ def test_qwen3_235b_reads_the_chosen_experts_only(tmp_path, capsys):
     decode = found["roofline"][0]["decode"]["operators"]
     read = sum(one["count"] * one["bytes"] for one in decode if ".experts." in one["name"])
     assert read == pytest.approx(experts["bytes"] * 8 / 128, rel=0.01)
+
+
+def test_time_kernels_engines_and_budget_are_told(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "weights: {preset: W4A16, algorithm: gptq}\ncalibration: {samples: 128, sequence_length: 512}\n"
+        "rules: [{match: '*.v_proj', bits: 5, group_size: 32}]\n"
+        "output: {allow_split_fusion: true}\nbudget: {ram: 800MB, disk: 1GB}\ntarget: quantkit\n"
+    )
+    found = report(capsys, str(recipe), "--model", BOOKWORM)
+    time = found["time"]
+    assert time["total"] == pytest.approx(sum(time["phases"].values()) - time["phases"]["evaluate"])
+    assert (time["threads"], time["phases"]["start"]) == (2, 3.0)
+    assert found["budget"]["limits"] == {"ram": 800_000_000, "disk": 1_000_000_000}
+    assert found["budget"]["ways"]["spilled"] is True
+    assert found["prediction"]["memory"] <= 800_000_000
+    kernels = {one["name"]: [each["backend"] for each in one["kernels"]] for one in found["kernels"]}
+    assert kernels["self_attn.v_proj"] == ["reference", "triton"]
+    assert "quantkit" in found["target"]
+    assert found["engines"] == []
+    assert run(["plan", str(recipe), "--model", BOOKWORM]) == 0
+    shown = capsys.readouterr().out
+    for word in ("time on this machine (2 threads): about", "hidden states lie on disk", "5", "start 3.0 s"):
+        assert word in shown
+    assert "to evaluate" in shown
+    without = report(capsys, "w4a16-rtn", "--model", BOOKWORM, "--no-time")
+    assert "time" not in without
+    assert any(each["runs"] and "vLLM" in each["said"] for each in without["engines"])
+
+
+def test_a_budget_that_cannot_be_ends_with_code_2(capsys):
+    asked = ["plan", "w4a16-gptq", "--model", BOOKWORM, "--set", "budget.ram=500MB"]
+    assert run(asked) == 2
+    assert "budget.ram: 476.84 MiB is too little" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_be_measured_is_an_error(capsys, monkeypatch):
+    rates_file().unlink()
+    monkeypatch.setattr("quantkit.cli.plan.MEASURE", "quantkit.no_such_module")
+    assert run(["plan", "w4a16-rtn", "--model", BOOKWORM]) == 1
+    assert "could not be measured" in (said := capsys.readouterr().err)
+    assert "--no-time" in said
 
 
 def test_a_quantized_cache_is_named_and_smaller(capsys):
