@@ -149,16 +149,19 @@ def _restore(
 
     One window's distributions of the baseline are in memory at a time.
     """
-    found: dict[str | None, list[torch.Tensor]] = {}
     names: list[str | None] = [*units, *([] if cache is None else [CACHE]), None]
+    # Made before the first run: small tensors that stay, made between large ones that go, would split what those leave.
+    found: dict[str | None, list[torch.Tensor]] = {
+        name: [torch.empty(seen.windows[w].scored) for w in chosen] for name in names
+    }
     done, total = 0, len(names) * len(chosen)
-    for w in chosen:
+    for turn, w in enumerate(chosen):
         window = seen.windows[w]
         base = run(baseline, window.ids[None])[0]
         for name in names:
             held = [units[name]] if name in units else list(units.values()) if name is None else []
             own = None if name in (CACHE, None) else cache
-            found.setdefault(name, []).append(_kl(model, window, base, held, own, step))
+            _kl(found[name][turn], model, window, base, held, own, step)
             done += 1
             if progress:
                 progress(done, total)
@@ -166,26 +169,29 @@ def _restore(
 
 
 def _kl(
+    into: torch.Tensor,
     model: CausalLM,
     window: Window,
     base: torch.Tensor,
     held: Sequence[Restore],
     cache: CacheFactory | None,
     step: int | None,
-) -> torch.Tensor:
-    """KL of each scored token, fp32 [scored], with some parts restored. base: the baseline's logits [context, V]."""
+) -> None:
+    """Put the KL of each scored token, with some parts restored, into fp32 [scored].
+
+    base: the baseline's logits [context, V].
+    """
     with ExitStack() as stack:
         for restore in held:
             stack.enter_context(restore())
         logits = _runner(model, cache, step)(window.ids[None])[0]
     last = len(window.ids) - 1
     rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    parts = []
-    for start in range(last - window.scored, last, rows):
+    first = last - window.scored
+    for start in range(first, last, rows):
         part = slice(start, min(start + rows, last))
         ours, theirs = (one[part].float().log_softmax(-1) for one in (logits, base))
-        parts.append(token_kl(theirs, ours.to(theirs.device)).cpu())
-    return torch.cat(parts)
+        into[start - first : part.stop - first] = token_kl(theirs, ours.to(theirs.device))
 
 
 def _effects(

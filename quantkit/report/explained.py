@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quantkit_eval.explanation import Explanation, Restored
 
 from quantkit.report.layers import heat, position
-from quantkit.report.parts import Column, Plot, Section, Table, Tokens, figure, number, share, text
+from quantkit.report.parts import Column, Plot, Section, Table, Tokens, figure, number, share, short, text
 from quantkit.report.results import Results
 from quantkit.report.style import Ink, Studio, powers
 
@@ -131,10 +131,10 @@ def _short(unit: str) -> str:
     """The name of a unit as it fits beside a bar: its block's number and what is behind it."""
     where = position(unit)
     if where is None or where[0] is None:
-        return unit if len(unit) < 30 else f"…{unit[-29:]}"
+        return short(unit, end=True)
     parts = [part.rpartition(".")[2] for part in where[1].split(" + ")]
     named = "+".join(part.removesuffix("_proj") for part in parts)
-    return f"{where[0]} {named if len(named) < 30 else named[:29] + '…'}"
+    return f"{where[0]} {short(named)}"
 
 
 def _table(one: Explanation, label: str) -> Table:

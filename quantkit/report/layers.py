@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.records import LayerRecord
-from quantkit.report.parts import Cell, Column, Plot, Section, Table, figure, number, text
+from quantkit.report.parts import Cell, Column, Plot, Section, Table, figure, number, short, text
 from quantkit.report.results import Checkpoint, Results
 from quantkit.report.style import Ink, Studio
 
@@ -129,9 +129,9 @@ def _heat(
 
 def _label(kind: str) -> str:
     names = [part.rpartition(".")[2] for part in kind.split(" + ")]
-    short = "+".join(name.removesuffix("_proj") for name in names)
-    short = f"experts.{short}" if "experts." in kind else short
-    return short if len(short) < 22 else f"{short[:21]}…"
+    said = "+".join(name.removesuffix("_proj") for name in names)
+    said = f"experts.{said}" if "experts." in kind else said
+    return short(said, 20)
 
 
 def _strengths(cells: Mapping[Place, float], log: bool) -> dict[Place, float]:

@@ -127,10 +127,18 @@ def seconds(value: float | None) -> str:
         if value * factor >= 1 and value < 60:
             return f"{value * factor:.3g} {unit}"
     if value < 60:
-        return f"{value * 1e6:.3g} µs"
+        return f"{value * 1e6:.3g} µs" if value else "0 s"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def short(name: str, most: int = 28, end: bool = False) -> str:
+    """A name that fits into a plot: its beginning, or its end."""
+    name = " ".join(name.split())
+    if len(name) <= most:
+        return name
+    return f"…{name[1 - most :]}" if end else f"{name[: most - 1]}…"
 
 
 def share(value: float | None) -> str:

@@ -21,6 +21,7 @@ from quantkit.report.parts import (
     plus_minus,
     seconds,
     share,
+    short,
     size,
     text,
 )
@@ -140,7 +141,7 @@ def _trade(axes: Axes, ink: Ink, points: Sequence[Point], x: Axis, y: Axis) -> N
         _original(axes, ink, points)
     for number_, group in enumerate(groups):
         colour, marker = ink.series(number_)
-        axes.plot([], [], marker, color=colour, label=group, markersize=6, linestyle="none")
+        axes.plot([], [], marker, color=colour, label=short(group, 22), markersize=6, linestyle="none")
     axes.legend(loc="upper right", ncols=2 if len(groups) > 4 else 1, handletextpad=0.2, columnspacing=0.8)
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantkit.checkpoint.records import BlockFacts, RunFacts
-from quantkit.report.parts import Column, Listing, Plot, Section, Table, figure, number, seconds, size, text
+from quantkit.report.parts import (
+    Column,
+    Listing,
+    Plot,
+    Section,
+    Table,
+    figure,
+    number,
+    seconds,
+    short,
+    size,
+    text,
+)
 from quantkit.report.results import Checkpoint, Results
 from quantkit.report.style import Ink, Studio
 
@@ -75,7 +87,7 @@ def _phases(axes: Axes, ink: Ink, phases: dict[str, float]) -> None:
             va="center",
             fontsize=9,
         )
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.16)
@@ -87,7 +99,7 @@ def _blocks(axes: Axes, ink: Ink, blocks: Sequence[BlockFacts]) -> None:
     axes.bar(places, [b.seconds for b in blocks], color=ink["c1"], alpha=0.8, width=0.7, label="seconds")
     step = max(1, len(blocks) // 12)
     names = [b.name.rpartition(".")[2] if b.name[-1:].isdigit() else "rest" for b in blocks]
-    axes.set_xticks(list(places)[::step], names[::step])
+    axes.set_xticks(list(places)[::step], [short(name, 8) for name in names[::step]])
     axes.set_xlabel("block")
     axes.set_ylabel("seconds")
     memory = [b.rss_bytes for b in blocks]

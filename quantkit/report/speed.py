@@ -17,6 +17,7 @@ from quantkit.report.parts import (
     number,
     seconds,
     share,
+    short,
     size,
     text,
 )
@@ -123,7 +124,7 @@ def _bars(axes: Axes, ink: Ink, bars: Sequence[Measured]) -> None:
             said += f" ({one.value / one.ceiling:.0%})"
         at = max(one.value + one.spread, one.ceiling or 0)
         axes.annotate(said, (at, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(bars)), [b.label if len(b.label) < 30 else f"{b.label[:29]}…" for b in bars])
+    axes.set_yticks(range(len(bars)), [short(b.label) for b in bars])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.24)
@@ -141,9 +142,11 @@ def _stacked(axes: Axes, ink: Ink, found: dict[str, dict[str, float]]) -> None:
     for number_, kind in enumerate(kinds):
         widths = [1e3 * parts.get(kind, 0.0) for parts in found.values()]
         colour, _ = ink.series(number_ % _PARTS)
-        axes.barh(range(len(found)), widths, left=left, color=colour, alpha=0.85, height=0.62, label=kind)
+        axes.barh(
+            range(len(found)), widths, left=left, color=colour, alpha=0.85, height=0.62, label=short(kind, 16)
+        )
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(found)), [n if len(n) < 30 else f"{n[:29]}…" for n in found])
+    axes.set_yticks(range(len(found)), [short(n) for n in found])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("milliseconds")
@@ -228,8 +231,8 @@ def _roof(axes: Axes, ink: Ink, one: Roofline) -> None:
                 linewidth=1.2,
             )
             axes.annotate(
-                f"{kind} {number(peak / 1e12)} TOP/s", (max(high, bend), peak), (0, 4), textcoords="offset points",
-                ha="right", fontsize=9, color=ink["muted"],
+                f"{short(kind, 12)} {number(peak / 1e12)} TOP/s", (max(high, bend), peak), (0, 4),
+                textcoords="offset points", ha="right", fontsize=9, color=ink["muted"],
             )  # fmt: skip
     for number_, (name, step) in enumerate((("prefill", one.prefill), ("decode", one.decode))):
         colour, marker = ink.series(number_)
@@ -270,9 +273,7 @@ def _steps(axes: Axes, ink: Ink, steps: dict[str, Step]) -> None:
         places = [y + 0.36 * number_ for y in range(len(names))]
         label = f"{which}, {seconds(step.seconds)}"
         axes.barh(places, list(found.values()), height=0.34, color=colour, alpha=0.85, label=label)
-    axes.set_yticks(
-        [y + 0.18 for y in range(len(names))], [n if len(n) < 26 else f"…{n[-25:]}" for n in names]
-    )
+    axes.set_yticks([y + 0.18 for y in range(len(names))], [short(n, 24, end=True) for n in names])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("share of the least time (%)")

@@ -103,21 +103,28 @@ class Studio:
         ink = Ink(_PLACE)
         svg = _svg(_figure(draw, ink, width, height), f"p{self.drawn}-", ink)
         if self.pngs is not None:
-            self.pngs[f"{name}.png"] = _png(_figure(draw, Ink(_LIGHT), width, height))
+            light = Ink(_LIGHT)
+            self.pngs[f"{name}.png"] = _png(_figure(draw, light, width, height), light)
         return Plot(name, svg, caption, alt, wide)
+
+
+def _settings(ink: Ink) -> dict[str, Any]:
+    """What matplotlib's own settings are while a plot is made and written; some colours are looked up only then."""
+    import matplotlib as mpl
+
+    colours: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink["ink"])
+    colours |= dict.fromkeys(("xtick.color", "ytick.color"), ink["muted"])
+    colours |= {"axes.edgecolor": ink["muted"], "grid.color": ink["line"], "legend.labelcolor": ink["ink"]}
+    return _SETTINGS | colours | {"axes.prop_cycle": mpl.cycler(color=[ink[name] for name in SERIES])}
 
 
 def _figure(draw: Drawing, ink: Ink, width: float, height: float) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink["ink"])
-    colours |= dict.fromkeys(("xtick.color", "ytick.color"), ink["muted"])
-    colours |= {"axes.edgecolor": ink["muted"], "grid.color": ink["line"], "legend.labelcolor": ink["ink"]}
-    with mpl.rc_context(_SETTINGS | colours):
+    with mpl.rc_context(_settings(ink)):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot(), ink)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -126,7 +133,7 @@ def _svg(figure: Figure, prefix: str, ink: Ink) -> str:
     import matplotlib as mpl
 
     stream = io.StringIO()
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(_settings(ink)):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     markup = stream.getvalue()
     markup = markup[markup.index("<svg") :]
@@ -143,10 +150,10 @@ def _svg(figure: Figure, prefix: str, ink: Ink) -> str:
     return re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1role="img"', markup, count=1)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, ink: Ink) -> bytes:
     import matplotlib as mpl
 
     stream = io.BytesIO()
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(_settings(ink)):
         figure.savefig(stream, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return stream.getvalue()
