@@ -55,6 +55,22 @@ def _is_stdout(path: str) -> bool:
     return False
 
 
+def _page_file(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Refuse a page that cannot be written before the work begins."""
+    found = _json_file(context, option, value)
+    if found == "-":
+        raise click.BadParameter("a page is a file; give it a name, such as report.html")
+    return found
+
+
+page_option = click.option(
+    "--report",
+    "page_file",
+    metavar="FILE",
+    callback=_page_file,
+    help="Draw the results as an HTML page that needs no network (docs/report.md).",
+)
+
 json_option = click.option(
     "--json",
     "json_file",

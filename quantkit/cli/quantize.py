@@ -9,7 +9,7 @@ from rich.table import Table
 
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.opening import threads_option
-from quantkit.cli.output import Screen, deliver, json_option, make_console, size
+from quantkit.cli.output import Screen, deliver, json_option, make_console, page_option, size
 from quantkit.cli.progress import make_progress
 from quantkit.device import launch
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     help="Measure on this file, dataset folder or hf:name; repeatable; default: the embedded text.",
 )
 @threads_option
+@page_option
 @json_option
 def command(
     recipe: str,
@@ -46,6 +47,7 @@ def command(
     no_eval: bool,
     eval_tokens: int | None,
     eval_texts: tuple[str, ...],
+    page_file: str | None,
     json_file: str | None,
 ) -> None:
     """Quantize a model as RECIPE (a file or a shipped name) says, verify it, measure it."""
@@ -72,6 +74,10 @@ def command(
     if launch().rank:
         return  # the first process reports
     deliver(json_file, result.report.to_json(), lambda: print_report(result.report, make_console()))
+    if page_file is not None:
+        from quantkit.report.page import write_page
+
+        write_page([result.output], page_file)
     if result.failed:
         click.get_current_context().exit(1)
 

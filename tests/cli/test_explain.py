@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 import quantkit
-from quantkit.checkpoint.manifest import MANIFEST
+from quantkit.checkpoint.manifest import MANIFEST, read_facts
 from quantkit.checkpoint.restore import restorations
 from quantkit.cli.main import run
 from quantkit.errors import ModelError
@@ -27,7 +27,9 @@ def made(tmp_path_factory):
     (root / "text.txt").write_text("".join(f"{i}: {LINE[i % 7 :]}" for i in range(12)))
     tiny_models.save(tiny_models.build("llama-gqa"), root / "model")
     recipe = RECIPE | {"calibration": RECIPE["calibration"] | {"data": [str(root / "text.txt")]}}
-    quantkit.quantize(recipe, model=root / "model", output=root / "awq", evaluate=False)
+    (root / "r.yaml").write_text(json.dumps(recipe))
+    given = [str(root / "r.yaml"), "--model", str(root / "model"), "--output", str(root / "awq")]
+    assert run(["quantize", *given, "--no-eval", "--report", str(root / "page.html")]) == 0
     return root / "model", root / "awq", root / "text.txt"
 
 
@@ -105,6 +107,30 @@ def test_the_verb_writes_what_explains_the_kl(made, capsys, tmp_path):
     assert found["worst"][0]["kl"] == pytest.approx(told["kl_max"])
     assert found["kl_all_restored"] < 1e-6 < found["kl_mean"]
     assert len(found["restored"]) > 2
+
+
+def test_quantize_draws_its_page(made):
+    text = (made[1].parent / "page.html").read_text()
+    assert "<h1>awq</h1>" in text
+    assert "Seconds of each block" in text
+
+
+def test_a_run_records_the_time_and_memory_of_each_block(made, pair):
+    facts = read_facts(made[1])
+    count = len(tiny_models.blocks(pair[1]))
+    assert [b.name for b in facts.blocks] == [f"model.layers.{i}" for i in range(count)] + [
+        "outside the blocks"
+    ]
+    assert sum(b.seconds for b in facts.blocks) <= facts.seconds["total"]
+    peaks = [b.peak_rss_bytes for b in facts.blocks]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] <= facts.peak_rss_bytes
+    assert all(b.rss_bytes is None or b.rss_bytes > 0 for b in facts.blocks)
+
+
+def test_a_page_on_standard_output_is_refused_before_the_work(capsys):
+    assert run(["quantize", "w4a16-rtn", "--report", "-"]) == 2
+    assert "such as report.html" in capsys.readouterr().err
 
 
 def test_an_explanation_needs_a_baseline(capsys, made):
