@@ -26,6 +26,7 @@ from quantkit.structure.fold import ScalingGroup
 from quantkit.structure.trace import first_output, trace
 
 if TYPE_CHECKING:
+    from quantkit.calibration.kept_statistics import KeptStatistics
     from quantkit.plan import LayerPlan
 
 Groups = tuple[list[ScalingGroup], list[tuple[str, str]]]  # proved ones, and (pairing, why it was refused)
@@ -38,6 +39,7 @@ class BlockForward:
     of every parameter; both by module or parameter name inside the block. trace: which tensor goes where.
     changed: parameters that a transform has changed and that are not quantized, in stored dtype, for the shard.
     kv: how the block's KV cache is quantized, for the quantized stream; None: it is exact.
+    kept: statistics of the original model that need not be collected; None: there are none.
     model_type: of the model's config, for what the literature says of a family.
     ranks: the processes that hold this block, each with windows of its own; what is returned here of all windows is
     the same in all of them, outputs and inputs themselves are those of this process.
@@ -71,6 +73,8 @@ class BlockForward:
         self.kv: BlockKV | None = None
         self.form = FIRST
         self.seconds_once = 0.0  # of this block's time, what the next ones of its structure will not need
+        self.kept: KeptStatistics | None = None
+        self._folded: dict[str, torch.Tensor] = {}  # linear -> what its input is divided by, [K]
         self._groups = {} if groups is None else groups
         self.last = False  # whether nothing runs after this block
         self._free, self._now = free, now

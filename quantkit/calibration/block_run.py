@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from quantkit.calibration.block_forward import BlockForward, Groups
 from quantkit.calibration.collect import Gatherers, extremes, sample
 from quantkit.calibration.forward import Stop, refusing
+from quantkit.calibration.kept_statistics import FIELDS, divided
 from quantkit.calibration.kv import BlockKV
 from quantkit.calibration.streams import Streams
 from quantkit.errors import NumericalError
@@ -48,6 +49,8 @@ class BlockRun(BlockForward):
         weights will not change, and so advances in the same pass.
         """
         sets = [s for s in sets if needs[s]]
+        if sets and all(self._are_kept(siblings) for siblings in sets):
+            return {siblings: self._from_kept(siblings[0], needs[siblings]) for siblings in sets}
         if not sets:
             return {}
         gatherers: Gatherers[tuple[str, ...]] = Gatherers(self.device)
@@ -67,6 +70,18 @@ class BlockRun(BlockForward):
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
         return gatherers.finish(self.ranks)
+
+    def _are_kept(self, siblings: tuple[str, ...]) -> bool:
+        """Whether the statistics that siblings need are those that are kept: of the original model's inputs."""
+        original = self.streams.quantized is None or self._on_original(siblings)
+        exact = all(self.plans[name].scheme.inputs is None for name in siblings if name in self.plans)
+        return self.kept is not None and original and exact
+
+    def _from_kept(self, name: str, fields: frozenset[str]) -> Statistics:
+        """Kept statistics of the input of a linear, as it is behind the scales that were folded into its producer."""
+        assert self.kept is not None
+        found = self.kept.of(f"{self.name}.{name}", fields).to(self.device)
+        return divided(found, self._folded[name]) if name in self._folded else found
 
     def _on_original(self, siblings: tuple[str, ...]) -> bool:
         """Whether the statistics of siblings are those of the original model's inputs."""
@@ -103,8 +118,12 @@ class BlockRun(BlockForward):
     @torch.no_grad()
     def largest_inputs(self, sets: list[tuple[str, ...]]) -> dict[tuple[str, ...], torch.Tensor]:
         """max|x| [K] of the input of each set of siblings, not rounded, over the full stream, which goes on to the
-        block's output in the same pass.
+        block's output in the same pass, unless they are kept.
         """
+        if self.kept is not None:
+            return {
+                s: amax for s in sets if (amax := self._from_kept(s[0], frozenset({"amax"})).amax) is not None
+            }
         found = self._over_chunks(sets, "amax", full=True, stop=False)
         return {siblings: each.amax for siblings, each in found.items() if each.amax is not None}
 
@@ -166,8 +185,10 @@ class BlockRun(BlockForward):
     def inputs_of(self, names: Iterable[str], field: str, windows: int | None) -> dict[str, torch.Tensor]:
         """One field of `Statistics` over the inputs of linears, on the windows that `observe` looks at; None: on all.
 
-        One pass for all of them. No input is kept.
+        One pass for all of them, none where the statistics of all windows are kept. No input is kept.
         """
+        if self.kept is not None and windows is None and field in FIELDS:
+            return {name: getattr(self._from_kept(name, frozenset({field})), field) for name in names}
         gatherers: Gatherers[str] = Gatherers(self.device)
 
         def note(name: str) -> Callable[..., Any]:
@@ -275,7 +296,10 @@ class BlockRun(BlockForward):
         """
         chunks = self.chunks()[:1]  # none in a process that no token has reached
         before = [self.forward(chunk, self.streams.has(True, chunk)) for chunk in chunks]
-        fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
+        folded = fold(self.module, group, scale, self.stored.get(f"{group.producer}.weight"))
+        columns = folded if group.expand is None else folded[group.expand.to(folded.device)]
+        for name in group.consumers:
+            self._folded[name] = self._folded[name] * columns if name in self._folded else columns
         after = [self.forward(chunk, self.streams.has(True, chunk)) for chunk in chunks]
         changes = [
             float((now - then).square().mean().sqrt() / then.square().mean().sqrt())

@@ -32,6 +32,12 @@ from quantkit.sweep.share import in_order, plan_cells
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints of the cells in DIR/work.")
 @click.option("--separate", is_flag=True, help="Quantize every cell for itself, as separate runs would.")
+@click.option(
+    "--statistics",
+    multiple=True,
+    metavar="DIR",
+    help="Keep statistics of the original model here for other sweeps, or use finished ones; several are added up.",
+)
 @click.option("--dry-run", is_flag=True, help="List the cells and what they share, and do nothing.")
 @click.option(
     "--better", nargs=2, multiple=True, metavar="A B", help="Say whether cell A is better than B; repeatable."
@@ -50,6 +56,7 @@ def command(
     device: str,
     keep: bool,
     separate: bool,
+    statistics: tuple[str, ...],
     dry_run: bool,
     better: tuple[tuple[str, str], ...],
     json_file: str | None,
@@ -74,6 +81,7 @@ def command(
         keep=keep,
         share=not separate,
         isolated=True,
+        statistics=statistics,
         told=lambda line: say(line, err=True),
     )
     deliver(json_file, result, lambda: print_sweep(result, better, make_console()))

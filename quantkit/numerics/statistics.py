@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -54,3 +54,9 @@ class Statistics:
     mean_abs: torch.Tensor | None = None
     mean_square: torch.Tensor | None = None
     range: InputRange | None = None
+
+    def to(self, device: torch.device) -> Statistics:
+        """The same on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved)

@@ -120,6 +120,7 @@ def _calibrated(
         thrift=run.thrift,
     )
     for block in blocks:
+        block.kept = run.kept
         tracker.opened(block)
         result = worked_on(run, block, transforms, writer.put_aside)
         tracker.computed(result.weights, block)

@@ -42,6 +42,7 @@ from quantkit.pipeline.publish import files_of, publish, write_run_facts
 from quantkit.pipeline.report import RunReport
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.shard_writer import ShardWriter
+from quantkit.pipeline.statistics import with_statistics
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import Plan, build_plan
 from quantkit.predict_budget import settled
@@ -81,6 +82,7 @@ def quantize(
     progress: Progress | None = None,
     eval_tokens: int | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
+    statistics: str | Path | None = None,
 ) -> Result:
     """Quantize a causal LM by a recipe and verify what was written.
 
@@ -90,7 +92,9 @@ def quantize(
     inputs (a finished one is verified and its stored result returned). evaluate: also measure original and quantized
     model. eval_text: on these files, dataset folders or `hf:` names; default the embedded evaluation text.
     eval_tokens: on exactly so many tokens; default at most 65,536, fewer once the KL is known to 2 %.
-    progress: who is told how far the run is (`quantkit.pipeline.progress`).
+    progress: who is told how far the run is (`quantkit.pipeline.progress`). statistics: a folder of kept statistics of
+    this model (`pipeline.statistics`), used instead of collecting what they hold; of other text than the recipe's, they
+    become part of what the result is recorded to be made of.
 
     Raises the errors of `quantkit.errors`; nothing half-written is left that looks finished. The weights are published
     before they are evaluated: an evaluation that fails is a note in the report and `Result.failed`, and the next call
@@ -111,6 +115,7 @@ def quantize(
     with joined(device, INTERRUPTED) as ranks:
         shown = progress if progress is not None and not ranks.rank else Silent()
         run = prepared(recipe, model, output, overrides, device, asked, shown, ranks=ranks)
+        run = run if statistics is None else with_statistics(run, Path(statistics))
         manifest: Manifest | None = ranks.first(_finished(run) if resume and not ranks.rank else None)
         resumed = tracker = None
         if manifest is None:

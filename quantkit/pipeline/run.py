@@ -11,6 +11,7 @@ import torch
 from quantkit_eval.protocols import Tokenizer
 
 from quantkit.algorithms.catalog import algorithm
+from quantkit.calibration.kept_statistics import KeptStatistics
 from quantkit.calibration.ranks import ALONE, Ranks
 from quantkit.calibration.spill import Spill, Thrift
 from quantkit.calibration.text import Windows
@@ -39,7 +40,7 @@ class Run:
     quantized by names alone. windows: None if no layer needs text. identity: what decides the result; two runs with
     equal ones write equal files. request: the closing evaluation, if any. clock, progress: where time goes, and who is
     told. ranks: the processes that share the run, each with a `Run` of its own. ways: how it saves memory.
-    needed: what it was predicted to need, that way.
+    needed: what it was predicted to need, that way. kept: statistics of the original model that need not be collected.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Run:
     ranks: Ranks = ALONE
     ways: Ways = USUAL
     needed: Prediction | None = None
+    kept: KeptStatistics | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -99,11 +101,17 @@ class Run:
         every = len(self.windows.ids) if self.windows else 0
         fields = frozenset().union(*(needs(layer) for layer in self.plan.layers))
         quantized = self.plan.follows_quantized
-        full = max((transform(t.name).windows(t) for t in self.recipe.transforms), default=0)
+        served = (
+            self.kept is not None and "drift" not in fields
+        )  # which reaches as far as the full stream does
+        looked = (t for t in self.recipe.transforms if not (served and getattr(t, "statistics", None)))
+        full = max((transform(t.name).windows(t) for t in looked), default=0)
         if "drift" in fields:
             full = max(full, -(-every // 2))
-        if fields and (not quantized or self.plan.on_original):
+        if fields and (not quantized or self.plan.on_original) and not served:
             full = every
+        if served:
+            full = max(full, 1)  # for the proofs of what is folded
         return Wanted(full, quantized, behind_last=bool(self.plans(self.plan.n_blocks)))
 
 

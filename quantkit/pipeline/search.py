@@ -126,7 +126,8 @@ class _Searching:
     def _walk(self, strengths: list[Strength]) -> None:
         """Measure the losses of some strengths in one walk."""
         run = self.run
-        ids = self.ids if not self.input_max else self.ids[: self.windows]
+        whole = not self.input_max and run.kept is None
+        ids = self.ids if whole else self.ids[: self.windows]
         wanted = Wanted(full=len(ids), quantized=False, behind_last=True)
         streams: list[Streams] = []
         original, form, batch = None, FIRST, 1
@@ -142,6 +143,7 @@ class _Searching:
             thrift=run.thrift,
         ):
             original, batch = block.streams.of(full=True), block.batch
+            block.kept = run.kept
             own = run.ranks.numbers(self.windows, batch)
             streams = streams or [Streams(run.thrift.first(original, len(own)), None) for _ in strengths]
             if block.index == len(self.input_max):

@@ -51,6 +51,7 @@ class Job:
     id, key: the cell's name and what decides its result. recipe: that which gives the weights, `source`'s. kv: how the
     cell's cache runs, None: exact. own: whether `source` is this cell. folder: of the source's checkpoint. result: the
     file to write. digest: of the model's files. tokens, window, text: what is evaluated.
+    statistics: folder of kept ones that may serve.
     """
 
     id: str
@@ -107,7 +108,14 @@ def _made(job: Job) -> dict[str, Any]:
     """Everything that was found out about a cell."""
     folder = Path(job.folder)
     if not (folder / MANIFEST).exists():
-        quantize(parse_recipe(job.recipe), job.model, folder, device=job.device, evaluate=False)
+        quantize(
+            parse_recipe(job.recipe),
+            job.model,
+            folder,
+            device=job.device,
+            evaluate=False,
+            statistics=job.statistics,
+        )
     manifest, facts = read_manifest(folder), read_facts(folder)
     measured = _measured(job, folder)
     seconds = {"quantize": facts.seconds["total"]} | measured.pop("seconds")

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit_eval.text import Text
+
 from quantkit import __version__, assets
-from quantkit.checkpoint.manifest import read_sealed
+from quantkit.calibration.kept_statistics import INDEX, open_statistics
+from quantkit.checkpoint.manifest import read_sealed, write_sealed
 from quantkit.device import find_device
 from quantkit.errors import OutputError, QuantkitError, RunError, VerificationError
 from quantkit.files import output_error, write_json
@@ -32,9 +36,10 @@ from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.paths import weights_path
 from quantkit.pipeline.evaluation import CONTEXT, EvaluationRequest
-from quantkit.sweep.cell import Job, run_alone, run_cell
+from quantkit.sweep.cell import SCHEMA, Job, run_alone, run_cell
 from quantkit.sweep.grid import Sweep, load_sweep, parse_sweep
 from quantkit.sweep.share import Planned, in_order, plan_cells
+from quantkit.sweep.statistics import folder_of, ready, wants
 from quantkit.sweep.table import Found, report
 
 REPORT = "sweep.json"
@@ -45,7 +50,8 @@ Told = Callable[[str], None]
 class Setting:
     """What the cells of a sweep have in common.
 
-    digest: of the model's files. text_digest: of the evaluated text. keep: leave the checkpoints.
+    digest: of the model's files. text_digest: of the evaluated text. keep: leave the checkpoints. share: make
+    once what several cells need. statistics: where those of the original model are, or are to be.
     """
 
     sweep: Sweep
@@ -56,6 +62,8 @@ class Setting:
     text_digest: str
     window: int
     keep: bool
+    share: bool
+    statistics: tuple[str | Path, ...]
 
     @property
     def name(self) -> str:
@@ -70,6 +78,7 @@ def sweep(
     keep: bool = False,
     share: bool = True,
     isolated: bool = False,
+    statistics: Sequence[str | Path] = (),
     told: Told = lambda line: None,
 ) -> dict[str, Any]:
     """Make every cell of a sweep that is not finished yet; the report, schema `quantkit-sweep/1` (docs/sweep.md).
@@ -77,19 +86,21 @@ def sweep(
     asked: a sweep, its YAML file, or a mapping as in the file. model: folder or hub id; default the sweep's, else the
     embedded model. output: default ./out/<model>-<name>. keep: leave the checkpoints in OUTPUT/work. share: quantize
     weights once for all cells that have the same. isolated: a process for each cell; without, peak memory is that of
-    the whole sweep. told: is given a line for each cell.
+    the whole sweep. statistics: a folder in which those of the original model are kept for other sweeps; or finished
+    ones, used in place of the recipes' calibration text, several added up. told: is given a line for each cell.
 
     RecipeError for all mistakes of the sweep and of what does not fit the model; OutputError for a folder in use.
     RunError if a cell could not be made.
     """
     begin = time.perf_counter()
     found = asked if isinstance(asked, Sweep) else _read(asked)
-    setting = _setting(found, model, output, device, keep)
+    setting = _setting(found, model, output, device, keep, share, statistics)
     planned = plan_cells(found.cells, setting.headers, share)
     with _locked(setting.folder):
         made = _all_cells(setting, planned, isolated, told)
         result = report(setting.name, found, planned, made, setting.headers)
         result |= {"model_digest": setting.digest, "device": setting.device, "quantkit": __version__}
+        result["statistics"] = _statistics(setting, planned)
         result["seconds"] = _seconds(planned, made, time.perf_counter() - begin)
         write_json(setting.folder / REPORT, result)
     missing = [each.cell.id for each in planned if each.cell.id not in made]
@@ -106,7 +117,13 @@ def _read(asked: str | Path | Mapping[str, Any]) -> Sweep:
 
 
 def _setting(
-    found: Sweep, model: str | Path | None, output: str | Path | None, device: str, keep: bool
+    found: Sweep,
+    model: str | Path | None,
+    output: str | Path | None,
+    device: str,
+    keep: bool,
+    share: bool,
+    statistics: Sequence[str | Path],
 ) -> Setting:
     """Everything the cells share, checked before anything is computed."""
     path = resolve_model(str(model) if model is not None else found.asked.model, assets.default_model())
@@ -126,12 +143,12 @@ def _setting(
         text_digest=_text_digest(request.sources),
         window=window,
         keep=keep,
+        share=share,
+        statistics=tuple(statistics),
     )
 
 
 def _text_digest(sources: Sequence[str]) -> str:
-    from quantkit_eval.text import Text
-
     return str(Text(sources).sha256())
 
 
@@ -152,6 +169,8 @@ def _all_cells(setting: Setting, planned: Sequence[Planned], isolated: bool, tol
             if each.shares and source is not None and source["status"] == "failed":
                 _failed_with(job, source)
             else:
+                if job.statistics is not None:
+                    _collected(setting, job, told)
                 _run(job, isolated, told)
             if (found := _kept(job)) is not None:
                 made[name] = found
@@ -177,6 +196,11 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
         "code": __version__,
         "device": setting.device.partition(":")[0],
     }
+    kept = None
+    if wants(maker.recipe, each.plan) and (setting.share or setting.statistics):
+        given, data = setting.statistics, made_of["data"]
+        kept = folder_of(given, setting.folder, recipe, setting.digest, data, made_of["device"])
+        made_of["statistics"] = kept.name
     source = _digest(made_of)
     decides = made_of | {
         "kv": None if each.plan.kv is None else str(each.plan.kv),
@@ -199,6 +223,7 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
         window=setting.window,
         text=asked.evaluation.text,
         speed=asked.speed,
+        statistics=None if kept is None else str(kept),
     )
 
 
@@ -228,22 +253,24 @@ def _kept(job: Job) -> Found | None:
     return found if found.get("key") == job.key and found.get("id") == job.id else None
 
 
+def _collected(setting: Setting, job: Job, told: Told) -> None:
+    """See to it that the statistics of a cell are there."""
+    assert job.statistics is not None
+    folder, calibration = Path(job.statistics), job.recipe["calibration"]
+    ready(folder, setting.statistics, calibration, job.model, job.device, told)
+
+
 def _failed_with(job: Job, source: Found) -> None:
     """Record that a cell failed because the one that makes its weights did."""
-    from quantkit.checkpoint.manifest import write_sealed
-    from quantkit.sweep.cell import SCHEMA
-
     found = {"status": "failed", "reason": source["reason"], "seconds": {"total": 0.0}}
     write_sealed(Path(job.result), {"schema": SCHEMA, "id": job.id, "key": job.key} | found)
 
 
 def _run(job: Job, isolated: bool, told: Told) -> None:
-    """Make one cell; errors of the user's input end the sweep, a killed process does not."""
+    """Make one cell; a process that fails or is killed leaves it out."""
     if not isolated:
         run_cell(job)
         return
-    import multiprocessing
-
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["quantkit.sweep.cell"])
     process = context.Process(target=run_alone, args=(job,), name=f"quantkit cell {job.id}")
@@ -268,6 +295,23 @@ def _line(found: Found, each: Planned) -> str:
     said = f"KL {evaluation['kl_mean']:.5f}, perplexity {evaluation['quantized']['perplexity']:.3f}"
     how = f"weights of {each.source}" if each.shares else f"quantized in {seconds['quantize']:.1f} s"
     return f"{said}; {how}, {seconds['total']:.1f} s in all"
+
+
+def _statistics(setting: Setting, planned: Sequence[Planned]) -> list[dict[str, Any]]:
+    """Which statistics of the original model served."""
+    jobs = [_job(setting, each, planned) for each in planned]
+    folders = dict.fromkeys(Path(job.statistics) for job in jobs if job.statistics is not None)
+    found = [open_statistics(folder) for folder in folders if (folder / INDEX).is_file()]
+    return [
+        {
+            "folder": each.folder.name,
+            "data": list(each.data),
+            "tokens": max(each.tokens.values(), default=0),
+            "seconds": each.seconds,
+            "cells": [job.id for job in jobs if job.statistics == str(each.folder)],
+        }
+        for each in found
+    ]
 
 
 def _seconds(planned: Sequence[Planned], made: Mapping[str, Found], total: float) -> dict[str, float]:

@@ -85,4 +85,9 @@ def _sources(cells: Sequence[Cell], plans: Mapping[str, Plan]) -> dict[str, str]
 def _weights_alone(plan: Plan) -> bool:
     """Whether the quantized weights are those of the same recipe with an exact cache."""
     kv = plan.kv
-    return kv is None or not plan.kv_followed or bool(kv.residual) or not plan.weights_follow
+    if kv is None:
+        return True
+    weighs = any(layer.algorithm.needs for layer in plan.layers) and not plan.on_original
+    if plan.calibrates_cache and weighs and not plan.weights_follow:
+        return False  # it is weighed behind quantized layers, as calibrating the cache brings them along
+    return not plan.kv_followed or bool(kv.residual) or not plan.weights_follow

@@ -53,6 +53,11 @@ class SmoothQuantConfig(BaseModel):
         """Calibration windows whose inputs are in memory together."""
         return self.search_windows if self.alpha == "auto" else 0
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Fields of kept statistics of all windows that serve instead of the windows themselves; empty: none do."""
+        return frozenset() if self.alpha == "auto" or self.windows is not None else frozenset({"amax"})
+
     def strengths(self, model_type: str) -> list[float]:
         """The values of alpha to try for a family of models; only those of "auto" are several."""
         if self.alpha == "auto":
@@ -81,6 +86,11 @@ class SmoothQuantPlusConfig(BaseModel):
         carries at least one.
         """
         return 1 if self.strength == "none" else None
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Fields of kept statistics of all windows that serve instead of the windows themselves."""
+        return frozenset() if self.strength == "none" else frozenset({"amax"})
 
     @property
     def searched(self) -> int:
