@@ -15,6 +15,7 @@ from quantkit.bench import roofline
 from quantkit.cli.verbs import cli
 from quantkit.recipe import ALGORITHMS, TRANSFORMS, Recipe
 from quantkit.recipe_errors import _parts
+from quantkit.sweep.grid import GridPart, SweepPart
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (ROOT / "quantkit", ROOT / "kernels", ROOT / "eval")
@@ -104,6 +105,7 @@ def test_recipe_keys_exist():
 
 def test_pieces_of_recipes_are_yaml_with_keys_that_exist():
     known = {key.rpartition(".")[2] for key in recipe_keys()} | set(recipe_words.KEYS)
+    known |= set(SweepPart.model_fields) | set(GridPart.model_fields)
     seen, wrong = 0, []
 
     def keys(value: object) -> list[str]:

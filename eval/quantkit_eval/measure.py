@@ -101,8 +101,8 @@ def evaluate(
     tokens, for `explain`. per_window: called once with what each window gave, for paired comparisons with other models
     (`paired`).
 
-    Raises EvalError for text that is too short, tokenizers or vocabularies that differ, a model that ignores the
-    cache, and logits that are not finite.
+    Raises EvalError for text that is too short, tokenizers that differ, a model that ignores the cache, and logits that
+    are not finite.
     """
     _refuse_wrong(kl_error, kl_windows=kl_windows, batch_size=batch_size, max_tokens=max_tokens)
     read = Text(text)
@@ -110,8 +110,7 @@ def evaluate(
     context = context_of(models, context)
     ids, bos = _tokens(read, tokenizer, baseline_tokenizer, max_tokens)
     digest = read.sha256()  # reads to the end: damage there is an error before the work, not after
-    for each in models:
-        check_vocabulary(each, ids)
+    _check_vocabularies(models, ids)
     windows = cut(ids, context, stride, bos, max_tokens)
     compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
     size = batch_size or _batch_size(model, context)
@@ -120,8 +119,6 @@ def evaluate(
     with inference(*models):
         sums = _score(runs, windows, compared, size, progress, kl_error, group)
     planned, windows = len(windows), windows[: len(sums.model)]
-    if seen is not None:
-        seen.take(windows, sums.kl)
     report = Report(
         tokens=sum(window.scored for window in windows),
         windows=len(windows),
@@ -131,14 +128,25 @@ def evaluate(
         text_sha256=digest,
         max_tokens=max_tokens,
         stopped_early=len(windows) < planned,
-        cache=None if decoding is None else decoding.description,
-        cache_step=None if decoding is None else decoding.step,
+        **_of_cache(decoding),
         **_figures(sums, windows),
     )
     _check_finite(report.to_json())
+    if seen is not None:
+        seen.take(windows, sums.kl)
     if per_window is not None:
         per_window(sums.scores(windows))
     return report
+
+
+def _check_vocabularies(models: Iterable[CausalLM], ids: list[int]) -> None:
+    for each in models:
+        check_vocabulary(each, ids)
+
+
+def _of_cache(decoding: Decoding | None) -> dict[str, Any]:
+    """The fields of a report about the key-value cache."""
+    return {} if decoding is None else {"cache": decoding.description, "cache_step": decoding.step}
 
 
 def _refuse_wrong(kl_error: float | None, **counts: int | None) -> None:

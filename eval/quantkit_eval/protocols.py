@@ -52,9 +52,10 @@ class Output(Protocol):
 class CausalLM(Protocol):
     """A causal language model as transformers calls one.
 
-    A call takes `input_ids` [batch, tokens], `past_key_values` and `use_cache`; `logits_to_keep` if `forward` names
-    it. `config.get_text_config()` says `vocab_size` and, where known, `max_position_embeddings`; `generation_config`,
-    which may be missing, says the end tokens. `modules` are those whose training mode is switched.
+    A call takes `input_ids` [batch, tokens], `past_key_values` and `use_cache`, of padded sequences `attention_mask`
+    and `position_ids`; `logits_to_keep` if `forward` names it. `config.get_text_config()` says `vocab_size` and, where
+    known, `max_position_embeddings`; `generation_config`, which may be missing, says the end tokens. `modules` are
+    those whose training mode is switched.
     """
 
     @property

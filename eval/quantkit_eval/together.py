@@ -68,7 +68,7 @@ class Padded:
     def __init__(self, model: CausalLM, pad: int = 0) -> None:
         self._model, self._pad, self._device = model, pad, device_of(model)
         known = inspect.signature(model.forward).parameters
-        self._kept = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._kept: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._positions = "position_ids" in known
         self._cache: Any = None
         self._mask = torch.empty(0)
@@ -88,14 +88,13 @@ class Padded:
         return self._forward(ids)[list(live)]
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        options: dict[str, Any] = dict(self._kept)
+        options: dict[str, Any] = self._kept | {"attention_mask": self._mask.to(self._device)}
         if self._positions:
             places = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options["position_ids"] = places.to(self._device)
         with inference(self._model):
             out = self._model(
                 input_ids=ids.to(self._device),
-                attention_mask=self._mask.to(self._device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **options,

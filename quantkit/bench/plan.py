@@ -62,7 +62,7 @@ def compared(name: str, model: Path, recipe: str, overrides: list[str], work: Pa
     size = sum(file.stat().st_size for file in output.iterdir())
     shutil.rmtree(output)
     prediction, expected = planned["prediction"], planned["time"]
-    row = {
+    row: dict[str, Any] = {
         "model": name,
         "recipe": recipe,
         "overrides": overrides,

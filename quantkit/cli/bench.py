@@ -190,8 +190,8 @@ def _models(
     from quantkit.bench.models.footprint import footprint
     from quantkit.bench.models.subject import Opening, Subject, open_subjects, prompt_length
 
-    own = {name: chosen[name] for name in ("backend", "compute", "kv_cache", "way")}
-    shared = {"device": device or "auto", "dtype": dtype, "verify": verify}
+    own: dict[str, Any] = {name: chosen[name] for name in ("backend", "compute", "kv_cache", "way")}
+    shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "verify": verify}
     openings = [Opening(str(resolve(model)), **shared, **own)]
     openings += [Opening(str(resolve(other)), **shared) for other in against]
     subjects = open_subjects(openings)

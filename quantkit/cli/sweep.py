@@ -169,7 +169,16 @@ def _neighbours(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _table(result: Mapping[str, Any]) -> Table:
-    right = ("size", "bits", "memory", "perplexity", "NLL difference", "KL mean", "KL p99", "top-1")
+    right: tuple[str, ...] = (
+        "size",
+        "bits",
+        "memory",
+        "perplexity",
+        "NLL difference",
+        "KL mean",
+        "KL p99",
+        "top-1",
+    )
     right += ("decode/s", "prefill/s", "peak", "time")
     table = Table(Column("cell", overflow="fold"), *(Column(name, justify="right") for name in right))
     fronts = {name for axis in ("size", "memory") for name in result["pareto"][axis]}

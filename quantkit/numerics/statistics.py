@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -58,5 +59,7 @@ class Statistics:
     def to(self, device: torch.device) -> Statistics:
         """The same on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)
+        }
         return replace(self, **moved)

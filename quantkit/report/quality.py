@@ -129,7 +129,10 @@ def _trade(axes: Axes, ink: Ink, points: Sequence[Point], x: Axis, y: Axis) -> N
         dot.set_gid(ink.say(f"{point.name}: {y.name} {plus_minus(value, error)}, {x.name} {number(at, 4)}"))
         del drawn
     best, names = front(points, x, y), numbered(points)
-    axes.plot([x.of(p) for p in best], [y.of(p) for p in best], color=ink["muted"], linewidth=1.1, zorder=1)
+    line = [(at, value) for p in best if (at := x.of(p)) is not None and (value := y.of(p)) is not None]
+    axes.plot(
+        [at for at, _ in line], [value for _, value in line], color=ink["muted"], linewidth=1.1, zorder=1
+    )
     for turn, point in enumerate(p for p in best if p.name in names):
         side = ("left", (5, 5)) if turn % 2 else ("right", (-5, -10))  # neighbours must not cover each other
         axes.annotate(

@@ -31,7 +31,7 @@ _LIGHT = {
 _PLACE = {name: f"#0b0c{number + 16:02x}" for number, name in enumerate(_LIGHT)}
 SERIES = tuple(name for name in _LIGHT if name.startswith("c"))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quantkit",
     "font.family": "DejaVu Sans",
@@ -108,14 +108,14 @@ class Studio:
         return Plot(name, svg, caption, alt, wide)
 
 
-def _settings(ink: Ink) -> dict[str, Any]:
+def _settings(ink: Ink) -> dict[Any, Any]:
     """What matplotlib's own settings are while a plot is made and written; some colours are looked up only then."""
-    import matplotlib as mpl
+    from cycler import cycler
 
-    colours: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink["ink"])
+    colours: dict[Any, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink["ink"])
     colours |= dict.fromkeys(("xtick.color", "ytick.color"), ink["muted"])
     colours |= {"axes.edgecolor": ink["muted"], "grid.color": ink["line"], "legend.labelcolor": ink["ink"]}
-    return _SETTINGS | colours | {"axes.prop_cycle": mpl.cycler(color=[ink[name] for name in SERIES])}
+    return _SETTINGS | colours | {"axes.prop_cycle": cycler(color=[ink[name] for name in SERIES])}
 
 
 def _figure(draw: Drawing, ink: Ink, width: float, height: float) -> Figure:

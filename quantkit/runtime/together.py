@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from quantkit_eval.together import Apart, Batch, Padded
@@ -57,5 +57,6 @@ def choose_batch(
     runner = choose_runner(model, 1, way, compute)
     if isinstance(runner.model, NativeDecoder):
         return NativeBatch(runner.model), runner
-    padded = attached(model) is None and unfit(model) is None
+    eager = cast("PreTrainedModel", runner.model)
+    padded = attached(eager) is None and unfit(eager) is None
     return (Padded if padded else Apart)(runner.model), runner

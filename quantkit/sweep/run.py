@@ -189,17 +189,17 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
     asked, cell = setting.sweep.asked, each.cell
     maker = next(one.cell for one in planned if one.cell.id == each.source)
     recipe = maker.recipe.resolved() | {"model": None}
+    data, device = _data_digests(recipe), setting.device.partition(":")[0]
     made_of = {
         "recipe": recipe,
         "model": setting.digest,
-        "data": _data_digests(recipe),
+        "data": data,
         "code": __version__,
-        "device": setting.device.partition(":")[0],
+        "device": device,
     }
     kept = None
     if wants(maker.recipe, each.plan) and (setting.share or setting.statistics):
-        given, data = setting.statistics, made_of["data"]
-        kept = folder_of(given, setting.folder, recipe, setting.digest, data, made_of["device"])
+        kept = folder_of(setting.statistics, setting.folder, recipe, setting.digest, data, device)
         made_of["statistics"] = kept.name
     source = _digest(made_of)
     decides = made_of | {

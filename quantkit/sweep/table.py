@@ -22,7 +22,15 @@ AXES: dict[str, Callable[[Found], float | None]] = {
     "memory": lambda cell: float(cell["memory_bytes"]),
     "decode": lambda cell: None if cell["speed"] is None else 1 / cell["speed"]["decode_tokens_per_s"],
 }
-_OF_CELL = ("status", "reason", "size", "evaluation", "per_window", "speed", "peak_rss_bytes")
+_OF_CELL: tuple[str, ...] = (
+    "status",
+    "reason",
+    "size",
+    "evaluation",
+    "per_window",
+    "speed",
+    "peak_rss_bytes",
+)
 _OF_CELL += ("peak_rss_measured_bytes", "seconds", "steps", "weights_sha256", "notes")
 
 

@@ -93,7 +93,8 @@ def build(work: Path, jobs: int = 1) -> Built:
         _run(cmake, "--build", tree, "-j", jobs, "--target", *TARGETS)
     ops = _build_ops(work / "ggml_ops", source / "ggml" / "include", tree / "ggml" / "src")
     version = folder.name.removeprefix("llama_cpp_python-")
-    return Built(*programs, ops, python, f"{PACKAGE} {version}", patched)
+    bench, batched, quantize = programs
+    return Built(bench, batched, quantize, ops, python, f"{PACKAGE} {version}", patched)
 
 
 def _build_ops(program: Path, include: Path, libraries: Path) -> Path:
