@@ -36,7 +36,7 @@ USUAL = (
     (8, 128),
 )
 SMALLEST = 32  # columns that share a scale in the usual choices
-COARSE = 2  # bits from which down a zero point is worth its place whatever the recipe says
+COARSE = 3  # bits from which down a zero point is worth its place whatever the recipe says
 
 
 @dataclass(frozen=True)

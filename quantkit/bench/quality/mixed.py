@@ -61,7 +61,7 @@ def _size(
             found[name] = compared(made)
             row["uniform"][name] = size | _shown(found[name])
     target: dict[str, Any] = {"size": row["budget_bytes"], "sensitivity": arguments.sensitivity}
-    recipe = {"weights": {"group_size": 64, "bits": 4}, "target": target}
+    recipe = {"weights": {"group_size": 64, "symmetric": False}, "target": target}
     made, size = _made(recipe, path, work / f"{bits}-mixed", arguments)
     kl, nll = compared(made)
     row["mixed"] = size | _shown((kl, nll))
