@@ -85,6 +85,7 @@ def cell(number, method, bits, kl, name=""):
         "id": f"w{bits}-{method}{name}",
         "status": "finished",
         "factors": {"method": f"{method}{name}", "bits": bits, "kv_cache": "none"},
+        "memory_bytes": 10.0**6 * bits + 5e5,
         "recipe": {"weights": {"bits": bits}},
         "size": {
             "quantized_bytes": 10**6 * bits,
@@ -93,7 +94,7 @@ def cell(number, method, bits, kl, name=""):
         },
         "evaluation": evaluation(kl, 20 + 5 * kl).to_json(),
         "speed": {"decode_tokens_per_s": 100.0 + number, "prefill_tokens_per_s": 1000.0},
-        "seconds": {"total": 12.5},
+        "seconds": {"total": 12.5, "quantize": 10.0, "evaluate": 2.5},
         "notes": [],
     }
 
@@ -114,12 +115,12 @@ def sweep(name=""):
         "metric": "kl",
         "difference": -0.01,
         "se": 0.001,
-        "p_corrected": 1e-9,
+        "corrected": 1e-9,
     }
     return {
         "schema": "quantkit-sweep/1", "name": f"grid{name}", "model": f"tiny{name}", "cells": [*cells, failed],
         "decisions": {"alpha": 0.05, "correction": "holm", "pairs": [pair | {"better": "yes"}]},
-        "seconds": {"total": 60.0, "statistics": 5.0}, "host": {"cpu": name},
+        "seconds": {"call": 9.0, "cells": 60.0, "separate": 90.0}, "host": {"cpu": name},
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def restorations(
     if manifest is None or len(groups) > most:
         groups, by = _by_block(prefix, groups), "block"
     elif any(len(names) > 1 for names in groups.values()):
-        by = "layer, with those that share a scale"
+        by = "layer or group of layers that share a scale"
     return {name: partial(_lent, model, original, sorted(names)) for name, names in groups.items()}, by
 
 
@@ -102,16 +102,18 @@ def _joined(
             for unit in units[1:]:
                 groups[first] |= groups.pop(unit)
             of |= dict.fromkeys(groups[first], first)
-    return {_label(prefix, unit, groups[unit]): groups[unit] for unit in groups}
+    order = {name: number for number, (name, _) in enumerate(original.named_modules())}
+    ordered = {unit: sorted(names, key=order.__getitem__) for unit, names in groups.items()}
+    return {_label(prefix, unit, names): set(names) for unit, names in ordered.items()}
 
 
-def _label(prefix: str, first: str, names: set[str]) -> str:
+def _label(prefix: str, first: str, names: list[str]) -> str:
     """A unit by its modules: that of one module by its name."""
     if len(names) == 1:
         return first
     block = re.match(rf"{re.escape(prefix)}\.\d+\.", first)
     front = block[0] if block else ""
-    return front + " + ".join(sorted(name.removeprefix(front) for name in names))
+    return front + " + ".join(name.removeprefix(front) for name in names)
 
 
 def _by_block(prefix: str, groups: Mapping[str, set[str]]) -> dict[str, set[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantkit_eval.explanation import Explanation, Restored
 
-from quantkit.report.layers import heat, position
+from quantkit.report.layers import heat, label_of, position
 from quantkit.report.parts import Column, Plot, Section, Table, Tokens, figure, number, share, short, text
 from quantkit.report.results import Results
 from quantkit.report.style import Ink, Studio, powers
@@ -68,7 +68,7 @@ def _histogram(axes: Axes, ink: Ink, one: Explanation) -> None:
     powers(axes.xaxis)
     axes.set_xlim(edges[low], edges[high])
     top = max(counts)
-    for name, height, at in (("0.5", 1.06, "median"), ("0.99", 1.06, "p99"), ("0.999", 0.94, "p99.9")):
+    for name, height, at in (("0.5", 1.1, "median"), ("0.99", 1.02, "p99"), ("0.999", 0.94, "p99.9")):
         value = one.quantiles.get(name)
         if value and edges[low] < value < edges[high]:
             axes.axvline(value, color=ink["ink"], linewidth=0.9, linestyle=(0, (4, 3)))
@@ -104,7 +104,7 @@ def _attribution(studio: Studio, one: Explanation, label: str) -> list[Plot]:
         plots.append(
             heat(
                 studio, "attribution", cells, lambda v: f"{100 * v:.0f}", log=False,
-                caption=f"{label}The same for every layer, in percent of that KL; the first block is at the top.",
+                caption=f"{label}Percent of that KL that goes away with each of them; the first block is at the top.",
             )
         )  # fmt: skip
     return plots
@@ -132,9 +132,7 @@ def _short(unit: str) -> str:
     where = position(unit)
     if where is None or where[0] is None:
         return short(unit, end=True)
-    parts = [part.rpartition(".")[2] for part in where[1].split(" + ")]
-    named = "+".join(part.removesuffix("_proj") for part in parts)
-    return f"{where[0]} {short(named)}"
+    return f"{where[0]} {label_of(where[1])}"
 
 
 def _table(one: Explanation, label: str) -> Table:

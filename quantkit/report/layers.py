@@ -118,7 +118,7 @@ def _heat(
             axes.text(x, y, shown(value), ha="center", va="center", fontsize=8.2, color=ink["ink"])
     axes.set_xlim(-0.5, len(kinds) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(kinds)), [_label(kind) for kind in kinds], rotation=30, ha="right")
+    axes.set_xticks(range(len(kinds)), [label_of(kind) for kind in kinds], rotation=30, ha="right")
     step = max(1, len(rows) // 40)
     axes.set_yticks(range(0, len(rows), step), ["" if row is None else str(row) for row in rows[::step]])
     axes.set_ylabel("block")
@@ -127,8 +127,10 @@ def _heat(
         side.set_visible(False)
 
 
-def _label(kind: str) -> str:
-    names = [part.rpartition(".")[2] for part in kind.split(" + ")]
+def label_of(kind: str) -> str:
+    """The name of a kind as it fits into a plot; of layers restored as one, those with a weight that was rounded."""
+    parts = kind.split(" + ")
+    names = [part.rpartition(".")[2] for part in parts if len(parts) == 1 or "norm" not in part]
     said = "+".join(name.removesuffix("_proj") for name in names)
     said = f"experts.{said}" if "experts." in kind else said
     return short(said, 20)

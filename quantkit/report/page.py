@@ -187,13 +187,10 @@ def _many(results: Results) -> list[Card]:
 def _sweep_cards(results: Results, sweep: Sweep) -> list[Card]:
     done = [cell for cell in sweep.cells if cell.status == "finished"]
     cards = [Card("Recipes", str(len(done)), f"of {len(sweep.cells)}, on {sweep.model}")]
-    if total := sweep.seconds.get("total"):
-        detail = (
-            f"{seconds(sweep.seconds['statistics'])} of it for statistics"
-            if "statistics" in sweep.seconds
-            else ""
-        )
-        cards.append(Card("Time", seconds(total), detail))
+    if "cells" in sweep.seconds:
+        apart = sweep.seconds.get("separate")
+        detail = "" if apart is None else f"separate runs: {seconds(apart)}"
+        cards.append(Card("Time", seconds(sweep.seconds["cells"]), detail))
     return cards + _extremes(results) + _speed_cards(results)
 
 

@@ -25,7 +25,7 @@ from quantkit.report.parts import (
     size,
     text,
 )
-from quantkit.report.results import Decisions, Point, Results
+from quantkit.report.results import Point, Results, Sweep, SweepCell
 from quantkit.report.style import Ink, Studio
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ KL = Axis("KL", "mean KL to the original (nats per token)", _kl, lambda report: 
 PERPLEXITY = Axis("perplexity", "perplexity", _perplexity, lambda report: report.quantized.perplexity_se)
 BITS = Axis("bits", "bits per weight of the quantized layers", lambda point: point.bits)
 SIZE = Axis("size", "size of all tensors (MB)", lambda point: point.n_bytes and point.n_bytes / 1e6)
+MEMORY = Axis(
+    "memory",
+    "weights and KV cache of one long context (MB)",
+    lambda point: point.memory and point.memory / 1e6,
+)
 
 
 def front(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
@@ -78,8 +83,8 @@ def quality(results: Results, studio: Studio) -> Section | None:
         return None
     plots = []
     if len(points) > 1:
-        for y in (KL, PERPLEXITY):
-            for x in (BITS, SIZE):
+        for y, against in ((KL, (BITS, SIZE, MEMORY)), (PERPLEXITY, (BITS, SIZE))):
+            for x in against:
                 known = [p for p in points if x.of(p) is not None and y.of(p) is not None]
                 if len(known) > 1:
                     plots.append(
@@ -94,9 +99,7 @@ def quality(results: Results, studio: Studio) -> Section | None:
     tables = [_table(points)] if points else []
     if others:
         tables.append(_evaluations(results))
-    tables += [
-        _decisions(sweep.decisions) for sweep in results.sweeps if sweep.decisions and sweep.decisions.pairs
-    ]
+    tables += [table for sweep in results.sweeps if (table := _decisions(sweep)) is not None]
     lead = (
         "Lower is better everywhere but for agreement. KL says how far the next-token distribution moved from the "
         "original's; it is paired token by token, so it separates configurations that perplexity cannot."
@@ -145,7 +148,7 @@ def _trade(axes: Axes, ink: Ink, points: Sequence[Point], x: Axis, y: Axis) -> N
     for number_, group in enumerate(groups):
         colour, marker = ink.series(number_)
         axes.plot([], [], marker, color=colour, label=short(group, 22), markersize=6, linestyle="none")
-    axes.legend(loc="upper right", ncols=2 if len(groups) > 4 else 1, handletextpad=0.2, columnspacing=0.8)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.1, columnspacing=0.9)
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)
     axes.grid(True, linewidth=0.7)
@@ -259,23 +262,36 @@ def _evaluations(results: Results) -> Table:
     return Table("Evaluations", columns, rows)
 
 
-def _decisions(found: Decisions) -> Table:
-    """What the paired statistics decide."""
+def _decisions(sweep: Sweep) -> Table | None:
+    """What the paired statistics decide by KL, between configurations of the same size and cache, and along the "
+    "front."""
+    if sweep.decisions is None:
+        return None
+    cells = {cell.id: cell for cell in sweep.cells}
+    pairs = [p for p in sweep.decisions.pairs if p.metric == "kl" and p.a in cells and p.b in cells]
+    rivals = [p for p in pairs if _class(cells[p.a]) == _class(cells[p.b])]
     columns = [
-        Column("A"), Column("B"), Column("metric"), Column("A − B", True), Column("p, corrected", True),
-        Column("A better?"),
+        Column("A"), Column("B"), Column("A − B, KL", True), Column("p, corrected", True), Column("A better?"),
     ]  # fmt: skip
     rows = [
         [
-            text(d.a), text(d.b), text(d.metric), figure(d.difference, plus_minus(d.difference, d.se)),
-            figure(d.p_corrected), text(d.better),
+            text(d.a), text(d.b), figure(d.difference, plus_minus(d.difference, d.se)), figure(d.corrected),
+            text(d.better, d.better == "yes"),
         ]
-        for d in found.pairs
+        for d in rivals
     ]  # fmt: skip
-    alpha = NONE if found.alpha is None else f"{found.alpha:g}"
+    if not rows:
+        return None
+    alpha = NONE if sweep.decisions.alpha is None else f"{sweep.decisions.alpha:g}"
+    correction = str(sweep.decisions.correction or "no").capitalize()
     caption = (
-        f"Is A better than B? Decided on the same windows of text; {str(found.correction or 'no').capitalize()} "
-        "correction "
-        f"over the table, error rate {alpha}"
+        "Is A closer to the original than B? Rivals of the same bits and cache, on the same windows of text; "
+        f"{correction} "
+        f"correction over all {len(pairs)} pairs, error rate {alpha}"
     )
-    return Table(caption, columns, rows)
+    return Table(caption, columns, rows, open=len(rows) <= 16)
+
+
+def _class(cell: SweepCell) -> tuple[object, ...]:
+    """What rivals have in common."""
+    return tuple(str(cell.factors.get(key)) for key in ("bits", "group_size", "inputs", "kv_cache"))

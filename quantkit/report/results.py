@@ -68,7 +68,7 @@ class SweepCell:
     factors: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     size: SweepSize | None = None
-    memory_bytes: int | None = None
+    memory_bytes: float | None = None
     evaluation: Report | None = None
     speed: SweepSpeed | None = None
     peak_rss_bytes: int | None = None
@@ -78,7 +78,7 @@ class SweepCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether `a` is better than `b`. difference: of the metric, a - b; p_corrected: after Holm's correction."""
+    """Whether `a` is better than `b`. difference: of the metric, a - b; corrected: after Holm's correction."""
 
     a: str
     b: str
@@ -86,7 +86,7 @@ class Decision:
     difference: float | None = None
     se: float | None = None
     p: float | None = None
-    p_corrected: float | None = None
+    corrected: float | None = None
     better: str
 
 
@@ -99,7 +99,7 @@ class Decisions:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Schema quantkit-sweep/1. seconds: by phase, of the whole sweep."""
+    """Schema quantkit-sweep/1. seconds: of all cells ("cells"), and what separate runs would take ("separate")."""
 
     name: str
     model: str
@@ -107,8 +107,8 @@ class Sweep:
     cells: list[SweepCell]
     decisions: Decisions | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    host: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
     threads: int | None = None
     date: str | None = None
 
@@ -218,7 +218,8 @@ class Planned:
 class Point:
     """One measured configuration, whatever file it comes from. n_bytes: of all tensors. group: what it is coloured by.
 
-    bits: per weight of the quantized linears; None where none is quantized. seconds: to quantize.
+    bits: per weight of the quantized linears; None where none is quantized. seconds: to quantize. memory: bytes of
+    weights and KV cache at the context of a sweep.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Point:
     prefill: float | None = None
     peak: int | None = None
     seconds: float | None = None
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -302,4 +304,5 @@ def _of_cell(cell: SweepCell) -> Point:
         prefill=speed.prefill_tokens_per_s,
         peak=cell.peak_rss_bytes,
         seconds=(cell.seconds or {}).get("total"),
+        memory=cell.memory_bytes,
     )

@@ -64,11 +64,18 @@ def cost(results: Results, studio: Studio) -> Section | None:
             )
             tables.append(_block_table(facts, label))
     for sweep in results.sweeps:
-        if sweep.seconds:
-            phases = {name: value for name, value in sweep.seconds.items() if name != "total"}
-            total = seconds(sweep.seconds.get("total"))
-            caption = f"Sweep {sweep.name}: {total} in all."
-            draw = partial(_phases, phases=phases)
+        by_step: dict[str, float] = {}
+        for cell in sweep.cells:
+            for step, taken in (cell.seconds or {}).items():
+                if step != "total":
+                    by_step[step] = by_step.get(step, 0.0) + taken
+        if by_step:
+            draw = partial(_phases, phases=by_step)
+            caption = (
+                "Seconds of each step, added up over all recipes. Recipes that share weights count their "
+                "quantization once "
+                "each, though it ran once."
+            )
             plots.append(studio.plot("time of the sweep", draw, caption, "bars of seconds", height=2.2))
     if not plots:
         return None
@@ -134,23 +141,35 @@ def _block_table(facts: RunFacts, label: str) -> Table:
 
 
 def warnings(results: Results) -> Section | None:
-    """Notes and fallbacks of all results."""
-    found: list[str] = []
-    several = len(results.checkpoints) + len(results.sweeps) > 1
+    """Notes and fallbacks of all results; one that several recipes have is listed once."""
+    found: dict[str, list[str]] = {}
     for each in results.checkpoints:
-        label = f"{each.name}: " if several else ""
-        found += [f"{label}{note}" for note in each.manifest.notes]
+        for note in each.manifest.notes:
+            found.setdefault(note, []).append(each.name)
         for layer in each.manifest.layers:
-            found += [f"{label}{layer.name}: {said}" for said in layer.fallbacks or ()]
+            for said in layer.fallbacks or ():
+                found.setdefault(f"{layer.name}: {said}", []).append(each.name)
     for sweep in results.sweeps:
         for cell in sweep.cells:
             if cell.status != "finished":
-                found.append(f"{cell.id}: {cell.status}" + (f", {cell.reason}" if cell.reason else ""))
-            found += [f"{cell.id}: {note}" for note in cell.notes or ()]
+                found[f"{cell.id}: {cell.status}" + (f", {cell.reason}" if cell.reason else "")] = []
+            for note in cell.notes or ():
+                found.setdefault(note, []).append(cell.id)
     if not found:
         return None
     lead = "What the runs said on the way: fallbacks, what a loader refuses, recipes that could not run."
-    return Section("warnings", "Warnings and fallbacks", lead, notes=list(dict.fromkeys(found)))
+    several = len(results.points) > 1
+    return Section(
+        "warnings", "Warnings and fallbacks", lead, notes=[_noted(n, found[n], several) for n in found]
+    )
+
+
+def _noted(note: str, names: list[str], several: bool) -> str:
+    """A note and whose it is, where that is a question."""
+    if not several or not names:
+        return note
+    rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"{note} ({', '.join(names[:2])}{rest})"
 
 
 def reproduction(results: Results) -> Section:

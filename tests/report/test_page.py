@@ -57,7 +57,8 @@ def test_every_kind_of_result_has_its_section(whole):
     links = [a["href"] for tag, a in found.tags if tag == "a" and "href" in a]
     assert links == [f"#{name}" for name in sections]
     for said in (
-        "w8-gptq", "0.01000 ± 0.00050", "Is A better than B?", "Holm", "w2-bad: failed, collapsed",  # sweep
+        "w8-gptq", "0.01000 ± 0.00050", "Is A closer to the original than B?", "Holm",  # sweep
+        "separate runs: 1 min 30 s", "w2-bad: failed, collapsed",
         "60.0 ± 0.50", "75.0%", "18 ms",  # bench
         "GPU", "softmax",  # plan
         "Call me", "Ish", "is restored", "its window was not run again",  # explanation
