@@ -87,19 +87,18 @@ def evaluate(
 ) -> Report:
     """Evaluate a causal LM, and with a baseline how far it is from it on the same tokens.
 
-    model, baseline: transformers causal LMs with one vocabulary, each on its own device and in its own dtype;
-    logits are compared in fp32. text: sources as `load_text` takes them. context, stride, max_tokens: see
-    `windows.cut`; context defaults to min(2048, the model's), stride to the context. kl_windows: windows used
-    for KL and agreement (default all). batch_size: windows per forward. progress(done, total) is called after
-    each batch. baseline_tokenizer: given, it must give the same tokens. kl_error: stop before the end of the text
-    once the standard error of the mean KL is at most this share of it, after LEAST_WINDOWS windows at the earliest;
-    the report says so. baseline_cache: keeps what the baseline computed for later evaluations on the same windows;
-    results are the same bit for bit with and without it. cache: makes the key-value caches that the model, not the
-    baseline, runs with: each token sees the earlier ones as the cache holds them. cache_step: tokens per forward then;
-    default what the cache says is exact (`decoding`). group: processes that all make this call and share the windows;
-    the report is the same in all of them, and that of one process. seen: takes the windows and the KL of their
-    tokens, for `explain`. per_window: called once with what each window gave, for paired comparisons with other models
-    (`paired`).
+    model, baseline: transformers causal LMs with one vocabulary, each on its own device and in its own dtype; logits
+    are compared in fp32. text: sources as `load_text` takes them. context, stride, max_tokens: see `windows.cut`;
+    context defaults to min(2048, the model's), stride to the context. kl_windows: windows used for KL and agreement
+    (default all). batch_size: windows per forward. progress(done, total) is called after each batch.
+    baseline_tokenizer: given, it must give the same tokens. kl_error: stop before the end of the text once the standard
+    error of the mean KL is at most this share of it, after LEAST_WINDOWS windows at the earliest; the report says so.
+    baseline_cache: keeps what the baseline computed for later evaluations on the same windows; results are the same bit
+    for bit with and without it. cache: makes the key-value caches that the model, not the baseline, runs with: each
+    token sees the earlier ones as the cache holds them. cache_step: tokens per forward then; default what the cache
+    says is exact (`decoding`). group: processes that all make this call and share the windows; the report is the same
+    in all of them, and that of one process. seen, per_window: take what each window gave, for `explain` and for
+    comparisons with other models (`paired`).
 
     Raises EvalError for text that is too short, tokenizers that differ, a model that ignores the cache, and logits that
     are not finite.
@@ -112,8 +111,7 @@ def evaluate(
     digest = read.sha256()  # reads to the end: damage there is an error before the work, not after
     _check_vocabularies(models, ids)
     windows = cut(ids, context, stride, bos, max_tokens)
-    compared = len(windows) if kl_windows is None else min(kl_windows, len(windows))
-    size = batch_size or _batch_size(model, context)
+    compared, size = min(kl_windows or len(windows), len(windows)), batch_size or _batch_size(model, context)
     decoding = None if cache is None else Decoding(model, cache, cache_step)
     runs = _runs(models, decoding, baseline_cache)
     with inference(*models):

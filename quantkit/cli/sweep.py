@@ -42,6 +42,7 @@ from quantkit.sweep.share import in_order, plan_cells
 @click.option(
     "--better", nargs=2, multiple=True, metavar="A B", help="Say whether cell A is better than B; repeatable."
 )
+@click.option("--report", "page", metavar="FILE", help="Also write the report as an HTML page.")
 @threads_option
 @json_option
 def command(
@@ -59,6 +60,7 @@ def command(
     statistics: tuple[str, ...],
     dry_run: bool,
     better: tuple[tuple[str, str], ...],
+    page: str | None,
     json_file: str | None,
 ) -> None:
     """Try many recipes on one model, those of the file SWEEP or of the lists, and compare them in one table.
@@ -82,6 +84,7 @@ def command(
         share=not separate,
         isolated=True,
         statistics=statistics,
+        page=page,
         told=lambda line: say(line, err=True),
     )
     deliver(json_file, result, lambda: print_sweep(result, better, make_console()))

@@ -101,9 +101,7 @@ class Run:
         every = len(self.windows.ids) if self.windows else 0
         fields = frozenset().union(*(needs(layer) for layer in self.plan.layers))
         quantized = self.plan.follows_quantized
-        served = (
-            self.kept is not None and "drift" not in fields
-        )  # which reaches as far as the full stream does
+        served = self.kept is not None and "drift" not in fields  # a drift is of all that the full stream has
         looked = (t for t in self.recipe.transforms if not (served and getattr(t, "statistics", None)))
         full = max((transform(t.name).windows(t) for t in looked), default=0)
         if "drift" in fields:

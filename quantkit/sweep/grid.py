@@ -141,9 +141,7 @@ def _checked(found: Located) -> Sweep:
     asked = None
     if not isinstance(found.data, dict):
         if not found.problems:
-            found.problem(
-                (), "expected a mapping; the shortest sweep is `grid: {methods: [rtn, gptq], bits: [4, 3]}`"
-            )
+            found.problem((), "expected a mapping; the shortest sweep has a grid with a list of methods")
     elif not found.problems:
         try:
             asked = SweepPart.model_validate(found.data)

@@ -36,6 +36,7 @@ from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.models.source import Source
 from quantkit.paths import weights_path
 from quantkit.pipeline.evaluation import CONTEXT, EvaluationRequest
+from quantkit.report.page import write_page
 from quantkit.sweep.cell import SCHEMA, Job, run_alone, run_cell
 from quantkit.sweep.grid import Sweep, load_sweep, parse_sweep
 from quantkit.sweep.share import Planned, in_order, plan_cells
@@ -79,6 +80,7 @@ def sweep(
     share: bool = True,
     isolated: bool = False,
     statistics: Sequence[str | Path] = (),
+    page: str | Path | None = None,
     told: Told = lambda line: None,
 ) -> dict[str, Any]:
     """Make every cell of a sweep that is not finished yet; the report, schema `quantkit-sweep/1` (docs/sweep.md).
@@ -87,7 +89,8 @@ def sweep(
     embedded model. output: default ./out/<model>-<name>. keep: leave the checkpoints in OUTPUT/work. share: quantize
     weights once for all cells that have the same. isolated: a process for each cell; without, peak memory is that of
     the whole sweep. statistics: a folder in which those of the original model are kept for other sweeps; or finished
-    ones, used in place of the recipes' calibration text, several added up. told: is given a line for each cell.
+    ones, used in place of the recipes' calibration text, several added up. page: where to write the report as HTML.
+    told: is given a line for each cell.
 
     RecipeError for all mistakes of the sweep and of what does not fit the model; OutputError for a folder in use.
     RunError if a cell could not be made.
@@ -103,6 +106,8 @@ def sweep(
         result["statistics"] = _statistics(setting, planned)
         result["seconds"] = _seconds(planned, made, time.perf_counter() - begin)
         write_json(setting.folder / REPORT, result)
+    if page is not None:
+        write_page([setting.folder / REPORT], page)
     missing = [each.cell.id for each in planned if each.cell.id not in made]
     if missing:
         raise RunError(
