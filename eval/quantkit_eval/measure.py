@@ -113,8 +113,8 @@ def evaluate(
     windows = cut(ids, context, stride, bos, max_tokens)
     compared, size = min(kl_windows or len(windows), len(windows)), batch_size or _batch_size(model, context)
     decoding = None if cache is None else Decoding(model, cache, cache_step)
-    runs = _runs(models, decoding, baseline_cache)
     with inference(*models):
+        runs = _runs(models, decoding, baseline_cache)
         sums = _score(runs, windows, compared, size, progress, kl_error, group)
     planned, windows = len(windows), windows[: len(sums.model)]
     report = Report(
@@ -154,6 +154,12 @@ def _refuse_wrong(kl_error: float | None, **counts: int | None) -> None:
             raise EvalError(f"{name} must be at least 1, got {value}")
     if kl_error is not None and not kl_error > 0:
         raise EvalError(f"kl_error must be above 0, got {kl_error}")
+
+
+def _check_vocabularies(models: list[CausalLM], ids: list[int]) -> None:
+    """EvalError for tokens that a model does not have."""
+    for each in models:
+        check_vocabulary(each, ids)
 
 
 def _runs(models: list[CausalLM], decoding: Decoding | None, kept: Cache | None) -> list[Run]:
