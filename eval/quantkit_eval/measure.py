@@ -137,11 +137,6 @@ def evaluate(
     return report
 
 
-def _check_vocabularies(models: Iterable[CausalLM], ids: list[int]) -> None:
-    for each in models:
-        check_vocabulary(each, ids)
-
-
 def _of_cache(decoding: Decoding | None) -> dict[str, Any]:
     """The fields of a report about the key-value cache."""
     return {} if decoding is None else {"cache": decoding.description, "cache_step": decoding.step}
