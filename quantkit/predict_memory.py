@@ -44,7 +44,7 @@ CONTEXT = 700_000_000  # of a GPU: what CUDA and its libraries take (not measure
 KEPT, SPARE = 128 << 20, 480 << 20  # inputs that calibration keeps for replay: the bounds of calibration/
 LOGITS = 1 << 22  # elements of the logits that a search compares at once
 ROWS = 1 << 21  # elements of the rows that GPTQ solves at once
-SUM = 8  # bytes of an element of the sums that become H and the drift
+SUM = 8  # bytes of an element of the sums that become H and the drift, fp64
 PIECES = 128 << 20  # pieces of a weight while they are rounded, without a model class
 HELD = 4 << 30  # bytes that experts which are worked on together may take, see pipeline/experts.py
 IMBALANCE = 3  # tokens of the busiest expert over the mean
@@ -229,9 +229,9 @@ class _Facts:
 
 
 def _sums(siblings: Siblings) -> int:
-    """Sums [K, K] while statistics of one input are collected."""
+    """Sums [K, K] while statistics of one input are collected: half of one for H, and a copy in fp32."""
     wanted = len(siblings.needs & {"hessian", "drift"})
-    return wanted * SUM * siblings.columns**2
+    return int((wanted * SUM + wanted / 2) * siblings.columns**2)
 
 
 def _matrices(siblings: Siblings) -> int:
