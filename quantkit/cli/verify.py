@@ -80,17 +80,14 @@ def print_reproduction(found: Reproduction, console: Screen) -> None:
         first = next(part.differences[0] for part in found.parts if part.differences)
         console.print(f"first differing tensor: {first}", soft_wrap=True)
     if found.environment:
-        console.print(
-            "not as when it was made:" if apart else "not as when it was made, without consequence here:"
-        )
+        harmless = found.parts and not apart
+        console.print(f"not as when it was made{', without consequence here' if harmless else ''}:")
         for change in found.environment:
             console.print(f"  {change.name}: {_then_now(change)}", soft_wrap=True)
     console.print(_verdict(found), soft_wrap=True)
 
 
 def _then_now(change: Change) -> str:
-    if change.name == "recipe":
-        return str(change.now)
     return f"{'not recorded' if change.then is None else change.then} -> {change.now}"
 
 

@@ -169,7 +169,7 @@ def _recipe(one: Manifest | None, other: Manifest | None) -> list[Key] | None:
     """Keys in which recipes and inputs of two runs differ."""
     if one is None or other is None:
         return None
-    asked = [dict(_flat(each.recipe or {})) for each in (one, other)]
+    asked = [dict(leaves(each.recipe or {})) for each in (one, other)]
     for values, each in zip(asked, (one, other), strict=True):
         values |= {said: each.identity[key] for key, said in IDENTITY.items() if key in each.identity}
     keys = [*asked[0], *(key for key in asked[1] if key not in asked[0])]
@@ -181,13 +181,13 @@ def _recipe(one: Manifest | None, other: Manifest | None) -> list[Key] | None:
     return [each for each in apart if each.one != each.other]
 
 
-def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every leaf of a recipe: "weights.bits", "rules.0.match"."""
     parts: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
     for key, each in parts:
         path = f"{at}.{key}" if at else str(key)
         if isinstance(each, Mapping | list) and each:
-            yield from _flat(each, path)
+            yield from leaves(each, path)
         else:
             yield path, each
 

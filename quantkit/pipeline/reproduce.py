@@ -24,7 +24,6 @@ from quantkit.calibration.walk import walk
 from quantkit.checkpoint.check import damage
 from quantkit.checkpoint.compare import Difference, differences
 from quantkit.checkpoint.journal import Journal
-from quantkit.checkpoint.journal import differences as told_apart
 from quantkit.checkpoint.manifest import MANIFEST, RUN, read_facts, read_manifest
 from quantkit.checkpoint.records import FileRecord, Manifest, RunFacts, plain
 from quantkit.errors import ModelError, UserError, memory_named
@@ -32,6 +31,7 @@ from quantkit.models.borders import quiet
 from quantkit.models.digests import digests
 from quantkit.models.tensors import TensorInfo, read_header, read_tensors
 from quantkit.pipeline.block import BlockResult
+from quantkit.pipeline.diff import leaves
 from quantkit.pipeline.model_free import stream_part
 from quantkit.pipeline.produce import full_precision, outside, without_text, worked_on
 from quantkit.pipeline.progress import Progress, Silent
@@ -79,7 +79,7 @@ class Reproduction:
     files: how many were compared with their sha256. changed: those that have another one, or are missing, and which
     tensors of them, in words. inputs: recipe, source or text, where they are not the recorded ones; then, and if weight
     files have changed, no part was made again. environment: code, machine and settings that may change last bits, where
-    they are not as they were. blocks: of the model.
+    they are not as they were, and keys of the recipe that there were none of. blocks: of the model.
     """
 
     path: str
@@ -131,11 +131,7 @@ def reproduce(
     with _threads(threads if threads is not None else facts.threads):
         run = _prepared(folder, manifest, facts, model, data, progress)
         parts = _chosen(run, layers)
-        inputs = [
-            Change(key, *pair)
-            for key in ("recipe", "model", "data")
-            if (pair := _pair(key, manifest.identity, run.identity))[0] != pair[1]
-        ]
+        inputs = _inputs(manifest, run)
         result = Reproduction(
             path=str(folder),
             model=str(run.source.path),
@@ -206,12 +202,14 @@ def _prepared(
     return prepared(recipe, where, folder, (), device, None, progress)
 
 
-def _pair(key: str, then: dict[str, Any], now: dict[str, Any]) -> tuple[Any, Any]:
-    """A part of the identity of a run, then and now; of a recipe, only what differs."""
-    if key != "recipe":
-        return then.get(key), now.get(key)
-    apart = told_apart(then.get(key), now.get(key))
-    return (None, "; ".join(apart)) if apart else (None, None)
+def _inputs(manifest: Manifest, run: Run) -> list[Change]:
+    """Inputs that are not the recorded ones. A key that a recipe did not have yet is not one, see `_environment`."""
+    then, now = (dict(leaves(each["recipe"])) for each in (manifest.identity, run.identity))
+    found = [Change(f"recipe: {key}", was, now.get(key)) for key, was in then.items() if now.get(key) != was]
+    for key in ("model", "data"):
+        was, value = manifest.identity.get(key), run.identity.get(key)
+        found += [Change(key, was, value)] if was != value else []
+    return found
 
 
 def _environment(manifest: Manifest, facts: RunFacts, run: Run) -> list[Change]:
@@ -226,6 +224,9 @@ def _environment(manifest: Manifest, facts: RunFacts, run: Run) -> list[Change]:
     then["threads"], now["threads"] = facts.threads, torch.get_num_threads()
     then["processes"], now["processes"] = manifest.identity.get("processes", 1), 1
     then["device"], now["device"] = manifest.identity.get("device"), run.identity["device"]
+    asked = dict(leaves(manifest.identity["recipe"]))
+    now |= {f"recipe: {key}": value for key, value in leaves(run.identity["recipe"]) if key not in asked}
+    then |= {key: then.get(key) for key in now}
     return [Change(name, then[name], value) for name, value in now.items() if then[name] != value]
 
 

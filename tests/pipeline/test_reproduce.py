@@ -142,6 +142,22 @@ def test_another_source_or_text_is_not_the_recorded_one(copied, inputs, tmp_path
     assert (found.identical, found.parts) == (False, [])
 
 
+def test_a_key_that_recipes_did_not_have_is_no_other_input(copied):
+    manifest = read_manifest(copied)
+    recipe = json.loads(json.dumps(manifest.identity["recipe"]))
+    del recipe["weights"]["algorithm"]["retarget"]
+    write_manifest(copied, replace(manifest, identity=manifest.identity | {"recipe": recipe}))
+    found = quantkit.reproduce(copied, layers=1)
+    (key,) = (each for each in found.environment if each.name.startswith("recipe: "))
+    assert (key.name, key.then, key.now) == ("recipe: weights.algorithm.retarget", None, 1.0)
+    assert (found.identical, found.inputs) == (True, [])
+    recipe["weights"]["bits"] = 8
+    write_manifest(copied, replace(manifest, identity=manifest.identity | {"recipe": recipe}))
+    assert [str(each.name) for each in quantkit.reproduce(copied, layers=1).inputs] == [
+        "recipe: weights.bits"
+    ]
+
+
 def test_what_is_needed_is_asked_for(copied, inputs, tmp_path):
     with pytest.raises(ModelError, match=r"has no quantkit\.json"):
         quantkit.reproduce(inputs / "model")
