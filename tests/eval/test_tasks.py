@@ -10,6 +10,7 @@ from quantkit_eval import EvalError, TaskReport, run_tasks
 from quantkit_eval.mcnemar import mcnemar
 from quantkit_eval.tasks import check_tasks
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 pytestmark = [
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed"),
@@ -192,6 +193,30 @@ def rolled(model, tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     log_p = model(input_ids=torch.tensor([[tokenizer.bos_token_id, *ids]])).logits[0].log_softmax(-1)
     return float(log_p[torch.arange(len(ids)), torch.tensor(ids)].sum())
+
+
+class Halved(DynamicLayer):
+    """A cache that keeps half of each value."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys, values / 2, *args, **kwargs)
+
+
+def halved():
+    cache = DynamicCache()
+    cache.layers = [Halved() for _ in range(3)]
+    return cache
+
+
+def test_tokens_are_read_from_the_cache_that_was_given(model, tokenizer, folder):
+    plain, exact, half = (
+        run_tasks(model, tokenizer, ["rolling"], folder, cache=cache)
+        for cache in (None, DynamicCache, halved)
+    )
+    outcomes = [torch.tensor(report.tasks[0].scores[0].outcomes) for report in (plain, exact, half)]
+    assert torch.allclose(outcomes[0], outcomes[1], rtol=1e-5)
+    assert not torch.allclose(outcomes[0], outcomes[2], rtol=1e-3)
+    assert [report.cache for report in (plain, exact, half)] == [None, "DynamicCache", "DynamicCache"]
 
 
 def test_answers_are_written_alike_by_model_and_decoder(model, tokenizer, folder):
