@@ -204,7 +204,7 @@ def _compared(name: str, members: list[tuple[TaskScores, TaskScores]], like: Sco
         pairs += zip(ours, theirs, strict=False)
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
     told = Comparison(name, like.metric, like.filter, len(pairs))
-    if "corpus" in kinds or len(kinds - {"binary", "number"}) > len(kinds & {"rate"}) or not pairs:
+    if not pairs or not (kinds <= {"binary", "number"} or kinds == {"rate"}):
         return replace(told, note="this metric has no value for a single item")
     if kinds == {"rate"}:
         difference, error = _rate(pairs)

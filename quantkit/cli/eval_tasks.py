@@ -26,7 +26,10 @@ _EVERY = 10.0  # seconds between two lines of progress
 
 def _names(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """ "a,b" and a second --tasks c -> ("a", "b", "c")."""
-    return tuple(name for value in values for name in value.split(",") if name)
+    names = tuple(name for value in values for name in value.split(",") if name)
+    if values and not names:
+        raise click.BadParameter(f"no task is named in {','.join(values)!r}; give names separated by commas")
+    return names
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,6 +95,7 @@ def test_long_texts_of_two_models_are_compared(tmp_path):
         (["--long", "3"], "add --baseline or --kv-cache"),
         (["--long", "3", "--stride", "8"], "--stride cannot be combined with --long"),
         (["--tasks", "a", "--long", "3"], "--long cannot be combined with --tasks"),
+        (["--tasks", ","], "no task is named in ','"),
         (["--fewshot", "0"], "--fewshot cannot be combined with an evaluation on text"),
     ],
 )

@@ -295,11 +295,3 @@ def test_what_cannot_be_run_is_told(model, tokenizer, folder, tmp_path):
     ):
         with pytest.raises(EvalError, match=told):
             run_tasks(model, tokenizer, ["first"], folder, **options)
-
-
-@pytest.mark.parametrize(
-    "data", [{"schema": "quantkit-eval/1"}, [], {"schema": "quantkit-tasks/1", "tasks": [{}]}]
-)
-def test_what_is_no_report_is_refused(data):
-    with pytest.raises(EvalError, match="report of tasks"):
-        TaskReport.from_json(data)
