@@ -38,7 +38,10 @@ class Block:
             return first_output(self.module(self.hidden, *self.args, **self.kwargs))
 
     def keep(self, full=False):
+        """Keep inputs as a run does: each when all linears before it have their final weights."""
+        order = self.trace.siblings
         for linear, x in list(self.inputs.items()):
+            self.replay.finished(name for each in order[: order.index((linear,))] for name in each)
             self.replay.keep((linear,), CHUNK, full, x)
 
     @torch.no_grad()
@@ -55,7 +58,7 @@ def block(request):
 
 def test_a_finished_part_gives_what_it_computed(block):
     block.keep()
-    assert block.parts() == 0  # nothing is finished
+    assert block.parts() < len(block.inputs)  # the last one is not finished
     block.replay.finished(block.inputs)
     assert block.parts() == len(block.inputs)
     for _ in range(2):
@@ -63,6 +66,17 @@ def test_a_finished_part_gives_what_it_computed(block):
     assert block.parts(full=True) == 0  # another stream, whose inputs were not kept
     block.replay.clear()
     assert block.parts() == 0
+
+
+def test_inputs_of_weights_that_are_not_final_are_kept_of_the_original_stream_only():
+    block = Block("llama")
+    for linear, x in block.inputs.items():
+        for full in (False, True):
+            block.replay.keep((linear,), CHUNK, full, x)
+    block.replay.finished(name for each in block.trace.siblings for name in each)
+    assert block.parts(full=False) == 0
+    assert block.parts(full=True) == len(block.inputs) == 2
+    torch.testing.assert_close(block.run(full=True), block.plain)
 
 
 def test_the_last_linear_runs_with_its_final_weight(block):
