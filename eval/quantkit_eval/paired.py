@@ -53,7 +53,7 @@ class Comparison:
     """Model a beside model b: below 0, a is the better one.
 
     difference: of the mean per token, a - b, in nats; se: its standard error, None for a single window. p: of no
-    difference, two-sided. corrected: p after Holm's correction. better: whether a is better than b.
+    difference, two-sided. p_corrected: p after Holm's correction. better: whether a is better than b.
     """
 
     a: str
@@ -62,7 +62,7 @@ class Comparison:
     difference: float
     se: float | None
     p: float
-    corrected: float
+    p_corrected: float
     better: Answer
 
     def to_json(self) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def answer(pair: Mapping[str, Any], decisions: Mapping[str, Any]) -> str:
     """Whether a cell is better than another, as a sentence."""
     error = "" if pair["se"] is None else f" ± {pair['se']:.5f}"
     said = f"is {pair['a']} better than {pair['b']}? {pair['better']}: "
-    said += f"KL {pair['difference']:+.5f}{error} per token, p {pair['corrected']:.2g}"
+    said += f"KL {pair['difference']:+.5f}{error} per token, p {pair['p_corrected']:.2g}"
     return f"{said} (Holm, {decisions['comparisons']} comparisons)"
 
 

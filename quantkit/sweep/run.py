@@ -195,7 +195,7 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
     maker = next(one.cell for one in planned if one.cell.id == each.source)
     recipe = maker.recipe.resolved() | {"model": None}
     data, device = _data_digests(recipe), setting.device.partition(":")[0]
-    made_of = {
+    made_of: dict[str, Any] = {
         "recipe": recipe,
         "model": setting.digest,
         "data": data,
@@ -204,8 +204,9 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
     }
     kept = None
     if wants(maker.recipe, each.plan) and (setting.share or setting.statistics):
-        kept = folder_of(setting.statistics, setting.folder, recipe, setting.digest, data, device)
-        made_of["statistics"] = kept.name
+        given = setting.statistics
+        kept = folder_of(given, setting.folder, recipe, setting.digest, data, device)
+        made_of["statistics"] = str(kept) if given else kept.name
     source = _digest(made_of)
     decides = made_of | {
         "kv": None if each.plan.kv is None else str(each.plan.kv),

@@ -59,8 +59,8 @@ def report(
         "missing": [each.cell.id for each in planned if each.cell.id not in made],
         "pareto": {axis: front(finished, axis) for axis in AXES},
         "decisions": decisions(finished, asked.alpha),
-        "host": first.get("host"),
-        "versions": first.get("versions"),
+        "host": first.get("host") or {},
+        "versions": first.get("versions") or {},
         "threads": first.get("threads"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -68,19 +68,19 @@ def report(
 
 def _cell(each: Planned, found: Found, headers: Headers, context: int) -> dict[str, Any]:
     """One cell of the report: what was asked, and what was found."""
-    per_token = find_model(each.plan, headers).cache_bytes(context, 1)
+    cache = round(find_model(each.plan, headers).cache_bytes(context, 1))
     cell: dict[str, Any] = {key: found.get(key) for key in _OF_CELL}
     cell["notes"] = cell["notes"] or []
     if found["status"] == "finished":
-        cell["memory_bytes"] = cell["size"]["quantized_bytes"] + per_token
+        cell["memory_bytes"] = cell["size"]["quantized_bytes"] + cache
     return cell | {
         "id": each.cell.id,
         "factors": dict(each.cell.factors),
         "recipe": each.cell.recipe.published(),
         "kv_cache": {
             "scheme": None if each.plan.kv is None else str(each.plan.kv),
-            "bytes_at_context": per_token,
-            "bytes_per_token": per_token / context,
+            "bytes_at_context": cache,
+            "bytes_per_token": cache / context,
         },
         "shared": {"weights_of": each.source if each.shares else None},
     }
