@@ -159,13 +159,7 @@ def _restore(
         window = seen.windows[w]
         base = run(baseline, window.ids[None])[0]
         for name in names:
-            held = (
-                [units[name]]
-                if name is not None and name in units
-                else list(units.values())
-                if name is None
-                else []
-            )
+            held = list(units.values()) if name is None else [units[name]] if name in units else []
             own = None if name in (CACHE, None) else cache
             _kl(found[name][turn], model, window, base, held, own, step)
             done += 1
