@@ -86,7 +86,7 @@ def quality(results: Results, studio: Studio) -> Section | None:
         for y, against in ((KL, (BITS, SIZE, MEMORY)), (PERPLEXITY, (BITS, SIZE))):
             for x in against:
                 known = [p for p in points if x.of(p) is not None and y.of(p) is not None]
-                if len(known) > 1:
+                if _apart([value for p in known if (value := x.of(p)) is not None]):
                     plots.append(
                         studio.plot(
                             f"{y.name} against {x.name}",
@@ -107,6 +107,11 @@ def quality(results: Results, studio: Studio) -> Section | None:
     if plots:
         lead += " The lines join what nothing of the same size or smaller beats; their numbers are those of the table."
     return Section("quality", "Quality and size", lead, plots, tables)
+
+
+def _apart(values: Sequence[float]) -> bool:
+    """Whether there is something to plot against: values that differ by more than half a percent."""
+    return len(values) > 1 and max(values) - min(values) > 0.005 * max(values)
 
 
 def numbered(points: Sequence[Point]) -> dict[str, int]:

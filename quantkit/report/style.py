@@ -42,6 +42,7 @@ _SETTINGS: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "xtick.labelsize": 9.5,
     "ytick.labelsize": 9.5,
     "legend.frameon": False,
