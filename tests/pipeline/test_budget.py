@@ -142,37 +142,40 @@ def test_more_is_saved_the_less_there_is():
     assert found[-1] == (True, True, 0, HELD)
 
 
-# The address space may grow by `sys.argv[2]` bytes over that of a run with hardly any text.
+# The address space may grow by `sys.argv[3]` bytes over that of a run with hardly any text.
 _BOUNDED = """
 import re, resource, sys
 import torch
 import quantkit
-from quantkit import assets
 from quantkit.errors import OutOfMemory
 torch.set_num_threads(1)
-def run(output, *overrides):
-    options = ["weights.algorithm.refine=0", "weights.algorithm.range=minmax", *overrides]
-    quantkit.quantize("w4a16-gptq", output=output, overrides=options, evaluate=False, device="cpu")
-run(sys.argv[1] + "/small", "calibration.samples=2")
+gptq = {"name": "gptq", "refine": 0, "range": "minmax"}
+def run(output, samples, **changes):
+    calibration = {"samples": samples, "sequence_length": 128, "data": [sys.argv[1] + "/text"]}
+    recipe = {"weights": {"bits": 4, "group_size": 32, "algorithm": gptq}, "calibration": calibration} | changes
+    quantkit.quantize(recipe, sys.argv[1] + "/model", output, evaluate=False, device="cpu")
+run(sys.argv[2] + "/small", 2)
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
-    run(sys.argv[1] + "/large", "calibration.samples=96", *sys.argv[3:])
+    run(sys.argv[2] + "/large", 1200, **({"budget": {"ram": sys.argv[4]}} if sys.argv[4:] else {}))
 except OutOfMemory:
     sys.exit(9)
 """
 
 
 @pytest.mark.slow
-def test_under_a_limit_of_the_system_a_run_ends_only_with_a_budget(tmp_path):
-    def ended(name, *overrides):
+def test_under_a_limit_of_the_system_a_run_ends_only_with_a_budget(inputs, tmp_path):
+    (inputs / "text").write_text(assets.calibration_text().read_text()[:400_000])
+
+    def ended(name, *budget):
         (tmp_path / name).mkdir()
-        command = [sys.executable, "-c", _BOUNDED, str(tmp_path / name), str(180 << 20), *overrides]
+        command = [sys.executable, "-c", _BOUNDED, str(inputs), str(tmp_path / name), str(190 << 20), *budget]
         return subprocess.run(command, capture_output=True, text=True)
 
     without = ended("without")
     assert without.returncode == 9, without.stderr
-    within = ended("within", "budget.ram=640MB")
+    within = ended("within", "620MB")
     assert within.returncode == 0, within.stderr
     facts = json.loads((tmp_path / "within" / "large" / "quantkit.run.json").read_text())
-    assert facts["peak_bytes"]["quantize"] <= 640e6
+    assert facts["peak_bytes"]["quantize"] <= 620e6
