@@ -141,8 +141,8 @@ def print_sweep(result: Mapping[str, Any], better: Sequence[tuple[str, str]], co
             console.print(answer(pair, result["decisions"]), soft_wrap=True)
     seconds = result["seconds"]
     console.print(
-        f"time: {seconds['call']:.0f} s now, {seconds['cells']:.0f} s for all cells; separate runs would have taken "
-        f"{seconds['separate']:.0f} s",
+        f"time: {seconds['call']:.0f} s now, {seconds['cells']:.0f} s for all cells; separate runs would take about "
+        f"{seconds['separate']:.0f} s (estimated; --separate measures it)",
         soft_wrap=True,
     )
 

@@ -105,6 +105,7 @@ def sweep(
         result |= {"model_digest": setting.digest, "device": setting.device, "quantkit": __version__}
         result["statistics"] = _statistics(setting, planned)
         result["seconds"] = _seconds(planned, made, time.perf_counter() - begin)
+        result["seconds"]["statistics"] = sum(each["seconds"] for each in result["statistics"])
         write_json(setting.folder / REPORT, result)
     if page is not None:
         write_page([setting.folder / REPORT], page)
