@@ -15,7 +15,7 @@ from rich.table import Table
 from quantkit.cli.evaluation import plus_minus
 from quantkit.cli.opening import Opening
 from quantkit.cli.output import Screen, deliver, make_console
-from quantkit.cli.terminal import visible
+from quantkit.cli.terminal import say
 from quantkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _told(name: str) -> Callable[[int, int], None]:
         nonlocal said
         if time.monotonic() - said >= _EVERY:
             said = time.monotonic()
-            print(visible(f"{name}: {done:,} of {total:,} requests"), file=stream, flush=True)
+            say(f"{name}: {done:,} of {total:,} requests", file=stream)
 
     return progress
 

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from quantkit import assets
 from quantkit.cli.output import Screen, deliver, json_option, make_console, size
+from quantkit.cli.terminal import say
 from quantkit.cli.validate import print_engines, print_prediction
 from quantkit.cost.hardware import Hardware, find_hardware
 from quantkit.cost.kernels import Kernel, kernels_of
@@ -127,7 +128,7 @@ def _duration(found: Validated, again: bool) -> dict[str, Any]:
     assert found.headers is not None
     rates = None if again else known_rates()
     if rates is None:
-        click.echo("measuring this machine, about half a minute ...", err=True)
+        say("measuring this machine, about half a minute ...", err=True)
         done = subprocess.run([sys.executable, "-m", MEASURE], capture_output=True, text=True)
         rates = known_rates()
         if done.returncode or rates is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from quantkit.cli.terminal import say
+
 
 @click.command("report")
 @click.argument("results", metavar="RESULT...", nargs=-1, required=True)
@@ -19,4 +21,4 @@ def command(results: tuple[str, ...], output: str, png: str | None, title: str |
     from quantkit.report.page import write_page
 
     written = write_page(results, output, png, title)
-    click.echo(f"{written[0]}" + (f", {len(written) - 1} plots in {png}" if png else ""))
+    say(f"{written[0]}" + (f", {len(written) - 1} plots in {png}" if png else ""))

@@ -8,6 +8,7 @@ hide a line or be read as markup.
 from __future__ import annotations
 
 import re
+from typing import IO
 
 import click
 
@@ -23,9 +24,12 @@ def visible(text: str, keep: str = "") -> str:
     return _ACTS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
-def say(text: str = "", err: bool = False, nl: bool = True) -> None:
-    """Print a message, line breaks and tabs kept; on standard error if asked, or if JSON goes to standard output."""
-    click.echo(visible(text, keep="\n\t"), err=err or json_on_stdout(), nl=nl)
+def say(text: str = "", err: bool = False, nl: bool = True, file: IO[str] | None = None) -> None:
+    """Print a message, line breaks and tabs kept; on standard error if asked, or if JSON goes to standard output.
+
+    file: a stream to print to instead.
+    """
+    click.echo(visible(text, keep="\n\t"), file=file, err=err or json_on_stdout(), nl=nl)
 
 
 def json_on_stdout() -> bool:

@@ -162,12 +162,16 @@ class _Work:
         return [*((s, 1) for s in shape.own), *((s, shape.count) for s in shape.experts)]
 
     def quantize(self, siblings: Siblings) -> float:
-        """A set of linears with one input, as one matrix, by the algorithm of its first one."""
+        """A set of linears with one input, as one matrix, by the algorithm of its first one.
+
+        Of an algorithm that is not ours only the rounding is known.
+        """
         n, k, at, config = siblings.rows, siblings.columns, self.rates.at, siblings.algorithm
+        if not isinstance(config, RtnConfig | GptqConfig):
+            return at("solve") + n * k * at("round", k)
         search = at("round", k) if config.range == "minmax" else at("search", k)
         if isinstance(config, RtnConfig):
             return at("solve") + n * k * (search * (1 + config.refit) + at("round", k))
-        assert isinstance(config, GptqConfig)
         products = at("columns", k) + config.refine * at("sweep", k)
         if config.retarget:
             products += 3 * at("linear", k)

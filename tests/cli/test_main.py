@@ -56,6 +56,8 @@ def test_verbs_are_those_of_the_readme():
         "inspect",
         "validate",
         "plan",
+        "sweep",
+        "report",
         "recipes",
         "kernels",
         "bench",

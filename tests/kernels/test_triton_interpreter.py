@@ -15,8 +15,8 @@ pytest.importorskip("triton")
     "name",
     [
         "triton_interpreted.py",
-        "triton_interpreted_8bit.py",
-        "triton_interpreted_grouped.py",
+        pytest.param("triton_interpreted_8bit.py", marks=pytest.mark.slow),
+        pytest.param("triton_interpreted_grouped.py", marks=pytest.mark.slow),
         "triton_interpreted_columns.py",
     ],
 )

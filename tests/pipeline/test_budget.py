@@ -73,7 +73,10 @@ def mixture(tmp_path_factory):
     return tiny_models.save(tiny_mixtures.build("mixtral"), tmp_path_factory.mktemp("mixture"))
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "mixture"])
+@pytest.mark.parametrize(
+    "name",
+    ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "gptq"), "mixture"],
+)
 def test_a_budget_changes_no_byte(name, inputs, mixture, tmp_path, spills):
     recipe, model = (GPTQ, mixture) if name == "mixture" else (RECIPES[name], inputs / "model")
     usual, least = peaks(parse_recipe(recipe), model)

@@ -20,9 +20,12 @@ RECIPES = {
     "smoothquant_plus": {"weights": WEIGHTS | {"algorithm": "rtn"}, "transforms": ["smoothquant_plus"]},
     "weighted rtn": {"weights": WEIGHTS | {"algorithm": {"name": "rtn", "range": "weighted"}}},
 }
+SLOW = ("awq", "smoothquant_plus")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES]
+)
 def test_nothing_of_a_block_outlives_it(name, inputs, tmp_path, monkeypatch):
     alive: list[tuple[int, int]] = []
     commit = ShardWriter.commit

@@ -154,6 +154,7 @@ def test_experts_are_calibrated_on_the_tokens_of_all_processes(server, given, tm
         assert ours.relative_error == pytest.approx(theirs.relative_error, rel=0.3, abs=1e-4), ours.name
 
 
+@pytest.mark.slow
 def test_a_run_without_text_is_that_of_one_process(whole, given, tmp_path):
     quantkit.quantize(**given("rtn", tmp_path / "one"))
     assert files(whole("rtn")) == files(tmp_path / "one")

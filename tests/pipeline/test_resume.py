@@ -123,7 +123,8 @@ def interrupted(server, name, labels, moment, arguments, folder):
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [("rtn", m) for m in list(MOMENTS)[::2]] + [("gptq", m) for m in [*MOMENTS, *STREAM_MOMENTS]],
+    [pytest.param("rtn", m, marks=pytest.mark.slow) for m in list(MOMENTS)[::2]]
+    + [("gptq", m) for m in [*MOMENTS, *STREAM_MOMENTS]],
 )
 def test_killed_at_named_moment(server, reference, arguments, computed, tmp_path, name, moment):
     wanted, labels = reference(name)

@@ -67,7 +67,7 @@ def without_times(result):
     return result
 
 
-@pytest.mark.parametrize("method", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.slow) for name in ("gptq", *OTHERS)])
 def test_cells_that_share_weights_are_those_of_separate_runs(inputs, asked, tmp_path, method):
     """Sharing leaves every number as it is; only files and scales of a cache that a cell does not use are another's."""
     written = asked(method, kv=["none", *SHARED])

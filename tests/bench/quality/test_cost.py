@@ -61,6 +61,7 @@ def test_rounds_interleave_and_ratios_are_taken_within_them(capsys):
         "median": 20,
         "min": 10,
         "max": 30,
+        "mad": 10,
         "rounds": [10, 30, 20],
     }
     assert report["ours_over_rival"] == {
