@@ -11,7 +11,7 @@ import pytest
 
 from quantkit import assets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("examples")]  # one process makes the checkpoints
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = str(assets.default_model())
