@@ -6,6 +6,7 @@ from pathlib import Path
 
 import manifests
 from quantkit_eval.explanation import Explanation, Guess, Restored, WorstToken
+from quantkit_eval.paired import Comparison
 from quantkit_eval.report import Fit, Report
 
 from quantkit.checkpoint.manifest import write_facts, write_manifest
@@ -109,17 +110,10 @@ def sweep(name=""):
         "seconds": None,
         "notes": None,
     }
-    pair = {
-        "a": "w4-gptq",
-        "b": f"w4-rtn{name}",
-        "metric": "kl",
-        "difference": -0.01,
-        "se": 0.001,
-        "corrected": 1e-9,
-    }
+    pair = Comparison("w4-gptq", f"w4-rtn{name}", "kl", -0.01, 0.001, 1e-11, 1e-9, "yes").to_json()
     return {
         "schema": "quantkit-sweep/1", "name": f"grid{name}", "model": f"tiny{name}", "cells": [*cells, failed],
-        "decisions": {"alpha": 0.05, "correction": "holm", "pairs": [pair | {"better": "yes"}]},
+        "decisions": {"alpha": 0.05, "correction": "holm", "pairs": [pair]},
         "seconds": {"call": 9.0, "cells": 60.0, "separate": 90.0}, "host": {"cpu": name},
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from quantkit.cli.opening import (
     backend_option,
@@ -20,6 +21,8 @@ from quantkit.cli.output import deliver, json_option, make_console, write_report
 from quantkit.cli.terminal import say
 
 PRODUCT_ROUNDS, MODEL_ROUNDS = 7, 5
+OF_PRODUCTS = ("shapes", "tokens", "ops")
+OF_BOTH = ("model", "products", "rounds", "threads", "device", "json_file")
 
 
 def _listed(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> list[str]:
@@ -127,6 +130,7 @@ def command(model: str | None, products: bool, json_file: str | None, **options:
     Times mean something only while nothing else runs. All models run in this process, interleaved; numbers are medians
     over rounds, after a warm-up, with their noise.
     """
+    _refuse_others(products)
     if products and model:
         raise click.UsageError("--products times no model; leave MODEL out")
     if products:
@@ -137,6 +141,21 @@ def command(model: str | None, products: bool, json_file: str | None, **options:
         _models(model, json_file, **options)
 
 
+def _refuse_others(products: bool) -> None:
+    """UsageError for options that were given and belong to the other kind of measurement."""
+    context = click.get_current_context()
+    given = [
+        each.opts[0]
+        for each in context.command.params
+        if context.get_parameter_source(str(each.name)) is not ParameterSource.DEFAULT
+        and each.name not in OF_BOTH
+        and (each.name in OF_PRODUCTS) != products
+    ]
+    if given:
+        kind = "--products" if products else "a model"
+        raise click.UsageError(f"{' and '.join(given)} cannot be combined with {kind}; leave it out")
+
+
 def _products(
     json_file: str | None,
     shapes: list[str],
@@ -144,7 +163,7 @@ def _products(
     ops: list[str],
     rounds: int | None,
     device: str | None,
-    **_: Any,
+    **_: Any,  # of models, which have their defaults
 ) -> None:
     """The table of matrix products."""
     import torch

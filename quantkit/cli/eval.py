@@ -10,7 +10,7 @@ from rich.table import Table
 
 from quantkit import assets
 from quantkit.cli.eval_long import compare_long
-from quantkit.cli.eval_tasks import ask_tasks, task_options
+from quantkit.cli.eval_tasks import TASK_BATCH, ask_tasks, task_options
 from quantkit.cli.evaluation import evaluation_footer, evaluation_rows
 from quantkit.cli.explaining import Explaining, print_explanation
 from quantkit.cli.opening import Opening, kv_cache_option, opening_options, resolve
@@ -71,7 +71,7 @@ def command(
     limit: int | None,
     fewshot: int | None,
     chat: bool,
-    batch_size: int,
+    batch_size: int | None,
     run_in: str,
     explain: bool,
     backend: str,
@@ -91,19 +91,20 @@ def command(
     sources = list(texts) or [str(assets.evaluation_text())]
     windows = {"--context": context, "--stride": stride, "--max-tokens": max_tokens, "--explain": explain}
     chosen = {"--include-path": include_path, "--limit": limit, "--fewshot": fewshot, "--chat": chat}
+    chosen |= {"--batch-size": batch_size}
     if (tasks or long) and launch().size > 1:
         raise click.UsageError("--tasks and --long run in one process; start them without torchrun")
     if tasks:
         _only("--tasks", windows | {"--text": texts, "--long": long})
         asked = {"tasks": tasks, "include_path": include_path, "limit": limit, "fewshot": fewshot}
-        asked |= {"chat_template": chat, "batch_size": batch_size}
+        asked |= {"chat_template": chat, "batch_size": batch_size or TASK_BATCH}
         ask_tasks(model, baseline, asked, opening, run_in, json_file)
         return
     if long:
         _only("--long", windows | chosen)
         compare_long(model, baseline, sources, long, opening, run_in, json_file)
         return
-    _only("an evaluation on text", chosen)
+    _only("an evaluation on text", chosen | {"--run-in": None if run_in == "auto" else run_in})
     _on_text(model, baseline, sources, (context, stride, max_tokens), explain, opening, json_file)
 
 

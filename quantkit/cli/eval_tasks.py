@@ -21,6 +21,7 @@ from quantkit.errors import UserError
 if TYPE_CHECKING:
     from quantkit_eval.task_report import Comparison, TaskReport
 
+TASK_BATCH = 8
 _EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -53,9 +54,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--batch-size",
             type=click.IntRange(1),
-            default=8,
-            show_default=True,
-            help="Of --tasks in transformers.",
+            help=f"Of --tasks in transformers. Default: {TASK_BATCH}.",
         ),
     )
     for option in reversed(stack):

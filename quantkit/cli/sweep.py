@@ -9,8 +9,9 @@ import click
 from rich.table import Column, Table
 
 from quantkit import assets
-from quantkit.cli.opening import threads_option
-from quantkit.cli.output import Screen, deliver, json_option, make_console, size
+from quantkit.cli.evaluation import plus_minus
+from quantkit.cli.opening import device_option, threads_option
+from quantkit.cli.output import Screen, deliver, json_option, make_console, page_option, size
 from quantkit.cli.terminal import say
 from quantkit.errors import UserError
 from quantkit.models.headers import read_checkpoint, resolve_model
@@ -29,7 +30,7 @@ from quantkit.sweep.share import in_order, plan_cells
 @click.option("--inputs", metavar="LIST", help="none,int8: how the inputs of linears are rounded.")
 @click.option("--kv", metavar="LIST", help="none,INT8,FP8: KV caches.")
 @click.option("--output", metavar="DIR", help="Default: ./out/<model>-<name of the sweep>.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:n]")
+@device_option
 @click.option("--keep", is_flag=True, help="Leave the checkpoints of the cells in DIR/work.")
 @click.option("--separate", is_flag=True, help="Quantize every cell for itself, as separate runs would.")
 @click.option(
@@ -42,7 +43,7 @@ from quantkit.sweep.share import in_order, plan_cells
 @click.option(
     "--better", nargs=2, multiple=True, metavar="A B", help="Say whether cell A is better than B; repeatable."
 )
-@click.option("--report", "page", metavar="FILE", help="Also write the report as an HTML page.")
+@page_option
 @threads_option
 @json_option
 def command(
@@ -60,7 +61,7 @@ def command(
     statistics: tuple[str, ...],
     dry_run: bool,
     better: tuple[tuple[str, str], ...],
-    page: str | None,
+    page_file: str | None,
     json_file: str | None,
 ) -> None:
     """Try many recipes on one model, those of the file SWEEP or of the lists, and compare them in one table.
@@ -84,7 +85,7 @@ def command(
         share=not separate,
         isolated=True,
         statistics=statistics,
-        page=page,
+        page=page_file,
         told=lambda line: say(line, err=True),
     )
     deliver(json_file, result, lambda: print_sweep(result, better, make_console()))
@@ -195,9 +196,9 @@ def _table(result: Mapping[str, Any]) -> Table:
             size(cell["size"]["quantized_bytes"]),
             f"{cell['size']['linear_bits_per_weight']:.2f}",
             size(cell["memory_bytes"]),
-            _plus_minus(found["quantized"]["perplexity"], found["quantized"]["perplexity_se"], 3),
-            _plus_minus(found["delta_nll"], found["delta_nll_se"], 4),
-            _plus_minus(found["kl_mean"], found["kl_mean_se"], 5),
+            plus_minus(found["quantized"]["perplexity"], found["quantized"]["perplexity_se"], 3),
+            plus_minus(found["delta_nll"], found["delta_nll_se"], 4),
+            plus_minus(found["kl_mean"], found["kl_mean_se"], 5),
             f"{found['kl_p99']:.3g}",
             f"{found['top1_agreement']:.2%}",
             *(f"{speed[f'{key}_tokens_per_s']:,.0f}" if speed else "" for key in ("decode", "prefill")),
@@ -205,7 +206,3 @@ def _table(result: Mapping[str, Any]) -> Table:
             f"{cell['seconds']['quantize']:.1f} s",
         )
     return table
-
-
-def _plus_minus(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

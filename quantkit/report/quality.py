@@ -25,7 +25,7 @@ from quantkit.report.parts import (
     size,
     text,
 )
-from quantkit.report.results import Point, Results, Sweep, SweepCell
+from quantkit.report.results import Evaluation, Point, Results, Sweep, SweepCell
 from quantkit.report.style import Ink, Studio
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def quality(results: Results, studio: Studio) -> Section | None:
                     )
     tables = [_table(points)] if points else []
     if others:
-        tables.append(_evaluations(results))
+        tables.append(_evaluations(others))
     tables += [table for sweep in results.sweeps if (table := _decisions(sweep)) is not None]
     lead = (
         "Lower is better everywhere but for agreement. KL says how far the next-token distribution moved from the "
@@ -128,14 +128,13 @@ def _trade(axes: Axes, ink: Ink, points: Sequence[Point], x: Axis, y: Axis) -> N
         assert value is not None
         assert point.evaluation is not None
         error = y.error(point.evaluation)
-        drawn = axes.errorbar(
+        axes.errorbar(
             [at], [value], yerr=[error] if error else None, fmt="none", ecolor=colour, elinewidth=1, capsize=2
         )
         dot = axes.plot(
             [at], [value], marker, color=colour, markersize=6, alpha=0.9, markeredgewidth=0, linestyle="none"
         )[0]
         dot.set_gid(ink.say(f"{point.name}: {y.name} {plus_minus(value, error)}, {x.name} {number(at, 4)}"))
-        del drawn
     best, names = front(points, x, y), numbered(points)
     line = [(at, value) for p in best if (at := x.of(p)) is not None and (value := y.of(p)) is not None]
     axes.plot(
@@ -251,7 +250,7 @@ def _scores(report: Report) -> list[Cell]:
     ]
 
 
-def _evaluations(results: Results) -> Table:
+def _evaluations(found: Sequence[Evaluation]) -> Table:
     """Evaluations that belong to no checkpoint here."""
     columns = [Column("evaluation"), Column("model"), Column("baseline"), Column("tokens", True), *_SCORES]
     rows = [
@@ -262,14 +261,13 @@ def _evaluations(results: Results) -> Table:
             figure(e.report.tokens, f"{e.report.tokens:,}"),
             *_scores(e.report),
         ]
-        for e in results.evaluations
+        for e in found
     ]
     return Table("Evaluations", columns, rows)
 
 
 def _decisions(sweep: Sweep) -> Table | None:
-    """What the paired statistics decide by KL, between configurations of the same size and cache, and along the "
-    "front."""
+    """What the paired statistics decide by KL between configurations that differ in the method alone."""
     if sweep.decisions is None:
         return None
     cells = {cell.id: cell for cell in sweep.cells}
@@ -280,7 +278,7 @@ def _decisions(sweep: Sweep) -> Table | None:
     ]  # fmt: skip
     rows = [
         [
-            text(d.a), text(d.b), figure(d.difference, plus_minus(d.difference, d.se)), figure(d.corrected),
+            text(d.a), text(d.b), figure(d.difference, plus_minus(d.difference, d.se)), figure(d.p_corrected),
             text(d.better, d.better == "yes"),
         ]
         for d in rivals
@@ -290,13 +288,13 @@ def _decisions(sweep: Sweep) -> Table | None:
     alpha = NONE if sweep.decisions.alpha is None else f"{sweep.decisions.alpha:g}"
     correction = str(sweep.decisions.correction or "no").capitalize()
     caption = (
-        "Is A closer to the original than B? Rivals of the same bits and cache, on the same windows of text; "
-        f"{correction} "
-        f"correction over all {len(pairs)} pairs, error rate {alpha}"
+        "Is A closer to the original than B? Rivals that differ in the method alone, on the same windows of text; "
+        f"{correction} correction over all {len(pairs)} pairs, error rate {alpha}"
     )
     return Table(caption, columns, rows, open=len(rows) <= 16)
 
 
 def _class(cell: SweepCell) -> tuple[object, ...]:
     """What rivals have in common."""
-    return tuple(str(cell.factors.get(key)) for key in ("bits", "group_size", "inputs", "kv_cache"))
+    same = ("preset", "bits", "group_size", "symmetric", "inputs", "kv_cache")
+    return tuple(str(cell.factors.get(key)) for key in same)

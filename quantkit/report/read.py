@@ -95,7 +95,14 @@ def _evaluation(file: Path, value: Mapping[str, Any], results: Results) -> None:
 
 
 def _sweep(file: Path, value: Mapping[str, Any], results: Results) -> None:
-    results.sweeps.append(_parsed(Sweep, value, file))
+    sweep = _parsed(Sweep, value, file)
+    for other in results.sweeps:
+        if other.model_digest != sweep.model_digest:
+            raise UserError(
+                f"{file} is a sweep of another model ({sweep.model}) than {other.name} ({other.model}), so their "
+                "numbers cannot stand in one table; give sweeps of one model"
+            )
+    results.sweeps.append(sweep)
 
 
 def _bench(file: Path, value: Mapping[str, Any], results: Results) -> None:

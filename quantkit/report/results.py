@@ -55,7 +55,6 @@ class SweepSize:
     quantized_bytes: int | None = None
     original_bytes: int | None = None
     linear_bits_per_weight: float | None = None
-    model_bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +77,14 @@ class SweepCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether `a` is better than `b`. difference: of the metric, a - b; corrected: after Holm's correction."""
+    """Whether `a` is better than `b`. difference: of the metric, a - b; p_corrected: after Holm's correction."""
 
     a: str
     b: str
     metric: str
     difference: float | None = None
     se: float | None = None
-    p: float | None = None
-    corrected: float | None = None
+    p_corrected: float | None = None
     better: str
 
 
@@ -128,8 +126,6 @@ class Phase:
     tokens_per_s: Spread
     ceiling_tokens_per_s: float | None = None
     roofline_share: float | None = None
-    bound: str | None = None
-    bandwidth_share: float | None = None
     first_token_s: Spread | None = None
     step_s: dict[str, float | None] | None = None
     parts_s: dict[str, float] | None = None
@@ -154,7 +150,6 @@ class BenchModel:
     way: str | None = None
     reason: str | None = None
     weight_bytes: int | None = None
-    kv_cache: str | None = None
     memory: BenchMemory | None = None
     rows: list[BenchRow] = field(default_factory=list)
 
@@ -224,7 +219,6 @@ class Point:
 
     name: str
     group: str
-    kv: str | None
     bits: float | None
     n_bytes: int | None
     original_bytes: int | None
@@ -249,8 +243,17 @@ class Results:
 
     @property
     def points(self) -> list[Point]:
-        """Every configuration with a size or an evaluation: cells of sweeps, then checkpoints."""
-        cells = [_of_cell(cell) for sweep in self.sweeps for cell in sweep.cells if cell.status == "finished"]
+        """Every configuration with a size or an evaluation: cells of sweeps, then checkpoints.
+
+        Cells of several sweeps are told apart by the name of the sweep.
+        """
+        several = len(self.sweeps) > 1
+        cells = [
+            _of_cell(cell, f"{sweep.name}: {cell.id}" if several else cell.id)
+            for sweep in self.sweeps
+            for cell in sweep.cells
+            if cell.status == "finished"
+        ]
         return [*cells, *(self._of_checkpoint(each) for each in self.checkpoints)]
 
     def evaluation_of(self, checkpoint: Checkpoint) -> Report | None:
@@ -267,11 +270,9 @@ class Results:
 
     def _of_checkpoint(self, each: Checkpoint) -> Point:
         manifest, facts = each.manifest, each.facts
-        kv = None if manifest.kv_cache is None else str(manifest.kv_cache.scheme)
         return Point(
             name=each.name,
             group=method(manifest.recipe or {}),
-            kv=kv,
             bits=manifest.size.linear_bits_per_weight or None,
             n_bytes=manifest.size.quantized_bytes,
             original_bytes=manifest.size.original_bytes,
@@ -290,12 +291,11 @@ def method(recipe: dict[str, Any]) -> str:
     return "+".join(str(name) for name in names if name) or "none"
 
 
-def _of_cell(cell: SweepCell) -> Point:
-    size, speed, kv = cell.size or SweepSize(), cell.speed or SweepSpeed(), cell.factors.get("kv_cache")
+def _of_cell(cell: SweepCell, name: str) -> Point:
+    size, speed = cell.size or SweepSize(), cell.speed or SweepSpeed()
     return Point(
-        name=cell.id,
+        name=name,
         group=str(cell.factors.get("method") or method(cell.recipe)),
-        kv=None if kv in (None, "none") else str(kv),
         bits=size.linear_bits_per_weight or None,
         n_bytes=size.quantized_bytes,
         original_bytes=size.original_bytes,

@@ -56,9 +56,7 @@ def cost(results: Results, studio: Studio) -> Section | None:
                 studio.plot(
                     "time and memory by block",
                     partial(_blocks, blocks=facts.blocks),
-                    f"{label}Seconds of each block (bars) and the memory in use behind it (line). It stays level "
-                    "because "
-                    "finished blocks leave memory.",
+                    f"{label}Seconds of each block (bars) and the memory in use behind it (line).",
                     "bars of the seconds and a line of the memory of each block",
                 )
             )
@@ -103,7 +101,7 @@ def _phases(axes: Axes, ink: Ink, phases: dict[str, float]) -> None:
 
 def _blocks(axes: Axes, ink: Ink, blocks: Sequence[BlockFacts]) -> None:
     places = range(len(blocks))
-    axes.bar(places, [b.seconds for b in blocks], color=ink["c1"], alpha=0.8, width=0.7, label="seconds")
+    axes.bar(places, [b.seconds for b in blocks], color=ink["c1"], alpha=0.8, width=0.7)
     step = max(1, len(blocks) // 12)
     names = [b.name.rpartition(".")[2] if b.name[-1:].isdigit() else "rest" for b in blocks]
     axes.set_xticks(list(places)[::step], [short(name, 8) for name in names[::step]])
@@ -149,6 +147,10 @@ def warnings(results: Results) -> Section | None:
         for layer in each.manifest.layers:
             for said in layer.fallbacks or ():
                 found.setdefault(f"{layer.name}: {said}", []).append(each.name)
+    for bench in results.benches:
+        for model in bench.models:
+            if model.reason:
+                found.setdefault(f"{model.way or 'another way'}: {model.reason}", []).append(model.name)
     for sweep in results.sweeps:
         for cell in sweep.cells:
             if cell.status != "finished":
@@ -191,9 +193,8 @@ def reproduction(results: Results) -> Section:
     columns = [Column("file"), Column("schema"), Column("sha256")]
     tables.append(Table("Files this page was drawn from", columns, rows))
     lead = (
-        "The same recipe on the same model, code and kind of device gives the same bytes. Every default is "
-        "written out in the "
-        "recipes below."
+        "On one machine with one number of threads, the same recipe, model, texts and code give the same bytes. Every "
+        "default is written out in the recipes below."
     )
     return Section("reproduce", "Reproduce it", lead, tables=tables, listings=listings)
 

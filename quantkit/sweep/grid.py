@@ -25,7 +25,7 @@ from quantkit.recipe_words import did_you_mean, meant_value
 from quantkit.recipe_yaml import MAX_BYTES, Located, read
 from quantkit.scheme import KV_PRESETS
 
-MOST_CELLS = 2000
+MOST_CELLS = 400
 _NAMED = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 Name = Annotated[Text, Field(pattern=_NAMED, max_length=100)]
 

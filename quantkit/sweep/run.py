@@ -30,7 +30,7 @@ from quantkit import __version__, assets
 from quantkit.calibration.kept_statistics import INDEX, open_statistics
 from quantkit.checkpoint.manifest import read_sealed, write_sealed
 from quantkit.device import find_device
-from quantkit.errors import OutputError, QuantkitError, RunError, VerificationError
+from quantkit.errors import OutputError, RunError, VerificationError
 from quantkit.files import output_error, write_json
 from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.models.source import Source
@@ -146,16 +146,12 @@ def _setting(
         folder=weights_path(named if output is None else output, OutputError, "choose another --output"),
         device=str(find_device(device)),
         digest=Source(headers).digest(),
-        text_digest=_text_digest(request.sources),
+        text_digest=Text(request.sources).sha256(),
         window=window,
         keep=keep,
         share=share,
         statistics=tuple(statistics),
     )
-
-
-def _text_digest(sources: Sequence[str]) -> str:
-    return str(Text(sources).sha256())
 
 
 def _all_cells(setting: Setting, planned: Sequence[Planned], isolated: bool, told: Told) -> dict[str, Found]:
@@ -214,6 +210,7 @@ def _job(setting: Setting, each: Planned, planned: Sequence[Planned]) -> Job:
         "text": setting.text_digest,
         "tokens": asked.evaluation.tokens,
         "window": setting.window,
+        "speed": asked.speed,
     }
     return Job(
         id=cell.id,
@@ -288,7 +285,7 @@ def _run(job: Job, isolated: bool, told: Told) -> None:
         process.terminate()
         process.join()
         raise
-    if process.exitcode == QuantkitError.exit_code or process.exitcode in (1, 2):
+    if process.exitcode and process.exitcode > 0:
         told(f"{job.id}: not made, see the message above")
     elif process.exitcode:
         told(f"{job.id}: its process was ended by signal {-process.exitcode}; perhaps memory ran out")

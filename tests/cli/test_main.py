@@ -200,3 +200,19 @@ def test_inspect_of_a_plain_checkpoint(capsys, tmp_path):
     assert report["totals"]["quantized_layers"] == 0
     assert report["totals"]["model_bits_per_weight"] == 16
     assert "float32 on cpu: 33.57 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["bench", "--products", "--batch", "4", "--way", "native"], "--batch and --way cannot be combined"),
+        (["bench", "some", "--shapes", "1.1b"], "--shapes cannot be combined with a model"),
+        (["eval", "some", "--run-in", "native"], "--run-in cannot be combined with an evaluation on text"),
+        (["eval", "some", "--long", "5", "--batch-size", "2"], "--batch-size cannot be combined with --long"),
+        (["sweep", "--methods", "rtn", "--report", "/no/such/folder/x.html"], "/no/such/folder"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(command, said):
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())

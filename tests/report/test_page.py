@@ -1,5 +1,6 @@
 """The page: every kind of result is on it, nothing of a user's text becomes markup, nothing is fetched."""
 
+import json
 import re
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_every_kind_of_result_has_its_section(whole):
     links = [a["href"] for tag, a in found.tags if tag == "a" and "href" in a]
     assert links == [f"#{name}" for name in sections]
     for said in (
-        "w8-gptq", "0.01000 ± 0.00050", "Is A closer to the original than B?", "Holm",  # sweep
+        "w8-gptq", "0.01000 ± 0.00050", "Is A closer to the original than B?", "Holm", "e-09",  # sweep
         "separate runs: 1 min 30 s", "w2-bad: failed, collapsed",
         "60.0 ± 0.50", "75.0%", "18 ms",  # bench
         "GPU", "softmax",  # plan
@@ -112,7 +113,7 @@ def test_the_same_results_give_the_same_plots(tmp_path):
 
 def test_the_front_is_what_nothing_smaller_beats():
     def point(name, n_bytes, kl):
-        return Point(name, "g", None, 4.0, n_bytes, None, made.evaluation(kl))
+        return Point(name, "g", 4.0, n_bytes, None, made.evaluation(kl))
 
     points = [
         point("a", 1, 0.5),
@@ -248,3 +249,13 @@ def test_reading_imports_neither_torch_nor_matplotlib(everything):
 def test_the_docs_name_every_schema():
     text = (Path(__file__).resolve().parents[2] / "docs" / "report.md").read_text()
     assert all(f"`{schema}`" in text for schema in READERS)
+
+
+def test_sweeps_of_other_models_are_refused_and_those_of_one_are_told_apart(tmp_path):
+    for name in ("a", "b", "other"):
+        told = made.sweep(name) | {"model_digest": "1" if name == "other" else "0"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    points = read_results([tmp_path / "a.json", tmp_path / "b.json"]).points
+    assert len({point.name for point in points}) == len(points)
+    with pytest.raises(UserError, match="a sweep of another model"):
+        read_results([tmp_path / "a.json", tmp_path / "other.json"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,3 +136,10 @@ def test_a_dry_run_lists_the_cells_without_torch():
     assert done.returncode == 0, done.stderr
     assert "those of w4-rtn-kv-none" in done.stdout
     assert "4 cells, 3 quantizations" in done.stdout
+
+
+def test_the_example_is_what_its_first_lines_say():
+    cells = load_sweep(Path(__file__).resolve().parents[2] / "examples/sweep.yaml").cells
+    planned = plan_cells(cells, read_checkpoint(assets.default_model()))
+    assert len(planned) == 60
+    assert len({each.source for each in planned}) == 20
