@@ -16,6 +16,7 @@ _LAZY = {
     "Seen": "quantkit_eval.attribution",
     "long_generation": "quantkit_eval.long_texts",
     "Side": "quantkit_eval.long_texts",
+    "exact_cache": "quantkit_eval.long_texts",
     "LongReport": "quantkit_eval.long_report",
     "run_tasks": "quantkit_eval.tasks",
     "TaskReport": "quantkit_eval.task_report",

@@ -72,11 +72,11 @@ def long_generation(
 ) -> LongReport:
     """Compare the long texts of a model with those of a baseline of the same vocabulary.
 
-    For what a key-value cache costs, both are the same model, `Side(model, cache)` and `Side(model, exact_cache)`.
-    text: where the prompts come from, as `load_text` takes it; `sequences` pieces of `prompt_tokens` tokens (BOS
-    included where there is one), evenly spaced over its beginning. ways: how texts are written, by name, default
-    greedily and drawn at temperature 1; the first text has the seed, each next one a seed one higher. End tokens do not
-    end a text. progress(done, total): tokens written so far, by both.
+    For what a key-value cache costs, both are the same model, `Side(model, cache)` and
+    `Side(model, exact_cache(model))`. text: where the prompts come from, as `load_text` takes it; `sequences` pieces of
+    `prompt_tokens` tokens (BOS included where there is one), evenly spaced over its beginning. ways: how texts are
+    written, by name, default greedily and drawn at temperature 1; the first text has the seed, each next one a seed one
+    higher. End tokens do not end a text. progress(done, total): tokens written so far, by both.
 
     Raises EvalError for numbers below 1, a text too short, more tokens than a model was made for, vocabularies that
     differ, a model that ignores its cache, and logits that are not finite.

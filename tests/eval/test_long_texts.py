@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from quantkit_eval import EvalError, Side, long_generation, long_texts
+from quantkit_eval import EvalError, Side, exact_cache, long_generation, long_texts
 from quantkit_eval.long_report import loop, repetition
 from quantkit_eval.sampler import Sampling
 from transformers import DynamicCache
@@ -57,7 +57,7 @@ def test_a_model_does_not_differ_from_itself(model, tokenizer, text, monkeypatch
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_error_in_a_cache_shows_where_it_begins(model, tokenizer, text, temperature):
     ways = {"one": Sampling(temperature, seed=7)}
-    found = run(Side(model, wrong), tokenizer, text, Side(model, DynamicCache), ways=ways)
+    found = run(Side(model, wrong), tokenizer, text, Side(model, exact_cache(model)), ways=ways)
     (written,) = found.written
     kl = [bucket.kl_mean for bucket in written.curve]
     assert max(kl[:6]) < 2e-6  # 12 new tokens go in as they are
