@@ -12,7 +12,7 @@ of it. After each prompt the baseline writes a text, once greedily and once draw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quantkit_eval.long_report import LongReport, Text, writing
 from quantkit_eval.loop import decode, model_step
 from quantkit_eval.model import check_vocabulary, device_of, inference, longest_context
 from quantkit_eval.protocols import CausalLM, Tokenizer
-from quantkit_eval.sampler import Sampling
+from quantkit_eval.sampler import Sampling, seeds
 from quantkit_eval.text import Text as Source
 from quantkit_eval.text import source_name
 from quantkit_eval.windows import cut, first_token, first_tokens
@@ -112,8 +112,8 @@ def long_generation(
 
     for name, sampling in ways.items():
         texts = []
-        for number, prompt in enumerate(prompts):
-            own = _seeded(sampling, number)
+        for prompt, seed in zip(prompts, seeds(sampling.seed, sequences), strict=True):
+            own = replace(sampling, seed=seed)
             base = list(counted(theirs.write(prompt, new_tokens, own)))
             kl, agreed = _compared(
                 ours, theirs, torch.cat([prompt, torch.tensor(base[:-1], dtype=torch.int64)]), new_tokens
@@ -128,11 +128,6 @@ def long_generation(
         cache=described(ours.cache()) if ours.cache else ours.description,
         written=written,
     )
-
-
-def _seeded(sampling: Sampling, number: int) -> Sampling:
-    seed = None if sampling.seed is None else sampling.seed + number
-    return Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed)
 
 
 def exact_cache(model: CausalLM) -> CacheFactory:

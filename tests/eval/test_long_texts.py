@@ -111,6 +111,11 @@ def test_one_seed_gives_one_result(model, other, tokenizer, text):
     assert run(other, tokenizer, text, model, ways=ways, **options).written[0] != once.written[1]
 
 
+def test_seeds_go_on_behind_the_largest_one(model, tokenizer, text):
+    ways = {"last": Sampling(1.0, seed=2**64 - 1)}
+    assert run(model, tokenizer, text, model, ways=ways, new_tokens=2).written[0].seed == 2**64 - 1
+
+
 def test_one_token_is_a_text(model, other, tokenizer, text):
     found = run(other, tokenizer, text, model, new_tokens=1)
     assert [len(written.curve) for written in found.written] == [1, 1]
