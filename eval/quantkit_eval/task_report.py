@@ -159,18 +159,30 @@ def _report(data: dict[str, Any]) -> TaskReport:
 def kind_of(outcomes: list[Any], value: float | None) -> tuple[str, list[Outcome] | None]:
     """(kind, plain outcomes) of what a metric gave for each item; see `Score`."""
     present = [one for one in outcomes if one is not None]
+    if not present:
+        return "corpus", None
     if all(isinstance(one, bool | int | float) for one in present):
         numbers = [None if one is None else float(one) for one in outcomes]
-        binary = present and all(one in (0, 1) for one in present)
-        mean = sum(map(float, present)) / max(len(present), 1)
+        binary = all(one in (0, 1) for one in present)
+        mean = sum(map(float, present)) / len(present)
         right = value is not None and math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12)
         return ("binary" if binary and right else "number"), list(numbers)
     if all(
         isinstance(one, tuple | list) and len(one) == 2 and all(isinstance(part, int | float) for part in one)
         for one in present
-    ):
+    ) and _is_rate(present, value):
         return "rate", [None if one is None else [float(one[0]), float(one[1])] for one in outcomes]
     return "corpus", None
+
+
+def _is_rate(pairs: list[Any], value: float | None) -> bool:
+    """Whether `value` is a perplexity, or bits per unit, of (log-likelihood, units); other metrics have pairs too."""
+    units = float(sum(pair[1] for pair in pairs))
+    if value is None or not math.isfinite(value) or not units > 0:
+        return False
+    nll = -float(sum(pair[0] for pair in pairs)) / units
+    perplexity = value > 0 and math.isclose(math.log(value), nll, rel_tol=0, abs_tol=1e-6)
+    return nll > 0 and (perplexity or math.isclose(value, nll / math.log(2), rel_tol=1e-6))
 
 
 def _key(score: Score) -> tuple[str, str]:

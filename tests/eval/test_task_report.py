@@ -1,6 +1,7 @@
 """Reports of tasks compared item by item, without the harness."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -85,8 +86,19 @@ def test_kinds_are_told_by_the_outcomes():
     assert kind_of([1, 0, True, 0.0], 0.5) == ("binary", [1, 0, 1, 0])
     assert kind_of([1, 0], 0.7)[0] == "number"  # aggregated otherwise than by the mean
     assert kind_of([0.5, None], 0.5) == ("number", [0.5, None])
-    assert kind_of([(-3, 2), [-1.5, 4]], 1.0) == ("rate", [[-3, 2], [-1.5, 4]])
+    rate = ("rate", [[-3, 2], [-1.5, 4]])
+    assert kind_of([(-3, 2), [-1.5, 4]], math.exp(0.75)) == rate  # a perplexity
+    assert kind_of([(-3, 2), [-1.5, 4]], 0.75 / math.log(2)) == rate  # bits
+    assert kind_of([None, (-3, 4)], math.exp(0.75)) == ("rate", [None, [-3, 4]])
     assert kind_of([("a", "b")], 1.0) == ("corpus", None)
+
+
+def test_pairs_that_are_no_likelihoods_belong_to_the_corpus():
+    assert kind_of([(0, 1), (1, 1)], 0.67) == ("corpus", None)  # (gold, predicted) of an F1
+    assert kind_of([(0, 1), (0, 1)], 0.0) == ("corpus", None)
+    assert kind_of([(0, 0)], 1.0) == ("corpus", None)
+    assert kind_of([(-3, 2)], None) == ("corpus", None)
+    assert kind_of([None], 1.0) == ("corpus", None)
 
 
 @pytest.mark.parametrize(
