@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
+from quantkit_eval.model import device_of
 from quantkit_eval.together import Apart, Batch, Padded
 
+from quantkit.errors import BackendError
 from quantkit.layers.kv_cache import attached
 from quantkit.runtime import native as native_path
 from quantkit.runtime.dispatch import Runner, choose_runner
@@ -41,20 +43,27 @@ class NativeBatch:
         return native_path.Sequence.step([self.sequences[i] for i in live], torch.tensor(list(tokens)))
 
 
+_ONE = "a CUDA graph holds one sequence"
+
+
 def choose_batch(
-    model: PreTrainedModel | NativeDecoder | GraphDecoder, way: str = "auto", compute: str | None = None
+    model: PreTrainedModel | NativeDecoder | GraphDecoder, way: str = "auto"
 ) -> tuple[Batch, Runner]:
     """What runs several sequences of a model, and the runner with its way and, if that is eager, the reason.
 
-    A CUDA graph holds one sequence, so several run eager there. Transformers runs them in one padded forward if its
-    cache is plain keys and values; recurrent models, quantized caches and rotary embeddings that depend on the length
-    would see the padding, so their sequences run one by one.
+    way: as of `choose_runner`. A CUDA graph holds one sequence, so "auto" runs several eager there, and "graph" is a
+    BackendError. Transformers runs them in one padded forward if its cache is plain keys and values; recurrent models,
+    quantized caches and rotary embeddings that depend on the length would see the padding, so their sequences run one
+    by one.
     """
     if isinstance(model, GraphDecoder):
         model = model.model
-    if not isinstance(model, NativeDecoder) and way in ("auto", "graph") and model.device.type == "cuda":
-        way = "eager"
-    runner = choose_runner(model, 1, way, compute)
+    if way == "graph" and not isinstance(model, NativeDecoder):
+        raise BackendError(f"{_ONE}; run several eager, or one at a time")
+    if way == "auto" and not isinstance(model, NativeDecoder) and device_of(model).type == "cuda":
+        runner = Runner(model, "eager", _ONE)
+    else:
+        runner = choose_runner(model, 1, way)
     if isinstance(runner.model, NativeDecoder):
         return NativeBatch(runner.model), runner
     eager = cast("PreTrainedModel", runner.model)

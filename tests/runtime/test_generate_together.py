@@ -12,8 +12,10 @@ from quantkit_eval.together import Apart, Padded
 from quantkit_kernels.cpu import library
 
 import quantkit
+from quantkit.bench.models.subject import Opening, Subject
+from quantkit.errors import BackendError
 from quantkit.layers.kv_cache import attach
-from quantkit.runtime import generate, native, stream, stream_together
+from quantkit.runtime import generate, native, stream, stream_together, together
 from quantkit.runtime.together import NativeBatch, choose_batch
 from quantkit.scheme import KV_PRESETS, integer
 
@@ -112,6 +114,18 @@ def test_what_is_not_native_runs_in_transformers(name, kind, monkeypatch):
         got = generate(model, ids, 12, stop=(), attention_mask=mask)[:, ids.shape[1] :].tolist()
     with pytest.warns(UserWarning, match="runs eager"):
         assert got == alone(model, prompts, 12, stop=())
+
+
+def test_a_graph_holds_one_sequence(monkeypatch):
+    model = tiny_models.FAMILIES["gpt2"]()
+    with pytest.raises(BackendError, match="a CUDA graph holds one sequence"):
+        choose_batch(model, "graph")
+    monkeypatch.setattr(together, "device_of", lambda model: torch.device("cuda"))
+    batch, runner = choose_batch(model)
+    assert (type(batch), runner.way) == (Padded, "eager")
+    assert runner.reason == "a CUDA graph holds one sequence"
+    assert choose_batch(model, "eager")[1].reason is None
+    assert Subject("", Opening("", way="graph"), model, []).runner(2, 4).way == "eager"
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from quantkit.bench.models.anatomy import Weight
 from quantkit.errors import UserError
 from quantkit.layers.kv_cache import attached
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.runtime import NativeDecoder, Runner, choose_runner
+from quantkit.runtime import NativeDecoder, Runner, choose_batch, choose_runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,11 +61,11 @@ class Subject:
     weights: list[Weight]
 
     def runner(self, batch: int, new: int) -> Runner:
-        """What runs so many sequences; a CUDA graph holds one, so more of them run eager."""
+        """What runs so many sequences; a CUDA graph holds one, so more of them run eager (docs/bench.md)."""
         way = self.opening.way
-        if batch > 1 and way in ("auto", "graph") and self.model.device.type == "cuda":
-            way = "eager"
-        return choose_runner(self.model, new + 1, way)
+        if batch == 1:
+            return choose_runner(self.model, new + 1, way)
+        return choose_batch(self.model, "auto" if way == "graph" else way)[1]
 
     @property
     def entry_bytes(self) -> int:
