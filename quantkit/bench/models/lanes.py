@@ -1,6 +1,8 @@
 """B sequences of one model, ready to be timed: natively, in a CUDA graph, or in transformers.
 
-A lane takes the same steps as `quantkit.generate`, greedily, on random tokens that are the same for every model.
+A lane takes the same steps as `quantkit.generate`, greedily, on random tokens that are the same for every model; but
+several sequences always take one forward in transformers, also where `generate` runs them one by one, as with a
+quantized cache.
 """
 
 from __future__ import annotations
