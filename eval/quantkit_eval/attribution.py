@@ -8,7 +8,6 @@ from gradients. Effects need not add up to the whole KL, since layers act on eac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 
 from quantkit_eval.decoding import CacheFactory, Decoding
-from quantkit_eval.divergence import token_kl
+from quantkit_eval.divergence import log_probabilities, rank, token_kl
+from quantkit_eval.errors import EvalError
 from quantkit_eval.explanation import Explanation, Guess, Restored, WorstToken
 from quantkit_eval.model import inference, run
 from quantkit_eval.protocols import CausalLM, Tokenizer
-from quantkit_eval.windows import Window
+from quantkit_eval.windows import Window, chunks
 
 Restore = Callable[[], AbstractContextManager[None]]
 """Gives a context in which a part of the model is the baseline's."""
@@ -33,7 +33,6 @@ GUESSES = 3  # likeliest next tokens shown of each model
 CACHE = "key-value cache"  # the unit that is the model's cache
 _BEFORE, _AFTER = 40, 12  # tokens of context shown
 _LOW, _HIGH, _BINS = -7, 1.5, 34  # powers of ten that the histogram covers, and its bins
-_CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,10 @@ def explain(
 
     units: name -> what restores that part. by: what they are, in words. cache, cache_step: as `evaluate` was given
     them; a cache is one more unit. tokens, windows: how many of the worst to look at.
-    progress(done, total): after each unit.
+    progress(done, total): after each unit. EvalError if nothing was seen, or a model's logits are not finite.
     """
+    if not seen.kl:
+        raise EvalError("nothing to explain: evaluate with a baseline and seen=")
     flat = torch.cat(seen.kl)
     places = [(w, i) for w, each in enumerate(seen.kl) for i in range(len(each))]
     order = [places[int(i)] for i in flat.argsort(descending=True)[:tokens]]
@@ -96,9 +97,8 @@ def _histogram(kl: torch.Tensor) -> tuple[list[float], list[int]]:
 
 
 def _quantiles(kl: torch.Tensor) -> dict[str, float]:
-    """Nearest-rank: values that occurred."""
     ordered = kl.sort().values
-    return {str(q): float(ordered[math.ceil(q * len(ordered)) - 1]) for q in (0.5, 0.9, 0.99, 0.999, 1.0)}
+    return {str(q): rank(ordered, q) for q in (0.5, 0.9, 0.99, 0.999, 1.0)}
 
 
 def _described(
@@ -161,37 +161,27 @@ def _restore(
         for name in names:
             held = list(units.values()) if name is None else [units[name]] if name in units else []
             own = None if name in (CACHE, None) else cache
-            _kl(found[name][turn], model, window, base, held, own, step)
+            _kl(found[name][turn], w, window, _restored(_runner(model, own, step), window, held), base)
             done += 1
             if progress:
                 progress(done, total)
     return found
 
 
-def _kl(
-    into: torch.Tensor,
-    model: CausalLM,
-    window: Window,
-    base: torch.Tensor,
-    held: Sequence[Restore],
-    cache: CacheFactory | None,
-    step: int | None,
-) -> None:
-    """Put the KL of each scored token, with some parts restored, into fp32 [scored].
-
-    base: the baseline's logits [context, V].
-    """
+def _restored(forward: Callable[..., torch.Tensor], window: Window, held: Sequence[Restore]) -> torch.Tensor:
+    """Logits [context, V] of the window with some parts restored."""
     with ExitStack() as stack:
         for restore in held:
             stack.enter_context(restore())
-        logits = _runner(model, cache, step)(window.ids[None])[0]
-    last = len(window.ids) - 1
-    rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    first = last - window.scored
-    for start in range(first, last, rows):
-        part = slice(start, min(start + rows, last))
-        ours, theirs = (one[part].float().log_softmax(-1) for one in (logits, base))
-        into[start - first : part.stop - first] = token_kl(theirs, ours.to(theirs.device))
+        return forward(window.ids[None])[0]
+
+
+def _kl(into: torch.Tensor, number: int, window: Window, logits: torch.Tensor, base: torch.Tensor) -> None:
+    """Put the KL of each scored token into fp32 [scored]; logits, base: [context, V] of the model and the baseline."""
+    first = len(window.ids) - 1 - window.scored
+    for rows, _ in chunks(window, logits.shape[-1]):
+        ours, theirs = (log_probabilities(one[rows], number, i) for i, one in enumerate((logits, base)))
+        into[rows.start - first : rows.stop - first] = token_kl(theirs, ours.to(theirs.device))
 
 
 def _effects(

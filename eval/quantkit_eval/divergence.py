@@ -6,7 +6,18 @@ import math
 
 import torch
 
+from quantkit_eval.errors import BrokenModel
 from quantkit_eval.perplexity import ratio
+
+
+def log_probabilities(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
+    """fp32, from logits of window `number` of the model (which = 0) or the baseline (1); BrokenModel if not finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise BrokenModel(
+            f"the {('model', 'baseline')[which]} gives non-finite logits in window {number}; it is broken, or its "
+            "dtype too narrow (try float32)"
+        )
+    return logits.float().log_softmax(-1)
 
 
 def token_kl(base: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
@@ -29,11 +40,11 @@ def summary(
     mean, mean_se = ratio(torch.stack([window.double().sum() for window in kl]), counts)
     agreement, agreement_se = ratio(agreed, counts)
     ordered = torch.cat(kl).sort().values
-    p99 = _rank(ordered, 0.99)
+    p99 = rank(ordered, 0.99)
     return {
         "kl_mean": mean,
         "kl_mean_se": mean_se,
-        "kl_median": _rank(ordered, 0.5),
+        "kl_median": rank(ordered, 0.5),
         "kl_p99": p99,
         "kl_p99_se": _rank_se(kl, ordered, 0.99, p99, counts),
         "kl_max": float(ordered[-1]),
@@ -43,7 +54,8 @@ def summary(
     }
 
 
-def _rank(ordered: torch.Tensor, share: float) -> float:
+def rank(ordered: torch.Tensor, share: float) -> float:
+    """The nearest-rank quantile of sorted values: one that occurred."""
     return float(ordered[min(max(math.ceil(share * len(ordered)), 1), len(ordered)) - 1])
 
 
@@ -55,4 +67,4 @@ def _rank_se(
     """
     below = torch.stack([(window <= value).double().sum() for window in kl])
     se = ratio(below, counts)[1]
-    return None if se is None else (_rank(ordered, share + se) - _rank(ordered, share - se)) / 2
+    return None if se is None else (rank(ordered, share + se) - rank(ordered, share - se)) / 2

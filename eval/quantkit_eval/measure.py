@@ -7,7 +7,7 @@ with a vocabulary of 128k, those of one window of 2048 tokens would take a gigab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from quantkit_eval.attribution import Seen
 from quantkit_eval.baseline import KeptBaseline
 from quantkit_eval.cache import Cache
 from quantkit_eval.decoding import CacheFactory, Decoding
-from quantkit_eval.divergence import summary, token_agreement, token_kl
+from quantkit_eval.divergence import log_probabilities, summary, token_agreement, token_kl
 from quantkit_eval.errors import BrokenModel, EvalError
 from quantkit_eval.model import check_vocabulary, inference, run
 from quantkit_eval.paired import WindowScores
@@ -27,7 +27,7 @@ from quantkit_eval.perplexity import fit, ratio, token_nll
 from quantkit_eval.protocols import CausalLM, Group, Tokenizer
 from quantkit_eval.report import Report
 from quantkit_eval.text import Text, source_name
-from quantkit_eval.windows import Window, context_of, cut, first_token, first_tokens
+from quantkit_eval.windows import Window, chunks, context_of, cut, first_token, first_tokens
 
 Run = Callable[
     [torch.Tensor], torch.Tensor
@@ -35,7 +35,6 @@ Run = Callable[
 LEAST_WINDOWS = 16  # before the spread of the KL over windows is trusted to end an evaluation
 _BATCH_TOKENS = 4096
 _BATCH_LOGITS = 1 << 28  # elements of one model's logits per batch, one window at least
-_CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
 
 
 @dataclass
@@ -262,8 +261,8 @@ def _score_window(
     losses = [0.0] * len(logits)
     kl: list[torch.Tensor] = []
     agreed = 0
-    for rows, targets in _chunks(window, logits[0].shape[-1]):
-        log_p = [_log_softmax(one[rows], number, which) for which, one in enumerate(logits)]
+    for rows, targets in chunks(window, logits[0].shape[-1]):
+        log_p = [log_probabilities(one[rows], number, which) for which, one in enumerate(logits)]
         for which, one in enumerate(log_p):
             losses[which] += float(token_nll(one, targets).double().sum())
         if len(logits) > 1 and number < compared:
@@ -275,24 +274,6 @@ def _score_window(
     if kl:
         sums.kl.append(torch.cat(kl))
         sums.agreed.append(float(agreed))
-
-
-def _chunks(window: Window, vocabulary: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows of the logits, the tokens they predict): position i predicts token i + 1."""
-    step = max(1, _CHUNK_LOGITS // vocabulary)
-    last = len(window.ids) - 1
-    for start in range(last - window.scored, last, step):
-        end = min(start + step, last)
-        yield slice(start, end), window.ids[start + 1 : end + 1]
-
-
-def _log_softmax(logits: torch.Tensor, number: int, which: int) -> torch.Tensor:
-    if not bool(torch.isfinite(logits).all()):
-        raise BrokenModel(
-            f"the {('model', 'baseline')[which]} gives non-finite logits in window {number}; it is broken, or its "
-            "dtype too narrow (try float32)"
-        )
-    return logits.float().log_softmax(-1)
 
 
 def _figures(sums: _Sums, windows: list[Window]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ DEFAULT_CONTEXT = 2048
 WHOLE = 1 << 20  # characters: a text that is not longer is tokenized whole
 CHARACTERS = 8  # read per token wanted, to begin with
 CHECKED = 1 << 14  # characters, how far what follows is tried out
+_CHUNK_LOGITS = 1 << 23  # elements turned into fp32 log-probabilities at a time, per model
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,12 @@ def cut(
         window = torch.tensor(front + ids[start : start + room])
         windows.append(Window(window, min(fresh, len(window) - 1)))
     return windows
+
+
+def chunks(window: Window, vocabulary: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows of the logits, the tokens they predict), of few logits at a time: position i predicts token i + 1."""
+    step = max(1, _CHUNK_LOGITS // vocabulary)
+    last = len(window.ids) - 1
+    for start in range(last - window.scored, last, step):
+        end = min(start + step, last)
+        yield slice(start, end), window.ids[start + 1 : end + 1]

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from quantkit_eval import Seen, evaluate, explain
+from quantkit_eval import EvalError, Seen, evaluate, explain
 from quantkit_eval.attribution import CACHE, TOKENS
 from quantkit_eval.divergence import token_kl
+from quantkit_eval.errors import BrokenModel
 
 CONTEXT = 16
 PARTS = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
@@ -132,6 +133,27 @@ def test_a_part_goes_back_after_an_error(model, other, tokenizer, seen):
     with pytest.raises(RuntimeError, match="no"):
         explain(other, model, tokenizer, seen, units, windows=1)
     assert other.get_submodule(PARTS[0]) is own
+
+
+def test_without_a_baseline_there_is_nothing_to_explain(model, other, tokenizer, text):
+    seen = Seen()
+    evaluate(other, tokenizer, text, context=CONTEXT, seen=seen)
+    for empty in (Seen(), seen):
+        with pytest.raises(EvalError, match="nothing to explain: evaluate with a baseline"):
+            explain(other, model, tokenizer, empty)
+
+
+def test_a_part_that_breaks_the_model_is_told(model, other, tokenizer, seen):
+    @contextmanager
+    def broken():
+        head = other.lm_head.weight.data
+        own = head.clone()
+        head.fill_(torch.nan)
+        yield
+        head.copy_(own)
+
+    with pytest.raises(BrokenModel, match=r"the model gives non-finite logits in window \d+"):
+        explain(other, model, tokenizer, seen, {"broken": broken}, windows=1)
 
 
 def test_a_cache_is_one_more_unit(model, tokenizer, text):

@@ -125,7 +125,7 @@ def test_results_do_not_depend_on_chunks_and_hardly_on_batches(model, other, tok
         batched = run(batch_size=size)
         assert batched["kl_mean"] == pytest.approx(whole["kl_mean"], rel=1e-4)
         assert batched["quantized"]["nll"] == pytest.approx(whole["quantized"]["nll"], rel=1e-6)
-    monkeypatch.setattr(measure, "_CHUNK_LOGITS", 128 * 7)  # 7 tokens; 19 and 20 are scored
+    monkeypatch.setattr("quantkit_eval.windows._CHUNK_LOGITS", 128 * 7)  # 7 tokens; 19 and 20 are scored
     chunked = run()
     assert chunked["kl_mean"] == pytest.approx(whole["kl_mean"], rel=1e-6)
     assert chunked["quantized"]["nll"] == pytest.approx(whole["quantized"]["nll"], rel=1e-6)
