@@ -10,6 +10,7 @@ sequentially rejective multiple test procedure, 1979): the chance that any of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -72,11 +73,12 @@ class Comparison:
 def difference(a: WindowScores, b: WindowScores, metric: Metric) -> tuple[float, float | None, float]:
     """(mean difference per token a - b, its standard error, p) over the windows that both have.
 
-    EvalError if the windows are not of the same tokens, or if there are none with this metric.
+    EvalError if the windows are not of the same tokens, or if there are none with this metric. Windows of as many
+    tokens are taken for the same, unless a baseline's losses on them differ.
     """
     ours, others = getattr(a, metric), getattr(b, metric)
     count = min(len(ours), len(others))
-    if not count or a.tokens[:count] != b.tokens[:count]:
+    if not count or a.tokens[:count] != b.tokens[:count] or not _same_baseline(a, b, count):
         raise EvalError(
             f"no windows of the same tokens have a {metric} in both evaluations; evaluate both on one text, with one "
             "context, and for kl with a baseline"
@@ -84,6 +86,12 @@ def difference(a: WindowScores, b: WindowScores, metric: Metric) -> tuple[float,
     sums = torch.tensor(ours[:count], dtype=torch.float64) - torch.tensor(others[:count], dtype=torch.float64)
     mean, se = ratio(sums, torch.tensor(a.tokens[:count], dtype=torch.float64))
     return mean, se, 1.0 if se is None else _p(mean, se, count - 1)
+
+
+def _same_baseline(a: WindowScores, b: WindowScores, count: int) -> bool:
+    """Whether the baseline's losses on the first windows agree, but for rounding; True if one has none."""
+    pairs = zip(a.original_nll[:count], b.original_nll[:count], strict=False)
+    return all(math.isclose(one, other, rel_tol=1e-3) for one, other in pairs)
 
 
 def _p(mean: float, se: float, freedom: int) -> float:

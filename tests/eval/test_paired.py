@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from quantkit_eval.paired import difference, holm
 
 
 def scores(kl, tokens=10, nll=None):
-    return WindowScores((tokens,) * len(kl), tuple(nll or kl), tuple(kl), tuple(kl), tuple(kl))
+    return WindowScores((tokens,) * len(kl), tuple(nll or kl), (), tuple(kl), tuple(kl))
 
 
 def noisy(mean, spread, count, seed):
@@ -73,6 +74,12 @@ def test_the_same_model_and_a_single_window_are_undecided():
 def test_other_windows_are_refused():
     with pytest.raises(EvalError, match="no windows of the same tokens"):
         difference(scores([1.0, 2.0]), scores([1.0, 2.0], tokens=11), "kl")
+    same, other = ((1.0, 2.0), (1.0, 2.01))  # the baseline's losses
+    ours = scores([1.0, 2.0], nll=[3.0, 4.0])
+    for original in (same, ()):
+        difference(replace(ours, original_nll=same), replace(ours, original_nll=original), "nll")
+    with pytest.raises(EvalError, match="no windows of the same tokens"):
+        difference(replace(ours, original_nll=same), replace(ours, original_nll=other), "kl")
     with pytest.raises(EvalError, match="kl"):
         difference(WindowScores((1,), (1.0,)), scores([1.0]), "kl")
 
