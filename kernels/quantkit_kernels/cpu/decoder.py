@@ -397,6 +397,8 @@ def _load() -> ctypes.CDLL:
         ("new", pointer, (ctypes.POINTER(_Model),)),
         ("free", None, (pointer,)),
         ("step", number, (pointer, pointer, long, pointer, pointer, long, pointer, number)),
+        ("step_together", number, (pointer, long, pointer, pointer, pointer, pointer, number)),
+        ("time", None, (pointer, pointer)),
         ("length", long, (pointer,)),
         ("truncate", number, (pointer, long)),
         ("cache_bytes", ctypes.c_size_t, (pointer,)),

@@ -32,7 +32,7 @@ def step_together(
     first = decoders[0]
     tokens, cos, sin = tokens.contiguous(), cos.float().contiguous(), sin.float().contiguous()
     logits = torch.empty(count, first.tables.head.n)
-    failed = _library(first).qk_decoder_step_together(
+    failed = first.library.qk_decoder_step_together(
         (ctypes.c_void_p * count)(*(each.handle for each in decoders)),
         count,
         tokens.data_ptr(),
@@ -59,20 +59,9 @@ def timed(decoder: Decoder) -> Iterator[dict[str, float]]:
     """
     seconds = (ctypes.c_double * len(PARTS))()
     found = dict.fromkeys(PARTS, 0.0)
-    native = _library(decoder)
-    native.qk_decoder_time(decoder.handle, ctypes.addressof(seconds))
+    decoder.library.qk_decoder_time(decoder.handle, ctypes.addressof(seconds))
     try:
         yield found
     finally:
-        native.qk_decoder_time(decoder.handle, None)
+        decoder.library.qk_decoder_time(decoder.handle, None)
         found.update(zip(PARTS, seconds, strict=True))
-
-
-def _library(decoder: Decoder) -> ctypes.CDLL:
-    """The library with the signatures of these two functions."""
-    native, pointer = decoder.library, ctypes.c_void_p
-    together, time = native.qk_decoder_step_together, native.qk_decoder_time
-    together.restype = ctypes.c_int
-    together.argtypes = (pointer, ctypes.c_int64, pointer, pointer, pointer, pointer, ctypes.c_int)
-    time.restype, time.argtypes = None, (pointer, pointer)
-    return native
