@@ -1,8 +1,8 @@
-"""Several prompts continued together, one token of each per step; a sequence that has ended takes no further steps.
+"""Several prompts continued together, one token of each per step, until each has ended.
 
 What keeps the sequences is a `Batch`: `Apart` runs any model once per sequence, `Padded` runs transformers once for all
 of them, and the native decoder has one of its own. Each sequence gets its own chooser, so that what it draws does not
-depend on the others.
+depend on the others. A sequence that has ended takes no further steps, but for `Padded`, which fills its place.
 """
 
 from __future__ import annotations
