@@ -76,7 +76,8 @@ def _files(now: Clock) -> dict[str, float]:
     import torch
 
     from quantkit.checkpoint.shards import write_shard
-    from quantkit.models.source import Source  # noqa: F401  (what reads them, imported before the clock runs)
+    from quantkit.models.headers import Headers
+    from quantkit.models.source import Source
     from quantkit.models.tensors import read_header
 
     data = bytes(_BYTES)
@@ -85,16 +86,8 @@ def _files(now: Clock) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.safetensors"
         writing = _least(lambda: write_shard(file, {"x": values}), now) / _BYTES
-        info = read_header(file)["x"]
-
-        def read() -> torch.Tensor:
-            with info.file.open("rb", buffering=0) as stream:
-                stream.seek(info.offset)
-                return torch.frombuffer(bytearray(stream.read(info.nbytes)), dtype=torch.float32).to(
-                    torch.bfloat16
-                )
-
-        reading = _least(read, now) / _BYTES
+        source = Source(Headers(file.parent, {}, read_header(file), [file], model_free=True))
+        reading = _least(lambda: source.tensor("x", torch.bfloat16), now) / _BYTES
     return {"hash": hashing, "write": writing, "read": reading}
 
 
