@@ -1,6 +1,6 @@
 """What `quantkit plan` predicts beside what a run measures: time by phase, peak memory, size and disk.
 
-    python -m quantkit.bench.plan --work DIR --json docs/benchmarks/plan-zen3-avx2.json
+    python -m quantkit.bench.plan --work DIR --json FILE
     python -m quantkit.bench.plan --work DIR --models bookworm-8m --recipes w4a16-rtn w4a16-gptq
     python -m quantkit.bench.plan --work DIR --published          # plan alone, on configs of 70B and 235B
 

@@ -1,6 +1,6 @@
 """Compare llama.cpp with the native path when several sequences decode together.
 
-    python -m quantkit.bench.models.batched --work DIR --batch 4 16 --json docs/benchmarks/batched.json
+    python -m quantkit.bench.models.batched --work DIR --batch 4 16 --json FILE
 
 The model is that of quantkit.bench.models.llamacpp, which also builds llama.cpp. `llama-batched-bench` gives each
 sequence a prompt of its own (as `-np` of its server does) and decodes one token of each per step; so does

@@ -1,6 +1,6 @@
 """Which estimate of a layer's damage predicts best what mixed models really lose.
 
-    python -m quantkit.bench.quality.sensitivity --work DIR --json docs/benchmarks/sensitivity.json
+    python -m quantkit.bench.quality.sensitivity --work DIR --json FILE
 
 Mixed models are drawn at random: the share of each scheme differs between them, and so does which group gets it. Each
 is quantized whole, by the recipe's algorithm behind the quantized layers before, and its KL to the original is measured
