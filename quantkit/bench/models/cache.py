@@ -1,6 +1,6 @@
 """Measure decoding behind a long context, with exact and quantized KV caches, natively and inside transformers.
 
-    python -m quantkit.bench.models.cache --work DIR --depth 8192 --json docs/benchmarks/cache.json
+    python -m quantkit.bench.models.cache --work DIR --depth 8192 --json FILE
 
 The 1.1B Llama of quantkit.bench.models.decode (random weights, W4 g128, int8 activations per token and group), batch 1.
 Each cache is filled with `depth` random tokens once; a round then decodes `new` tokens behind them with every cache in

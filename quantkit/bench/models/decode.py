@@ -1,6 +1,6 @@
 """Measure decode and prefill speed of a 1.1B Llama, and its memory.
 
-    python -m quantkit.bench.models.decode --work DIR --json docs/benchmarks/decode.json
+    python -m quantkit.bench.models.decode --work DIR --json FILE
 
 The native path is compared with transformers running bf16 weights, PyTorch's int4 op and our linears. The model has
 random weights in W4 g128, head included; batch 1, greedy. All engines run interleaved in one process. A number is the

@@ -1,6 +1,6 @@
 """Compare llama.cpp with the native path on the same model.
 
-    python -m quantkit.bench.models.llamacpp --work DIR --json docs/benchmarks/llamacpp.json
+    python -m quantkit.bench.models.llamacpp --work DIR --json FILE
     python -m quantkit.bench.models.llamacpp --work DIR --shape 1b-active --layers 16 --formats Q4_0
     python -m quantkit.bench.models.llamacpp --work DIR --ops --shapes 1.1b --m 1 4 16 512 --json ops.json
 

@@ -1,6 +1,6 @@
 """Peak anonymous memory of the whole `quantize` process against the size of the checkpoint.
 
-    python -m quantkit.bench.models.memory --work DIR --json docs/benchmarks/memory.json
+    python -m quantkit.bench.models.memory --work DIR --json FILE
 
 A synthetic Llama of 24 layers (quantkit.bench.synthetic) is quantized by RTN, by GPTQ without the options that only
 cost time, by GPTQ, and by GPTQ with re-target, each in a separate process whose RssAnon is polled every 10 ms. Peaks

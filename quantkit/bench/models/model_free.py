@@ -1,6 +1,6 @@
 """Memory and time of a run without a model class, beside a copy of the same files.
 
-    python -m quantkit.bench.models.model_free --work /tmp/model-free --json docs/benchmarks/model-free.json
+    python -m quantkit.bench.models.model_free --work /tmp/model-free --json FILE
 
 A synthetic Llama of 24 layers (quantkit.bench.synthetic, 2.4 GB) is quantized to FP8 with `model_free: true`, in a
 separate process whose RssAnon is polled every 10 ms, and its files are copied: read, written and synced, a piece at a

@@ -1,6 +1,6 @@
 """Perplexity and KL of one checkpoint through every backend that can run it.
 
-    python -m quantkit.bench.quality.backends --work DIR [--json docs/benchmarks/backends.json]
+    python -m quantkit.bench.quality.backends --work DIR [--json FILE]
 
 The embedded model is rounded to nearest at several widths; the same files are then evaluated by the reference and by
 the native kernels with float and with int8 activations (PyTorch's int8 op takes half a minute for what these do in

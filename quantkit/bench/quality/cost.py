@@ -1,6 +1,6 @@
 """CPU-seconds of quantizing the embedded model, W4 g128, 128 x 512 tokens, one thread.
 
-    python -m quantkit.bench.quality.cost --work DIR --json docs/benchmarks/cost.json [--rival PYTHON]
+    python -m quantkit.bench.quality.cost --work DIR --json FILE [--rival PYTHON]
 
 Every run is a process of its own without evaluation. "quantizing" is user + system time of the phases calibrate,
 transform and quantize of quantkit.run.json, without imports, load, write and verification. "process" is all of it, as
