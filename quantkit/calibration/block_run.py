@@ -41,7 +41,7 @@ class BlockRun(BlockForward):
     def collect(
         self, sets: list[tuple[str, ...]], needs: dict[tuple[str, ...], frozenset[str]]
     ) -> dict[tuple[str, ...], Statistics]:
-        """Statistics of the input that each set of siblings shares, in one pass over the chunks.
+        """Statistics of the input that each set of siblings shares, in one pass over the chunks for those not kept.
 
         Inputs count as the siblings round them (see `rounded`), those of the full stream as they are.
 
@@ -49,10 +49,10 @@ class BlockRun(BlockForward):
         weights will not change, and so advances in the same pass.
         """
         sets = [s for s in sets if needs[s]]
-        if sets and all(self._are_kept(siblings) for siblings in sets):
-            return {siblings: self._from_kept(siblings[0], needs[siblings]) for siblings in sets}
+        found = {s: self._from_kept(s[0], needs[s]) for s in sets if self._are_kept(s)}
+        sets = [s for s in sets if s not in found]
         if not sets:
-            return {}
+            return found
         gatherers: Gatherers[tuple[str, ...]] = Gatherers(self.device)
         final = self._may_advance(sets[-1])
         for chunk in self.chunks():
@@ -69,7 +69,7 @@ class BlockRun(BlockForward):
                 for full, inputs in seen.items():
                     if not (full and self._full_advanced):
                         self._replay.keep(siblings, chunk, full, inputs[siblings])
-        return gatherers.finish(self.ranks)
+        return found | gatherers.finish(self.ranks)
 
     def _are_kept(self, siblings: tuple[str, ...]) -> bool:
         """Whether the statistics that siblings need are those that are kept: of the original model's inputs."""

@@ -178,6 +178,29 @@ def test_a_walk_with_kept_statistics_carries_one_window(inputs, asked, tmp_path)
     assert kept.identity == run.identity
 
 
+def test_kept_sets_are_used_beside_collected_ones(inputs, asked, tmp_path, monkeypatch):
+    """With a calibrated cache, RTN's ranges are of the quantized stream, and so collected, beside GPTQ's kept sums."""
+    monkeypatch.setattr(
+        "quantkit.calibration.walk.CHUNK_ELEMENTS", 1
+    )  # several chunks, and one original window
+    kept = collected(inputs, asked, tmp_path / "kept", "text")
+    recipe = asked("rtn")["recipe"] | {
+        "weights": {
+            "algorithm": {"name": "gptq", "stream": "original", "true_sequential": False},
+            "group_size": 32,
+        },
+        "rules": [{"match": "*.o_proj", "algorithm": {"name": "rtn", "range": "weighted"}}],
+        "kv_cache": "FP8_TENSOR",
+    }
+    found = []
+    for name, folder in (("alone", None), ("with", kept.folder)):
+        result = quantize(
+            recipe, inputs / "model", tmp_path / name, device="cpu", evaluate=False, statistics=folder
+        )
+        found.append({path: file.sha256 for path, file in result.manifest.files.items() if "model" in path})
+    assert found[0] == found[1]
+
+
 def run_on(inputs, asked, folder, *names):
     """A run that looks at the windows of some texts, one after the other."""
     calibration = asked("rtn")["recipe"]["calibration"]
