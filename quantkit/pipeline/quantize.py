@@ -22,7 +22,7 @@ from quantkit.checkpoint.records import Manifest
 from quantkit.checkpoint.stream_files import StreamFiles
 from quantkit.checkpoint.verify import verify_checkpoint
 from quantkit.device import find_device, launch
-from quantkit.errors import OutputError, RecipeError, memory_named, why
+from quantkit.errors import OutputError, RecipeError, UserError, memory_named, why
 from quantkit.formats.registry import MEMORY
 from quantkit.models import skeleton
 from quantkit.models.borders import quiet
@@ -105,11 +105,14 @@ def quantize(
     """
     asked = (eval_tokens, eval_text) if evaluate else None
     if _recipe(recipe, overrides)[1].searched:
-        from quantkit.pipeline.searched import (
-            Call,
-            quantize_searched,
-        )  # here: it quantizes with this very function
+        # here: it quantizes with this very function
+        from quantkit.pipeline.searched import Call, quantize_searched
 
+        if statistics is not None:
+            raise UserError(
+                "kept statistics serve no search of bits, which measures its own; leave out statistics, or use it with "
+                f"the recipe that a search has written, {RECIPE}"
+            )
         call = Call(model, device, evaluate, progress, eval_tokens, eval_text)
         return quantize_searched(recipe, call, output, overrides, resume)
     with joined(device, INTERRUPTED) as ranks:

@@ -43,6 +43,11 @@ def plan_cells(cells: Sequence[Cell], headers: Headers, share: bool = True) -> l
     problems: list[str] = []
     for cell in cells:
         try:
+            if cell.recipe.searched:
+                raise RecipeError(
+                    f"{' and '.join(cell.recipe.searched)}: a target of size and a gate cannot be swept; sweep the "
+                    "recipe that a search has written"
+                )
             plans[cell.id] = build_plan(cell.recipe, headers)
             check_target(cell.recipe, plans[cell.id], headers)
         except UserError as error:

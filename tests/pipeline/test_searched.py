@@ -14,7 +14,7 @@ import quantkit
 from quantkit import assets
 from quantkit.checkpoint.journal import Journal
 from quantkit.cli.verbs import cli
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, UserError
 from quantkit.models.headers import read_checkpoint
 from quantkit.pipeline import searched
 from quantkit.pipeline.sensitivity import Asked, measure
@@ -213,6 +213,15 @@ def test_what_cannot_be_met_is_refused_before_anything_is_written(inputs, tmp_pa
         with pytest.raises(RecipeError, match=said):
             quantkit.quantize(recipe, inputs / "model", tmp_path / "out", evaluate=False)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_search_refuses_kept_statistics(inputs, tmp_path):
+    for more in ({"target": target(3.0)}, {"gate": {"kl_mean": 0.1}}):
+        with pytest.raises(UserError, match="kept statistics serve no search"):
+            quantkit.quantize(
+                asked(inputs, **more), inputs / "model", tmp_path / "out", statistics=tmp_path / "kept"
+            )
+    assert not (tmp_path / "out").exists()
 
 
 def test_validate_shows_a_plan_of_the_size_that_is_asked_for(inputs, tmp_path):

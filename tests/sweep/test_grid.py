@@ -127,6 +127,15 @@ def test_what_does_not_fit_the_model_is_named_for_every_cell():
         plan_cells(cells, read_checkpoint(assets.default_model()))
 
 
+def test_a_search_of_bits_is_no_cell():
+    searched = {"target": {"bits_per_weight": 4.0}}
+    cells = parse_sweep({"recipe": searched, "grid": {"methods": ["rtn", "gptq"]}}).cells
+    with pytest.raises(
+        RecipeError, match=r"(?s)cell rtn: target.bits_per_weight: .*cell gptq: .* cannot be swept"
+    ):
+        plan_cells(cells, read_checkpoint(assets.default_model()))
+
+
 def test_a_dry_run_lists_the_cells_without_torch():
     code = (
         "import sys; from quantkit.cli.main import run; run(sys.argv[1:]); assert 'torch' not in sys.modules"
