@@ -29,6 +29,7 @@ IDENTITY = {
     "code": "quantkit",
     "device": "device",
     "processes": "processes",
+    "statistics": "statistics of the original model",
 }
 
 

@@ -209,7 +209,8 @@ def _inputs(manifest: Manifest, run: Run) -> list[Change]:
     for key in ("model", "data"):
         was, value = manifest.identity.get(key), run.identity.get(key)
         found += [Change(key, was, value)] if was != value else []
-    return found
+    kept = manifest.identity.get("statistics")  # "kept": of the same text, so nothing else was looked at
+    return found if kept in (None, "kept") else [*found, Change("statistics", kept, None)]
 
 
 def _environment(manifest: Manifest, facts: RunFacts, run: Run) -> list[Change]:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import quantkit
+from quantkit.checkpoint.manifest import read_manifest, write_manifest
 from quantkit.cli.main import run
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -50,6 +52,14 @@ def test_recipes_schemes_sizes_and_errors_are_paired(made):
     assert found.files == ["config.json: differs"]
     assert found.one.made
     assert found.other.made
+
+
+def test_statistics_of_other_text_are_told(made, tmp_path):
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    manifest = read_manifest(copy)
+    write_manifest(copy, replace(manifest, identity=manifest.identity | {"statistics": "a b"}))
+    (key,) = quantkit.diff(made[0], copy).recipe
+    assert (key.key, key.one, key.other) == ("statistics of the original model", None, "a b")
 
 
 def test_other_codes_of_one_scheme_are_counted(made, tmp_path):

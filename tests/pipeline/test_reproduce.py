@@ -158,6 +158,17 @@ def test_a_key_that_recipes_did_not_have_is_no_other_input(copied):
     ]
 
 
+def test_statistics_of_other_text_are_another_input(copied):
+    manifest = read_manifest(copied)
+    for kept, known in (("kept", True), ("a b", False)):
+        write_manifest(copied, replace(manifest, identity=manifest.identity | {"statistics": kept}))
+        found = quantkit.reproduce(copied, layers=1)
+        assert [(each.name, each.then, each.now) for each in found.inputs] == (
+            [] if known else [("statistics", "a b", None)]
+        )
+        assert found.identical == known
+
+
 def test_what_is_needed_is_asked_for(copied, inputs, tmp_path):
     with pytest.raises(ModelError, match=r"has no quantkit\.json"):
         quantkit.reproduce(inputs / "model")
