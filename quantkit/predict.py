@@ -44,9 +44,9 @@ class Prediction:
     """Sizes in bytes.
 
     tensors: all stored tensors of the output, exact. output: the finished folder, within 2 %. disk: what must be free
-    while it is made: the folder, and the hidden states that a resumed run needs. memory: peak resident memory of
-    quantizing on the CPU, an upper estimate; moment: what runs at the peak. evaluation: memory of the evaluation at the
-    end of a run. vram: of the GPU, if it quantizes on one (not measured).
+    while it is made: the folder, with a gate twice, and the hidden states that a resumed run needs. memory: peak
+    resident memory of quantizing on the CPU, an upper estimate; moment: what runs at the peak. evaluation: memory of
+    the evaluation at the end of a run. vram: of the GPU, if it quantizes on one (not measured).
     """
 
     tensors: int
@@ -71,7 +71,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
     return Prediction(
         tensors=stored,
         output=output,
-        disk=output
+        disk=(1 if recipe.gate is None else 2) * output  # of a gate: the best attempt, and the one being made
         + 2 * streams  # the new hidden states are complete on disk before the old ones are removed
         + (spilled_bytes(recipe, plan, headers) if ways.spilled else 0),
         memory=memory.peak,

@@ -35,9 +35,10 @@ def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -
     )
     prediction = predict(recipe, plan, headers, ways)
     if budget.disk is not None and prediction.disk > budget.disk:
+        made = "the checkpoint" if recipe.gate is None else "two checkpoints at once"
+        also = ", and hidden states that do not fit in memory" if ways.spilled else ""
         problems.append(
-            f"budget.disk: {_size(budget.disk)} is too little: the checkpoint, and what a resumed run needs"
-            f"{', and hidden states that do not fit in memory' if ways.spilled else ''}, take "
+            f"budget.disk: {_size(budget.disk)} is too little: {made}, and what a resumed run needs{also}, take "
             f"{_size(prediction.disk)}; allow that, or use fewer bits or fewer calibration samples"
         )
     if problems:

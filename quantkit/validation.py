@@ -100,14 +100,14 @@ def validate(
         plan = mistakes.collect(build_plan, checked, headers)
     if checked is not None and headers is not None and plan is not None:
         mistakes.collect(check_target, checked, plan, headers)
-    explicit, shown, said = checked, plan, ""
+    shown, said = plan, ""
     if checked is not None and headers is not None and plan is not None and checked.searched:
         expected = mistakes.collect(expected_search, checked, plan, headers)
         if expected is not None:
             explicit, said = expected
             shown = build_plan(explicit, headers)
-    if explicit is not None and headers is not None and shown is not None:
-        needed = mistakes.collect(settled, explicit, shown, headers)
+    if checked is not None and headers is not None and shown is not None:
+        needed = mistakes.collect(settled, checked, shown, headers)
     mistakes.raise_all()
     assert checked is not None
     if shown is None or headers is None or needed is None:
@@ -177,15 +177,6 @@ def search_space(recipe: Recipe, plan: Plan, headers: Headers) -> Allocatable:
     ):  # transformers decodes mixed schemes by the first, unless all are symmetric
         refused += [grid for grid in left if not grid.symmetric]
     return find_groups(recipe, plan, headers, refused) if refused else found
-
-
-def check_search(recipe: Recipe, plan: Plan, headers: Headers) -> None:
-    """RecipeError if the size that a recipe asks for cannot be met; nothing for a recipe without a search."""
-    if not recipe.searched:
-        return
-    found = search_space(recipe, plan, headers)
-    if recipe.target is not None and recipe.target.goal is not None:
-        rooms(recipe, plan, headers, found)
 
 
 def expected_search(recipe: Recipe, plan: Plan, headers: Headers) -> tuple[Recipe, str]:

@@ -47,7 +47,7 @@ from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import Plan, build_plan
 from quantkit.predict_budget import settled
 from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
-from quantkit.validation import check_search, check_target
+from quantkit.validation import check_target, expected_search
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -281,7 +281,7 @@ def prepared(
         headers = read_checkpoint(path, checked.model_free)
         source = Source(headers)
         built = _skeleton(checked, source)
-        plan = _planned(checked, headers, built)
+        plan, expected = _planned(checked, headers, built)
         named = Path("out") / f"{Path(headers.name).name}-{name}"
         folder = weights_path(named if output is None else output, OutputError, "choose another --output")
         where = find_device(device)
@@ -289,7 +289,7 @@ def prepared(
         windows = None
         if built is not None and tokenizer is not None and (plan.needs_text(checked) or checked.searched):
             windows = _windows(checked, built, tokenizer)
-        ways, needed = settled(checked, plan, headers, where.type)
+        ways, needed = settled(checked, expected, headers, where.type)
         if not in_memory and not ranks.rank and not (folder / MANIFEST).exists():
             check_disk(folder, needed.disk)
         reads = not in_memory and (
@@ -327,12 +327,17 @@ def _windows(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return token_windows(recipe.calibration, tokenizer, assets.calibration_text(), vocabulary=vocabulary)
 
 
-def _planned(recipe: Recipe, headers: Headers, built: PreTrainedModel | None) -> Plan:
-    """The plan of a run, which the recipe's target would take."""
-    plan = build_plan(recipe, headers, None if built is None else skeleton.places(built))
+def _planned(recipe: Recipe, headers: Headers, built: PreTrainedModel | None) -> tuple[Plan, Plan]:
+    """(the plan of a run, which the recipe's target would take, that of what it will make); the same without a search.
+
+    What a search will make is of the size that is asked for.
+    """
+    places = None if built is None else skeleton.places(built)
+    plan = build_plan(recipe, headers, places)
     check_target(recipe, plan, headers)
-    check_search(recipe, plan, headers)
-    return plan
+    if not recipe.searched:
+        return plan, plan
+    return plan, build_plan(expected_search(recipe, plan, headers)[0], headers, places)
 
 
 def _skeleton(recipe: Recipe, source: Source) -> PreTrainedModel | None:

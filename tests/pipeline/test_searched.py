@@ -17,8 +17,11 @@ from quantkit.cli.verbs import cli
 from quantkit.errors import RecipeError, UserError
 from quantkit.models.headers import read_checkpoint
 from quantkit.pipeline import searched
+from quantkit.pipeline.progress import Silent
+from quantkit.pipeline.quantize import prepared
 from quantkit.pipeline.sensitivity import Asked, measure
 from quantkit.plan import build_plan
+from quantkit.predict import predict
 from quantkit.recipe import parse_recipe
 from quantkit.validation import search_space, validate
 
@@ -222,6 +225,23 @@ def test_a_search_refuses_kept_statistics(inputs, tmp_path):
                 asked(inputs, **more), inputs / "model", tmp_path / "out", statistics=tmp_path / "kept"
             )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_is_that_of_what_a_search_makes(inputs, tmp_path):
+    """Not of the recipe as it stands, in 8 bits; with a gate, two attempts lie on disk at once."""
+    headers = read_checkpoint(inputs / "model")
+    file = tmp_path / "recipe.yaml"
+    recipe = asked(inputs, bits=8, target=target(3.0))
+    whole = parse_recipe({key: value for key, value in recipe.items() if key != "target"})
+    large = predict(whole, build_plan(whole, headers), headers).disk
+    recipe["budget"] = {"disk": large - 1}
+    file.write_text(json.dumps(recipe))
+    needed = validate(file, str(inputs / "model")).prediction.disk
+    run = prepared(recipe, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
+    assert run.needed.disk == needed < large
+    gate = recipe | {"gate": {"kl_mean": 0.1}, "budget": {"disk": 1000}}
+    with pytest.raises(RecipeError, match="two checkpoints at once"):
+        prepared(gate, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
 
 
 def test_validate_shows_a_plan_of_the_size_that_is_asked_for(inputs, tmp_path):
