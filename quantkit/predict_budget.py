@@ -18,7 +18,10 @@ def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -
     budget = recipe.budget
     if budget is None:
         return USUAL, predict(recipe, plan, headers)
-    problems, found = [], [USUAL]
+    problems: list[str] = []
+    # what branches off while sensitivities are measured is in no prediction of memory, so it lies on disk
+    measures = bool(recipe.searched) and budget.ram is not None
+    found = [Ways(spilled=True) if measures else USUAL]
     for key, limit, cuda in (("ram", budget.ram, False), ("vram", budget.vram, True)):
         if limit is None or (cuda and device != "cuda"):
             continue

@@ -46,6 +46,8 @@ LOGITS = 1 << 22  # elements of the logits that a search compares at once
 ROWS = 1 << 21  # elements of the rows that GPTQ solves at once
 SUM = 8  # bytes of an element of the sums that become H and the drift, fp64
 PIECES = 128 << 20  # pieces of a weight while they are rounded, without a model class
+BRANCHES = 2 << 30  # bytes of hidden states that branch off in one walk while sensitivities are measured
+AT_ONCE = 64  # branches of one walk at most, so that an interruption costs little
 HELD = 4 << 30  # bytes that experts which are worked on together may take, see pipeline/experts.py
 IMBALANCE = 3  # tokens of the busiest expert over the mean
 
@@ -96,13 +98,17 @@ def stream_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
 
 
 def spilled_bytes(recipe: Recipe, plan: Plan, headers: Headers) -> int:
-    """What a run that spills keeps on disk beside what a resumed run needs: hidden states, of experts too."""
+    """What a run that spills keeps on disk beside what a resumed run needs: hidden states, of experts too, and those
+    that branch off while a search of bits measures.
+    """
+    each = recipe.calibration.sequence_length * hidden(plan, headers) * FLOAT
+    every = recipe.calibration.samples * each
+    measured = 2 * every + min(BRANCHES, AT_ONCE * every) if recipe.searched else 0
     if not plan.needs_text(recipe):
-        return 0
+        return measured
     mixture = any(families.EXPERT_TENSOR.search(layer.name) for layer in plan.layers)
     trials = max((getattr(transform, "searched", 0) for transform in recipe.transforms), default=0)
-    each = recipe.calibration.sequence_length * hidden(plan, headers) * FLOAT
-    return (3 if mixture else 1) * stream_bytes(recipe, plan, headers) + trials * each
+    return max(measured, (3 if mixture else 1) * stream_bytes(recipe, plan, headers) + trials * each)
 
 
 def memory_of(

@@ -27,10 +27,9 @@ from quantkit.models import families
 from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.tries import ExpertTries, LinearTries, Tries, fields_of
+from quantkit.predict_memory import AT_ONCE, BRANCHES
 
 WINDOWS = 16  # on which KL is measured, unless the recipe says
-BRANCHES = 2 << 30  # bytes of hidden states that branch off in one walk
-AT_ONCE = 64  # branches of one walk at most, so that an interruption costs little
 
 
 @dataclass(frozen=True)

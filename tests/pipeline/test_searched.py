@@ -239,6 +239,10 @@ def test_a_budget_is_that_of_what_a_search_makes(inputs, tmp_path):
     needed = validate(file, str(inputs / "model")).prediction.disk
     run = prepared(recipe, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
     assert run.needed.disk == needed < large
+    recipe["budget"] = {"ram": "8GiB"}
+    saving = prepared(recipe, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
+    assert saving.ways.spilled  # measuring branches off hidden states, which no prediction of memory has
+    assert saving.needed.disk - needed >= 8 * 64 * headers.config["hidden_size"] * 4
     gate = recipe | {"gate": {"kl_mean": 0.1}, "budget": {"disk": 1000}}
     with pytest.raises(RecipeError, match="two checkpoints at once"):
         prepared(gate, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
