@@ -200,7 +200,7 @@ def _evaluate(
     resumed: None if the checkpoint was finished by an earlier run, whose facts stay. ranks: they share the windows if
     all of them see the checkpoint; otherwise the first one measures alone.
     """
-    if reason := _beyond(run):
+    if reason := beyond(run):
         return manifest, [reason]
     if not all(ranks.gather((run.output / MANIFEST).exists())):
         if ranks.rank:
@@ -241,14 +241,17 @@ def _evaluate(
     return manifest, refused
 
 
-def _beyond(run: Run) -> str | None:
+def beyond(run: Run) -> str | None:
     """Why the budget leaves no room for the closing evaluation; None if it does."""
     budget, needed = run.recipe.budget, run.needed
-    if budget is None or budget.ram is None or needed is None or needed.evaluation <= budget.ram:
+    if budget is None or needed is None:
+        return None
+    key, limit = ("vram", budget.vram) if run.device.type == "cuda" else ("ram", budget.ram)
+    if limit is None or needed.evaluation <= limit:
         return None
     return (
         f"not evaluated: with the original and the quantized model in memory it takes about "
-        f"{needed.evaluation / 2**30:.2f} GiB, more than budget.ram allows; run `quantkit eval` where it fits"
+        f"{needed.evaluation / 2**30:.2f} GiB, more than budget.{key} allows; run `quantkit eval` where it fits"
     )
 
 

@@ -32,7 +32,7 @@ from quantkit.errors import OutputError, RunError, UserError
 from quantkit.files import sync_folder, write_atomically
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of
-from quantkit.pipeline.quantize import Result, prepared, quantize
+from quantkit.pipeline.quantize import Result, beyond, prepared, quantize
 from quantkit.pipeline.report import RunReport
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.search_state import Attempt, State
@@ -82,6 +82,8 @@ def quantize_searched(
     identity = _identity(run)
     if resume and (run.output / MANIFEST).exists():
         return _finished(run, call, identity)
+    if run.recipe.gate is not None and (reason := beyond(run)):
+        raise UserError(f"a gate is judged by the evaluation: {reason}")
     if not resume:
         shutil.rmtree(run.output / FOLDER / _attempt_folder(0).parent.name, ignore_errors=True)
     journal = Journal(run.output, identity, resume, files_of(run))

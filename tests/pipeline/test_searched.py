@@ -1,6 +1,7 @@
 """Targets of size and gates: what is chosen, what is written, what a kill leaves, and when a run fails."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from quantkit.errors import RecipeError, UserError
 from quantkit.models.headers import read_checkpoint
 from quantkit.pipeline import searched
 from quantkit.pipeline.progress import Silent
-from quantkit.pipeline.quantize import prepared
+from quantkit.pipeline.quantize import beyond, prepared
 from quantkit.pipeline.sensitivity import Asked, measure
 from quantkit.plan import build_plan
 from quantkit.predict import predict
@@ -246,6 +247,27 @@ def test_a_budget_is_that_of_what_a_search_makes(inputs, tmp_path):
     gate = recipe | {"gate": {"kl_mean": 0.1}, "budget": {"disk": 1000}}
     with pytest.raises(RecipeError, match="two checkpoints at once"):
         prepared(gate, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
+
+
+def test_a_gate_without_room_for_the_evaluation_is_refused_before_quantizing(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.predict.EVALUATION", 1e6)
+    recipe = asked(inputs, gate={"kl_mean": 0.1}, budget={"ram": "2GB"})
+    with pytest.raises(
+        UserError, match=r"a gate is judged by the evaluation: .* more than budget\.ram allows"
+    ):
+        quantkit.quantize(recipe, inputs / "model", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("device", "key"), [("cpu", "ram"), ("cuda", "vram")])
+def test_the_evaluation_needs_memory_of_its_device(inputs, tmp_path, device, key):
+    recipe = asked(inputs, budget={"ram": "2GB", "vram": "2GB"})
+    run = prepared(recipe, inputs / "model", tmp_path / "out", (), "cpu", None, Silent())
+    assert beyond(run) is None
+    few = {"ram": 3 << 40, "vram": 3 << 40, key: 1}
+    changed = recipe | {"budget": few}
+    other = replace(run, recipe=parse_recipe(changed), device=torch.device(device))
+    assert f"budget.{key} allows" in beyond(other)
 
 
 def test_validate_shows_a_plan_of_the_size_that_is_asked_for(inputs, tmp_path):
