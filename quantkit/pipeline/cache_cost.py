@@ -15,10 +15,12 @@ from quantkit.calibration.kv_range import cache_range, find_writer
 from quantkit.calibration.returned import FIRST
 from quantkit.calibration.streams import Streams
 from quantkit.calibration.walk import Wanted, chunk_windows, walk
+from quantkit.pipeline.produce import full_precision
 from quantkit.pipeline.run import Run
 from quantkit.scheme import KVScheme
 
 
+@full_precision()
 def cache_damages(run: Run, names: Sequence[str], windows: int) -> dict[str, float]:
     """Mean KL in nats of the model with each cache and its own weights, by the name of the cache, "none" left out.
 

@@ -25,6 +25,7 @@ from quantkit.calibration.walk import Wanted, chunk_windows, walk
 from quantkit.errors import NumericalError
 from quantkit.models import families
 from quantkit.numerics.statistics import Statistics
+from quantkit.pipeline.produce import full_precision
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.tries import ExpertTries, LinearTries, Tries, fields_of
 from quantkit.predict_memory import AT_ONCE, BRANCHES
@@ -50,6 +51,7 @@ class _Branch:
     error: float
 
 
+@full_precision()
 def measure(
     run: Run,
     asked: Sequence[Asked],
