@@ -43,7 +43,7 @@ class BlockForward:
     model_type: of the model's config, for what the literature says of a family.
     ranks: the processes that hold this block, each with windows of its own; what is returned here of all windows is
     the same in all of them, outputs and inputs themselves are those of this process.
-    kept: bytes of inputs that are kept for replay; None: as many as usual.
+    replay_bytes: of inputs that are kept for replay; None: as many as usual.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BlockForward:
         now: Callable[[], float] = time.perf_counter,
         experts: Iterable[ExpertsStage] = (),
         ranks: Ranks = ALONE,
-        kept: int | None = None,
+        replay_bytes: int | None = None,
     ) -> None:
         self.ranks = ranks
         self.index, self.name, self.module = index, name, module
@@ -89,7 +89,7 @@ class BlockForward:
         for stage in self.experts.values():
             stage.through()
         widest = max((m.in_features for m in self.held.values()), default=0)
-        self._replay = Replay(module, self.trace, widest, not (self._writes or calls.hands), kept)
+        self._replay = Replay(module, self.trace, widest, not (self._writes or calls.hands), replay_bytes)
 
     @property
     def held(self) -> dict[str, HeldLinear]:

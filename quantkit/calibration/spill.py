@@ -103,7 +103,6 @@ class Spilled:
     def __init__(self, spill: Spill, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._spill, self._start = spill, start
         self.shape, self.dtype = torch.Size(shape), dtype
-        self.shape, self.dtype = torch.Size(shape), dtype
         self._row = dtype.itemsize * math.prod(shape[1:])
 
     def __del__(self) -> None:
@@ -168,10 +167,6 @@ class Spilled:
         step = max(1, _PIECE // max(1, self._row))
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
-
-    def tensor(self) -> torch.Tensor:
-        """All of it, in memory."""
-        return self[:]
 
 
 @dataclass(frozen=True)
