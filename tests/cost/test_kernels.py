@@ -10,7 +10,7 @@ from quantkit_kernels.triton import scaled_layout
 from quantkit_kernels.triton.backend import refuses
 
 from quantkit.cost.kernels import kernel_for
-from quantkit.scheme import PRESETS, Grid, Scheme, integer
+from quantkit.scheme import PRESETS, Scheme, integer
 
 SHAPES = [(96, 256), (100, 384), (64, 96)]
 GRIDS = [
@@ -95,8 +95,8 @@ def test_the_path_is_the_one_of_this_processor(monkeypatch):
     assert kernel_for(PRESETS["W4A16"], (64, 256)).path == "portable"
 
 
-def test_a_grid_without_a_kernel_says_why():
+def test_a_grid_without_a_kernel_says_why(monkeypatch):
+    monkeypatch.setattr("quantkit.cost.kernels._library", lambda: True)
     assert str(kernel_for(Scheme(integer(5, 32), None), (64, 64))).startswith(
         "reference: the native kernels take"
     )
-    assert isinstance(Scheme(integer(5, 32), None).weights, Grid)

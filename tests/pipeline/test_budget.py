@@ -180,5 +180,8 @@ def test_under_a_limit_of_the_system_a_run_ends_only_with_a_budget(inputs, tmp_p
     assert without.returncode == 9, without.stderr
     within = ended("within", "620MB")
     assert within.returncode == 0, within.stderr
-    facts = json.loads((tmp_path / "within" / "large" / "quantkit.run.json").read_text())
-    assert facts["peak_bytes"]["quantize"] <= 620e6
+    small, large = (
+        json.loads((tmp_path / "within" / name / "quantkit.run.json").read_text())["peak_bytes"]["quantize"]
+        for name in ("small", "large")
+    )
+    assert large - small <= 80e6

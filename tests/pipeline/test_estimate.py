@@ -58,6 +58,7 @@ def test_a_run_on_a_measured_machine_knows_its_time_before_the_first_block(tmp_p
     run = prepared(recipe, assets.default_model(), tmp_path / "out", (), "cpu", asked, Silent())
     assert Tracker(run, 0).estimate.left is None
     keep_rates(made_up_rates.rates())
+    monkeypatch.setattr("quantkit.pipeline.tracker._hashing", lambda now: 1e-9)
     found = expected(run)
     tracker = Tracker(run, 0)
     ahead = sum(found.parts) + found.phases["evaluate"]
