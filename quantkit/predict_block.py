@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.models import families
 from quantkit.models.blocks import hidden_size
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes; weights, statistics and hidden states are computed in fp32
 CHUNK = 1 << 20  # tokens of one chunk of windows times the widest layer: the bound of calibration/walk.py
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 _OUTPUT = re.compile(
     r"(^|\.)(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|wo|w2|fc2|fc_out|out_lin|lin2|proj|attn_out|ff_out)$"
 )
@@ -142,6 +142,11 @@ def _siblings(layers: Iterable[LayerPlan]) -> tuple[Siblings, ...]:
         attention, output = bool(_ATTENTION.search(parent)), bool(_OUTPUT.search(layer.name))
         found.setdefault((not attention, parent, output, layer.shape[1]), []).append(layer)
     return tuple(Siblings(tuple(each), key[2], not key[0]) for key, each in sorted(found.items()))
+
+
+def chosen_experts(text: Mapping[str, Any]) -> int:
+    """Experts that a token uses by the config of the language model; 0 if it does not say."""
+    return next((int(text[key]) for key in _CHOSEN if type(text.get(key)) is int), 0)
 
 
 def hidden(plan: Plan, headers: Headers) -> int:

@@ -21,16 +21,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from quantkit.models import families
+from quantkit.models.blocks import text_config
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import Plan
 from quantkit.predict_block import (
-    CHOSEN,
     CHUNK,
     FLOAT,
     BlockShape,
     Siblings,
     blocks_of,
+    chosen_experts,
     chunk_windows,
     hidden,
     kinds_of,
@@ -165,7 +166,7 @@ class _Facts:
         self.tokens = batch * self.length
         self.widest = max((max(layer.shape) for layer in plan.kinds), default=plan.widest)
         self.hidden = hidden(plan, headers)
-        self.text = headers.config.get("text_config") or headers.config
+        self.text = text_config(headers.config)
         self.observed = max((getattr(each, "observed", 0) for each in recipe.transforms), default=0)
 
     @property
@@ -223,7 +224,7 @@ class _Facts:
 
     def expert(self, shape: BlockShape) -> int:
         """One expert, with the tokens that come to it."""
-        chosen = next((int(v) for k in CHOSEN if type(v := self.text.get(k)) is int), shape.count)
+        chosen = chosen_experts(self.text) or shape.count
         widest = max(s.columns for s in shape.experts)
         mean = self.windows[1] * self.length * chosen / max(1, shape.count)
         tokens = min(sum(self.windows) * self.length, max(widest, IMBALANCE * mean))

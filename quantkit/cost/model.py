@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,12 @@ from quantkit.models.blocks import hidden_size, text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import LayerPlan, Plan, starred
 from quantkit.predict import packed_bytes, stored_itemsize
+from quantkit.predict_block import chosen_experts
 from quantkit.scheme import KVScheme, Scheme
 
 _NORM = re.compile(r"norm[^.]*$|(^|\.)ln(_\w+)?$")
 _EMBEDDING = re.compile(r"(embed|wte)[^.]*$")
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,6 @@ def find_model(plan: Plan, headers: Headers) -> Model:
     )
 
 
-def chosen_experts(text: Mapping[str, Any]) -> int:
-    """Experts that a token uses by the config of the language model; 0 if it does not say."""
-    return next((int(text[key]) for key in _CHOSEN if type(text.get(key)) is int), 0)
-
-
 def _one(headers: Headers, name: str, layer: LayerPlan | None) -> Linears:
     """One linear as it will be stored."""
     info = headers.tensors[f"{name}.weight"]
@@ -165,4 +159,4 @@ def _notes(attention: tuple[Attention | None, ...], unknown_router: bool) -> tup
     return tuple(notes)
 
 
-__all__ = ["Linears", "Model", "chosen_experts", "find_model"]
+__all__ = ["Linears", "Model", "find_model"]

@@ -25,14 +25,15 @@ from typing import Any
 
 from quantkit.algorithms.config import GptqConfig, RtnConfig
 from quantkit.cost.rates import Rates
+from quantkit.models.blocks import text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
 from quantkit.predict import stored_bytes
 from quantkit.predict_block import (
-    CHOSEN,
     BlockShape,
     Siblings,
     blocks_of,
+    chosen_experts,
     chunk_windows,
     hidden,
     kinds_of,
@@ -134,8 +135,7 @@ class _Work:
         full, quantized = streams_of(recipe, plan) if self.text else (0, 0)
         self.full, self.quantized, self.chunk = (n * self.length for n in (full, quantized, batch))
         self.streams = stream_bytes(recipe, plan, headers) if self.text else 0
-        config = headers.config.get("text_config") or headers.config
-        self.chosen = next((int(v) for k in CHOSEN if type(v := config.get(k)) is int), 0)
+        self.chosen = chosen_experts(text_config(headers.config))
         table = [i.shape for d, i in headers.tensors.items() if d not in plan.parts and len(i.shape) == 2]
         self.vocabulary = max((shape[0] for shape in table), default=0)
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from quantkit.cost.attention import find_attention
 from quantkit.cost.hardware import Hardware
-from quantkit.cost.model import Linears, Model, chosen_experts
+from quantkit.cost.model import Linears, Model
 from quantkit.cost.roofline import Bound, Operator, Step, operators
 from quantkit.layers.kv_cache import attached
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.blocks import text_config
 from quantkit.plan import starred
+from quantkit.predict_block import chosen_experts
 from quantkit.scheme import INT8_TOKEN, Scheme
 
 if TYPE_CHECKING:
