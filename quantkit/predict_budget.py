@@ -8,6 +8,7 @@ from quantkit.plan import Plan
 from quantkit.predict import Prediction, predict
 from quantkit.predict_memory import LEAST, USUAL, Memory, Ways, least_ways, memory_of
 from quantkit.recipe import Recipe
+from quantkit.recipe_sizes import size_text
 
 
 def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -> tuple[Ways, Prediction]:
@@ -41,8 +42,8 @@ def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -
         made = "the checkpoint" if recipe.gate is None else "two checkpoints at once"
         also = ", and hidden states that do not fit in memory" if ways.spilled else ""
         problems.append(
-            f"budget.disk: {_size(budget.disk)} is too little: {made}, and what a resumed run needs{also}, take "
-            f"{_size(prediction.disk)}; allow that, or use fewer bits or fewer calibration samples"
+            f"budget.disk: {size_text(budget.disk)} is too little: {made}, and what a resumed run needs{also}, take "
+            f"{size_text(prediction.disk)}; allow that, or use fewer bits or fewer calibration samples"
         )
     if problems:
         raise RecipeError("\n".join(problems))
@@ -51,15 +52,7 @@ def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -
 
 def _too_little(key: str, limit: int, least: Memory) -> str:
     return (
-        f"budget.{key}: {_size(limit)} is too little: with hidden states on disk and nothing kept, "
-        f"{least.moment or 'the process'} still takes {_size(least.peak)}; allow that, or use a smaller "
+        f"budget.{key}: {size_text(limit)} is too little: with hidden states on disk and nothing kept, "
+        f"{least.moment or 'the process'} still takes {size_text(least.peak)}; allow that, or use a smaller "
         "calibration.sequence_length or an algorithm without a Hessian"
     )
-
-
-def _size(n_bytes: float) -> str:
-    """As a recipe writes it: 1610612736 -> "1.5 GiB"."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.2f} {unit}"
-    return f"{n_bytes:.0f} B"

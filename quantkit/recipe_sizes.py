@@ -22,4 +22,12 @@ def bytes_of(value: Any) -> Any:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
+def size_text(n_bytes: float, digits: int = 2) -> str:
+    """As a recipe writes it: 1610612736 -> "1.50 GiB"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.{digits}f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
 Size = Annotated[int, BeforeValidator(bytes_of), Field(ge=1, le=_MOST)]

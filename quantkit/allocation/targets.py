@@ -15,6 +15,7 @@ from quantkit.models.blocks import hidden_size, text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
 from quantkit.recipe import Recipe
+from quantkit.recipe_sizes import size_text
 from quantkit.scheme import KV_PRESETS, KVScheme
 
 CACHES = ("none", "FP8", "INT8")  # to choose from, unless the recipe says or has a cache
@@ -122,18 +123,13 @@ def _impossible(recipe: Recipe, found: Allocatable, room: Room) -> str:
         )
     asked = target.size or target.memory or 0
     beside = asked - room.capacity
-    also = f" (beside the linears to choose for, {_size(beside)}: {room.beside})" if room.beside else ""
-    return (
-        f"target.{target.goal}: {_size(asked)} cannot be met: with these choices it takes from "
-        f"{_size(least + beside)} to {_size(most + beside)}{also}; give more, or smaller target.choices"
+    also = (
+        f" (beside the linears to choose for, {size_text(beside, 3)}: {room.beside})" if room.beside else ""
     )
-
-
-def _size(n_bytes: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.3f} {unit}"
-    return f"{n_bytes} bytes"
+    return (
+        f"target.{target.goal}: {size_text(asked, 3)} cannot be met: with these choices it takes from "
+        f"{size_text(least + beside, 3)} to {size_text(most + beside, 3)}{also}; give more, or smaller target.choices"
+    )
 
 
 def allocate(

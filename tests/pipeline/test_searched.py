@@ -205,7 +205,7 @@ def test_what_cannot_be_met_is_refused_before_anything_is_written(inputs, tmp_pa
         "target.bits_per_weight: 1.5 cannot be met: with these choices it is from 2": {
             "bits_per_weight": 1.5
         },
-        "target.size: 1000 bytes cannot be met: with these choices it takes from": {"size": 1000},
+        "target.size: 1000 B cannot be met: with these choices it takes from": {"size": 1000},
         "activations": {"memory": "20kB", "context": 64},
     }
     for said, goal in cases.items():
