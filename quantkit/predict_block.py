@@ -32,9 +32,9 @@ _EXPERT = re.compile(r"^(.*?\bexperts)\.(\d+)\.")
 
 @dataclass(frozen=True, eq=False)
 class Siblings:
-    """Linears that share an input. shapes: (N, K) of each. output: whether they end their part of the block.
+    """Linears that share an input. output: whether they end their part of the block.
 
-    attention: whether their part is attention. expert: number of their expert; None: of the block itself.
+    attention: whether their part is attention.
     """
 
     layers: tuple[LayerPlan, ...]

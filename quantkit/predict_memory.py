@@ -200,13 +200,7 @@ class _Facts:
         largest = max(math.prod(layer.shape) for s in shape.own for layer in s.layers)
         copies = FLOAT * self.observed * self.length * sum(s.columns for s in shape.own)
         trial = FLOAT * 2 * sum(s.weights for s in shape.own) if self.recipe.transforms else 0
-        return (
-            self.held(shape)
-            + matrices
-            + 2 * FLOAT * largest
-            + self.activations(shape)
-            + max(copies + trial, 0)
-        )
+        return self.held(shape) + matrices + 2 * FLOAT * largest + self.activations(shape) + copies + trial
 
     def solving(self, shape: BlockShape) -> int:
         """The set that takes most while it is solved."""
