@@ -196,6 +196,7 @@ class State:
             "estimator": self.estimator if known else None,
             "windows": self.windows if known else None,
             "passed": kept.passed,
+            "missed": [f"gate: {check}" for check in kept.checks if not check.passed],
             "why": "more bits than max_bits_per_weight or the target allow would be needed",
             "notes": [*notes, *(f"gate: {check}" for check in kept.checks)],
             "caches": {name: kl for name, kl in self._caches.items() if len(self.rooms) > 1},

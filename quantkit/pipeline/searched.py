@@ -94,7 +94,7 @@ def quantize_searched(
         journal.remove()
     finally:
         journal.close()
-    return _told(run.output, search.passed(best))
+    return _told(run.output)
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _finished(run: Run, call: Call, identity: dict[str, Any]) -> Result:
     refuse_other(folder, record["identity"], identity)
     discard(folder)
     made = call.quantized(load_recipe(folder / RECIPE), folder)
-    result = _told(folder, bool(record["passed"]))
+    result = _told(folder)
     return replace(result, failed=made.failed or result.failed)
 
 
@@ -123,7 +123,7 @@ def _attempt_folder(number: int) -> Path:
     return Path("attempts") / str(number)
 
 
-def _told(folder: Path, passed: bool) -> Result:
+def _told(folder: Path) -> Result:
     """The result of the checkpoint in a folder, with what the search has found among the notes."""
     manifest, record = read_manifest(folder), read_sealed(folder / ALLOCATION)
     report = RunReport.of(folder, manifest)
@@ -133,8 +133,8 @@ def _told(folder: Path, passed: bool) -> Result:
         f"the recipe that makes it without searching: {folder / RECIPE}",
     ]
     failed = None
-    if not passed:
-        missed = "; ".join(each for each in record["notes"] if "not kept" in each)
+    if not record["passed"]:
+        missed = "; ".join(record["missed"])
         failed = f"the gate is not passed: {missed}; {record['why']}, and the best attempt is in {folder}"
         notes.append(failed)
     return Result(folder, replace(report, notes=notes), manifest, failed)
@@ -146,9 +146,6 @@ class _Search:
     def __init__(self, run: Run, call: Call, journal: Journal) -> None:
         self.run, self.call, self.journal = run, call, journal
         self.state = State(run, journal)
-
-    def passed(self, attempt: Attempt) -> bool:
-        return attempt.passed
 
     def best(self) -> Attempt:
         """Make attempts until one passes or nothing larger is allowed; the best of them."""
