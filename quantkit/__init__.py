@@ -21,8 +21,8 @@ _LAZY = {
     "examine_calibration": ("quantkit.pipeline.doctor", "examine_calibration"),
     "reproduce": ("quantkit.pipeline.reproduce", "reproduce"),
     "validate": ("quantkit.validation", "validate"),
-    "load_recipe": ("quantkit.recipe", "load_recipe"),
-    "Recipe": ("quantkit.recipe", "Recipe"),
+    "load_recipe": ("quantkit.recipe.recipe", "load_recipe"),
+    "Recipe": ("quantkit.recipe.recipe", "Recipe"),
 }
 
 __all__ = ["__version__", *_LAZY]

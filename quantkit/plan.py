@@ -24,8 +24,8 @@ from quantkit.models import families
 from quantkit.models.blocks import Blocks, find_blocks
 from quantkit.models.headers import Headers
 from quantkit.models.names import find_linears
-from quantkit.recipe import Recipe
-from quantkit.recipe_schemes import InputRange, Rule, Weights
+from quantkit.recipe.recipe import Recipe
+from quantkit.recipe.schemes import InputRange, Rule, Weights
 from quantkit.scheme import Grid, KVScheme, Scheme
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _linears(headers: Headers, blocks: Blocks, places: Places | None) -> tuple[l
         transposed = conv1d if place is None else place.owner == "Conv1D"
         rows, columns = tensor.shape
         shape = (columns, rows) if transposed else (rows, columns)
-        aside = families.set_aside(name) or families.set_aside(module)
+        aside = families.set_aside(name) or (None if module == name else families.set_aside(module))
         if disk not in blocks.of:
             aside = "outside the decoder blocks"
         renamed = None if module == name else module

@@ -20,12 +20,12 @@ from quantkit.formats.registry import MEMORY
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers, read_checkpoint, resolve_model
 from quantkit.plan import Plan, build_plan
-from quantkit.predict import Prediction
-from quantkit.predict_budget import settled
-from quantkit.predict_memory import USUAL, Ways
+from quantkit.predict.budget import settled
+from quantkit.predict.memory import USUAL, Ways
+from quantkit.predict.sizes import Prediction
 from quantkit.preflight.check import outlook, preflight, verdicts
 from quantkit.preflight.subject import Linear, Subject
-from quantkit.recipe import Recipe, load_recipe, refuse_in_memory
+from quantkit.recipe.recipe import Recipe, load_recipe, refuse_in_memory
 from quantkit.scheme import Grid, Scheme
 
 T = TypeVar("T")

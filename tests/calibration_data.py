@@ -4,7 +4,7 @@ import json
 
 from quantkit import assets
 from quantkit.calibration.text import token_windows
-from quantkit.recipe import Calibration
+from quantkit.recipe.recipe import Calibration
 
 LENGTH = 16
 

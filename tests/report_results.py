@@ -94,7 +94,12 @@ def cell(number, method, bits, kl, name=""):
             "linear_bits_per_weight": bits + 0.125,
         },
         "evaluation": evaluation(kl, 20 + 5 * kl).to_json(),
-        "speed": {"decode_tokens_per_s": 100.0 + number, "prefill_tokens_per_s": 1000.0},
+        "speed": {
+            "decode_tokens_per_s": 100.0 + number,
+            "prefill_tokens_per_s": 1000.0,
+            "decode_times_original": 2.0 + number / 10,
+            "decode_times_original_mad": 0.05,
+        },
         "seconds": {"total": 12.5, "quantize": 10.0, "evaluate": 2.5},
         "notes": [],
     }

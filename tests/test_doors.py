@@ -56,10 +56,7 @@ def python_files(folder: Path) -> list[Path]:
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """A package's files belong to the package; those of the recipe stand beside each other, and of the prediction."""
-    for room in ("recipe", "predict"):
-        if parts[0].startswith(f"{room}_"):
-            return room
+    """The top-level file or package that the file belongs to."""
     return {"__main__": "cli"}.get(parts[0], parts[0])
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import yaml
 from quoted import commands, complaint
 
-from quantkit import recipe_words
 from quantkit.bench import roofline
 from quantkit.cli.verbs import cli
-from quantkit.recipe import ALGORITHMS, TRANSFORMS, Recipe
-from quantkit.recipe_errors import _parts
+from quantkit.recipe import words
+from quantkit.recipe.errors import _parts
+from quantkit.recipe.recipe import ALGORITHMS, TRANSFORMS, Recipe
 from quantkit.sweep.grid import GridPart, SweepPart
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def test_recipe_keys_exist():
 
 
 def test_pieces_of_recipes_are_yaml_with_keys_that_exist():
-    known = {key.rpartition(".")[2] for key in recipe_keys()} | set(recipe_words.KEYS)
+    known = {key.rpartition(".")[2] for key in recipe_keys()} | set(words.KEYS)
     known |= set(SweepPart.model_fields) | set(GridPart.model_fields)
     seen, wrong = 0, []
 

@@ -10,7 +10,7 @@ from quantkit import assets
 from quantkit.errors import DataError, ModelError, OutputError, RecipeError, UserError
 from quantkit.models.headers import resolve_model
 from quantkit.paths import user_path, weights_path
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 
 IMPOSSIBLE = {
     "unknown user": ("~nosuchuser/x", "no user"),

@@ -10,8 +10,8 @@ import yaml
 
 from quantkit.allocation.groups import Allocatable, Group
 from quantkit.plan import Plan
-from quantkit.recipe import Recipe, parse_recipe
-from quantkit.recipe_schemes import UNUSUAL
+from quantkit.recipe.recipe import Recipe, parse_recipe
+from quantkit.recipe.schemes import UNUSUAL
 from quantkit.scheme import Grid
 
 HEAD = "# {command}\n# Written by a search for {searched}; it makes the same files without searching.\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from quantkit.recipe_target import GatePart
+from quantkit.recipe.target import GatePart
 
 if TYPE_CHECKING:
     from quantkit_eval.report import Report

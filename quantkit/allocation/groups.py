@@ -16,9 +16,9 @@ from quantkit.formats.registry import unstorable
 from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.plan import LayerPlan, Plan, starred
-from quantkit.predict import packed_bytes, stored_bytes, stored_itemsize
-from quantkit.recipe import Recipe
-from quantkit.recipe_schemes import WEIGHT_KEYS
+from quantkit.predict.sizes import packed_bytes, stored_bytes, stored_itemsize
+from quantkit.recipe.recipe import Recipe
+from quantkit.recipe.schemes import WEIGHT_KEYS
 from quantkit.scheme import Grid, Scheme, integer
 
 # (bits, group size) of the usual choices. Fewer columns per scale are what bits between two whole ones are bought with.

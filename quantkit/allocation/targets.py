@@ -14,8 +14,8 @@ from quantkit.formats.registry import unstorable_cache
 from quantkit.models.blocks import hidden_size, text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
-from quantkit.recipe import Recipe
-from quantkit.recipe_sizes import size_text
+from quantkit.recipe.recipe import Recipe
+from quantkit.recipe.sizes import size_text
 from quantkit.scheme import KV_PRESETS, KVScheme
 
 CACHES = ("none", "FP8", "INT8")  # to choose from, unless the recipe says or has a cache

@@ -4,9 +4,10 @@
     python -m quantkit.bench.plan --work DIR --models bookworm-8m --recipes w4a16-rtn w4a16-gptq
     python -m quantkit.bench.plan --work DIR --published          # plan alone, on configs of 70B and 235B
 
-The machine is measured first (`--keep-rates` takes what is kept). Each run is a process of its own, without the closing
-evaluation; its time is the process's, its peak that of its resident memory. The model `1.1b` is random, of the shape of
-the usual 1.1B Llama (`quantkit.bench.synthetic`), with 4 blocks unless `--layers` says otherwise: blocks cost the same.
+The machine is measured before every run, as its speed drifts (`--keep-rates` takes what is kept). Each run is a process
+of its own, without the closing evaluation; its time is the process's, its peak that of its resident memory. The model
+`1.1b` is random, of the shape of the usual 1.1B Llama (`quantkit.bench.synthetic`), with 4 blocks unless `--layers`
+says otherwise: blocks cost the same.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ SCHEMA = "quantkit-plan-measured/1"
 MODELS = {"bookworm-8m": assets.default_model, "bookworm-moe-6m": assets.mixture_model}
 LARGE = "1.1b"
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq-gptq")
-LESS_TEXT = [
-    "calibration.samples=32"
-]  # of the large model, so that all of it ends within half an hour on two cores
+LESS_TEXT = ["calibration.samples=32"]  # of the large model, so that all of it ends within half an hour
 WITHIN = {"seconds": 0.35, "memory": 0.20}  # of what is measured, so far may a prediction be off
 
 
@@ -46,9 +45,13 @@ def quantkit(*arguments: str) -> tuple[float, str]:
     return time.perf_counter() - begin, done.stdout
 
 
-def compared(name: str, model: Path, recipe: str, overrides: list[str], work: Path) -> dict[str, Any]:
-    """One run beside its prediction."""
+def compared(
+    name: str, model: Path, recipe: str, overrides: list[str], work: Path, again: bool
+) -> dict[str, Any]:
+    """One run beside its prediction. again: measure the machine before."""
     options = ["--model", str(model), *(f"--set={each}" for each in overrides)]
+    if again:
+        quantkit("plan", recipe, *options, "--measure", "--json", "-")
     planning, text = quantkit("plan", recipe, *options, "--json", "-")
     planned, output = json.loads(text), work / f"out-{name}-{recipe}"
     shutil.rmtree(output, ignore_errors=True)
@@ -123,8 +126,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if not arguments.keep_rates:
-        quantkit("plan", "w4a16-rtn", "--measure", "--json", "-")
     result: dict[str, Any] = {"schema": SCHEMA, "machine": machine(), "within": WITHIN}
     if arguments.published:
         result["plans"] = published(arguments.work)
@@ -143,7 +144,8 @@ def main() -> None:
             )
             for recipe in arguments.recipes:
                 overrides = LESS_TEXT if large and recipe != "w4a16-rtn" else []
-                result["rows"].append(compared(name, model, recipe, overrides, arguments.work))
+                again = not arguments.keep_rates
+                result["rows"].append(compared(name, model, recipe, overrides, arguments.work, again))
                 print(told(result["rows"][-1]), flush=True)
             if large:
                 shutil.rmtree(model)

@@ -3,9 +3,9 @@
     python -m quantkit.bench.rates            # about half a minute; kept in the user's cache
     python -m quantkit.bench.rates --show     # what is kept
 
-Every rate is the time of the code that a run executes (`quantkit/cost/rates.py` names the units), at two widths of a
-layer, the faster of two after one that warms up. The imports come first, in a process that has
-imported nothing.
+Every rate is the time of the code that a run executes (`quantkit/cost/rates.py` names the units), at three widths of a
+layer, the faster of two calls after one that warms up. All of it is done three times and the median kept, as other
+users of the machine may slow one of them. The imports come first, in a process that has imported nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantkit import assets
 from quantkit.cost.rates import UNITS, Rates, keep_rates, known_rates
 from quantkit.device import cpu_name
 
-WIDTHS = (256, 1024)
+WIDTHS = (256, 1024, 2048)
+ROWS = 1024  # of a weight at most
+PASSES = 3
 TOKENS = 512
 LENGTH = 512
 _BYTES = 32 << 20
@@ -38,14 +41,20 @@ def measure(now: Clock = time.perf_counter) -> Rates:
     import torch
 
     with torch.no_grad():
-        for name, value in (_files(now) | _fixed(now)).items():
-            seconds[name] = {"1": value}
-        for width in WIDTHS:
-            found = _forward(width, now) | _statistics(width, now) | _solving(width, now)
-            for name, value in found.items():
-                seconds.setdefault(name, {})[str(width)] = value
+        passes = [_pass(now) for _ in range(PASSES)]
+    for name, width in passes[0]:
+        seconds.setdefault(name, {})[width] = median(found[name, width] for found in passes)
     assert seconds.keys() == UNITS.keys(), seconds.keys() ^ UNITS.keys()
     return Rates(cpu_name(), torch.get_num_threads(), seconds)
+
+
+def _pass(now: Clock) -> dict[tuple[str, str], float]:
+    """(rate, width) -> seconds, of all but the start of a process."""
+    found = {(name, "1"): value for name, value in (_files(now) | _fixed(now)).items()}
+    for width in WIDTHS:
+        wide = _forward(width, now) | _statistics(width, now) | _solving(width, now)
+        found |= {(name, str(width)): value for name, value in wide.items()}
+    return found
 
 
 def _start(now: Clock) -> dict[str, dict[str, float]]:
@@ -151,18 +160,20 @@ def _forward(width: int, now: Clock) -> dict[str, float]:
     q = torch.randn(1, heads, LENGTH, 64)
     attend = torch.nn.functional.scaled_dot_product_attention
     scores = _least(lambda: attend(q, q, q, is_causal=True), now)
+    found = {
+        "linear": linear / (TOKENS * width**2),
+        "cast": cast / width**2,
+        "decode": decode / width**2,
+        "scores": scores / (LENGTH**2 * width),
+    }
+    if width > WIDTHS[0]:  # what is left of a wide block is noise
+        return found
     block, hidden, call = _block(width, LENGTH)
     given = call(LENGTH)
     whole = _least(lambda: block(hidden, **given), now)
     weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
     rest = whole - scores - weights / width**2 * linear
-    return {
-        "linear": linear / (TOKENS * width**2),
-        "cast": cast / width**2,
-        "decode": decode / width**2,
-        "scores": scores / (LENGTH**2 * width),
-        "vector": max(rest, 0.02 * whole) / (LENGTH * width),
-    }
+    return found | {"vector": max(rest, 0.02 * whole) / (LENGTH * width)}
 
 
 def _statistics(width: int, now: Clock) -> dict[str, float]:
@@ -180,7 +191,7 @@ def _statistics(width: int, now: Clock) -> dict[str, float]:
 
 
 def _solving(width: int, now: Clock) -> dict[str, float]:
-    """GPTQ's parts, rounding, packing and verifying of a weight [width, width]."""
+    """GPTQ's parts, rounding, packing and verifying of a weight [N, width]."""
     import torch
 
     from quantkit.checkpoint.shards import write_shard
@@ -188,7 +199,8 @@ def _solving(width: int, now: Clock) -> dict[str, float]:
     from quantkit.formats.registry import DEFAULT, codec
     from quantkit.scheme import Scheme
 
-    weight, elements = _weight(width, width), width**2
+    rows = min(width, ROWS)
+    weight, elements = _weight(rows, width), rows * width
     plain = _least(lambda: _gptq(weight, width), now, 1)
     swept = _least(lambda: _gptq(weight, width, refine=4), now, 1)
     factored = _least(lambda: _factored(width), now)
@@ -205,8 +217,8 @@ def _solving(width: int, now: Clock) -> dict[str, float]:
     columns = plain - factored - rounding
     return {
         "factor": factored / width**3,
-        "columns": max(columns, 0.1 * plain) / width**3,
-        "sweep": max(swept - plain, 0.01 * plain) / (4 * width**3),
+        "columns": max(columns, 0.1 * plain) / (elements * width),
+        "sweep": max(swept - plain, 0.01 * plain) / (4 * elements * width),
         "round": rounding / elements,
         "search": searching / elements,
         "pack": packing / elements,

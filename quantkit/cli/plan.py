@@ -25,7 +25,7 @@ from quantkit.cost.time import duration
 from quantkit.errors import RunError, UserError
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
-from quantkit.predict import Prediction, parts_of
+from quantkit.predict.sizes import Prediction, parts_of
 from quantkit.preflight.check import verdicts
 from quantkit.validation import Validated, subject_of, validate
 

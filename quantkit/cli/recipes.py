@@ -8,7 +8,7 @@ from rich.table import Table
 from quantkit import assets
 from quantkit.checkpoint.loaders import Loader, loaders
 from quantkit.cli.output import make_console
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 from quantkit.scheme import Scheme
 
 

@@ -128,7 +128,8 @@ def print_sweep(result: Mapping[str, Any], better: Sequence[tuple[str, str]], co
         console.print(
             f"evaluated on {evaluation['tokens']:,} tokens in windows of {evaluation['context']}; original perplexity "
             f"{evaluation['original']['perplexity']:.4f}; ± is one standard error, over windows; * nothing is both "
-            f"smaller and closer to the original; memory: with the KV cache of {result['context']:,} tokens",
+            f"smaller and closer to the original; memory: with the KV cache of {result['context']:,} tokens; "
+            "x: times the original's tokens/s, run in turn with it",
             soft_wrap=True,
         )
     for axis, names in result["pareto"].items():
@@ -201,8 +202,13 @@ def _table(result: Mapping[str, Any]) -> Table:
             plus_minus(found["kl_mean"], found["kl_mean_se"], 5),
             f"{found['kl_p99']:.3g}",
             f"{found['top1_agreement']:.2%}",
-            *(f"{speed[f'{key}_tokens_per_s']:,.0f}" if speed else "" for key in ("decode", "prefill")),
+            *(_fast(speed, key) if speed else "" for key in ("decode", "prefill")),
             size(cell["peak_rss_bytes"] or 0),
             f"{cell['seconds']['quantize']:.1f} s",
         )
     return table
+
+
+def _fast(speed: Mapping[str, Any], phase: str) -> str:
+    """Tokens per second, and how many times as many as the original's in the same minute."""
+    return f"{speed[f'{phase}_tokens_per_s']:,.0f} ({speed[f'{phase}_times_original']:.1f}x)"

@@ -14,7 +14,7 @@ from quantkit.cli.terminal import say
 from quantkit.models import families
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan, starred
-from quantkit.predict import Prediction
+from quantkit.predict.sizes import Prediction
 from quantkit.validation import validate
 
 

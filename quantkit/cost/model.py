@@ -16,8 +16,8 @@ from quantkit.models import families
 from quantkit.models.blocks import hidden_size, text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import LayerPlan, Plan, starred
-from quantkit.predict import packed_bytes, stored_itemsize
-from quantkit.predict_block import chosen_experts
+from quantkit.predict.block import chosen_experts
+from quantkit.predict.sizes import packed_bytes, stored_itemsize
 from quantkit.scheme import KVScheme, Scheme
 
 _NORM = re.compile(r"norm[^.]*$|(^|\.)ln(_\w+)?$")

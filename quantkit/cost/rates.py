@@ -1,7 +1,7 @@
 """How fast this machine does the parts of a quantization: seconds per unit of work, measured once; without torch.
 
 `python -m quantkit.bench.rates` measures them through the code that a run executes, `quantkit plan` does so by itself
-the first time. Rates that depend on the width of a layer are measured at two widths, and what lies between is
+the first time. Rates that depend on the width of a layer are measured at several, and what lies between is
 interpolated.
 """
 
@@ -57,9 +57,15 @@ class Rates:
     threads: int
     seconds: Mapping[str, Mapping[str, float]]
 
-    def at(self, name: str, width: int = 1) -> float:
-        """Seconds per unit at a width: between the measured ones a power law, beyond them that of the nearest."""
+    def at(self, name: str, width: int | None = None) -> float:
+        """Seconds per unit at a width: between the measured ones a power law, beyond them that of the nearest.
+
+        width: left out for the rates that do not depend on it only.
+        """
         known = sorted((int(key), value) for key, value in self.seconds[name].items())
+        if width is None:
+            assert [key for key, _ in known] == [1], f"{name} depends on the width of a layer"
+            width = 1
         below = [each for each in known if each[0] <= width] or known[:1]
         above = [each for each in known if each[0] >= width] or known[-1:]
         (a, x), (b, y) = below[-1], above[0]

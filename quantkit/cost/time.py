@@ -28,8 +28,7 @@ from quantkit.cost.rates import Rates
 from quantkit.models.blocks import text_config
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
-from quantkit.predict import stored_bytes
-from quantkit.predict_block import (
+from quantkit.predict.block import (
     BlockShape,
     Siblings,
     blocks_of,
@@ -39,8 +38,9 @@ from quantkit.predict_block import (
     kinds_of,
     streams_of,
 )
-from quantkit.predict_memory import KEPT, SPARE, USUAL, Ways, stream_bytes
-from quantkit.recipe import Recipe
+from quantkit.predict.memory import KEPT, SPARE, USUAL, Ways, stream_bytes
+from quantkit.predict.sizes import stored_bytes
+from quantkit.recipe.recipe import Recipe
 from quantkit.transforms.config import AwqConfig, SmoothQuantConfig, SmoothQuantPlusConfig
 
 PHASES = ("start", "load", "search", "transform", "calibrate", "quantize", "write", "verify", "evaluate")
@@ -144,8 +144,8 @@ class _Work:
         spent, at = _Spent(), self.rates.at
         for siblings, count in self._sets(shape):
             spent.add("quantize", count * self.quantize(siblings))
-            spent.add("write", count * siblings.weights * at("pack"))
-            spent.add("verify", count * siblings.weights * at("verify"))
+            spent.add("write", count * siblings.weights * at("pack", siblings.columns))
+            spent.add("verify", count * siblings.weights * at("verify", siblings.columns))
         if not self.text:
             return spent
         for siblings, count in self._sets(shape):

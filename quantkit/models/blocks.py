@@ -75,9 +75,9 @@ def find_blocks(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     prefix = max(sizes, key=sizes.__getitem__)
     of = {name: int(match[2]) for name, match in numbered.items() if (match[1] or "") == prefix}
     counted = layer_count(config)
-    beyond = [name for name, number in of.items() if counted is not None and number >= counted]
+    beyond = {name for name, number in of.items() if counted is not None and number >= counted}
     if len(beyond) < len(of) and predicts_further(config, beyond):
-        of = {name: number for name, number in of.items() if name not in set(beyond)}
+        of = {name: number for name, number in of.items() if name not in beyond}
     numbers = sorted(set(of.values()))
     if numbers[-1] >= len(numbers):  # compared before anything counts that far: the number may be absurd
         first = next(i for i, number in enumerate(numbers) if number != i)

@@ -32,7 +32,7 @@ from quantkit.models.source import Source
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.advice import advice
 from quantkit.plan import Plan, build_plan
-from quantkit.recipe import Recipe, load_recipe, parse_recipe
+from quantkit.recipe.recipe import Recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

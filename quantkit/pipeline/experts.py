@@ -16,8 +16,8 @@ from quantkit.calibration.memory import give_back
 from quantkit.pipeline.block import BlockResult
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.solve import Steps, run_steps
-from quantkit.predict_memory import HELD
-from quantkit.recipe_schemes import ExpertsPart
+from quantkit.predict.memory import HELD
+from quantkit.recipe.schemes import ExpertsPart
 
 Work = Callable[[BlockRun], Steps[BlockResult]]  # transforms and quantizes a block
 PutAside = Callable[[BlockResult], None]  # moves what it became out of memory

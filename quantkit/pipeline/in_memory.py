@@ -33,7 +33,7 @@ from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.quantize import prepared
 from quantkit.pipeline.run import Run
 from quantkit.plan import LayerPlan
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.solve import Problem, Steps, run_steps, solve
 from quantkit.pipeline.tracker import Tracker
 from quantkit.plan import LayerPlan
-from quantkit.recipe_schemes import ExpertsPart
+from quantkit.recipe.schemes import ExpertsPart
 from quantkit.scheme import KVScheme
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.config import TransformConfig

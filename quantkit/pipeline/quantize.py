@@ -45,8 +45,8 @@ from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.statistics import with_statistics
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
 from quantkit.plan import Plan, build_plan
-from quantkit.predict_budget import settled
-from quantkit.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
+from quantkit.predict.budget import settled
+from quantkit.recipe.recipe import Recipe, load_recipe, parse_recipe, refuse_in_memory
 from quantkit.validation import check_target, expected_search
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.evaluation import EvaluationRequest
 from quantkit.pipeline.progress import Progress
 from quantkit.plan import LayerPlan, Plan
-from quantkit.predict import Prediction
-from quantkit.predict_memory import USUAL, Ways
-from quantkit.recipe import Recipe
+from quantkit.predict.memory import USUAL, Ways
+from quantkit.predict.sizes import Prediction
+from quantkit.recipe.recipe import Recipe
 from quantkit.transforms.catalog import transform
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.pipeline.cache_cost import cache_damages
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.sensitivity import WINDOWS, Asked, measure
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 from quantkit.validation import search_space
 
 MEASURING = "measuring sensitivities"

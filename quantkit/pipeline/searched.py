@@ -36,7 +36,7 @@ from quantkit.pipeline.quantize import Result, beyond, prepared, quantize
 from quantkit.pipeline.report import RunReport
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.search_state import Attempt, State
-from quantkit.recipe import Recipe, load_recipe
+from quantkit.recipe.recipe import Recipe, load_recipe
 
 SCHEMA = "quantkit-allocation/1"
 

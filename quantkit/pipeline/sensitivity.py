@@ -28,7 +28,7 @@ from quantkit.numerics.statistics import Statistics
 from quantkit.pipeline.produce import full_precision
 from quantkit.pipeline.run import Run
 from quantkit.pipeline.tries import ExpertTries, LinearTries, Tries, fields_of
-from quantkit.predict_memory import AT_ONCE, BRANCHES
+from quantkit.predict.memory import AT_ONCE, BRANCHES
 
 WINDOWS = 16  # on which KL is measured, unless the recipe says
 

@@ -21,7 +21,7 @@ from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.estimate import Estimate
 from quantkit.pipeline.evaluation import CONTEXT, TOKENS
 from quantkit.pipeline.run import Run
-from quantkit.predict import predict
+from quantkit.predict.sizes import predict
 
 SEARCH, VERIFY, EVALUATE = "searching", "verifying the checkpoint", "evaluating"
 PROBE_TOKENS = 512  # with fewer, a call to the packed kernels costs several times as much per token

@@ -204,6 +204,7 @@ def _table(points: Sequence[Point]) -> Table:
         optional.append(
             [
                 figure(point.decode, number(point.decode)),
+                figure(point.faster and point.faster[0], plus_minus(*(point.faster or (None, None)))),
                 figure(point.prefill, number(point.prefill)),
                 figure(point.peak, size(point.peak)),
                 figure(point.seconds, seconds(point.seconds)),
@@ -219,6 +220,7 @@ def _table(points: Sequence[Point]) -> Table:
     ]
     more = [
         Column("decode tok/s", True, "one sequence"),
+        Column("× original", True, "decode speed over the original model's, run in turn; ± median deviation"),
         Column("prefill tok/s", True, "one sequence"),
         Column("peak memory", True, "of the run that quantized it"),
         Column("time", True, "to quantize and evaluate"),

@@ -46,8 +46,14 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpeed:
+    """times_original: how many times faster than the original model, run in turn with it; mad: of the rounds."""
+
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    prefill_times_original: float | None = None
+    prefill_times_original_mad: float | None = None
+    decode_times_original: float | None = None
+    decode_times_original_mad: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +220,7 @@ class Point:
     """One measured configuration, whatever file it comes from. n_bytes: of all tensors. group: what it is coloured by.
 
     bits: per weight of the quantized linears; None where none is quantized. seconds: to quantize. memory: bytes of
-    weights and KV cache at the context of a sweep.
+    weights and KV cache at the context of a sweep. faster: times the original's tokens/s of decoding, and its noise.
     """
 
     name: str
@@ -224,6 +230,7 @@ class Point:
     original_bytes: int | None
     evaluation: Report | None
     decode: float | None = None
+    faster: tuple[float, float | None] | None = None
     prefill: float | None = None
     peak: int | None = None
     seconds: float | None = None
@@ -291,6 +298,11 @@ def method(recipe: dict[str, Any]) -> str:
     return "+".join(str(name) for name in names if name) or "none"
 
 
+def _faster(speed: SweepSpeed) -> tuple[float, float | None] | None:
+    times = speed.decode_times_original
+    return None if times is None else (times, speed.decode_times_original_mad)
+
+
 def _of_cell(cell: SweepCell, name: str) -> Point:
     size, speed = cell.size or SweepSize(), cell.speed or SweepSpeed()
     return Point(
@@ -301,6 +313,7 @@ def _of_cell(cell: SweepCell, name: str) -> Point:
         original_bytes=size.original_bytes,
         evaluation=cell.evaluation,
         decode=speed.decode_tokens_per_s,
+        faster=_faster(speed),
         prefill=speed.prefill_tokens_per_s,
         peak=cell.peak_rss_bytes,
         seconds=(cell.seconds or {}).get("total"),

@@ -23,6 +23,7 @@ from quantkit_eval.paired import WindowScores
 
 from quantkit import assets
 from quantkit.bench.models.decode import measure
+from quantkit.bench.rounds import spread
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.manifest import MANIFEST, read_facts, read_manifest, write_sealed
 from quantkit.checkpoint.records import Manifest, Size, plain
@@ -32,7 +33,7 @@ from quantkit.models.tensors import read_tensors
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.cache import evaluation_cache
 from quantkit.pipeline.quantize import quantize
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.runtime import choose_runner
 from quantkit.scheme import KVScheme
 
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ".safetensors"
 SCHEMA = "quantkit-sweep-cell/1"
-PROMPT, NEW, ROUNDS = 256, 64, 3
+PROMPT, NEW, ROUNDS = 256, 64, 5
+ORIGINAL_NEW = 16  # tokens that the original decodes: it is slower, and both should take about as long
 
 
 @dataclass(frozen=True)
@@ -166,27 +168,42 @@ def _measured(job: Job, folder: Path) -> dict[str, Any]:
         cache=cache_of(model),
         per_window=kept.append,
     )
-    del original
     found: dict[str, Any] = {"evaluation": report.to_json(), "per_window": kept[0].to_json()}
     found["seconds"] = {"evaluate": time.perf_counter() - begin}
     begin = time.perf_counter()
-    found["speed"] = _speed(model, job.window) if job.speed else None
+    found["speed"] = _speed(model, original, job.window) if job.speed else None
     found["seconds"]["speed"] = time.perf_counter() - begin
     return found
 
 
-def _speed(model: PreTrainedModel, window: int) -> dict[str, Any]:
-    """Medians of tokens per second of a prompt and of decoding behind one token, batch 1, the fastest way there is."""
+def _speed(model: PreTrainedModel, original: PreTrainedModel, window: int) -> dict[str, Any]:
+    """Tokens per second of a prompt and of decoding behind one token, batch 1, each model the fastest way there is.
+
+    The cells of a sweep run minutes apart on a machine that drifts, so the original runs in turn with each of them:
+    cells are compared by how many times faster than it they are.
+    """
     prompt, new = min(PROMPT, window // 2), min(NEW, window // 2)
-    runner = choose_runner(model, new)
     vocabulary = model.config.get_text_config().vocab_size
-    measure(runner.model, vocabulary, prompt, min(4, new))  # the first one builds tables and caches
-    rounds = [measure(runner.model, vocabulary, prompt, new) for _ in range(ROUNDS)]
-    return {
+    runners = {each: choose_runner(each, new) for each in (original, model)}
+    lengths = {original: min(ORIGINAL_NEW, new), model: new}
+    for each in runners:
+        measure(
+            runners[each].model, vocabulary, prompt, min(4, new)
+        )  # the first one builds tables and caches
+    rounds = [
+        [measure(runners[each].model, vocabulary, prompt, lengths[each]) for each in runners]
+        for _ in range(ROUNDS)
+    ]
+    found: dict[str, Any] = {
         "prompt_tokens": prompt,
         "new_tokens": new,
         "rounds": ROUNDS,
-        "way": runner.way,
-        "prefill_tokens_per_s": median(each["prefill"] for each in rounds),
-        "decode_tokens_per_s": median(each["decode"] for each in rounds),
+        "way": runners[model].way,
+        "original_way": runners[original].way,
     }
+    for phase in ("prefill", "decode"):
+        times = spread([own[phase] / base[phase] for base, own in rounds])
+        found[f"{phase}_tokens_per_s"] = median(own[phase] for _, own in rounds)
+        found[f"{phase}_times_original"] = times["median"]
+        found[f"{phase}_times_original_mad"] = times["mad"]
+    return found

@@ -18,11 +18,11 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from quantkit.errors import RecipeError
 from quantkit.paths import user_path
-from quantkit.recipe import Recipe, parse_recipe
-from quantkit.recipe_errors import problems
-from quantkit.recipe_schemes import ALGORITHMS, TRANSFORMS, Part, Text
-from quantkit.recipe_words import did_you_mean, meant_value
-from quantkit.recipe_yaml import MAX_BYTES, Located, read
+from quantkit.recipe.errors import problems
+from quantkit.recipe.recipe import Recipe, parse_recipe
+from quantkit.recipe.schemes import ALGORITHMS, TRANSFORMS, Part, Text
+from quantkit.recipe.words import did_you_mean, meant_value
+from quantkit.recipe.yaml import MAX_BYTES, Located, read
 from quantkit.scheme import KV_PRESETS
 
 MOST_CELLS = 400

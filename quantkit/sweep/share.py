@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from quantkit.errors import RecipeError, UserError
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan, build_plan
-from quantkit.predict import stored_bytes
+from quantkit.predict.sizes import stored_bytes
 from quantkit.sweep.grid import Cell
 from quantkit.validation import check_target
 

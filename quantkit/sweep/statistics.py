@@ -19,7 +19,7 @@ from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import prepared
 from quantkit.pipeline.statistics import RECIPE, collect_statistics
 from quantkit.plan import Plan
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 
 
 def wants(recipe: Recipe, plan: Plan) -> bool:

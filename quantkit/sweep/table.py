@@ -16,12 +16,14 @@ from quantkit.sweep.share import Planned
 SCHEMA = "quantkit-sweep/1"
 METRICS: tuple[Metric, ...] = ("kl", "nll")
 Found = dict[str, Any]  # what `cell.run_cell` has written
-# What each front weighs against the mean KL: smaller is better.
-AXES: dict[str, Callable[[Found], float | None]] = {
-    "size": lambda cell: float(cell["size"]["quantized_bytes"]),
-    "memory": lambda cell: float(cell["memory_bytes"]),
-    "decode": lambda cell: None if cell["speed"] is None else 1 / cell["speed"]["decode_tokens_per_s"],
+Range = tuple[float, float]
+# What each front weighs against the mean KL, from the least to the most that it may be: smaller is better.
+AXES: dict[str, Callable[[Found], Range | None]] = {
+    "size": lambda cell: (float(cell["size"]["quantized_bytes"]),) * 2,
+    "memory": lambda cell: (float(cell["memory_bytes"]),) * 2,
+    "decode": lambda cell: None if cell["speed"] is None else _slowness(cell["speed"]),
 }
+NOISE = 2  # median absolute deviations that the median of a few rounds may be off
 _OF_CELL: tuple[str, ...] = (
     "status",
     "reason",
@@ -89,20 +91,27 @@ def _cell(each: Planned, found: Found, headers: Headers, context: int) -> dict[s
 def front(cells: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     """The cells that no other one beats in the mean KL and on an axis, by the axis; ids.
 
-    A cell is beaten by one that is as good in both and better in one; of cells alike in both the first one stays.
+    A cell is beaten by one that is as good in both and better in one; of cells alike in both the first one stays. On an
+    axis that is measured with noise, a cell must be better there beyond the noise than all with a smaller KL.
     """
     places = [
-        (value, cell["evaluation"]["kl_mean"], number, cell["id"])
+        (cell["evaluation"]["kl_mean"], value, number, cell["id"])
         for number, cell in enumerate(cells)
         if (value := AXES[axis](dict(cell))) is not None
     ]
     found: list[str] = []
     best = float("inf")
-    for _, kl, _, name in sorted(places):
-        if kl < best:
+    for _, (least, most), _, name in sorted(places):
+        if most < best:
             found.append(name)
-            best = kl
-    return found
+        best = min(best, least)
+    return found[::-1]
+
+
+def _slowness(speed: Mapping[str, Any]) -> Range:
+    """The time of a token in units of the original's, from the least to the most."""
+    times, off = speed["decode_times_original"], NOISE * speed["decode_times_original_mad"]
+    return 1 / (times + off), 1 / max(times - off, 1e-9)
 
 
 def decisions(cells: Sequence[Mapping[str, Any]], alpha: float) -> dict[str, Any]:

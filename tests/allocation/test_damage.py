@@ -10,7 +10,7 @@ from quantkit.allocation.damage import GroupRecord, anchors, damages, from_json
 from quantkit.allocation.escalation import LEAST_STEP, next_choice
 from quantkit.allocation.gate import judge, quantile
 from quantkit.allocation.groups import Allocatable, Group
-from quantkit.recipe_target import GatePart
+from quantkit.recipe.target import GatePart
 from quantkit.scheme import Scheme, integer
 
 RECORD = GroupRecord(

@@ -10,7 +10,7 @@ from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.numerics.inputs import InputScale
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.scheme import INT8_TOKEN, NUMBERS, Grid
 
 RECIPE = {

@@ -11,7 +11,7 @@ from quantkit.calibration import text as module
 from quantkit.calibration.documents import Document
 from quantkit.calibration.text import token_windows
 from quantkit.errors import DataError
-from quantkit.recipe import Calibration
+from quantkit.recipe.recipe import Calibration
 
 # windows -----------------------------------------------------------
 

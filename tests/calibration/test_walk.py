@@ -18,7 +18,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 GPTQ = {"weights": {"algorithm": {"name": "gptq", "retarget": 0.0}, "bits": 4, "group_size": 16}}
 COARSE = {"weights": {"algorithm": {"name": "gptq", "retarget": 0.0}, "bits": 2, "group_size": 16}}

@@ -2,7 +2,7 @@
 
 from quantkit import assets
 from quantkit.cli.main import run
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 
 
 def test_symmetric_recipes_load_in_plain_transformers_and_others_on_a_condition(capsys):

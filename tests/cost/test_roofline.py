@@ -11,7 +11,7 @@ from quantkit.cost.model import find_model
 from quantkit.cost.roofline import Step, bounds, decode, operators, prefill, seconds
 from quantkit.models.headers import read_checkpoint
 from quantkit.plan import build_plan
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 from quantkit.scheme import KV_PRESETS
 
 A6000 = replace(known()["a6000"], peak={"fp16": 155e12, "int8": 310e12})  # as the survey rounds it

@@ -7,9 +7,9 @@ from quantkit import assets
 from quantkit.cost.time import PHASES, duration
 from quantkit.models.headers import read_checkpoint
 from quantkit.plan import build_plan
-from quantkit.predict import stored_bytes
-from quantkit.predict_memory import LEAST
-from quantkit.recipe import load_recipe
+from quantkit.predict.memory import LEAST
+from quantkit.predict.sizes import stored_bytes
+from quantkit.recipe.recipe import load_recipe
 
 
 def planned(name, *overrides, model=None):

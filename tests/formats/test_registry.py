@@ -17,7 +17,7 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.formats import registry
 from quantkit.formats.registry import Codec, codec, codec_of, register
 from quantkit.numerics.weight import QuantizedWeight
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.scheme import integer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 TEXT = {
     "vocab_size": 512,

@@ -20,7 +20,7 @@ from quantkit.pipeline.block import check_sound, quantize_block
 from quantkit.pipeline.clock import Clock
 from quantkit.pipeline.solve import run_steps
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.scheme import NUMBERS, Grid, integer
 
 GRIDS = [

@@ -14,9 +14,9 @@ from quantkit.calibration.spill import Spill
 from quantkit.errors import RecipeError
 from quantkit.models.headers import read_checkpoint
 from quantkit.plan import build_plan
-from quantkit.predict_budget import settled
-from quantkit.predict_memory import HELD, LEAST, USUAL, memory_of
-from quantkit.recipe import load_recipe, parse_recipe
+from quantkit.predict.budget import settled
+from quantkit.predict.memory import HELD, LEAST, USUAL, memory_of
+from quantkit.recipe.recipe import load_recipe, parse_recipe
 
 pytestmark = pytest.mark.usefixtures("steady")
 

@@ -84,7 +84,7 @@ def reference(model, ids, scheme, scales):
 def windows(inputs):
     from quantkit.calibration.text import token_windows
     from quantkit.models.tokenizer import open_tokenizer
-    from quantkit.recipe import Calibration
+    from quantkit.recipe.recipe import Calibration
 
     calibration = Calibration(data=[str(inputs / "text")], samples=6, sequence_length=LENGTH)
     tokenizer = open_tokenizer(inputs / "model")

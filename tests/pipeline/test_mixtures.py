@@ -25,7 +25,7 @@ from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import prepared
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.solve import run_steps
-from quantkit.recipe_schemes import ExpertsPart
+from quantkit.recipe.schemes import ExpertsPart
 
 WEIGHTS = {"bits": 8, "group_size": 16}
 CALIBRATION = {"samples": 4, "sequence_length": 64}

@@ -19,7 +19,7 @@ from quantkit.formats.registry import codec
 from quantkit.numerics import range_search
 from quantkit.pipeline import model_free, pieces
 from quantkit.pipeline.quantize import quantize
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.scheme import PRESETS
 
 pytestmark = pytest.mark.usefixtures("steady")

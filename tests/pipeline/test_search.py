@@ -16,7 +16,7 @@ from quantkit.errors import RecipeError
 from quantkit.models.tokenizer import open_tokenizer
 from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.search import _Searching
-from quantkit.recipe import TRANSFORMS, parse_recipe
+from quantkit.recipe.recipe import TRANSFORMS, parse_recipe
 from quantkit.transforms.smoothquant_plus import following, rounds
 
 pytestmark = pytest.mark.usefixtures("steady")

@@ -22,8 +22,8 @@ from quantkit.pipeline.progress import Silent
 from quantkit.pipeline.quantize import beyond, prepared
 from quantkit.pipeline.sensitivity import Asked, measure
 from quantkit.plan import build_plan
-from quantkit.predict import predict
-from quantkit.recipe import parse_recipe
+from quantkit.predict.sizes import predict
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.validation import search_space, validate
 
 pytestmark = pytest.mark.usefixtures("steady")
@@ -251,7 +251,7 @@ def test_a_budget_is_that_of_what_a_search_makes(inputs, tmp_path):
 
 
 def test_a_gate_without_room_for_the_evaluation_is_refused_before_quantizing(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantkit.predict.EVALUATION", 1e6)
+    monkeypatch.setattr("quantkit.predict.sizes.EVALUATION", 1e6)
     recipe = asked(inputs, gate={"kl_mean": 0.1}, budget={"ram": "2GB"})
     with pytest.raises(
         UserError, match=r"a gate is judged by the evaluation: .* more than budget\.ram allows"

@@ -11,7 +11,7 @@ import quantkit
 from quantkit import assets
 from quantkit.calibration.text import token_windows
 from quantkit.layers.quant_linear import QuantLinear
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 BACKEND = "reference"
 pytestmark = pytest.mark.usefixtures("steady")

@@ -241,7 +241,7 @@ def test_the_tables_name_what_exists():
 
 def test_the_room_imports_no_torch():
     code = (
-        "import sys, quantkit.preflight.check, quantkit.recipe; "
+        "import sys, quantkit.preflight.check, quantkit.recipe.recipe; "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from quantkit.errors import ModelError, RecipeError
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.places import Place, Places
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.scheme import Scheme, integer
 
 

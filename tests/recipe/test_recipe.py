@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from quantkit import assets, recipe_words
+from quantkit import assets
 from quantkit.errors import RecipeError
-from quantkit.recipe import ALGORITHMS, TRANSFORMS, Recipe, load_recipe, parse_recipe
-from quantkit.recipe_errors import _parts
+from quantkit.recipe import words
+from quantkit.recipe.errors import _parts
+from quantkit.recipe.recipe import ALGORITHMS, TRANSFORMS, Recipe, load_recipe, parse_recipe
 from quantkit.scheme import KV_PRESETS, PRESETS, Scheme, integer
 
 LEAST = {"weights": {"preset": "W4A16", "algorithm": "gptq"}}
@@ -393,7 +394,7 @@ def test_every_word_of_the_table_names_a_key_that_exists():
     }
     for union in (ALGORITHMS, "weights.algorithm"), (TRANSFORMS, "transforms"):
         keys |= {f"{union[1]}.{name}" for config in union[0].values() for name in config.model_fields}
-    for written, meant in recipe_words.KEYS.items():
+    for written, meant in words.KEYS.items():
         path, space, more = meant.partition(" ")
         if not space or more.startswith("("):
             assert path in keys | known, f"{written} -> {meant}"
@@ -402,7 +403,7 @@ def test_every_word_of_the_table_names_a_key_that_exists():
 def test_a_word_of_ours_is_never_taken_for_anothers():
     for part in _parts(Recipe).values():
         for name in part.model_fields:
-            assert recipe_words.meant_key(name, part.model_fields) == f"`{name}`"
+            assert words.meant_key(name, part.model_fields) == f"`{name}`"
 
 
 # what is written back ----------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 
 from quantkit import assets
 from quantkit.errors import RecipeError
-from quantkit.recipe import load_recipe
-from quantkit.recipe_yaml import read
+from quantkit.recipe.recipe import load_recipe
+from quantkit.recipe.yaml import read
 
 MOST_STEPS = (
     20_000_000  # calls and returns of Python and C functions; a list of 100,000 values takes 5.4 million

@@ -21,6 +21,7 @@ from quantkit.sweep.run import sweep
 from quantkit.sweep.table import decided
 
 OTHERS = ("rtn", "awq", "awq+gptq", "smoothquant_plus")
+SPEEDS = ("tokens_per_s", "times_original")
 SHARED = {"preset": "INT8", "followed": False}, {"preset": "FP8", "followed": False}
 
 
@@ -131,7 +132,8 @@ def test_the_report_is_the_file_and_answers_both_ways(inputs, asked, tmp_path):
     for cell in result["cells"]:
         report, window = cell["evaluation"], cell["per_window"]
         assert sum(window["kl"]) / sum(window["tokens"]) == pytest.approx(report["kl_mean"])
-        assert cell["speed"]["decode_tokens_per_s"] > 0
+        speed = cell["speed"]
+        assert min(speed[f"{phase}_{what}"] for phase in ("prefill", "decode") for what in SPEEDS) > 0
     assert "w8-gptq" in result["pareto"]["size"] or "w8-rtn" in result["pareto"]["size"]
     (folder,) = (tmp_path / "s" / "work").glob("w2-rtn-*")
     load(folder)

@@ -9,7 +9,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 RECIPE = {"weights": {"algorithm": "rtn", "preset": "W8A16"}, "calibration": {"sequence_length": 24}}
 

@@ -12,7 +12,7 @@ from quantkit.models import skeleton
 from quantkit.models.headers import read_checkpoint
 from quantkit.models.source import Source
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 RECIPE = {
     "weights": {"algorithm": "rtn", "bits": 4, "group_size": 16},

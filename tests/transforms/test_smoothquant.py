@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantkit.numerics.inputs import round_inputs
-from quantkit.recipe import TRANSFORMS
+from quantkit.recipe.recipe import TRANSFORMS
 from quantkit.scheme import PRESETS
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.equalize import scales

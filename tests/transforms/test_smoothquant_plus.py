@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.recipe import TRANSFORMS
+from quantkit.recipe.recipe import TRANSFORMS
 from quantkit.transforms.catalog import transform
 from quantkit.transforms.equalize import channel_maxima
 from quantkit.transforms.smoothquant_plus import groups_of, try_on

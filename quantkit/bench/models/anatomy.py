@@ -20,7 +20,7 @@ from quantkit.layers.kv_cache import attached
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.blocks import text_config
 from quantkit.plan import starred
-from quantkit.predict_block import chosen_experts
+from quantkit.predict.block import chosen_experts
 from quantkit.scheme import INT8_TOKEN, Scheme
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from quantkit.bench.machine import machine
 from quantkit.bench.quality.methods import Measured, finished, keep, plus_minus
 from quantkit.bench.quality.outliers import inject
 from quantkit.files import write_json
-from quantkit.recipe import load_recipe, parse_recipe
+from quantkit.recipe.recipe import load_recipe, parse_recipe
 from quantkit.scheme import Scheme
 
 CACHES = ("kv-int8", "kv-fp8", "kv-int4")

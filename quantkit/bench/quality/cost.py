@@ -32,7 +32,7 @@ from quantkit.calibration.text import token_windows
 from quantkit.checkpoint.manifest import read_facts, read_manifest
 from quantkit.files import write_json
 from quantkit.models.tokenizer import open_tokenizer
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 
 QUANTIZING = ("calibrate", "transform", "quantize")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

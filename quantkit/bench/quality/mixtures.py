@@ -27,7 +27,7 @@ from quantkit.bench.quality import oneshot
 from quantkit.bench.quality.methods import Measured, finished, keep, plus_minus
 from quantkit.calibration.text import token_windows
 from quantkit.files import write_json
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 BITS = ((4, 128), (3, 128), (2, 64))
 RTN = {"name": "rtn", "range": "minmax"}

@@ -33,7 +33,7 @@ from quantkit.models.places import Places
 from quantkit.models.source import Source
 from quantkit.models.tensors import INDEX, TensorInfo
 from quantkit.plan import build_plan
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 from quantkit.structure.fold import ScalingGroup
 from quantkit.structure.trace import matrix
 

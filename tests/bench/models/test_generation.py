@@ -22,7 +22,7 @@ from quantkit.cost.roofline import decode, operators
 from quantkit.errors import NumericalError, UserError
 from quantkit.models.headers import read_checkpoint
 from quantkit.plan import build_plan
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 
 NATIVE = pytest.mark.skipif(not library.available(), reason="the native library is not built")
 GROUPS = ["weights.group_size=32"]

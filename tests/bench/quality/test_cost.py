@@ -6,7 +6,7 @@ import tiny_models
 import torch
 
 from quantkit.bench.quality import cost, oneshot
-from quantkit.recipe import load_recipe
+from quantkit.recipe.recipe import load_recipe
 
 SMALL = ("weights.group_size=64", "calibration.samples=2", "calibration.sequence_length=16")
 RIVAL = f"""#!{sys.executable}

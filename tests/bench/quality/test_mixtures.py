@@ -8,7 +8,7 @@ import torch
 
 from quantkit import assets
 from quantkit.bench.quality import methods, mixtures
-from quantkit.recipe import parse_recipe
+from quantkit.recipe.recipe import parse_recipe
 
 FIT = {"perplexity": 80.0, "perplexity_se": 2.0}
 FEW = {

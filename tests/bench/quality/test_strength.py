@@ -50,7 +50,7 @@ def test_the_page_shows_what_was_measured(measured):
 
 def test_coarse_then_fine_finds_what_all_strengths_find(measured):
     """On both models; where it stops beside the least, by no more than the error of the difference."""
-    from quantkit.recipe import TRANSFORMS
+    from quantkit.recipe.recipe import TRANSFORMS
     from quantkit.transforms.smoothquant_plus import following
 
     for row in measured:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from quantkit.errors import RecipeError
 from quantkit.models.headers import Headers
 from quantkit.plan import Plan
-from quantkit.predict import Prediction, predict
-from quantkit.predict_memory import LEAST, USUAL, Memory, Ways, least_ways, memory_of
-from quantkit.recipe import Recipe
-from quantkit.recipe_sizes import size_text
+from quantkit.predict.memory import LEAST, USUAL, Memory, Ways, least_ways, memory_of
+from quantkit.predict.sizes import Prediction, predict
+from quantkit.recipe.recipe import Recipe
+from quantkit.recipe.sizes import size_text
 
 
 def settled(recipe: Recipe, plan: Plan, headers: Headers, device: str = "cpu") -> tuple[Ways, Prediction]:

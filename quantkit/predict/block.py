@@ -15,7 +15,7 @@ from quantkit.models import families
 from quantkit.models.blocks import hidden_size
 from quantkit.models.headers import Headers
 from quantkit.plan import LayerPlan, Plan
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from quantkit.algorithms.config import AlgorithmConfig

@@ -21,9 +21,9 @@ from pydantic import (
 )
 
 from quantkit.algorithms.config import AlgorithmConfig
-from quantkit.recipe_errors import configs_by_name
-from quantkit.recipe_words import did_you_mean, meant_value
-from quantkit.recipe_yaml import is_clean
+from quantkit.recipe.errors import configs_by_name
+from quantkit.recipe.words import did_you_mean, meant_value
+from quantkit.recipe.yaml import is_clean
 from quantkit.scheme import KV_PRESETS, NUMBERS, PRESETS, Grid, KVScheme, Scheme
 from quantkit.transforms.config import TransformConfig
 

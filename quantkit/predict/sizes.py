@@ -1,7 +1,7 @@
 """How large a quantized checkpoint will be, and what disk and memory the run needs, before anything is computed.
 
 Everything comes from the plan and the checkpoint's headers: no weight is read and torch is not imported. Sizes follow
-the stored shapes; memory is an upper estimate, see `predict_memory.py`.
+the stored shapes; memory is an upper estimate, see `memory.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
-from quantkit.predict_block import FLOAT, blocks_of
-from quantkit.predict_memory import (
+from quantkit.predict.block import FLOAT, blocks_of
+from quantkit.predict.memory import (
     MODEL,
     PROCESS,
     USUAL,
@@ -29,7 +29,7 @@ from quantkit.predict_memory import (
     stored_itemsize,
     stream_bytes,
 )
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 
 EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
 # Kinds of layers; the last holds norms, biases, towers and whatever else is no matrix of a decoder block.

@@ -18,9 +18,9 @@ from quantkit.algorithms.config import AlgorithmConfig
 from quantkit.errors import RecipeError
 from quantkit.formats import registry
 from quantkit.paths import user_path
-from quantkit.recipe_budget import BudgetPart
-from quantkit.recipe_errors import problems
-from quantkit.recipe_schemes import (
+from quantkit.recipe.budget import BudgetPart
+from quantkit.recipe.errors import problems
+from quantkit.recipe.schemes import (
     ALGORITHMS,
     TRANSFORMS,
     UNUSUAL,
@@ -37,9 +37,9 @@ from quantkit.recipe_schemes import (
     none_is_none,
     scheme_of,
 )
-from quantkit.recipe_target import GatePart, TargetPart
-from quantkit.recipe_words import did_you_mean, meant_value
-from quantkit.recipe_yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, read
+from quantkit.recipe.target import GatePart, TargetPart
+from quantkit.recipe.words import did_you_mean, meant_value
+from quantkit.recipe.yaml import MAX_BYTES, MAX_DEPTH, Located, apply_override, read
 from quantkit.scheme import PRESETS
 from quantkit.transforms.config import TransformConfig
 

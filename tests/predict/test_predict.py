@@ -13,11 +13,11 @@ from quantkit import assets
 from quantkit.models.headers import Headers, read_checkpoint
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, build_plan
-from quantkit.predict import PROCESS, packed_bytes, predict
-from quantkit.recipe import load_recipe
+from quantkit.predict.sizes import PROCESS, packed_bytes, predict
+from quantkit.recipe.recipe import load_recipe
 from quantkit.scheme import PRESETS, Scheme, integer
 
-RECORDS = Path(__file__).parents[1] / "docs" / "benchmarks"
+RECORDS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 
 def predicted(recipe, headers, *overrides):
@@ -142,16 +142,16 @@ def test_prediction_needs_no_torch():
 
 def test_the_bounds_are_those_of_the_code_they_stand_for():
     """The prediction does without torch, so it cannot import them."""
-    from quantkit import predict, predict_block, predict_memory
     from quantkit.algorithms import gptq
     from quantkit.calibration import divergence, replay, walk
     from quantkit.pipeline import evaluation
+    from quantkit.predict import block, memory, sizes
 
-    assert (predict_memory.KEPT, predict_memory.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
-    assert predict_block.CHUNK == walk.CHUNK_ELEMENTS
-    assert predict_memory.LOGITS == divergence.LOGITS
-    assert predict_memory.ROWS == gptq.CHUNK_ELEMENTS
-    assert predict.EVALUATION == evaluation._WORKING_SPACE
+    assert (memory.KEPT, memory.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
+    assert block.CHUNK == walk.CHUNK_ELEMENTS
+    assert memory.LOGITS == divergence.LOGITS
+    assert memory.ROWS == gptq.CHUNK_ELEMENTS
+    assert sizes.EVALUATION == evaluation._WORKING_SPACE
 
 
 def test_the_search_of_a_strength_needs_no_more_memory_than_gptq():

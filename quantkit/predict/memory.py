@@ -11,7 +11,7 @@ Every moment is beside the process and the hidden states of all windows (which a
     head        a quantized head as the block
     search      what a search before the first block carries
 
-Constants are measured (tests/test_predict.py; docs/LOG.md, 2026-11-29).
+Constants are measured (tests/predict/test_predict.py; docs/LOG.md, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantkit.models.blocks import text_config
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import Plan
-from quantkit.predict_block import (
+from quantkit.predict.block import (
     CHUNK,
     FLOAT,
     BlockShape,
@@ -37,7 +37,7 @@ from quantkit.predict_block import (
     kinds_of,
     streams_of,
 )
-from quantkit.recipe import Recipe
+from quantkit.recipe.recipe import Recipe
 
 PROCESS = 450_000_000  # Python with torch and transformers, before a model is read (427 MB measured)
 MODEL = 100_000_000  # the model's code and empty modules, and what the allocator keeps (45 MB measured)
@@ -252,12 +252,12 @@ def _solved(siblings: Siblings) -> int:
 
 
 def _rounding(plan: Plan) -> int:
-    """Without text: copies of the largest linear in fp32, and the codes of a block twice."""
+    """Without text: the largest linear as stored and in fp32 twice, and the codes of a block."""
     codes: dict[int | None, int] = {}
     for layer in plan.layers:
         codes[layer.block] = codes.get(layer.block, 0) + math.prod(layer.shape)
     largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
-    return 5 * FLOAT * largest + 2 * max(codes.values(), default=0)
+    return 3 * FLOAT * largest + max(codes.values(), default=0)
 
 
 def _outside(plan: Plan, headers: Headers) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quantkit.recipe_schemes import Part
-from quantkit.recipe_sizes import Size
+from quantkit.recipe.schemes import Part
+from quantkit.recipe.sizes import Size
 
 
 class BudgetPart(Part):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.preflight.target import DEVICES, ENGINES, MOST, Target
-from quantkit.recipe_schemes import (
+from quantkit.recipe.schemes import (
     WEIGHT_KEYS,
     Bits,
     Granularity,
@@ -18,7 +18,7 @@ from quantkit.recipe_schemes import (
     SchemePart,
     scheme_of,
 )
-from quantkit.recipe_sizes import Size
+from quantkit.recipe.sizes import Size
 from quantkit.scheme import KV_PRESETS, NUMBERS, PRESETS, Scheme
 
 if TYPE_CHECKING:

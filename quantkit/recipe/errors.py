@@ -7,8 +7,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from quantkit.recipe_words import did_you_mean, meant_key, meant_value
-from quantkit.recipe_yaml import Path
+from quantkit.recipe.words import did_you_mean, meant_key, meant_value
+from quantkit.recipe.yaml import Path
 
 _LONGEST = 500  # characters of one message
 
