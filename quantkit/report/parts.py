@@ -56,10 +56,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text that is shown as it is, such as a recipe."""
+    """Text that is shown as it is, such as a recipe. folded: also if it is the only one of its section."""
 
     title: str
     text: str
+    folded: bool = False
 
 
 @dataclass(frozen=True)

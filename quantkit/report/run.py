@@ -138,6 +138,9 @@ def _block_table(facts: RunFacts, label: str) -> Table:
     return Table(f"{label}Blocks", columns, rows, open=False)
 
 
+REFUSED = "refused by "  # so the notes begin that say what an engine does not run
+
+
 def warnings(results: Results) -> Section | None:
     """Notes and fallbacks of all results; one that several recipes have is listed once."""
     found: dict[str, list[str]] = {}
@@ -161,9 +164,15 @@ def warnings(results: Results) -> Section | None:
         return None
     lead = "What the runs said on the way: fallbacks, what a loader refuses, recipes that could not run."
     several = len(results.points) > 1
-    return Section(
-        "warnings", "Warnings and fallbacks", lead, notes=[_noted(n, found[n], several) for n in found]
+    folded = [note for note in found if several and note.startswith(REFUSED)]
+    shown = [_noted(note, found[note], several) for note in found if note not in folded]
+    refused = "\n\n".join(_noted(note, found[note], several) for note in folded)
+    listings = (
+        [Listing(f"What engines refuse, and what they run instead ({len(folded)})", refused, True)]
+        if folded
+        else []
     )
+    return Section("warnings", "Warnings and fallbacks", lead, notes=shown, listings=listings)
 
 
 def _noted(note: str, names: list[str], several: bool) -> str:

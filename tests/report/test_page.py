@@ -51,6 +51,16 @@ def hostile(everything):
     return page(read_results(everything(made.HOSTILE)), Studio(), made.HOSTILE)
 
 
+def test_what_engines_refuse_is_folded_where_many_recipes_repeat_it(tmp_path):
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(made.sweep()))
+    found = Tags(page(read_results([file]), Studio(), "t"))
+    opened = [attributes for tag, attributes in found.tags if tag == "details"]
+    assert "What engines refuse, and what they run instead (1)" in found.text
+    assert "refused by an engine: no kernel (w2-rtn, w4-rtn and 3 more)" in found.text
+    assert all("open" not in each for each in opened if each.get("class") == "listing")
+
+
 def test_every_kind_of_result_has_its_section(whole):
     found = Tags(whole)
     sections = [attributes["id"] for tag, attributes in found.tags if tag == "section"]
