@@ -243,22 +243,22 @@ def _linears(headers: Headers, blocks: Blocks, places: Places | None) -> tuple[l
     """(weights that can be quantized, name -> why another matrix cannot be)."""
     linears: list[_Linear] = []
     refused: dict[str, str] = {}
+    conv1d = families.family(headers.text_type).conv1d
     for disk, tensor in headers.tensors.items():
         name, _, leaf = disk.rpartition(".")
         if leaf != "weight" or len(tensor.shape) != 2 or disk in headers.dropped:
             continue
         place = None if places is None else places.by_disk.get(disk)
-        is_tied_head = headers.tied and families.is_head(name)
-        table = _EMBEDDING.search(name) or (place is not None and place.kind == "embedding")
-        if disk not in blocks.of and (is_tied_head or table):
-            continue
+        if disk not in blocks.of:
+            table = _EMBEDDING.search(name) or (place is not None and place.kind == "embedding")
+            if table or (headers.tied and families.is_head(name)):
+                continue
         if reason := _refused(disk, tensor.shape[0], disk in blocks.of, places):
             refused[name] = reason
             continue
         module = (place.parameter if place else None) or disk
         module = module.removesuffix(".weight")
-        conv1d = families.is_conv1d(headers.text_type, name)
-        transposed = conv1d if place is None else place.owner == "Conv1D"
+        transposed = name.rpartition(".")[2] in conv1d if place is None else place.owner == "Conv1D"
         rows, columns = tensor.shape
         shape = (columns, rows) if transposed else (rows, columns)
         aside = families.set_aside(name) or (None if module == name else families.set_aside(module))
@@ -330,11 +330,13 @@ def _split_fusions(layers: Sequence[LayerPlan], skipped: Sequence[tuple[str, str
     schemes: dict[str, Scheme | None] = {layer.name: layer.scheme for layer in layers}
     schemes |= dict.fromkeys((name for name, _ in skipped), None)
     found: dict[str, None] = {}
+    seen: set[tuple[str, int]] = set()
     for name in schemes:
         parent, _, leaf = name.rpartition(".")
-        for members in families.SIBLINGS:
-            if leaf not in members:
+        for which, members in enumerate(families.SIBLINGS):
+            if leaf not in members or (parent, which) in seen:
                 continue
+            seen.add((parent, which))
             here = {m: schemes[f"{parent}.{m}"] for m in sorted(members) if f"{parent}.{m}" in schemes}
             if len(set(here.values())) > 1:
                 told = ", ".join(f"{member} {scheme or 'skipped'}" for member, scheme in here.items())

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantkit import assets
@@ -32,6 +33,7 @@ MODELS = {"bookworm-8m": assets.default_model, "bookworm-moe-6m": assets.mixture
 LARGE = "1.1b"
 RECIPES = ("w4a16-rtn", "w4a16-gptq", "w4a16-awq-gptq")
 LESS_TEXT = ["calibration.samples=32"]  # of the large model, so that all of it ends within half an hour
+ROUNDS = 5
 WITHIN = {"seconds": 0.35, "memory": 0.20}  # of what is measured, so far may a prediction be off
 
 
@@ -84,17 +86,17 @@ def compared(
 
 
 def published(work: Path) -> list[dict[str, Any]]:
-    """The seconds of `plan` alone for configs whose headers a script has made (tests/bench/headers.py)."""
+    """The seconds of `plan` alone for configs whose headers a script has made (tests/bench/headers.py), in rounds."""
     rows = []
     for folder in sorted(path for path in work.iterdir() if (path / "config.json").is_file()):
-        seconds, text = quantkit(
-            "plan", "w4a16-gptq", "--model", str(folder), "--hardware", "h100", "--json", "-"
-        )
-        planned = json.loads(text)
+        command = ("plan", "w4a16-gptq", "--model", str(folder), "--hardware", "h100", "--json", "-")
+        rounds = [quantkit(*command) for _ in range(ROUNDS)]
+        planned = json.loads(rounds[0][1])
         rows.append(
             {
                 "model": folder.name,
-                "seconds": seconds,
+                "seconds": median(seconds for seconds, _ in rounds),
+                "rounds": [seconds for seconds, _ in rounds],
                 "tensors": sum(part["tensors"] for part in planned["parts"]),
                 "weights": sum(part["weights"] for part in planned["parts"]),
                 "output": planned["prediction"]["output"],

@@ -76,10 +76,10 @@ def command(
     gc.disable()  # the command ends soon, and makes a few objects for each of what may be thousands of tensors
     try:
         report, prediction = _planned(recipe, model, names, context, batch, overrides, timed, measure)
+        deliver(json_file, report, lambda: print_report(report, prediction, make_console()))
     finally:
         if collecting:
             gc.enable()
-    deliver(json_file, report, lambda: print_report(report, prediction, make_console()))
 
 
 def _planned(

@@ -71,30 +71,27 @@ class Model:
 def find_model(plan: Plan, headers: Headers) -> Model:
     """The planned model: what its tensors' names and shapes and its config say."""
     planned = {layer.name: layer for layer in plan.layers}
-    experts = _experts(plan)
-    found: dict[tuple[str, tuple[int, int], int, float], tuple[Linears, list[str]]] = {}
-    known: dict[tuple[Any, ...], Linears] = {}  # a mixture has thousands alike
+    found: dict[tuple[Any, ...], tuple[Linears, list[str]]] = {}
     norms: dict[int, int] = {}
-    for disk in plan.parts:
-        info, name = headers.tensors[disk], disk.removesuffix(".weight")
-        if disk in headers.dropped or name == disk:
-            continue
-        if len(info.shape) == 1 and _NORM.search(name):
-            norms[info.shape[0]] = norms.get(info.shape[0], 0) + 1
-        if len(info.shape) == 2 and not any(table.search(name) for table, _ in families.TABLES):
-            layer = planned.get(name)
-            alike = (info.shape, info.dtype, layer and id(layer.scheme))
-            if layer is None or alike not in known:
-                known[alike] = _one(headers, name, layer)
-            one = known[alike]
-            inside = name.removeprefix(f"{plan.blocks_prefix}.")
-            key = (starred(inside).removeprefix("*."), one.shape, id(one.scheme), one.n_bytes)
-            found.setdefault(key, (one, []))[1].append(name)
+    members: dict[str, set[str]] = {}  # name of a list of experts -> their numbers
+    for (kind, shape, *_), disks in _alike(plan, headers, planned).items():
+        name = disks[0].removesuffix(".weight")
+        if len(shape) == 1 and _NORM.search(name):
+            norms[shape[0]] = norms.get(shape[0], 0) + len(disks)
+        if len(shape) == 2 and not families.ANY_TABLE.search(name):
+            one = _one(headers, name, planned.get(name))
+            inside = kind.removesuffix(".weight").removeprefix(f"{starred(plan.blocks_prefix)}.")
+            key = (inside.removeprefix("*."), one.shape, id(one.scheme), one.n_bytes)
+            found.setdefault(key, (one, []))[1].extend(disks)
+            for disk in disks if _EXPERT.match(disks[0]) else ():
+                listed, _, member = disk.rpartition("experts.")
+                members.setdefault(listed, set()).add(member.partition(".")[0])
+    experts = {name: len(each) for name, each in members.items()}
     linears = []
-    for (name, shape, _, n_bytes), (one, names) in found.items():
-        layers = len({plan.parts[f"{each}.weight"] for each in names})
-        of = experts.get(expert[1], 0) if (expert := _EXPERT.match(names[0])) else 0
-        linears.append(Linears(name, shape, len(names), n_bytes, one.scheme, layers, of))
+    for (name, shape, _, n_bytes), (one, disks) in found.items():
+        layers = len({plan.parts[each] for each in disks})
+        of = experts[disks[0].rpartition("experts.")[0]] if _EXPERT.match(disks[0]) else 0
+        linears.append(Linears(name, shape, len(disks), n_bytes, one.scheme, layers, of))
     hidden = hidden_size(headers.config) or max(norms, key=norms.__getitem__, default=0)
     attention = find_attention(headers.config, plan.n_blocks)
     text = text_config(headers.config)
@@ -122,13 +119,15 @@ def _one(headers: Headers, name: str, layer: LayerPlan | None) -> Linears:
     return Linears(name, shape, 1, info.dense_bytes, None, 1)
 
 
-def _experts(plan: Plan) -> dict[str, int]:
-    """Name of a list of experts -> how many there are."""
-    members: dict[str, set[str]] = {}
+def _alike(plan: Plan, headers: Headers, planned: dict[str, LayerPlan]) -> dict[tuple[Any, ...], list[str]]:
+    """(name with numbers as `*`, shape, ...) -> the weights alike in blocks: a mixture has thousands of a few kinds."""
+    found: dict[tuple[Any, ...], list[str]] = {}
     for disk in plan.parts:
-        if match := _EXPERT.match(disk):
-            members.setdefault(match[1], set()).add(match[0])
-    return {name: len(each) for name, each in members.items()}
+        if disk.endswith(".weight") and disk not in headers.dropped:
+            info, layer = headers.tensors[disk], planned.get(disk[: -len(".weight")])
+            key = (starred(disk), info.shape, info.dtype, info.dense_bytes, layer and id(layer.scheme))
+            found.setdefault(key, []).append(disk)
+    return found
 
 
 def _head(headers: Headers, planned: dict[str, LayerPlan], hidden: int) -> Linears | None:

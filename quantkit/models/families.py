@@ -8,6 +8,7 @@ say what the model does not: which tensors are left out, and which parts of a na
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,7 @@ TABLES = (
     (re.compile(r"norm[^.]*$|(^|\.)ln(_\w+)?$"), "a norm"),
     (re.compile(r"conv(1d|2d|3d|_\w+)?$"), "a convolution"),
 )
+ANY_TABLE = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in TABLES))
 # and linears that are left unless a rule names them, beside SET_ASIDE.
 BY_NAME = (
     (re.compile(r"(^|\.)(lm_head|embed_out)$"), "an output head"),
@@ -187,6 +189,12 @@ def dropped(model_type: str, name: str) -> str | None:
         if re.search(pattern, name):
             return reason
     return None
+
+
+def may_be_dropped(model_type: str, names: Iterable[str]) -> list[str]:
+    """Those of many names for which `dropped` may have a reason, fast."""
+    search = re.compile("|".join(pattern for pattern, _ in DROPPED + family(model_type).dropped)).search
+    return [name for name in names if search(name)]
 
 
 def is_head(module: str) -> bool:
