@@ -123,8 +123,9 @@ def interrupted(server, name, labels, moment, arguments, folder):
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [pytest.param("rtn", m, marks=pytest.mark.slow) for m in list(MOMENTS)[::2]]
-    + [("gptq", m) for m in [*MOMENTS, *STREAM_MOMENTS]],
+    [pytest.param("rtn", m, marks=pytest.mark.slow) for m in list(MOMENTS)[::3]]
+    + [("gptq", m) for m in [*list(MOMENTS)[::2], *STREAM_MOMENTS]]
+    + [pytest.param("gptq", m, marks=pytest.mark.slow) for m in list(MOMENTS)[1::2]],
 )
 def test_killed_at_named_moment(server, reference, arguments, computed, tmp_path, name, moment):
     wanted, labels = reference(name)
@@ -144,8 +145,11 @@ def test_killed_at_named_moment(server, reference, arguments, computed, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [("gptq", s) for s in range(4)]
-    + [("awq", 4), ("gptq with head", 5), ("smoothquant", 6), ("smoothquant_plus", 7), ("static", 8)],
+    [("gptq", 0), ("awq", 4), ("gptq with head", 5)]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in [("gptq", 1), ("smoothquant", 6), ("smoothquant_plus", 7), ("static", 8)]
+    ],
 )
 def test_killed_twice_at_random(server, reference, arguments, computed, tmp_path, name, seed):
     wanted, labels = reference(name)
