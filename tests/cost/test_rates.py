@@ -41,6 +41,8 @@ def test_between_two_widths_a_rate_follows_a_power_law():
     assert [rates.at("linear", width) for width in (1, 100, 1000, 10000, 10**6)] == pytest.approx(
         [8, 8, 4, 2, 2]
     )
+    with pytest.raises(AssertionError, match="linear depends on the width"):
+        rates.at("linear")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ in groups of 32, 2.5 bits. The mixed model must not take more. Beside that unifo
 bytes are measured too, as one of them may be better. All run the same algorithm (GPTQ, 128 windows of 512
 tokens), are written, loaded again, and compared packed with the original on windows of 512 tokens of the embedded
 evaluation text. Smaller KL and NLL are better; a difference of the mixed model to a uniform one is negative if it is
-better.
+better. FILE is written after every size, and the same command goes on behind those it holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,27 @@ SIZES: dict[str, tuple[tuple[int, int, bool], ...]] = {
 }
 
 
-def measure(path: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One model at every size."""
+def measure(
+    path: Path, work: Path, arguments: argparse.Namespace, found: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Add to `found` what one model gives at every size; keep is called after each that was not there."""
     compared = Compared(path, arguments.windows)
-    rows = []
+    found |= {"model": path.name, "windows": len(compared.ids)}
+    sizes = found.setdefault("sizes", [])
     for bits in arguments.bits:
-        rows.append(_size(bits, path, work, compared, arguments))
-        print(markdown(path.name, rows[-1]), flush=True)
-    return {"model": path.name, "windows": len(compared.ids), "sizes": rows}
+        if all(row["bits_per_weight"] != float(bits) for row in sizes):
+            sizes.append(_size(bits, path, work, compared, arguments))
+            keep()
+            print(markdown(path.name, sizes[-1]), flush=True)
+
+
+def _begun(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier call with the same settings that was cut short, or a new one."""
+    if file is not None and file.exists():
+        report: dict[str, Any] = json.loads(file.read_text())
+        if report["schema"] == SCHEMA and report["settings"] == settings:
+            return report
+    return {"schema": SCHEMA, "machine": machine(), "settings": settings, "models": []}
 
 
 def _size(
@@ -129,12 +143,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     models = arguments.model or [assets.default_model(), assets.mixture_model()]
-    rows = [measure(path, arguments.work / path.name, arguments) for path in models]
     settings = {key: getattr(arguments, key) for key in ("algorithm", "sensitivity", "windows", "samples")}
-    report = {"schema": SCHEMA, "machine": machine(), "settings": settings, "models": rows}
-    if arguments.json:
-        write_json(arguments.json, report)
-    print(json.dumps({"mixed": [[row["wins"] for row in each["sizes"]] for each in rows]}))
+    report = _begun(arguments.json, settings)
+    rows = {row["model"]: row for row in report["models"]}
+
+    def keep() -> None:
+        report["models"] = [row for row in rows.values() if row["sizes"]]
+        if arguments.json:
+            write_json(arguments.json, report)
+
+    for path in models:
+        measure(path, arguments.work / path.name, arguments, rows.setdefault(path.name, {}), keep)
+    print(json.dumps({"mixed": [[row["wins"] for row in each["sizes"]] for each in rows.values()]}))
 
 
 if __name__ == "__main__":
