@@ -45,7 +45,7 @@ def accepted(model_type, recipes):
     )
 
 
-@pytest.mark.parametrize("model_type", FAST)
+@pytest.mark.parametrize("model_type", FAST[:3])  # all of them in the slow tier, by every recipe
 def test_types_are_calibrated_on_their_own_hidden_states(model_type):
     accepted(model_type, ["w4-gptq"])
 

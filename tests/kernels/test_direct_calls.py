@@ -189,6 +189,7 @@ CALLS = {
 }
 NATIVE = {"cpu_linear", "cpu_grouped_linear", "cpu backend", "cpu layout", "decoder", "decoder sizes"}
 NATIVE |= {"range_errors", "rounding", "arena"}
+QUICK = {"cpu_linear", "cpu backend", "decoder"}  # the others are attacked in the slow tier
 
 
 def attack(name: str) -> None:
@@ -198,7 +199,10 @@ def attack(name: str) -> None:
     assert refused > CASES // 3, f"{name}: only {refused} of {CASES} were refused"
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in CALLS],
+)
 def test_wrong_arguments_are_refused_and_never_crash(name):
     if name in NATIVE and not library.available():
         pytest.skip("needs the native library (a C++ compiler)")

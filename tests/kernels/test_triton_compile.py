@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("compile")  # one process compiles everything
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile")]  # one process compiles everything
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 942: 64 << 10}
 # (arch, bits, activations, zeros, fp8, group, M, N, K), most instructions per weight

@@ -119,8 +119,8 @@ def with_code(folder):
         ],
         ["generate", "--prompt", "a", "--max-new-tokens", "2"],
         ["eval", "--max-tokens", "64", "--context", "32"],
-        ["inspect"],
-        ["validate", "w4a16-rtn", "--model"],
+        pytest.param(["inspect"], marks=pytest.mark.slow),
+        pytest.param(["validate", "w4a16-rtn", "--model"], marks=pytest.mark.slow),
     ],
     ids=lambda verb: verb[0],
 )
