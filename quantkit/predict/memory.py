@@ -252,12 +252,13 @@ def _solved(siblings: Siblings) -> int:
 
 
 def _rounding(plan: Plan) -> int:
-    """Without text: the largest linear as stored and in fp32 twice, and the codes of a block."""
+    """Without text: copies of the largest linear in fp32, more for scales of two levels, and the codes of a block."""
     codes: dict[int | None, int] = {}
     for layer in plan.layers:
         codes[layer.block] = codes.get(layer.block, 0) + math.prod(layer.shape)
     largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
-    return 3 * FLOAT * largest + max(codes.values(), default=0)
+    copies = 5 if any(layer.scheme.weights.two_level for layer in plan.kinds) else 3
+    return copies * FLOAT * largest + max(codes.values(), default=0)
 
 
 def _outside(plan: Plan, headers: Headers) -> tuple[int, int]:
