@@ -128,7 +128,8 @@ def check_values(tensors: Mapping[str, TensorInfo], codec: Codec | None, model_t
     Tensors that transformers leaves out, such as masks of older checkpoints, may hold anything; so may the bounds of
     a tower.
     """
-    used = (info for info in tensors.values() if families.dropped(model_type, info.name) is None)
+    left = families.dropped(model_type, (info.name for info in tensors.values()))
+    used = (info for info in tensors.values() if info.name not in left)
     chosen = [info for info in used if _is_small(info, codec) and not families.may_be_infinite(info.name)]
     seen = [(info, *_finite_and_positive(info)) for info in chosen]
     needed = frozenset() if codec is None else codec.positive

@@ -180,7 +180,8 @@ def _refuse_incomplete(path: Path, model: PreTrainedModel, info: dict[str, Any])
     config = read_config(path)
     kind = str(config["model_type"])
     extra = [str(name) for name in info.get("unexpected_keys") or ()]
-    unknown = misfits(model, config, [name for name in extra if not families.dropped(kind, name)])
+    left = families.dropped(kind, extra)
+    unknown = misfits(model, config, [name for name in extra if name not in left])
     problems = [
         f"{what}: {named(str(name) for name in names)}"
         for what, names in (

@@ -60,7 +60,6 @@ DROPPED = (
     (r"(^|\.)rotary_emb\.(cos|sin)_cached$", "rotary table, computed from config.json"),
     (r"(^|\.)position_ids$", "running numbers, computed"),
 )
-_ANY_DROPPED = re.compile("|".join(pattern for pattern, _ in DROPPED))
 
 
 @dataclass(frozen=True)
@@ -182,19 +181,15 @@ def is_router(module: str) -> bool:
     return _ROUTER.search(module) is not None
 
 
-def dropped(model_type: str, name: str) -> str | None:
-    """Why transformers leaves out the tensor called `name` on disk, or None."""
-    own = family(model_type).dropped
-    for pattern, reason in DROPPED + own if own or _ANY_DROPPED.search(name) else ():
-        if re.search(pattern, name):
-            return reason
-    return None
-
-
-def may_be_dropped(model_type: str, names: Iterable[str]) -> list[str]:
-    """Those of many names for which `dropped` may have a reason, fast."""
-    search = re.compile("|".join(pattern for pattern, _ in DROPPED + family(model_type).dropped)).search
-    return [name for name in names if search(name)]
+def dropped(model_type: str, names: Iterable[str]) -> dict[str, str]:
+    """Of tensors by their names on disk, those that transformers leaves out -> why."""
+    known = DROPPED + family(model_type).dropped
+    search = re.compile("|".join(pattern for pattern, _ in known)).search  # names are many, matches few
+    return {
+        name: next(reason for pattern, reason in known if re.search(pattern, name))
+        for name in names
+        if search(name)
+    }
 
 
 def is_head(module: str) -> bool:

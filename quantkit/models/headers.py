@@ -81,9 +81,7 @@ class Headers:
     @cached_property
     def dropped(self) -> dict[str, str]:
         """Disk name -> why transformers leaves this tensor out."""
-        names = () if self.model_free else families.may_be_dropped(self.model_type, self.tensors)
-        reasons = {name: families.dropped(self.model_type, name) for name in names}
-        found = {name: reason for name, reason in reasons.items() if reason}
+        found = {} if self.model_free else families.dropped(self.model_type, self.tensors)
         cache = (name for name in self.tensors if self.encoding and self.encoding.of_cache(name))
         return found | dict.fromkeys(cache, "scale of the KV cache of the source's quantization")
 

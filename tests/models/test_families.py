@@ -31,10 +31,10 @@ def test_dropped_patterns_never_hit_a_parameter():
             "transformer.h.0.attn.c_attn.bias",
             "x.attention.dense.bias",
         ):
-            assert families.dropped(model_type, name) is None
-    assert families.dropped("gpt_neox", "gpt_neox.layers.0.attention.masked_bias")
-    assert families.dropped("unlisted", "model.layers.0.self_attn.rotary_emb.inv_freq")
-    assert families.dropped("llama", "h.0.attn.bias") is None
+            assert families.dropped(model_type, [name]) == {}
+    assert families.dropped("gpt_neox", ["gpt_neox.layers.0.attention.masked_bias"])
+    assert families.dropped("unlisted", ["model.layers.0.self_attn.rotary_emb.inv_freq"])
+    assert families.dropped("llama", ["h.0.attn.bias"]) == {}
 
 
 def test_towers_are_told_by_a_whole_part_of_a_name():
