@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = ".safetensors"
-SCHEMA = "quantkit-sweep-cell/1"
+SCHEMA = "quantkit-sweep-cell/2"
 PROMPT, NEW, ROUNDS = 256, 64, 5
 ORIGINAL_NEW = 16  # tokens that the original decodes: it is slower, and both should take about as long
 
@@ -184,26 +184,21 @@ def _speed(model: PreTrainedModel, original: PreTrainedModel, window: int) -> di
     """
     prompt, new = min(PROMPT, window // 2), min(NEW, window // 2)
     vocabulary = model.config.get_text_config().vocab_size
-    runners = {each: choose_runner(each, new) for each in (original, model)}
-    lengths = {original: min(ORIGINAL_NEW, new), model: new}
-    for each in runners:
-        measure(
-            runners[each].model, vocabulary, prompt, min(4, new)
-        )  # the first one builds tables and caches
-    rounds = [
-        [measure(runners[each].model, vocabulary, prompt, lengths[each]) for each in runners]
-        for _ in range(ROUNDS)
-    ]
+    base, own = choose_runner(original, new), choose_runner(model, new)
+    pair = ((base.model, min(ORIGINAL_NEW, new)), (own.model, new))
+    for runner, _ in pair:  # the first call builds tables and caches
+        measure(runner, vocabulary, prompt, min(4, new))
+    rounds = [[measure(runner, vocabulary, prompt, length) for runner, length in pair] for _ in range(ROUNDS)]
     found: dict[str, Any] = {
         "prompt_tokens": prompt,
         "new_tokens": new,
         "rounds": ROUNDS,
-        "way": runners[model].way,
-        "original_way": runners[original].way,
+        "way": own.way,
+        "original_way": base.way,
     }
     for phase in ("prefill", "decode"):
-        times = spread([own[phase] / base[phase] for base, own in rounds])
-        found[f"{phase}_tokens_per_s"] = median(own[phase] for _, own in rounds)
+        times = spread([ours[phase] / theirs[phase] for theirs, ours in rounds])
+        found[f"{phase}_tokens_per_s"] = median(ours[phase] for _, ours in rounds)
         found[f"{phase}_times_original"] = times["median"]
         found[f"{phase}_times_original_mad"] = times["mad"]
     return found

@@ -254,7 +254,8 @@ def _kept(job: Job) -> Found | None:
         found = read_sealed(path)
     except VerificationError:
         return None
-    return found if found.get("key") == job.key and found.get("id") == job.id else None
+    wanted = {"schema": SCHEMA, "key": job.key, "id": job.id}
+    return found if all(found.get(key) == value for key, value in wanted.items()) else None
 
 
 def _collected(setting: Setting, job: Job, told: Told) -> None:

@@ -101,6 +101,11 @@ def test_finished_cells_are_not_made_again(inputs, asked, tmp_path, monkeypatch)
     with pytest.raises(RunError, match="2 of 2"):
         sweep(asked("rtn", "gptq", evaluation={"tokens": 128}), inputs / "model", tmp_path / "s")
     assert made == ["w4-rtn", "w4-gptq"]  # evaluated on another text
+    made.clear()
+    monkeypatch.setattr(module, "SCHEMA", "quantkit-sweep-cell/next")
+    with pytest.raises(RunError, match="2 of 2"):
+        sweep(written, inputs / "model", tmp_path / "s")
+    assert made == ["w4-rtn", "w4-gptq"]  # files of an earlier form
 
 
 def test_a_collapsed_cell_is_a_result_and_those_that_share_it_fail_with_it(
