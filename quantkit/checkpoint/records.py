@@ -18,6 +18,7 @@ from quantkit.preflight.cache import engine_flag
 from quantkit.scheme import NUMBERS, Grid, KVScheme
 
 Record = TypeVar("Record")
+REFUSED = "refused by "  # so the notes of a manifest begin that say what an engine does not run
 
 
 @dataclass(frozen=True)

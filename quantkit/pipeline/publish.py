@@ -22,6 +22,7 @@ from quantkit.checkpoint.companions import copy_companions
 from quantkit.checkpoint.loaders import loaders, of_mixture
 from quantkit.checkpoint.manifest import MANIFEST, RUN, SCHEMA, read_facts, write_facts, write_manifest
 from quantkit.checkpoint.records import (
+    REFUSED,
     Calibration,
     Code,
     FileRecord,
@@ -209,8 +210,8 @@ def engine_notes(run: Run) -> list[str]:
     subject = _subject(run)
     asked = None if run.recipe.target is None else run.recipe.target.asked
     if asked is not None:
-        return [f"refused by {asked}: {finding}" for finding in preflight(subject, asked)]
-    return [f"refused by {said}" for runs, said in verdicts(subject) if not runs]
+        return [f"{REFUSED}{asked}: {finding}" for finding in preflight(subject, asked)]
+    return [f"{REFUSED}{said}" for runs, said in verdicts(subject) if not runs]
 
 
 def _subject(run: Run) -> Subject:

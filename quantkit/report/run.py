@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quantkit.checkpoint.records import BlockFacts, RunFacts
+from quantkit.checkpoint.records import REFUSED, BlockFacts, RunFacts
 from quantkit.report.parts import (
     Column,
     Listing,
@@ -136,9 +136,6 @@ def _block_table(facts: RunFacts, label: str) -> Table:
         for b in facts.blocks or ()
     ]  # fmt: skip
     return Table(f"{label}Blocks", columns, rows, open=False)
-
-
-REFUSED = "refused by "  # so the notes begin that say what an engine does not run
 
 
 def warnings(results: Results) -> Section | None:
