@@ -84,13 +84,13 @@ def find_model(plan: Plan, headers: Headers) -> Model:
             key = (inside.removeprefix("*."), one.shape, id(one.scheme), one.n_bytes)
             found.setdefault(key, (one, []))[1].extend(disks)
             for disk in disks if _EXPERT.match(disks[0]) else ():
-                listed, _, member = disk.rpartition("experts.")
-                members.setdefault(listed, set()).add(member.partition(".")[0])
+                listed, member = _listed(disk)
+                members.setdefault(listed, set()).add(member)
     experts = {name: len(each) for name, each in members.items()}
     linears = []
     for (name, shape, _, n_bytes), (one, disks) in found.items():
         layers = len({plan.parts[each] for each in disks})
-        of = experts[disks[0].rpartition("experts.")[0]] if _EXPERT.match(disks[0]) else 0
+        of = experts[_listed(disks[0])[0]] if _EXPERT.match(disks[0]) else 0
         linears.append(Linears(name, shape, len(disks), n_bytes, one.scheme, layers, of))
     hidden = hidden_size(headers.config) or max(norms, key=norms.__getitem__, default=0)
     attention = find_attention(headers.config, plan.n_blocks)
@@ -128,6 +128,12 @@ def _alike(plan: Plan, headers: Headers, planned: dict[str, LayerPlan]) -> dict[
             key = (starred(disk), info.shape, info.dtype, info.dense_bytes, layer and id(layer.scheme))
             found.setdefault(key, []).append(disk)
     return found
+
+
+def _listed(disk: str) -> tuple[str, str]:
+    """What stands before `experts.` in the name of an expert's weight, and the number of the expert."""
+    listed, _, inside = disk.rpartition("experts.")
+    return listed, inside.partition(".")[0]
 
 
 def _head(headers: Headers, planned: dict[str, LayerPlan], hidden: int) -> Linears | None:
