@@ -78,7 +78,7 @@ def build(work: Path, jobs: int = 1) -> Built:
         _run(sys.executable, "-m", "venv", environment)
         _run(python, "-m", "pip", "install", "-q", "gguf")
     if not list(work.glob("llama_cpp_python-*.tar.gz")):
-        _run(python, "-m", "pip", "download", "-q", PACKAGE, "--no-binary", ":all:", "--no-deps", "-d", work)
+        _run(python, "-m", "pip", "download", "-q", PACKAGE, "--no-binary", PACKAGE, "--no-deps", "-d", work)
     archive = max(work.glob("llama_cpp_python-*.tar.gz"))
     folder = work / archive.name.removesuffix(".tar.gz")
     if not folder.exists():
