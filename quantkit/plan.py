@@ -72,7 +72,7 @@ class LayerPlan:
         return self.scheme.inputs is not None and not self.scheme.inputs.dynamic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """blocks_prefix: module name of the block list, as on disk while the model is not built. skipped: (name, reason) of
     weights left as they are. kv: how the KV cache is quantized; None: it is exact. kv_followed: whether what comes

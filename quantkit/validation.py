@@ -114,11 +114,10 @@ def validate(
         return Validated(checked)
     ways, prediction = needed
     found = Validated(checked, shown, prediction, headers=headers, ways=ways, search=said)
-    subject = subject_of(shown, headers)
     asked = None if checked.target is None else checked.target.asked
-    if asked is None:
-        return replace(found, engines=tuple(verdicts(subject)) if engines else ())
-    return replace(found, outlook=outlook(subject, asked))
+    if asked is not None:
+        return replace(found, outlook=outlook(subject_of(shown, headers), asked))
+    return replace(found, engines=tuple(verdicts(subject_of(shown, headers)))) if engines else found
 
 
 def check_target(recipe: Recipe, plan: Plan, headers: Headers) -> None:

@@ -61,21 +61,25 @@ def predicts_further(config: Mapping[str, Any], beyond: Iterable[str]) -> bool:
 
 def find_blocks(path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Blocks:
     """The decoder blocks among the tensors of a checkpoint; ModelError if there are none or some are missing."""
-    numbered = {name: match for name in tensors if (match := NUMBERED.match(name))}
+    lists: dict[str, dict[str, int]] = {}  # prefix of a numbered list -> its tensors and their numbers
+    for name in tensors:
+        if match := NUMBERED.match(name):
+            lists.setdefault(match[1] or "", {})[name] = int(match[2])
     sizes: dict[str, int] = {}
-    for name, match in numbered.items():
-        matrix = name.endswith(".weight") and len(tensors[name].shape) == 2
-        if matrix and not families.tower(match[1] or "") and not families.MTP.search(name):
-            sizes[match[1] or ""] = sizes.get(match[1] or "", 0) + tensors[name].nbytes
+    for each, members in lists.items():
+        matrices = [n for n in members if n.endswith(".weight") and len(tensors[n].shape) == 2]
+        counted = [tensors[n].nbytes for n in matrices if not families.MTP.search(n)]
+        if counted and not families.tower(each):
+            sizes[each] = sum(counted)
     if not sizes:
         raise ModelError(
             f"{path}: no numbered decoder blocks among {len(tensors)} tensors; "
             "only causal language models with a list of decoder blocks can be quantized"
         )
     prefix = max(sizes, key=sizes.__getitem__)
-    of = {name: int(match[2]) for name, match in numbered.items() if (match[1] or "") == prefix}
-    counted = layer_count(config)
-    beyond = {name for name, number in of.items() if counted is not None and number >= counted}
+    of = lists[prefix]
+    blocks = layer_count(config)
+    beyond = {name for name, number in of.items() if blocks is not None and number >= blocks}
     if len(beyond) < len(of) and predicts_further(config, beyond):
         of = {name: number for name, number in of.items() if name not in beyond}
     numbers = sorted(set(of.values()))

@@ -48,7 +48,7 @@ FLOATS_OR_TABLES = (
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Headers:
     """A checkpoint that passed every check its headers allow. tensors: by disk name, in file order.
 

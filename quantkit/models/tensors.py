@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from quantkit.errors import ModelError
 from quantkit.models.json_reader import parse_json, read_json
@@ -38,6 +38,7 @@ FLOATS = ("F64", *WEIGHT_DTYPES)  # whose values can be checked for NaN and infi
 _SHOWN = 8
 _INTEGERS = {"U8": "B", "I32": "i", "I64": "q"}  # of headers -> of struct
 _PEEKED = 1 << 16  # bytes
+_MAX_SIZE = 1 << 62
 _DAMAGED = "the file is corrupt, fetch it again"
 
 
@@ -130,13 +131,14 @@ def stored_dtype(dtype: torch.dtype) -> str:
 def read_tensors(path: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
     """The weight files of a folder, quantized or not, and what their headers name; ModelError if corrupt."""
     tensors: dict[str, TensorInfo] = {}
-    files = _weight_files(path)
+    index = weight_map(path) if _indexed(path) else {}
+    files = [path / name for name in sorted(set(index.values()))] or [path / SINGLE]
     for file in files:
         for name, info in read_header(file).items():
             if name in tensors:
                 raise ModelError(f"tensor {name} is both in {tensors[name].file.name} and in {file.name}")
             tensors[name] = info
-    _check_index(path, files, tensors)
+    _check_index(path, index, tensors)
     return files, tensors
 
 
@@ -147,11 +149,12 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _indexed(path: Path) -> bool:
+    """Whether the weights are in several files that an index names; ModelError if there are none to read."""
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return False
     if (path / INDEX).is_file():
-        return [path / name for name in sorted(set(weight_map(path).values()))]
+        return True
     others = sorted(
         p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
     )
@@ -172,24 +175,19 @@ def weight_map(path: Path) -> dict[str, str]:
     entries = read_json(path / INDEX, limit=MAX_HEADER).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ModelError(f"{path / INDEX} has no weight_map; the file is corrupt, fetch it again")
-    bad = [
-        v
-        for v in entries.values()
-        if not isinstance(v, str) or re.search(r"[/\\:\0]", v) or v in ("", ".", "..")
-    ]
+    bad = {str(v) for v in entries.values() if not isinstance(v, str)}
+    files = {v for v in entries.values() if isinstance(v, str)}
+    bad |= {v for v in files if re.search(r"[/\\:\0]", v) or v in ("", ".", "..")}
     if bad:
-        raise ModelError(f"{path / INDEX} points outside its folder: {named(set(map(str, bad)))}; refused")
-    missing = {v for v in set(entries.values()) if not (path / v).is_file()}
+        raise ModelError(f"{path / INDEX} points outside its folder: {named(bad)}; refused")
+    missing = {v for v in files if not (path / v).is_file()}
     if missing:
         raise ModelError(f"{path / INDEX} names files that are missing: {named(missing)}; fetch them again")
     return entries
 
 
-def _check_index(path: Path, files: list[Path], tensors: dict[str, TensorInfo]) -> None:
-    if files == [path / SINGLE]:
-        return
-    entries = read_json(path / INDEX, limit=MAX_HEADER)["weight_map"]  # checked before
-    absent = [n for n, file in entries.items() if n not in tensors or tensors[n].file.name != file]
+def _check_index(path: Path, index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    absent = [n for n, file in index.items() if n not in tensors or tensors[n].file.name != file]
     if absent:
         raise ModelError(
             f"{path / INDEX} names tensors that are not in their files: {named(absent)}; fetch them again"
@@ -237,19 +235,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    def size(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**62
-
     if not isinstance(entry, dict):
         raise ModelError(f"{file}: tensor {name} has no description; the file is corrupt, fetch it again")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{file}: tensor {name} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(map(size, shape)):
+    if not _are_sizes(shape):
         raise ModelError(
             f"{file}: tensor {name} has the shape {shape!r}; the file is corrupt, fetch it again"
         )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(size, offsets)):
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise ModelError(
             f"{file}: tensor {name} has the offsets {offsets!r}; the file is corrupt, fetch it again"
         )
@@ -260,3 +255,8 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
             f"offsets {offsets} give {offsets[1] - offsets[0]}; the file is corrupt, fetch it again"
         )
     return TensorInfo(name, dtype, tuple(shape), file, start + offsets[0], nbytes)
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    """Whether it is a list of numbers that may count elements or bytes."""
+    return isinstance(values, list) and all(type(each) is int and 0 <= each < _MAX_SIZE for each in values)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from quantkit.models import families
@@ -92,7 +93,8 @@ class BlockShape:
         return sum(s.weights for s in self.own) + self.count * sum(s.weights for s in self.experts)
 
 
-def blocks_of(plan: Plan, headers: Headers) -> dict[int | None, BlockShape]:
+@lru_cache(maxsize=2)  # a mixture has tens of thousands of linears, and this is asked several times
+def blocks_of(plan: Plan, headers: Headers) -> Mapping[int | None, BlockShape]:
     """The shape of every block that has planned linears, by its number; None: what lies outside the blocks."""
     own: dict[int | None, list[LayerPlan]] = {}
     first: dict[int | None, tuple[str, list[LayerPlan]]] = {}

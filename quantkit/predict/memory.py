@@ -118,19 +118,15 @@ def memory_of(
     headers: Headers,
     ways: Ways = USUAL,
     cuda: bool = False,
-    blocks: Mapping[int | None, BlockShape] | None = None,
 ) -> Memory:
-    """Peak memory of quantizing on the CPU, an upper estimate; with `cuda` that of the GPU which blocks run on.
-
-    blocks: from `blocks_of`, if they are known.
-    """
+    """Peak memory of quantizing on the CPU, an upper estimate; with `cuda` that of the GPU which blocks run on."""
     process = CONTEXT if cuda else PROCESS + MODEL
     if recipe.model_free:
         largest = max((math.prod(layer.shape) for layer in plan.layers), default=0)
         return Memory(process, 0, {"rounding": FLOAT * largest + PIECES})
     if not plan.needs_text(recipe):
         return Memory(process, 0, {"rounding": _rounding(plan)})
-    shapes = dict(blocks_of(plan, headers) if blocks is None else blocks)
+    shapes = dict(blocks_of(plan, headers))
     batch = chunk_windows(recipe, plan)
     head = shapes.pop(None, None)
     kinds = set(kinds_of(shapes).values())

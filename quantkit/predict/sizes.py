@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
@@ -18,7 +19,7 @@ from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
 from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
-from quantkit.predict.block import FLOAT, blocks_of
+from quantkit.predict.block import FLOAT
 from quantkit.predict.memory import (
     MODEL,
     PROCESS,
@@ -65,8 +66,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
     names = sum(map(len, tensors))
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
     streams = stream_bytes(recipe, plan, headers) if plan.needs_text(recipe) else 0
-    blocks = blocks_of(plan, headers) if plan.needs_text(recipe) else {}
-    memory = memory_of(recipe, plan, headers, ways, blocks=blocks)
+    memory = memory_of(recipe, plan, headers, ways)
     evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
     return Prediction(
         tensors=stored,
@@ -76,12 +76,13 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
         + (spilled_bytes(recipe, plan, headers) if ways.spilled else 0),
         memory=memory.peak,
         evaluation=int(evaluation),
-        vram=memory_of(recipe, plan, headers, ways, cuda=True, blocks=blocks).peak,
+        vram=memory_of(recipe, plan, headers, ways, cuda=True).peak,
         moment=memory.moment,
     )
 
 
-def stored_bytes(plan: Plan, headers: Headers) -> dict[str, int]:
+@lru_cache(maxsize=2)  # a mixture has tens of thousands of tensors, and this is asked several times
+def stored_bytes(plan: Plan, headers: Headers) -> Mapping[str, int]:
     """Tensor on disk -> the bytes it takes in the output, for all that are not dropped."""
     planned = {f"{layer.name}.weight": layer for layer in plan.layers}
     found: dict[str, int] = {}
