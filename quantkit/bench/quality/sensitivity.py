@@ -13,7 +13,6 @@ around their best common scale.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -178,20 +177,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = []
-    for path in arguments.model or [assets.default_model(), assets.mixture_model()]:
-        rows.append(run_all(path, arguments))
-        print(markdown(rows[-1]), flush=True)
     keys = ("algorithm", "models", "measured", "windows", "samples")
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "machine": machine(),
         "settings": {key: getattr(arguments, key) for key in keys},
+        "choices": CHOICES,
+        "results": [],
     }
-    report |= {"choices": CHOICES, "results": rows}
-    if arguments.json:
-        write_json(arguments.json, report)
-    print(json.dumps({"sensitivity": {row["model"]: row["estimators"] for row in rows}}))
+    for path in arguments.model or [assets.default_model(), assets.mixture_model()]:
+        report["results"].append(run_all(path, arguments))
+        print(markdown(report["results"][-1]), flush=True)
+        if arguments.json:
+            write_json(arguments.json, report)
 
 
 if __name__ == "__main__":
