@@ -133,7 +133,8 @@ def print_sweep(result: Mapping[str, Any], better: Sequence[tuple[str, str]], co
             soft_wrap=True,
         )
     for axis, names in result["pareto"].items():
-        console.print(f"Pareto front, {axis} against KL: {', '.join(names)}", soft_wrap=True)
+        if names:  # without speeds there is no front of them
+            console.print(f"Pareto front, {axis} against KL: {', '.join(names)}", soft_wrap=True)
     for cell in result["cells"]:
         if cell["status"] != "finished":
             console.print(f"{cell['id']}: {cell['status']}: {cell['reason']}", soft_wrap=True)

@@ -12,6 +12,8 @@ from quantkit.models.headers import read_checkpoint
 from quantkit.sweep.grid import load_sweep, of_command_line, parse_sweep
 from quantkit.sweep.share import in_order, plan_cells
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
 
 def ids(mapping):
     return [cell.id for cell in parse_sweep(mapping).cells]
@@ -147,8 +149,11 @@ def test_a_dry_run_lists_the_cells_without_torch():
     assert "4 cells, 3 quantizations" in done.stdout
 
 
-def test_the_example_is_what_its_first_lines_say():
-    cells = load_sweep(Path(__file__).resolve().parents[2] / "examples/sweep.yaml").cells
+@pytest.mark.parametrize(
+    ("name", "count", "made"), [("sweep.yaml", 60, 20), ("streams.yaml", 10, 8)], ids=["sweep", "streams"]
+)
+def test_an_example_has_the_cells_that_the_docs_name(name, count, made):
+    cells = load_sweep(EXAMPLES / name).cells
     planned = plan_cells(cells, read_checkpoint(assets.default_model()))
-    assert len(planned) == 60
-    assert len({each.source for each in planned}) == 20
+    assert len(planned) == count
+    assert len({each.source for each in planned}) == made
