@@ -189,7 +189,7 @@ def _sweep_cards(results: Results, sweep: Sweep) -> list[Card]:
     cards = [Card("Recipes", str(len(done)), f"of {len(sweep.cells)}, on {sweep.model}")]
     if "cells" in sweep.seconds:
         apart = sweep.seconds.get("separate")
-        detail = "" if apart is None else f"separate runs: {seconds(apart)}"
+        detail = "" if apart is None else f"separate runs: about {seconds(apart)}"
         cards.append(Card("Time", seconds(sweep.seconds["cells"]), detail))
     return cards + _extremes(results) + _speed_cards(results)
 

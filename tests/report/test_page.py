@@ -69,7 +69,7 @@ def test_every_kind_of_result_has_its_section(whole):
     assert links == [f"#{name}" for name in sections]
     for said in (
         "w8-gptq", "0.01000 ± 0.00050", "Is A closer to the original than B?", "Holm", "e-09",  # sweep
-        "separate runs: 1 min 30 s", "w2-bad: failed, collapsed",
+        "separate runs: about 1 min 30 s", "w2-bad: failed, collapsed",
         "60.0 ± 0.50", "75.0%", "18 ms",  # bench
         "GPU", "softmax",  # plan
         "Call me", "Ish", "is restored", "its window was not run again",  # explanation
