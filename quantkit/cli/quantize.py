@@ -114,6 +114,8 @@ def _size_rows(sizes: Size) -> list[tuple[str, str, str]]:
 
 def _cost(report: RunReport) -> str:
     """Time and memory of the run that made the files; a copied folder may have lost them."""
+    from quantkit.checkpoint.manifest import ALLOCATION
+
     seconds = report.seconds
     if "total" not in seconds:
         return "time and memory of the run are not recorded here"
@@ -124,7 +126,8 @@ def _cost(report: RunReport) -> str:
     memory = "" if report.peak_rss_bytes is None else f"; peak memory: {size(report.peak_rss_bytes)}"
     phase = "evaluate" if "evaluate" in report.peak_bytes else "quantize"
     if memory and (predicted := report.predicted_bytes.get(phase)):
-        memory += f" (predicted: at most {size(predicted)})"
+        searched = (report.output / ALLOCATION).exists()  # what a search measures is in no prediction
+        memory += f" (predicted{' without the search' if searched else ''}: at most {size(predicted)})"
     if memory and report.budget and "ram" in report.budget:
         memory += f" of a budget of {size(report.budget['ram'])}"
     return f"time: {seconds['total']:.1f} s ({steps}){resumed}{memory}"

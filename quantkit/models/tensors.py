@@ -38,7 +38,7 @@ FLOATS = ("F64", *WEIGHT_DTYPES)  # whose values can be checked for NaN and infi
 _SHOWN = 8
 _INTEGERS = {"U8": "B", "I32": "i", "I64": "q"}  # of headers -> of struct
 _PEEKED = 1 << 16  # bytes
-_MAX_SIZE = 1 << 62
+_MAX_SIZE = 1 << 62  # elements or bytes, more than any file holds
 _DAMAGED = "the file is corrupt, fetch it again"
 
 

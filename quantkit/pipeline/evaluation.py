@@ -20,11 +20,11 @@ from quantkit.device import launch
 from quantkit.errors import DataError
 from quantkit.models.headers import Headers
 from quantkit.pipeline.cache import cache_limit, evaluation_cache
+from quantkit.predict.sizes import WINDOW, evaluation_bytes
 
 TOKENS = 65536  # at most, unless the user says how many
-CONTEXT = 2048  # at most; the recipe's calibration length says what the model is used for
+CONTEXT = WINDOW  # at most; the recipe's calibration length says what the model is used for
 KL_ERROR = 0.02  # the evaluation may stop once the standard error of the mean KL is this share of it
-_WORKING_SPACE = 1.3  # memory beside the fp32 weights of the original, as a share of them
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def evaluate_pair(
     from quantkit.checkpoint.load import load  # here: these import models, which most of a run does not need
     from quantkit.layers.kv_cache import cache_of
 
-    needed = 4 * _WORKING_SPACE * sum(math.prod(t.shape) for t in headers.tensors.values())
+    needed = evaluation_bytes(headers, sequence_length)
     needed *= launch().beside if ranks.size > 1 else 1
     if device.type == "cpu" and not all(ranks.gather(needed <= _available())):
         return None, [
-            f"not evaluated: the original in fp32 needs {needed / 2**30:.1f} GiB, more than this machine has free; "
-            "run `quantkit eval` where it fits"
+            f"not evaluated: the original in fp32 and logits need {needed / 2**30:.1f} GiB, more than this machine has "
+            "free; run `quantkit eval` where it fits"
         ]
     cache = evaluation_cache(digest)
     original = load(headers.path, device=device, kv_cache="exact")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from quantkit.formats.compressed_tensors_config import PACKED, memory_format
 from quantkit.models import families
+from quantkit.models.blocks import text_config
 from quantkit.models.companions import find_companions
 from quantkit.models.headers import Headers
-from quantkit.models.tensors import TensorInfo
 from quantkit.plan import LayerPlan, Plan
 from quantkit.predict.block import FLOAT
 from quantkit.predict.memory import (
@@ -32,7 +32,12 @@ from quantkit.predict.memory import (
 )
 from quantkit.recipe.recipe import Recipe
 
-EVALUATION = 1.3  # working space of an evaluation, as a share of the fp32 weights
+EVALUATION = 1.3  # the original in an evaluation and what its layers compute, as a share of its fp32 weights
+WINDOW = 2048  # tokens of a window of the closing evaluation at most
+BATCH_TOKENS, BATCH_LOGITS = 4096, 1 << 28  # of one batch of windows, the bounds of quantkit_eval/measure.py
+CHUNK_LOGITS = (
+    1 << 23
+)  # elements that are turned into log-probabilities at once, the bound of quantkit_eval/windows.py
 # Kinds of layers; the last holds norms, biases, towers and whatever else is no matrix of a decoder block.
 KINDS = ("attention", "MLP", "experts", "other linears", "head", "embedding", "carried")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -67,7 +72,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
     output = stored + _side_files(headers) + _lists(len(tensors), names, plan.layers)
     streams = stream_bytes(recipe, plan, headers) if plan.needs_text(recipe) else 0
     memory = memory_of(recipe, plan, headers, ways)
-    evaluation = PROCESS + MODEL + EVALUATION * FLOAT * _parameters(tensors.values()) + 2 * stored
+    evaluation = PROCESS + MODEL + evaluation_bytes(headers, recipe.calibration.sequence_length) + 2 * stored
     return Prediction(
         tensors=stored,
         output=output,
@@ -75,7 +80,7 @@ def predict(recipe: Recipe, plan: Plan, headers: Headers, ways: Ways = USUAL) ->
         + 2 * streams  # the new hidden states are complete on disk before the old ones are removed
         + (spilled_bytes(recipe, plan, headers) if ways.spilled else 0),
         memory=memory.peak,
-        evaluation=int(evaluation),
+        evaluation=evaluation,
         vram=memory_of(recipe, plan, headers, ways, cuda=True).peak,
         moment=memory.moment,
     )
@@ -182,8 +187,20 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _parameters(tensors: Iterable[TensorInfo]) -> int:
-    return sum(math.prod(info.shape) for info in tensors)
+def evaluation_bytes(headers: Headers, sequence_length: int) -> int:
+    """What the closing evaluation takes beside the process and the packed model: the original in fp32, and logits.
+
+    Of one batch of windows there are three sets of logits, the model's, the original's, and those made again from kept
+    hidden states to see that they are the same; of a chunk of them, five of log-probabilities and what KL is made of.
+    """
+    tensors = [info for disk, info in headers.tensors.items() if disk not in headers.dropped]
+    weights = EVALUATION * FLOAT * sum(math.prod(info.shape) for info in tensors)
+    vocabulary = text_config(headers.config).get("vocab_size")
+    if type(vocabulary) is not int or vocabulary < 1:
+        vocabulary = max((info.shape[0] for info in tensors if len(info.shape) == 2), default=1)
+    window = min(sequence_length, WINDOW)
+    batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary) // window) * window * vocabulary
+    return int(weights) + FLOAT * (3 * batch + 5 * min(batch, CHUNK_LOGITS))
 
 
 def _side_files(headers: Headers) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from quantkit import assets
 from quantkit.errors import ModelError
+from quantkit.models.blocks import find_blocks
 from quantkit.models.headers import read_checkpoint, resolve_model
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -431,3 +432,13 @@ def test_paths_that_cannot_be_are_told(path):
     with pytest.raises(ModelError) as caught:
         resolve_model(path, assets.default_model())
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("listed", ["model.layers", "vision.blocks"])
+def test_a_number_of_thousands_of_digits_counts_no_blocks(folder, listed):
+    """Python refuses to read such a number: the name is then that of any other tensor."""
+    name = f"{listed}.{'9' * 5000}.up_proj.weight"
+    header = {NAME: entry([2, 3], 0), name: entry([2], 24)}
+    write(folder / "model.safetensors", header, bytes(32))
+    found = read_checkpoint(folder)
+    assert find_blocks(folder, found.config, found.tensors).of == {NAME: 0}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,24 @@ def test_a_run_of_the_embedded_model_needs_no_more_than_predicted(tmp_path, reci
     manifest = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert found.tensors == manifest["size"]["quantized_bytes"]
     assert found.disk >= files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [512, 64])
+def test_an_evaluated_run_needs_no_more_than_predicted_and_not_much_less(tmp_path, length):
+    """Logits of a batch of windows are most of what the small model takes."""
+    code = (
+        "import sys; from quantkit.pipeline.quantize import quantize;"
+        "quantize('w4a16-rtn', output=sys.argv[1], device='cpu', eval_tokens=8192, overrides=sys.argv[2:])"
+    )
+    asked = f"calibration.sequence_length={length}"
+    cache = os.environ | {
+        "QUANTKIT_CACHE": str(tmp_path / "cache")
+    }  # what was kept of the original saves logits
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), asked], check=True, env=cache)
+    facts = json.loads((tmp_path / "out" / "quantkit.run.json").read_text())
+    predicted, peak = facts["predicted_bytes"]["evaluate"], facts["peak_bytes"]["evaluate"]
+    assert 0.7 * predicted <= peak <= predicted
 
 
 def synthetic(layers=24, hidden=2048, intermediate=5504, vocabulary=8192, kv=None):
@@ -165,16 +184,18 @@ def test_prediction_needs_no_torch():
 
 def test_the_bounds_are_those_of_the_code_they_stand_for():
     """The prediction does without torch, so it cannot import them."""
+    from quantkit_eval import measure, windows
+
     from quantkit.algorithms import gptq
     from quantkit.calibration import divergence, replay, walk
-    from quantkit.pipeline import evaluation
     from quantkit.predict import block, memory, sizes
 
     assert (memory.KEPT, memory.SPARE) == (replay.KEPT_BYTES, replay.SPARE_BYTES)
     assert block.CHUNK == walk.CHUNK_ELEMENTS
     assert memory.LOGITS == divergence.LOGITS
     assert memory.ROWS == gptq.CHUNK_ELEMENTS
-    assert sizes.EVALUATION == evaluation._WORKING_SPACE
+    assert (sizes.BATCH_TOKENS, sizes.BATCH_LOGITS) == (measure._BATCH_TOKENS, measure._BATCH_LOGITS)
+    assert sizes.CHUNK_LOGITS == windows._CHUNK_LOGITS
 
 
 def test_the_search_of_a_strength_needs_no_more_memory_than_gptq():
