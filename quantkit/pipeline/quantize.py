@@ -40,7 +40,7 @@ from quantkit.pipeline.produce import produce
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of, publish, write_run_facts
 from quantkit.pipeline.report import RunReport
-from quantkit.pipeline.run import Run
+from quantkit.pipeline.run import Run, beyond
 from quantkit.pipeline.shard_writer import ShardWriter
 from quantkit.pipeline.statistics import with_statistics
 from quantkit.pipeline.tracker import EVALUATE, VERIFY, Tracker
@@ -239,20 +239,6 @@ def _evaluate(
         manifest = replace(manifest, evaluation=evaluation)
         write_manifest(run.output, manifest)
     return manifest, refused
-
-
-def beyond(run: Run) -> str | None:
-    """Why the budget leaves no room for the closing evaluation; None if it does."""
-    budget, needed = run.recipe.budget, run.needed
-    if budget is None or needed is None:
-        return None
-    key, limit = ("vram", budget.vram) if run.device.type == "cuda" else ("ram", budget.ram)
-    if limit is None or needed.evaluation <= limit:
-        return None
-    return (
-        f"not evaluated: with the original and the quantized model in memory it takes about "
-        f"{needed.evaluation / 2**30:.2f} GiB, more than budget.{key} allows; run `quantkit eval` where it fits"
-    )
 
 
 def prepared(

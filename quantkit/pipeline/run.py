@@ -116,3 +116,17 @@ class Run:
 def needs(layer: LayerPlan) -> frozenset[str]:
     """The statistics that a layer's algorithm asks for; none for a data-free one."""
     return algorithm(layer.algorithm.name).needs(layer.algorithm)
+
+
+def beyond(run: Run) -> str | None:
+    """Why the budget leaves no room for the closing evaluation; None if it does."""
+    budget, needed = run.recipe.budget, run.needed
+    if budget is None or needed is None:
+        return None
+    key, limit = ("vram", budget.vram) if run.device.type == "cuda" else ("ram", budget.ram)
+    if limit is None or needed.evaluation <= limit:
+        return None
+    return (
+        f"not evaluated: with the original and the quantized model in memory it takes about "
+        f"{needed.evaluation / 2**30:.2f} GiB, more than budget.{key} allows; run `quantkit eval` where it fits"
+    )

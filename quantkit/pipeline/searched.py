@@ -32,9 +32,9 @@ from quantkit.errors import OutputError, RunError, UserError
 from quantkit.files import sync_folder, write_atomically
 from quantkit.pipeline.progress import Progress, Silent
 from quantkit.pipeline.publish import files_of
-from quantkit.pipeline.quantize import Result, beyond, prepared, quantize
+from quantkit.pipeline.quantize import Result, prepared, quantize
 from quantkit.pipeline.report import RunReport
-from quantkit.pipeline.run import Run
+from quantkit.pipeline.run import Run, beyond
 from quantkit.pipeline.search_state import Attempt, State
 from quantkit.recipe.recipe import Recipe, load_recipe
 

@@ -20,7 +20,7 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.numerics.weight import QuantizedWeight
 from quantkit.pipeline.estimate import Estimate
 from quantkit.pipeline.evaluation import CONTEXT, TOKENS
-from quantkit.pipeline.run import Run
+from quantkit.pipeline.run import Run, beyond
 from quantkit.predict.sizes import predict
 
 SEARCH, VERIFY, EVALUATE = "searching", "verifying the checkpoint", "evaluating"
@@ -53,7 +53,9 @@ class Tracker:
         phases = self.expected.phases if self.expected else {}
         if done == 0 and "search" in phases:
             self.estimate.expect(SEARCH, phases["search"])
-        if run.request is not None:
+        # what a budget leaves no room for is not timed either: that takes memory
+        self._request = None if beyond(run) else run.request
+        if self._request is not None:
             self.estimate.expect(EVALUATE, phases.get("evaluate"))
 
     def searched(self, share: float, seconds: float) -> None:
@@ -65,7 +67,7 @@ class Tracker:
 
     def opened(self, block: BlockRun) -> None:
         """Called with a block before it is quantized: the first one is run to see how long that takes."""
-        if self._forward is None and self.run.request is not None:
+        if self._forward is None and self._request is not None:
             chunk = block.chunks()[0]
             full = block.streams.quantized is None
             tokens = (chunk.stop - chunk.start) * block.streams.leading.shape[1]
@@ -76,10 +78,10 @@ class Tracker:
         """Called with the quantized weights of a part while they are in memory: the first ones are timed."""
         if block is not None:
             self._once += block.seconds_once
-        if weights and not self._probed and self.run.request is not None:
+        if weights and not self._probed and self._request is not None:
             self._probed = True
             with self._extra():
-                self.estimate.expect(EVALUATE, self._evaluation(weights, self.run.request.tokens))
+                self.estimate.expect(EVALUATE, self._evaluation(weights, self._request.tokens))
 
     @contextmanager
     def _extra(self) -> Iterator[None]:

@@ -116,6 +116,25 @@ def test_an_interrupted_run_goes_on_within_another_budget(inputs, tmp_path, monk
     assert len(spills) == 2  # of four runs
 
 
+def test_an_evaluation_that_a_budget_has_no_room_for_takes_no_memory_before_it_is_refused(
+    inputs, tmp_path, monkeypatch
+):
+    """How long it would take is found by probes, which take memory too."""
+    probes = []
+    monkeypatch.setattr(
+        "quantkit.pipeline.tracker.Tracker._probe", lambda self, call: probes.append(call) or 1.0
+    )
+    quantkit.quantize(GPTQ | {"budget": {"ram": "20GB"}}, inputs / "model", tmp_path / "roomy", device="cpu")
+    assert probes
+    probes.clear()
+    monkeypatch.setattr("quantkit.predict.sizes.EVALUATION", 1e6)
+    result = quantkit.quantize(
+        GPTQ | {"budget": {"ram": "2GB"}}, inputs / "model", tmp_path / "narrow", device="cpu"
+    )
+    assert not probes
+    assert "more than budget.ram allows" in "".join(result.report.notes)
+
+
 def test_a_budget_that_cannot_be_is_refused_with_the_least(inputs, tmp_path):
     _, least = peaks(parse_recipe(GPTQ), inputs / "model")
     budget = {"ram": least - 1, "disk": 1000}

@@ -19,7 +19,8 @@ from quantkit.errors import RecipeError, UserError
 from quantkit.models.headers import read_checkpoint
 from quantkit.pipeline import searched
 from quantkit.pipeline.progress import Silent
-from quantkit.pipeline.quantize import beyond, prepared
+from quantkit.pipeline.quantize import prepared
+from quantkit.pipeline.run import beyond
 from quantkit.pipeline.sensitivity import Asked, measure
 from quantkit.plan import build_plan
 from quantkit.predict.sizes import predict
