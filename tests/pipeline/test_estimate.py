@@ -147,6 +147,8 @@ def without_parts(request, progress):
         clock=Clock(),
         plan=SimpleNamespace(n_blocks=0),
         parts=[{}],
+        recipe=SimpleNamespace(budget=None),
+        needed=None,
         plans=lambda part: [],
         request=request,
         progress=progress,
