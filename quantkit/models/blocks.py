@@ -19,7 +19,8 @@ from quantkit.models.tensors import TensorInfo
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
-NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d{1,18})\..+$")  # (block list, number), the leftmost number counts
+# (block list, number), the leftmost number counts; Python reads a number of at most 4,300 digits
+NUMBERED = re.compile(r"^(?:(.+?)\.)?(\d{1,1000})\..+$")
 
 
 @dataclass(frozen=True)
